@@ -1,0 +1,27 @@
+"""Face identity adapters for diffusion UNets, in pure torch: UniID and IDAdapter.
+
+This package knows nothing of ComfyUI; the nodes of the pack and the trainer call it.
+"""
+
+from .attention import decoupled_attention, normalized_rescale
+from .checkpoint import Adapter, load_adapter, load_identity, save_adapter, save_identity
+from .errors import IDAdapterError
+from .sites import Site, attention_sites
+from .types import Face, FaceFeatures, Identity, Mix
+
+__all__ = [
+    "Adapter",
+    "Face",
+    "FaceFeatures",
+    "IDAdapterError",
+    "Identity",
+    "Mix",
+    "Site",
+    "attention_sites",
+    "decoupled_attention",
+    "load_adapter",
+    "load_identity",
+    "normalized_rescale",
+    "save_adapter",
+    "save_identity",
+]

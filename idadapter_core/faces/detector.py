@@ -1,0 +1,342 @@
+"""Finding faces with insightface (2.x and 0.7.3). The only file that imports it and onnxruntime, at first use."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import FaceError, FacePackageError, InputError
+from ..types import Face
+from .align import MIN_EYE_DISTANCE, align_face
+from .images import Image, to_bgr_uint8
+from .packages import DETECTION, GENDER_AGE, LANDMARKS_3D, RECOGNITION, WANTED_FILES, Package, read_package
+
+log = logging.getLogger(__name__)
+
+# A face that fills the photo is missed at 640 and found at a smaller size; a small one needs the large size.
+DETECTION_SIZES = (640, 512, 448, 384, 320, 256, 192, 128)
+# Last resort for a close-up cut by the photo's edge: a border of this share on each side.
+PADDINGS = (0.25, 0.5)
+PADDED_SIZES = (640, 320)
+DETECTION_THRESHOLD = 0.5
+_LONGEST_PADDED = 1280  # larger photos are shrunk before a border is added; the detector reads 640 px at most
+
+POLICIES = ("largest", "central", "left to right", "by score", "all")
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+
+_INSTALL_HINT = (
+    "With ComfyUI's Python run\n"
+    "    python -m pip uninstall -y onnxruntime onnxruntime-gpu\n"
+    "    python -m pip install insightface onnxruntime\n"
+    "(for an NVIDIA GPU the second line is: python -m pip install --no-deps insightface onnxruntime-gpu) and restart."
+)
+
+
+class _Libraries(NamedTuple):
+    onnxruntime: Any
+    get_model: Any
+    Face: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _RawFace:
+    box: NDArray[np.floating]  # (4,) x1, y1, x2, y2
+    landmarks: NDArray[np.floating]  # (5, 2)
+    score: float
+
+    @property
+    def is_usable(self) -> bool:
+        if not (np.isfinite(self.box).all() and np.isfinite(self.landmarks).all()):
+            return False
+        x1, y1, x2, y2 = self.box
+        eye_distance = np.linalg.norm(self.landmarks[1] - self.landmarks[0])
+        return bool(x2 > x1 and y2 > y1 and eye_distance >= MIN_EYE_DISTANCE)
+
+
+class FaceAnalyzer:
+    """The opened models of one package. Made by `open_analyzer`."""
+
+    def __init__(self, package: Package, libraries: _Libraries, providers: Sequence[str]) -> None:
+        self.package = package
+        self._libraries = libraries
+        self._requested = tuple(providers)
+        self._opened: dict[str, Any] = {}
+        detector = self._model(DETECTION)
+        detector.prepare(0, input_size=(640, 640), det_thresh=DETECTION_THRESHOLD)
+        if not detector.use_kps:
+            raise FacePackageError(f"{package.models[DETECTION]} finds no landmarks. Choose another package.")
+        height, width = detector.input_shape[2:]
+        is_fixed = isinstance(height, int) and isinstance(width, int)
+        self._sizes = [(width, height)] if is_fixed else [(size, size) for size in DETECTION_SIZES]
+        self._padded_sizes = self._sizes if is_fixed else [(size, size) for size in PADDED_SIZES]
+        if GENDER_AGE in package.models:
+            self._model(GENDER_AGE)
+
+    @property
+    def name(self) -> str:
+        return self.package.folder.name
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that the detector's session really runs on."""
+        return str(self._model(DETECTION).session.get_providers()[0])
+
+    @cached_property
+    def recognizer_digest(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the package's recognition file."""
+        sha = hashlib.sha256()
+        with self._path(RECOGNITION).open("rb") as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+        return sha.hexdigest()[:16]
+
+    def detect(self, image: Image, image_index: int = 0, *, pose: bool = False) -> list[Face]:
+        """All usable faces of a photo (H, W, 3), RGB uint8, best score first; empty when there are none.
+
+        Tries the detector at several sizes, largest first, then with a border around the photo, and keeps the
+        first result that has a usable face. `pose` also measures head pose (needs 1k3d68.onnx in the package).
+        """
+        bgr = to_bgr_uint8(image)
+        for size, found in self._attempts(bgr):
+            if found:
+                return [self._face(bgr, raw, image_index, size, pose) for raw in found]
+        return []
+
+    def embed(self, image: Image, face: Face) -> NDArray[np.float32]:
+        """The package recogniser's embedding (512,), not normalised, of a face of this photo (RGB uint8)."""
+        return self.embed_crop(align_face(image, face.landmarks))
+
+    def embed_crop(self, crop: Image) -> NDArray[np.float32]:
+        """The same for an aligned crop (112, 112, 3), RGB uint8."""
+        embedding = self._model(RECOGNITION).get_feat(to_bgr_uint8(crop))
+        return np.asarray(embedding, dtype=np.float32).reshape(-1)
+
+    def require_recognition(self) -> None:
+        """Open the package's recogniser now. Raises FacePackageError where the package has none."""
+        self._model(RECOGNITION)
+
+    def package_report(self) -> str:
+        """Which models of the package are open or available, and where they run."""
+        lines = [f"package {self.name} ({self.package.folder}), runs on {self.provider}"]
+        if self.provider != self._requested[0]:
+            lines.append(f"asked for {self._requested[0]}, but onnxruntime could not start it")
+        for task, path in self.package.models.items():
+            lines.append(f"{task}: {path.name}{'' if task in self._opened else ' (opened when needed)'}")
+        if GENDER_AGE not in self.package.models:
+            lines.append("no sex and age: this package has no genderage model")
+        return "\n".join(lines)
+
+    def _path(self, task: str) -> Path:
+        if task not in self.package.models:
+            has = ", ".join(f"{path.name} ({task})" for task, path in self.package.models.items())
+            raise FacePackageError(
+                f"the face package {self.package.folder} has no {task} model; it has {has}. "
+                f"A complete package holds {WANTED_FILES}. Choose another package."
+            )
+        return self.package.models[task]
+
+    def _model(self, task: str) -> Any:
+        if task not in self._opened:
+            path = self._path(task)
+            self._opened[task] = _open_model(self._libraries, self.package, task, path, self._requested)
+        return self._opened[task]
+
+    def _attempts(self, bgr: NDArray[np.uint8]) -> Iterator[tuple[int, list[_RawFace]]]:
+        """Detector size and usable faces, in the photo's coordinates, of one attempt after the other."""
+        for size in self._sizes:
+            yield max(size), self._detect_at(bgr, size)
+        for share in PADDINGS:
+            padded, scale, (x, y) = _pad(bgr, share)
+            for size in self._padded_sizes:
+                faces = self._detect_at(padded, size)
+                yield (
+                    max(size),
+                    [
+                        _RawFace((f.box - [x, y, x, y]) / scale, (f.landmarks - [x, y]) / scale, f.score)
+                        for f in faces
+                    ],
+                )
+
+    def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[_RawFace]:
+        height, width = bgr.shape[:2]
+        if min(size[0] * height // width, size[1] * width // height) < 1:
+            return []  # a very long photo would be resized to no pixels at all
+        boxes, landmarks = self._model(DETECTION).detect(bgr, input_size=size, max_num=0, metric="default")
+        faces = [
+            _RawFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
+        ]
+        return [face for face in faces if face.is_usable]
+
+    def _face(self, bgr: NDArray[np.uint8], raw: _RawFace, image_index: int, size: int, pose: bool) -> Face:
+        # insightface's own faces cannot be copied and answer None to any attribute: none leaves this function.
+        face = self._libraries.Face(
+            bbox=raw.box.astype(np.float32), kps=raw.landmarks.astype(np.float32), det_score=raw.score
+        )
+        if GENDER_AGE in self.package.models:
+            self._model(GENDER_AGE).get(bgr, face)
+        if pose:
+            self._model(LANDMARKS_3D).get(bgr, face)
+        x1, y1, x2, y2 = (float(value) for value in raw.box)
+        return Face(
+            box=(x1, y1, x2, y2),
+            landmarks=tuple((float(x), float(y)) for x, y in raw.landmarks),
+            score=raw.score,
+            image_index=image_index,
+            image_size=(bgr.shape[1], bgr.shape[0]),
+            detection_size=size,
+            sex=face.sex,
+            age=None if face.age is None else int(face.age),
+            pose=(float(face.pose[0]), float(face.pose[1]), float(face.pose[2])) if pose else None,
+        )
+
+
+def open_analyzer(folder: Path, provider: str = "auto", recognition: bool = False) -> FaceAnalyzer:
+    """Open the detector of a package folder, its sex and age model if there is one, and on request its recogniser.
+
+    `provider` is "auto" (an NVIDIA GPU that works, else the CPU) or a key of `PROVIDERS`. Nothing is downloaded.
+
+    Raises FacePackageError when insightface, its runtime, the provider or a model is missing or unusable.
+    """
+    libraries = _import_libraries()
+    providers = choose_providers(provider, libraries.onnxruntime.get_available_providers())
+    analyzer = FaceAnalyzer(read_package(Path(folder).absolute()), libraries, providers)
+    if recognition:
+        analyzer.require_recognition()
+    if analyzer.provider != providers[0]:
+        log.warning("face models run on %s: onnxruntime could not start %s", analyzer.provider, providers[0])
+    return analyzer
+
+
+def choose_providers(provider: str, available: Sequence[str]) -> list[str]:
+    """onnxruntime's names for a provider choice, the CPU last as fallback.
+
+    `available` is what onnxruntime was built with; that is no proof of a GPU, so "auto" also asks torch.
+    """
+    cpu = PROVIDERS["cpu"]
+    if provider == "auto":
+        cuda = PROVIDERS["cuda"]
+        return [cuda, cpu] if cuda in available and torch.cuda.is_available() else [cpu]
+    if provider not in PROVIDERS:
+        raise InputError(f"provider must be auto or one of {', '.join(PROVIDERS)}, got {provider!r}")
+    chosen = PROVIDERS[provider]
+    if chosen not in available:
+        usable = ", ".join(name for name, full in PROVIDERS.items() if full in available)
+        raise FacePackageError(
+            f"the installed onnxruntime has no provider '{provider}'; it has {usable}. Choose auto, or install the "
+            "onnxruntime flavour that brings it (only one flavour may be installed at a time)."
+        )
+    return [chosen] if chosen == cpu else [chosen, cpu]
+
+
+def order_faces(faces: Sequence[Face], policy: str) -> list[Face]:
+    """Faces of one photo in the order that `index` counts in. Ties are settled from left to right, then top down.
+
+    largest: by box area; central: by distance to the photo's centre; left to right and all: by the box's centre;
+    by score: the detector's confidence first.
+    """
+    if policy not in POLICIES:
+        raise InputError(f"select must be one of {', '.join(POLICIES)}, got {policy!r}")
+    return sorted(faces, key=lambda face: _order_key(face, policy))
+
+
+def select_faces(faces: Sequence[Face], policy: str = "largest", index: int = 0) -> list[Face]:
+    """The face at `index` (from 0) in the order of the policy; with "all", every face and no index.
+
+    Raises FaceError when there are fewer faces.
+    """
+    ordered = order_faces(faces, policy)
+    if policy == "all":
+        return ordered
+    if index < 0:
+        raise InputError(f"index must be 0 (the first face) or more, got {index}")
+    if index >= len(ordered):
+        raise FaceError(
+            f"asked for face {index + 1} (index {index}, {policy}), found {len(ordered)}; "
+            f"lower the index{'' if ordered else ' or use a photo with a face'}"
+        )
+    return [ordered[index]]
+
+
+def _order_key(face: Face, policy: str) -> tuple[float, float, float]:
+    (x, y), (width, height) = face.center, face.image_size
+    if policy == "largest":
+        return -face.area, x, y
+    if policy == "central":
+        return (x - width / 2) ** 2 + (y - height / 2) ** 2, x, y
+    if policy == "by score":
+        return -face.score, x, y
+    return x, x, y
+
+
+def _import_libraries() -> _Libraries:
+    try:
+        import onnxruntime
+        from insightface.app.common import Face as InsightFace
+        from insightface.model_zoo import get_model
+
+        # Uninstalling one of two flavours leaves a hollow folder: it imports, but has no content.
+        onnxruntime.InferenceSession  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise FacePackageError(
+            f"face analysis needs insightface and onnxruntime, and they cannot be used: {error}.\n{_INSTALL_HINT}"
+        ) from error
+    return _Libraries(onnxruntime, get_model, InsightFace)
+
+
+def _open_model(
+    libraries: _Libraries, package: Package, task: str, path: Path, providers: Sequence[str]
+) -> Any:
+    options = libraries.onnxruntime.SessionOptions()
+    # Spinning worker threads of several sessions starve each other and torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors only: published models give pages of harmless warnings
+    manifest = {"model_task": task} if package.has_manifest else {}
+    try:
+        model = libraries.get_model(
+            str(package.folder if package.has_manifest else path),
+            providers=list(providers),
+            sess_options=options,
+            static_shape_sessions=False,  # one session for all sizes instead of one copy of the model for each
+            **manifest,
+        )
+    except Exception as error:  # onnxruntime's errors share no base class but this one
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise FacePackageError(
+            f"{path} cannot be opened as a {task} model: {reason}. Delete it and get the package again."
+        ) from error
+    if model is None or model.taskname != task:
+        raise FacePackageError(
+            f"insightface does not accept {path} as a {task} model. A package with a manifest needs insightface 2; "
+            "otherwise choose another package."
+        )
+    return model
+
+
+def _pad(bgr: NDArray[np.uint8], share: float) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
+    """The photo, shrunk if it is large, in a black border; with the scale and the border's width and height."""
+    import cv2
+
+    scale = min(1.0, _LONGEST_PADDED / max(bgr.shape[:2]))
+    if scale < 1:
+        bgr = np.asarray(cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
+    x, y = round(bgr.shape[1] * share), round(bgr.shape[0] * share)
+    padded = cv2.copyMakeBorder(bgr, y, y, x, x, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+    return np.asarray(padded, np.uint8), scale, (x, y)

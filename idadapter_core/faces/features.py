@@ -1,0 +1,161 @@
+"""From photos of a person to `FaceFeatures`: find, choose, align and recognise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import FaceError, InputError, NoFaceFoundError, RecognizerError
+from ..types import Face, FaceFeatures
+from .align import align_face
+from .detector import DETECTION_SIZES, FaceAnalyzer, order_faces, select_faces
+from .images import Image, check_image, image_name
+
+log = logging.getLogger(__name__)
+
+ON_MISSING = ("error", "skip")
+SMALL_BOX = 64  # pixels
+SMALL_EYE_DISTANCE = 20  # pixels
+_CHUNK = 16  # crops per call of the recogniser
+
+Recognizer = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """Features and how they came about. The lists have one entry per photo, empty where it was skipped."""
+
+    features: FaceFeatures
+    report: str
+    found: tuple[tuple[Face, ...], ...]  # every face of each photo, in the order that `index` counts in
+    chosen: tuple[tuple[Face, ...], ...]
+    skipped: tuple[int, ...]  # photos without a usable face
+
+
+def extract_features(
+    images: Sequence[Image],
+    analyzer: FaceAnalyzer,
+    recognizer: Recognizer | None,
+    *,
+    select: str = "largest",
+    index: int = 0,
+    on_missing: str = "error",
+    recognizer_digest: str = "",
+    progress: Callable[[], None] | None = None,
+) -> Extraction:
+    """Features of the chosen face of each photo (or of all faces with select="all").
+
+    `images`: photos of any sizes, in any form `check_image` takes. `select` and `index`: see `select_faces`.
+    `recognizer` maps crops (F, 3, 112, 112), RGB in [-1, 1], float32, to the embedding (F, 512) and four stages;
+    `recognizer_digest` names its weights. Without it the package's own recogniser gives the embedding, and there
+    are no stages. `on_missing="skip"` leaves out photos without the wanted face. `progress` is called after each photo.
+
+    The features are float32 on the CPU. Raises NoFaceFoundError or FaceError naming the photo, InputError for
+    photos that are no images, NoFaceFoundError when every photo was skipped.
+    """
+    if on_missing not in ON_MISSING:
+        raise InputError(f"on_missing must be one of {', '.join(ON_MISSING)}, got {on_missing!r}")
+    if not images:
+        raise InputError("no images were given; connect at least one photo of the person")
+    order_faces([], select)
+    if recognizer is None:
+        analyzer.require_recognition()
+
+    found: list[tuple[Face, ...]] = []
+    chosen: list[tuple[Face, ...]] = []
+    skipped: list[int] = []
+    crops: list[Image] = []
+    lines: list[str] = []
+    for position, given in enumerate(images):
+        image = check_image(given, position, len(images))
+        name = image_name(image, position, len(images))
+        faces = order_faces(analyzer.detect(image, position), select)
+        found.append(tuple(faces))
+        try:
+            picked, new_crops = _pick(image, faces, select, index)
+        except FaceError as error:
+            if on_missing == "error":
+                raise type(error)(f"{name}: {error}") from error
+            skipped.append(position)
+            chosen.append(())
+            lines.append(f"{name}: skipped, {error}")
+        else:
+            chosen.append(tuple(picked))
+            crops += new_crops
+            lines += _describe(name, faces, picked)
+        if progress is not None:
+            progress()
+
+    if not crops:
+        raise NoFaceFoundError("no photo shows a usable face.\n" + "\n".join(lines))
+    crop_tensor = crops_to_tensor(crops)
+    if recognizer is None:
+        embedding = torch.from_numpy(np.stack([analyzer.embed_crop(crop) for crop in crops]))
+        stages: tuple[Tensor, ...] = ()
+        recognizer_digest = analyzer.recognizer_digest
+    else:
+        embedding, stages = _recognize(recognizer, crop_tensor)
+    if not torch.isfinite(embedding).all():
+        raise RecognizerError(
+            "the face recogniser gave values that are not finite; run it in float32, or get its file again"
+        )
+    features = FaceFeatures(
+        embedding=embedding,
+        stages=stages,
+        faces=tuple(face for faces in chosen for face in faces),
+        recognizer=recognizer_digest,
+        crops=crop_tensor,
+    )
+    return Extraction(features, "\n".join(lines), tuple(found), tuple(chosen), tuple(skipped))
+
+
+def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
+    """Aligned crops (112, 112, 3), RGB uint8, as the recogniser's input (F, 3, 112, 112), float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    return (stacked.float() / 127.5 - 1).contiguous()
+
+
+def _pick(image: Image, faces: Sequence[Face], select: str, index: int) -> tuple[list[Face], list[Image]]:
+    if not faces:
+        raise NoFaceFoundError(
+            f"no face found. Tried detector sizes {DETECTION_SIZES[0]} to {DETECTION_SIZES[-1]} px and padding. "
+            "Use an upright, unobstructed face; a photo from a phone may lie on its side"
+        )
+    picked = select_faces(faces, select, index)
+    return picked, [align_face(image, face.landmarks) for face in picked]
+
+
+@torch.no_grad()
+def _recognize(recognizer: Recognizer, crops: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    results = [recognizer(crops[start : start + _CHUNK]) for start in range(0, len(crops), _CHUNK)]
+    embedding = torch.cat([embedding.float().cpu() for embedding, _ in results])
+    stages = zip(*(stages for _, stages in results), strict=True)
+    return embedding, tuple(torch.cat([part.float().cpu() for part in parts]) for parts in stages)
+
+
+def _describe(name: str, faces: Sequence[Face], picked: Sequence[Face]) -> list[str]:
+    noun = "1 face" if len(faces) == 1 else f"{len(faces)} faces"
+    lines = [f"{name}: {noun} found at {faces[0].detection_size} px"]
+    if len(faces) > len(picked):
+        used, last = faces.index(picked[0]), len(faces) - 1
+        lines.append(f"  warning: several faces; used index {used} of 0 to {last}")
+    for face in picked:
+        person = ", ".join(str(fact) for fact in (face.sex, face.age) if fact is not None)
+        lines.append(
+            f"  face {faces.index(face)}: {face.width:.0f}x{face.height:.0f} px, score {face.score:.2f}"
+            f"{f', {person}' if person else ''}"
+        )
+        if min(face.width, face.height) < SMALL_BOX or face.eye_distance < SMALL_EYE_DISTANCE:
+            lines.append(
+                f"  warning: small face ({face.width:.0f}x{face.height:.0f} px, eyes {face.eye_distance:.0f} px apart); "
+                "the identity will be weak"
+            )
+    for line in lines:
+        if "warning" in line:
+            log.warning("%s:%s", name, line.removeprefix("  warning:"))
+    return lines

@@ -1,0 +1,86 @@
+"""Photos as the face stack wants them: (H, W, 3) uint8 RGB."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InputError
+
+Image = NDArray[np.uint8]  # (H, W, 3), RGB, 0..255
+
+MIN_SIDE = 32
+MAX_SIDE = 32766  # OpenCV's warp addresses pixels with 16-bit integers
+_MAX_FLOAT = 16.0  # beyond any highlight: the image is in 0..255, and clamping would leave a white one
+_STRIP = 512  # rows converted at a time: an 8k float image never has a second full-size float copy
+
+
+def check_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> Image:
+    """Turn one photo, (H, W, C) with 1, 3 or 4 channels, into (H, W, 3) uint8 RGB.
+
+    uint8 is taken as 0..255, floating point as 0..1 (values outside are clamped). Grey is repeated to three channels.
+    A fourth channel is opacity: the photo is laid on white, so that pixels hidden by it stay hidden.
+
+    `index` (from 0) and `count` name the photo in errors. Raises InputError for another shape or type, a side below
+    32 px, and NaN or infinite values.
+    """
+    name = f"image {index + 1} of {count}"
+    if isinstance(image, Tensor):
+        image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        raise InputError(
+            f"{name}: expected one image (height, width, channels) with 1, 3 or 4 channels, got shape {image.shape}"
+        )
+    height, width, channels = image.shape
+    if min(height, width) < MIN_SIDE or max(height, width) > MAX_SIDE:
+        raise InputError(
+            f"{name} is {width}x{height}; both sides must be between {MIN_SIDE} and {MAX_SIDE} px. Use another size."
+        )
+    if image.dtype != np.uint8:
+        if not np.issubdtype(image.dtype, np.floating):
+            raise InputError(f"{name} has values of type {image.dtype}; use uint8 (0..255) or floats (0..1)")
+        _check_values(image, name)
+    elif channels == 3:
+        return image
+
+    result = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, _STRIP):
+        strip = image[top : top + _STRIP].astype(np.float32)
+        if image.dtype == np.uint8:
+            strip /= 255
+        strip = strip.clip(0, 1)
+        colors = strip[..., :3]
+        if channels == 4:
+            opacity = strip[..., 3:]
+            colors = colors * opacity + (1 - opacity)
+        result[top : top + _STRIP] = np.rint(colors * 255)
+    return result
+
+
+def to_bgr_uint8(image: Image) -> NDArray[np.uint8]:
+    """The only way from our RGB photos (H, W, 3) to the BGR that insightface reads."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"expected an RGB image (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
+    return np.ascontiguousarray(image[..., ::-1])
+
+
+def image_name(image: Image, index: int, count: int) -> str:
+    """How messages name a photo: "image 2 of 4 (768x1024)", width first."""
+    return f"image {index + 1} of {count} ({image.shape[1]}x{image.shape[0]})"
+
+
+def _check_values(image: np.ndarray, name: str) -> None:
+    strips = [image[top : top + _STRIP] for top in range(0, image.shape[0], _STRIP)]
+    broken = sum(int(np.count_nonzero(~np.isfinite(strip))) for strip in strips)
+    if broken:
+        share = broken / image.size
+        raise InputError(
+            f"{name} ({image.shape[1]}x{image.shape[0]}): {share:.1%} of its values are NaN or infinite. "
+            "The node that made it failed, often a VAE in half precision; repair that first."
+        )
+    highest = max(float(strip.max()) for strip in strips)
+    if highest > _MAX_FLOAT:
+        raise InputError(
+            f"{name} has values up to {highest:g}; floating point images must be in 0..1 (divide by 255)"
+        )

@@ -1,0 +1,265 @@
+"""IResNet, the face recognition network whose inner feature maps UniID reads.
+
+Architecture and key names: insightface's arcface_torch (`backbones/iresnet.py`), MIT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import InputError, RecognizerError
+from .iresnet_onnx import iresnet_state_dict_from_onnx
+
+log = logging.getLogger(__name__)
+
+IRESNET100_LAYERS = (3, 13, 30, 3)
+CROP_SIZE = 112
+EMBEDDING_WIDTH = 512
+STAGE_WIDTHS = (64, 128, 256, 512)
+METADATA_KEY = "idadapter.recognizer"
+
+_BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.")
+_PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+_SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".onnx")
+
+
+class IBasicBlock(nn.Module):
+    """Improved residual block: normalisation first, no activation after the addition (arXiv:2004.04989)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Sequential | None = None
+        if stride > 1:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        residual: Tensor = self.prelu(self.bn2(self.conv1(self.bn1(features))))
+        residual = self.bn3(self.conv2(residual))
+        shortcut = features if self.downsample is None else self.downsample(features)
+        return shortcut + residual
+
+
+def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
+    first = IBasicBlock(in_channels, channels, stride=2)
+    return nn.Sequential(first, *(IBasicBlock(channels, channels, stride=1) for _ in range(blocks - 1)))
+
+
+class IResNet(nn.Module):
+    """A frozen recogniser: (B, 3, 112, 112) crops, RGB in [-1, 1], to an embedding and four feature maps.
+
+    `layers` are the numbers of blocks of the four stages; IResNet-100 has (3, 13, 30, 3).
+    The network stays in eval mode: its batch statistics are part of the published weights.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        super().__init__()
+        if len(layers) != 4 or any(count < 1 for count in layers):
+            raise InputError(f"IResNet needs four block counts of at least 1, got {tuple(layers)}")
+        self.layers = tuple(layers)
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.prelu = nn.PReLU(64)
+        self.layer1 = _stage(64, 64, layers[0])
+        self.layer2 = _stage(64, 128, layers[1])
+        self.layer3 = _stage(128, 256, layers[2])
+        self.layer4 = _stage(256, 512, layers[3])
+        self.bn2 = nn.BatchNorm2d(512)
+        self.fc = nn.Linear(512 * 7 * 7, EMBEDDING_WIDTH)
+        self.features = nn.BatchNorm1d(EMBEDDING_WIDTH)
+        self.eval()
+
+    def train(self, mode: bool = True) -> IResNet:
+        """Stay in eval mode, whatever a surrounding module asks for."""
+        super().train(False)
+        return self
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the embedding (B, 512), not normalised, and the outputs of the four stages:
+        (B, 64, 56, 56), (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7).
+        """
+        if crops.ndim != 4 or tuple(crops.shape[1:]) != (3, CROP_SIZE, CROP_SIZE):
+            raise InputError(f"face crops must be (B, 3, {CROP_SIZE}, {CROP_SIZE}), got {tuple(crops.shape)}")
+        hidden = self.prelu(self.bn1(self.conv1(crops)))
+        stages = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            hidden = stage(hidden)
+            stages.append(hidden)
+        embedding = self.features(self.fc(torch.flatten(self.bn2(hidden), 1)))
+        return embedding, stages
+
+    def extra_repr(self) -> str:
+        return f"layers={self.layers}"
+
+
+def load_iresnet(path: str | Path, layers: Sequence[int] | None = None) -> IResNet:
+    """Read a recogniser from .pth/.pt/.bin (weights only), .safetensors or .onnx, in float32, eval mode, frozen.
+
+    `layers`: the block counts the file must have. By default those of IResNet-100, the network UniID was
+    trained on, because another IResNet has the same output shapes and would give meaningless features without an
+    error. A .safetensors file written by `save_iresnet` declares its own counts, which are then accepted.
+
+    Raises RecognizerError when the file cannot be read, is no IResNet, or is another one.
+    """
+    path = Path(path)
+    state, declared = _read(path)
+    found = _block_counts(state)
+    if found is None:
+        raise RecognizerError(
+            f"{path.name} is not an IResNet face recogniser: none of its {len(state)} keys look like "
+            f"'layer1.0.conv1.weight' (it has {_some(state)}). UniID needs the IResNet-100 of arcface_torch."
+        )
+    required = tuple(layers) if layers is not None else declared or IRESNET100_LAYERS
+    if found != required:
+        hint = " It looks like IResNet-50 (for instance w600k_r50)." if found == (3, 4, 14, 3) else ""
+        raise RecognizerError(
+            f"{path.name} has {_counts(found)} blocks in its four stages, but {_counts(required)} are needed "
+            f"{'(IResNet-100, the network UniID was trained on)' if required == IRESNET100_LAYERS else ''}.{hint} "
+            "Another network gives features the adapter does not understand; choose the right file."
+        )
+    with torch.device("meta"):
+        net = IResNet(found)
+    _check_keys(path, net.state_dict(), state)
+    float_state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    net.load_state_dict(float_state, assign=True)
+    return net.requires_grad_(False)
+
+
+def save_iresnet(net: IResNet, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a .safetensors file that declares its block counts, so that `load_iresnet` accepts small networks."""
+    state = {key: value for key, value in net.state_dict().items() if value.is_floating_point()}
+    metadata = {METADATA_KEY: json.dumps({"layers": list(net.layers)})}
+    save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, path, metadata)
+
+
+def digest(net: nn.Module) -> str:
+    """Name a network by its weights: the same for every file format and storage precision that loads equally."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        if tensor.is_floating_point():
+            sha.update(f"{name} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _read(path: Path) -> tuple[Mapping[str, Tensor], tuple[int, ...] | None]:
+    """The state dict of a file, and the block counts it declares about itself (our own files only)."""
+    if not path.is_file():
+        raise RecognizerError(f"face recogniser not found: {path}")
+    suffix = path.suffix.lower()
+    if suffix == ".onnx":
+        log.warning(
+            "%s is converted from ONNX. Its weights must be those the adapter was trained with; "
+            "the original .pth file is the safe choice.",
+            path.name,
+        )
+        return iresnet_state_dict_from_onnx(path), None
+    if suffix == ".safetensors":
+        return _read_safetensors(path)
+    if suffix in _PICKLE_SUFFIXES:
+        return _read_pickle(path), None
+    raise RecognizerError(
+        f"{path.name}: a face recogniser must be one of {', '.join(_SUFFIXES)}, not '{path.suffix}'"
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], tuple[int, ...] | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise RecognizerError(_unreadable(path, "safetensors", error)) from error
+    if METADATA_KEY not in metadata:
+        return state, None
+    try:
+        declared = tuple(int(count) for count in json.loads(metadata[METADATA_KEY])["layers"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecognizerError(
+            f"{path.name}: its metadata '{METADATA_KEY}' must read like {{\"layers\": [3, 13, 30, 3]}}, "
+            f"it is {metadata[METADATA_KEY]!r}. Convert the file again."
+        ) from error
+    return state, declared
+
+
+def _read_pickle(path: Path) -> Mapping[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise RecognizerError(
+                f"{path.name} holds Python objects besides tensors, so opening it could run code; it was not opened. "
+                "Get the file as a plain state dict or as .safetensors."
+            ) from error
+        raise RecognizerError(_unreadable(path, "PyTorch", error)) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise RecognizerError(_unreadable(path, "PyTorch", error)) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise RecognizerError(
+            f"{path.name} is not a plain state dict (names to tensors) but a {type(state).__name__}"
+            f"{f' with the keys {_some(state)}' if isinstance(state, Mapping) else ''}. Save the network's "
+            "state_dict() alone, as arcface_torch does in backbone.pth."
+        )
+    return state
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> str:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return (
+        f"{path.name} ({path.stat().st_size:,} bytes) cannot be read as a {kind} file; it is truncated, damaged or "
+        f"something else. Download it again. ({first_line})"
+    )
+
+
+def _block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    blocks: dict[int, set[int]] = {1: set(), 2: set(), 3: set(), 4: set()}
+    for key in state:
+        if match := _BLOCK_KEY.match(key):
+            blocks[int(match[1])].add(int(match[2]))
+    is_iresnet = all(blocks.values()) and "layer1.0.prelu.weight" in state and "fc.weight" in state
+    return tuple(max(indices) + 1 for indices in blocks.values()) if is_iresnet else None
+
+
+def _check_keys(path: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    # The counters of seen batches play no part in eval mode and are absent from many files.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    reshaped = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    problems = [
+        f"{len(keys)} keys {kind} ({_some(keys)})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if keys
+    ]
+    if problems:
+        raise RecognizerError(f"{path.name} is not an IResNet as published: {'; '.join(problems)}.")
+
+
+def _some(keys: Mapping[str, object] | Sequence[str]) -> str:
+    names = [str(key) for key in keys]
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _counts(layers: Sequence[int]) -> str:
+    return "/".join(str(count) for count in layers)

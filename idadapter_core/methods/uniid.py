@@ -1,0 +1,348 @@
+"""UniID: a text branch and an adapter branch, trained for identity only, merged at inference (arXiv 2512.03964).
+
+Module and key names follow the published code (lyuPang/UniID@41cd236), so that its checkpoints load without a lossy step.
+The adapter's K/V projections are a module of their own (`SiteProjections`), because they are used at another time and place
+than the encoder: once at the start of a sampling run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError, MismatchError
+from ..mixing import concatenate_tokens, select_references, token_bias, weighted_mean
+from ..resampler import PerceiverAttention, feed_forward
+from ..types import FaceFeatures, Identity, Mix
+
+METHOD = "uniid"
+ENCODERS = ("l", "g")  # the text encoders, in the order of SDXL's concatenated states
+STAGE_WIDTHS = (64, 128, 256, 512)  # channels of the face network's stages
+STAGE_SIDES = (56, 28, 14, 7)
+FUSED_SIDE = 16  # stages 1-3 are resized to 16 x 16 before they are fused
+
+
+@dataclass(frozen=True)
+class UniIDConfig:
+    """Sizes of one UniID adapter. The defaults are the published ones (SDXL). Either branch may be absent."""
+
+    text_widths: tuple[int, ...] = (
+        768,
+        1280,
+    )  # one per text encoder, in the order of ENCODERS; empty: no text branch
+    text_tokens: int = 3
+    text_depth: int = 4
+    text_hidden: int = 1024  # of the MLP from the embedding to the tokens
+    adapter_tokens: int = 25  # 0: no adapter branch
+    adapter_width: int = 768
+    adapter_depth: int = 6
+    context_width: int = 2048  # text width of the UNet
+    site_widths: tuple[int, ...] = (
+        (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+    )  # in checkpoint order
+    head_width: int = 64
+    embedding_width: int = 512
+    recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+
+    def __post_init__(self) -> None:
+        if not self.text_widths and not self.adapter_tokens:
+            raise InputError(
+                "a UniID adapter needs a text branch (text_widths), an adapter branch (adapter_tokens), or both"
+            )
+        if len(self.text_widths) > len(ENCODERS):
+            raise InputError(
+                f"text_widths must have at most {len(ENCODERS)} entries ({', '.join(ENCODERS)}), got {self.text_widths}"
+            )
+        for width in (*self.text_widths, *([self.adapter_width] if self.adapter_tokens else [])):
+            if width % self.head_width:
+                raise InputError(f"width {width} must be divisible by head_width {self.head_width}")
+
+    @property
+    def has_text_branch(self) -> bool:
+        return bool(self.text_widths)
+
+    @property
+    def has_adapter_branch(self) -> bool:
+        return self.adapter_tokens > 0
+
+
+class _EmbeddingTokens(nn.Module):
+    """The recogniser's output as tokens: (B, embedding) -> (B, tokens, width)."""
+
+    def __init__(self, config: UniIDConfig, width: int):
+        super().__init__()
+        self.tokens = config.text_tokens
+        self.proj = nn.Sequential(
+            nn.Linear(config.embedding_width, config.text_hidden),
+            nn.GELU(),
+            nn.Linear(config.text_hidden, config.text_tokens * width),
+        )
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        flat: Tensor = self.proj(embedding)
+        return flat.view(flat.shape[0], self.tokens, -1)
+
+
+class _TextResampler(nn.Module):
+    """Text tokens attend to the deepest stage of the face network."""
+
+    def __init__(self, config: UniIDConfig, width: int):
+        super().__init__()
+        self.proj_in = nn.Linear(STAGE_WIDTHS[3], width)
+        self.proj_out = nn.Linear(width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(width, config.head_width), feed_forward(width)])
+            for _ in range(config.text_depth)
+        )
+
+    def forward(self, tokens: Tensor, stage4: Tensor, bias: Tensor | None) -> Tensor:
+        source = self.proj_in(stage4)
+        for layer in self.layers:
+            attend, feed = layer.children()
+            tokens = attend(source, tokens, bias) + tokens
+            tokens = feed(tokens) + tokens
+        out: Tensor = self.norm_out(self.proj_out(tokens))
+        return out
+
+
+class TextBranch(nn.Module):
+    """Identity as tokens in the output space of each text encoder."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        self.encoders = ENCODERS[: len(config.text_widths)]
+        for number, width in enumerate(config.text_widths, start=1):
+            self.add_module(f"proj_{number}", _EmbeddingTokens(config, width))
+            self.add_module(f"norm_{number}", nn.LayerNorm(width))
+            self.add_module(f"text_resampler_{number}", _TextResampler(config, width))
+
+    def forward(self, embedding: Tensor, stage4: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
+        """embedding (B, 512), stage4 tokens (B, S, 512), bias (S,) -> {"l": (B, tokens, width), ...}."""
+        out = {}
+        for number, encoder in enumerate(self.encoders, start=1):
+            tokens = getattr(self, f"norm_{number}")(getattr(self, f"proj_{number}")(embedding))
+            out[encoder] = getattr(self, f"text_resampler_{number}")(tokens, stage4, bias)
+        return out
+
+
+class _AdapterResampler(nn.Module):
+    """Learned latents attend to the deepest stage, then to the fused shallow stages."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        width = config.adapter_width
+        self.proj_face_recog_model_layers = nn.ModuleList(
+            [nn.Linear(sum(STAGE_WIDTHS[:3]), width), nn.Linear(STAGE_WIDTHS[3], width)]
+        )
+        self.proj_out = nn.Linear(width, config.context_width)
+        self.norm_out = nn.LayerNorm(config.context_width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(width, config.head_width),
+                    PerceiverAttention(width, config.head_width),
+                    feed_forward(width),
+                ]
+            )
+            for _ in range(config.adapter_depth)
+        )
+
+    def forward(
+        self, latents: Tensor, fused: Tensor, stage4: Tensor, fused_bias: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        project_fused, project_stage4 = self.proj_face_recog_model_layers
+        fused, stage4 = project_fused(fused), project_stage4(stage4)
+        for layer in self.layers:
+            attend_stage4, attend_fused, feed = layer.children()
+            latents = attend_stage4(stage4, latents, bias) + latents
+            latents = attend_fused(fused, latents, fused_bias) + latents
+            latents = feed(latents) + latents
+        out: Tensor = self.norm_out(self.proj_out(latents))
+        return out
+
+
+class AdapterBranch(nn.Module):
+    """Identity as tokens in the context space of the UNet's cross-attention."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        self.latents = nn.Parameter(
+            torch.randn(1, config.adapter_tokens, config.adapter_width) / config.adapter_width**0.5
+        )
+        self.adapter_resampler = _AdapterResampler(config)
+
+    def forward(
+        self, fused: Tensor, stage4: Tensor, fused_bias: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """fused (B, S', 448), stage4 (B, S, 512), biases (S',) and (S,) -> (B, tokens, context width)."""
+        latents = self.latents.expand(stage4.shape[0], -1, -1)
+        tokens: Tensor = self.adapter_resampler(latents, fused, stage4, fused_bias, bias)
+        return tokens
+
+
+class UniIDEncoder(nn.Module):
+    """Both branches up to their tokens: all that runs once per identity."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        self.text_branch = TextBranch(config) if config.has_text_branch else None
+        self.adapter_branch = AdapterBranch(config) if config.has_adapter_branch else None
+
+    def forward(
+        self, embedding: Tensor, stages: tuple[Tensor, ...], weights: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Text tokens and adapter tokens.
+
+        Args:
+            embedding: (B, 512), not normalised.
+            stages: the four maps (B, C, side, side) of the face network, one person per row; or, with `weights`, the maps
+                of F photos of one person while embedding is (1, 512).
+            weights: (F,) summing to 1: the tokens of all photos become one sequence of keys, weighted in the softmax.
+        """
+        stage4 = stages[3].flatten(2).transpose(1, 2)
+        resized = [
+            F.interpolate(stage, size=(FUSED_SIDE, FUSED_SIDE), mode="bilinear", align_corners=False)
+            for stage in stages[:3]
+        ]
+        fused = torch.cat(resized, dim=1).flatten(2).transpose(1, 2)
+        bias = fused_bias = None
+        if weights is not None:
+            bias, fused_bias = token_bias(weights, stage4.shape[1]), token_bias(weights, fused.shape[1])
+            stage4, fused = concatenate_tokens(stage4), concatenate_tokens(fused)
+        text = self.text_branch(embedding, stage4, bias) if self.text_branch is not None else {}
+        adapter = (
+            self.adapter_branch(fused, stage4, fused_bias, bias) if self.adapter_branch is not None else None
+        )
+        return text, adapter
+
+
+class _Projection(nn.Module):
+    def __init__(self, context_width: int, width: int):
+        super().__init__()
+        self.to_k_ip = nn.Linear(context_width, width, bias=False)
+        self.to_v_ip = nn.Linear(context_width, width, bias=False)
+
+
+class SiteProjections(nn.Module):
+    """K and V projections of the identity tokens, one pair per cross-attention site, numbered as in checkpoints."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        self.adapter_modules = nn.ModuleDict(
+            {
+                str(2 * rank + 1): _Projection(config.context_width, width)
+                for rank, width in enumerate(config.site_widths)
+            }
+            if config.has_adapter_branch
+            else {}
+        )
+
+    def project(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """K_id and V_id (G, T, width) of the site with that checkpoint number, for tokens (G, T, context width).
+
+        Runs on the device of the tokens in fp32; the weights stay where they are and are only passed through.
+        """
+        tokens = tokens.float()
+        keys, values = (
+            F.linear(tokens, weight.to(tokens.device).float())
+            for weight in self.adapter_modules[str(index)].parameters()
+        )
+        return keys, values
+
+
+def encode(encoder: UniIDEncoder, config: UniIDConfig, features: FaceFeatures, mix: Mix) -> Identity:
+    """One identity from the photos of one person. Runs where the encoder's weights are, in fp32, without gradients.
+
+    `concatenate` (which `auto` means, ours for more than one photo): mean of the embeddings, and the stage tokens of all
+    photos as one sequence of keys. `mean`: the mean of embeddings and of stage maps. The digests of the result are left to
+    the caller (`checkpoint.Adapter.encode`).
+
+    Raises:
+        InputError: no faces, a wrong number of weights, or mode `learned`, which UniID has not.
+        MismatchError: features without the stage maps UniID reads, or of other sizes.
+    """
+    if mix.mode == "learned":
+        raise InputError(
+            "UniID has no learned mixing; set mode to auto, concatenate or mean (learned mixing is IDAdapter's)"
+        )
+    require_stages(features, config)
+    chosen, weights = select_references(features, mix)
+    device = next(encoder.parameters()).device
+    with torch.no_grad():
+        weights = weights.to(device)
+        embedding = weighted_mean(chosen.embedding.to(device, torch.float32), weights)
+        stages = tuple(stage.to(device, torch.float32) for stage in chosen.stages)
+        if mix.mode == "mean":
+            stages = tuple(weighted_mean(stage, weights) for stage in stages)
+        together = weights if len(chosen) > 1 and mix.mode != "mean" else None
+        text, adapter = encoder(embedding, stages, together)
+        zeros = tuple(torch.zeros_like(stage[:1]) for stage in stages)
+        _, unconditional = encoder(torch.zeros_like(embedding), zeros)
+    return Identity(
+        adapter_tokens=adapter,
+        adapter_tokens_uncond=unconditional,
+        text_tokens=text,
+        method=METHOD,
+        recognizer=features.recognizer,
+        class_word=_class_word(chosen),
+    )
+
+
+def require_stages(features: FaceFeatures, config: UniIDConfig) -> None:
+    """Raise MismatchError unless the features hold what UniID reads."""
+    if not features.stages:
+        raise MismatchError(
+            "these face features have no stage maps: they come from the face package's own recogniser, but UniID reads the "
+            "inner stages of a torch iResNet. Choose an iResNet file as `recognizer` in Load Face Analyzer."
+        )
+    expected = [(width, side, side) for width, side in zip(STAGE_WIDTHS, STAGE_SIDES, strict=True)]
+    found = [tuple(stage.shape[1:]) for stage in features.stages]
+    if found != expected or features.embedding.shape[1] != config.embedding_width:
+        raise MismatchError(
+            f"UniID reads an embedding of {config.embedding_width} and stage maps of {expected}; these features have "
+            f"{features.embedding.shape[1]} and {found}. Use the iResNet that the adapter was trained with."
+        )
+
+
+def _class_word(features: FaceFeatures) -> str:
+    """ "man" or "woman" by majority of the faces whose sex is known, else ""."""
+    votes = [face.sex for face in features.faces if face.sex in ("M", "F")]
+    men, women = votes.count("M"), votes.count("F")
+    return "" if men == women else "man" if men > women else "woman"
+
+
+def normalize_text_tokens(text_tokens: Mapping[str, Tensor], reference_norms: Mapping[str, Tensor]) -> Tensor:
+    """Identity text tokens at the length a text encoder gives well-known names: (B, n, sum of widths), scale s_t = 1.
+
+    Args:
+        text_tokens: per encoder (B, n, width), as in `Identity.text_tokens`.
+        reference_norms: per encoder (n,): L2 norm of the encoder's state at positions 1..n.
+    """
+    parts = []
+    for encoder in ENCODERS:
+        if encoder in text_tokens:
+            tokens = text_tokens[encoder].float()
+            norms = tokens.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+            parts.append(
+                tokens / norms * reference_norms[encoder].to(tokens.device).float().reshape(1, -1, 1)
+            )
+    return torch.cat(parts, dim=-1)
+
+
+__all__ = [
+    "ENCODERS",
+    "METHOD",
+    "AdapterBranch",
+    "SiteProjections",
+    "TextBranch",
+    "UniIDConfig",
+    "UniIDEncoder",
+    "encode",
+    "normalize_text_tokens",
+    "require_stages",
+]

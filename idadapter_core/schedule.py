@@ -1,0 +1,55 @@
+"""What acts when during one sampling run: the step a noise level belongs to, and the four scales of normalized rescaling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from .errors import InputError
+
+
+def step_index(sigma: float, sigmas: Sequence[float]) -> int:
+    """The step (0-based) of a run that a model call at noise level `sigma` belongs to.
+
+    Args:
+        sigmas: the run's noise levels, descending, one more than there are steps.
+
+    Calls between two levels, as second-order samplers make them, belong to the step that they started in. Where `sigmas` is
+    no descending schedule, the last step is assumed.
+    """
+    starts = sigmas[:-1]
+    if not starts or sigmas[0] <= sigmas[-1]:
+        return max(len(starts) - 1, 0)
+    # The tolerance absorbs the rounding of half-precision sigmas.
+    return max(sum(start >= sigma * (1 - 1e-4) for start in starts) - 1, 0)
+
+
+@dataclass(frozen=True)
+class RescaleSchedule:
+    """Scales of normalized rescaling, early and late in a run (arXiv 2512.03964; defaults: 5 early steps of 30)."""
+
+    adapter_early: float = 0.8
+    adapter_late: float = 1.2
+    text_early: float = 0.5
+    text_late: float = 1.8
+    early_fraction: float = 0.1667  # share of the run's steps
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not math.isfinite(value):
+                raise InputError(f"{field.name} must be a finite number, got {value}")
+        if not 0 <= self.early_fraction <= 1:
+            raise InputError(f"early_fraction must be between 0 and 1, got {self.early_fraction}")
+
+    def is_early(self, step: int, steps: int) -> bool:
+        return step < round(self.early_fraction * steps)
+
+    def adapter_scale(self, step: int, steps: int) -> float:
+        """s_a of that step."""
+        return self.adapter_early if self.is_early(step, steps) else self.adapter_late
+
+    def text_scale(self, step: int, steps: int) -> float:
+        """s_t of that step."""
+        return self.text_early if self.is_early(step, steps) else self.text_late

@@ -1,0 +1,130 @@
+"""The plain data that travels between the parts of the package.
+
+Frozen dataclasses compare by identity (`eq=False` where they hold tensors): a tensor has no single truth value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from .errors import InputError
+
+MODES = ("auto", "learned", "concatenate", "mean")
+
+
+@dataclass(frozen=True)
+class Face:
+    """One detected face. Pixel coordinates refer to the photo as given, x to the right and y down."""
+
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2
+    landmarks: tuple[
+        tuple[float, float], ...
+    ]  # left eye, right eye, nose, left and right mouth corner (as seen in the image)
+    score: float  # detector confidence, 0..1
+    image_index: int = 0  # which photo of the batch
+    image_size: tuple[int, int] = (0, 0)  # width, height of that photo
+    detection_size: int = 0  # side of the detector input that found it
+    sex: str | None = None  # "M", "F" or None where the package cannot tell
+    age: int | None = None  # years
+    pose: tuple[float, float, float] | None = None  # pitch, yaw, roll in degrees
+
+    @property
+    def width(self) -> float:
+        return self.box[2] - self.box[0]
+
+    @property
+    def height(self) -> float:
+        return self.box[3] - self.box[1]
+
+    @property
+    def area(self) -> float:
+        return max(self.width, 0.0) * max(self.height, 0.0)
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    @property
+    def eye_distance(self) -> float:
+        (x1, y1), (x2, y2) = self.landmarks[:2]
+        return math.hypot(x2 - x1, y2 - y1)
+
+
+@dataclass(frozen=True, eq=False)
+class FaceFeatures:
+    """F faces of one person: facts about photos, no adapter involved."""
+
+    embedding: Tensor  # (F, 512) recogniser output, not normalised
+    stages: tuple[Tensor, ...] = ()  # four maps (F, C, H, W) of the torch iResNet, or empty
+    patch_tokens: Tensor | None = None  # (F, P, d) CLIP vision, no class token
+    class_embedding: Tensor | None = None  # (F, d) CLIP vision
+    faces: tuple[Face, ...] = ()
+    recognizer: str = ""  # digest of the network behind embedding and stages
+    crops: Tensor | None = None  # (F, 3, 112, 112) RGB in [-1, 1]
+
+    def __post_init__(self) -> None:
+        if self.embedding.ndim != 2:
+            raise InputError(
+                f"FaceFeatures.embedding must be (faces, width), got {tuple(self.embedding.shape)}"
+            )
+        count = self.embedding.shape[0]
+        tensors = [*self.stages, self.patch_tokens, self.class_embedding, self.crops]
+        if any(t is not None and t.shape[0] != count for t in tensors) or (
+            self.faces and len(self.faces) != count
+        ):
+            raise InputError(f"every part of FaceFeatures must describe the same {count} faces")
+
+    def __len__(self) -> int:
+        return int(self.embedding.shape[0])
+
+    def pick(self, indices: list[int]) -> FaceFeatures:
+        """The features of the named faces, in that order; an index may repeat."""
+        return replace(
+            self,
+            embedding=self.embedding[indices],
+            stages=tuple(stage[indices] for stage in self.stages),
+            patch_tokens=None if self.patch_tokens is None else self.patch_tokens[indices],
+            class_embedding=None if self.class_embedding is None else self.class_embedding[indices],
+            crops=None if self.crops is None else self.crops[indices],
+            faces=tuple(self.faces[i] for i in indices) if self.faces else (),
+        )
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the faces of one person become one identity."""
+
+    mode: str = "auto"
+    references: int = 0  # 0: as many as the method uses
+    weights: tuple[float, ...] = ()  # empty: all alike; else one number >= 0 per face
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.references < 0:
+            raise InputError(
+                f"references must be 0 (the adapter's own number) or more, got {self.references}"
+            )
+        if any(not weight >= 0 or weight == float("inf") for weight in self.weights):
+            raise InputError(f"weights must be finite numbers of at least 0, got {self.weights}")
+        if self.weights and not any(self.weights):
+            raise InputError("all weights are 0, so no face is left; give at least one face a weight above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """What one adapter made of the features of one person."""
+
+    adapter_tokens: Tensor | None  # (1, T, D); None where the adapter has no adapter branch
+    adapter_tokens_uncond: Tensor | None  # (1, T, D); None: the adapter is skipped on negative rows
+    text_tokens: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # per text encoder: "l" (1, n, 768), "g" (1, n, 1280)
+    method: str = ""
+    adapter: str = ""  # digest of the adapter's weights
+    recognizer: str = ""  # digest of the recogniser behind the features
+    class_word: str = ""  # "man", "woman", or "" where the photos do not tell

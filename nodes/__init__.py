@@ -1,0 +1,33 @@
+"""The pack's nodes: thin wrappers that unpack their inputs, make one call and hand on the result."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .adapter import ApplyIDAdapter, LoadIDAdapter, NormalizedRescaling
+from .faces import ExtractFaces, LoadFaceAnalyzer
+from .host import paths
+from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
+from .prompt import IDPrompt
+
+
+class IDAdapterExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        paths.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            LoadFaceAnalyzer,
+            ExtractFaces,
+            LoadIDAdapter,
+            MixFeatures,
+            ApplyIDAdapter,
+            NormalizedRescaling,
+            IDPrompt,
+            AttachIdentity,
+            SaveIdentity,
+            LoadIdentity,
+        ]
+
+
+__all__ = ["IDAdapterExtension"]

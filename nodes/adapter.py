@@ -1,0 +1,248 @@
+"""Loading an adapter, and applying it to a model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..idadapter_core import Identity, load_adapter
+from ..idadapter_core.errors import InputError
+from ..idadapter_core.schedule import RescaleSchedule
+from .host import paths
+from .host.memory import LoadedAdapter, manage
+from .host.plan import Application, Rescale, model_name, plan_of, site_widths, with_plan
+from .sockets import CATEGORY, NONE, AdapterSocket, IdentitySocket, file_options
+
+log = logging.getLogger(__name__)
+RESCALE_MODES = ("normalized", "off")
+SCOPES = ("ID adapters", "every attention patch")
+
+
+def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
+    """An adapter whose encoder ComfyUI manages."""
+    adapter = load_adapter(path, text_branch)
+    return LoadedAdapter(adapter, manage(adapter.encoder, _reload_encoder, path, text_branch))
+
+
+def _reload_encoder(path: Path, text_branch: Path | None) -> object:
+    return load(path, text_branch).patcher
+
+
+class LoadIDAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterLoadAdapter",
+            display_name="Load ID Adapter",
+            category=CATEGORY,
+            description=(
+                "Loads the trained weights of an identity adapter. What a file is, is read from its contents: names do not matter."
+            ),
+            search_aliases=["uniid", "face adapter", "ipadapter model loader"],
+            inputs=[
+                io.Combo.Input(
+                    "adapter",
+                    options=file_options(paths.ADAPTERS),
+                    tooltip="A file of models/idadapter. For the published UniID, the adapter branch's pytorch_model.bin.",
+                ),
+                io.Combo.Input(
+                    "text_branch",
+                    options=[NONE, *paths.files(paths.ADAPTERS)],
+                    default=NONE,
+                    tooltip="A second file with the text branch: UniID publishes its two branches apart. "
+                    "none where one file holds everything.",
+                ),
+            ],
+            outputs=[
+                AdapterSocket.Output(
+                    "adapter", display_name="adapter", tooltip="For Mix Face Features and Apply ID Adapter."
+                ),
+                io.String.Output(
+                    "info", display_name="info", tooltip="What the files hold and what to know about them."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, adapter: str, text_branch: str) -> io.NodeOutput:
+        second = None if text_branch == NONE else paths.path_of(paths.ADAPTERS, text_branch)
+        loaded = load(paths.path_of(paths.ADAPTERS, adapter), second)
+        for note in loaded.adapter.notes:
+            log.warning("%s: %s", loaded.adapter.name, note)
+        return io.NodeOutput(loaded, loaded.adapter.info)
+
+
+class ApplyIDAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterApply",
+            display_name="Apply ID Adapter",
+            category=CATEGORY,
+            description=(
+                "Makes a model draw this person. For several people use one node each, with masks. "
+                "The positive prompts get the identity, the negative ones its unconditional counterpart."
+            ),
+            search_aliases=["apply uniid", "faceid", "identity", "ipadapter face"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model the adapter was made for, for example SDXL for the published UniID.",
+                ),
+                AdapterSocket.Input("adapter", tooltip="From Load ID Adapter."),
+                IdentitySocket.Input("identity", tooltip="From Mix Face Features or Load Identity."),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=-1.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="Strength of the identity. 0 is exactly the plain model. With Normalized Identity Rescaling it "
+                    "multiplies the adapter scales.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in the sampling the identity begins to act.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where it stops. A later window that starts here takes over without an overlap.",
+                ),
+                io.Mask.Input(
+                    "attn_mask",
+                    optional=True,
+                    tooltip="Where in the picture the identity acts (white). Any size; a batch of masks goes with the batch of latents.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        adapter: LoadedAdapter,
+        identity: Identity,
+        weight: float,
+        start_percent: float,
+        end_percent: float,
+        attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        if start_percent > end_percent:
+            raise InputError(
+                f"start_percent ({start_percent}) lies after end_percent ({end_percent}); exchange them. Equal values switch the "
+                "identity off."
+            )
+        plan = plan_of(model)
+        adapter.adapter.require_identity(identity, "the identity")
+        adapter.adapter.require_sites(plan.sites, site_widths(model, plan.sites), model_name(model))
+        application = Application(
+            adapter.adapter,
+            identity,
+            weight,
+            start_percent,
+            end_percent,
+            None if attn_mask is None else check_mask(attn_mask),
+        )
+        return io.NodeOutput(with_plan(model, applications=(*plan.applications, application)))
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """A MASK as (B, H, W) in 0..1.
+
+    Raises:
+        InputError: another shape, or values that are not finite.
+    """
+    if mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim != 3:
+        raise InputError(f"attn_mask must be a MASK of shape (batch, height, width), got {tuple(mask.shape)}")
+    if not mask.isfinite().all():
+        raise InputError("attn_mask has values that are not finite numbers; check the node that made it")
+    return mask.float().clamp(0, 1)
+
+
+class NormalizedRescaling(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        defaults = RescaleSchedule()
+
+        def scale(name: str, value: float, tooltip: str) -> io.Float.Input:
+            return io.Float.Input(name, default=value, min=-1.0, max=5.0, step=0.05, tooltip=tooltip)
+
+        return io.Schema(
+            node_id="IDAdapterRescale",
+            display_name="Normalized Identity Rescaling",
+            category=CATEGORY,
+            description=(
+                "Balances identity against the prompt by the lengths of both (UniID): in each layer the adapter's part is set to "
+                "a multiple of the text's. Low early scales let the prompt lay out the picture, higher late ones bring the person."
+            ),
+            search_aliases=["uniid rescale", "prompt control", "identity strength schedule"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="Before or after Apply ID Adapter: the order does not matter."
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(RESCALE_MODES),
+                    default="normalized",
+                    tooltip="off: the adapter acts as trained times its weight, text tokens at scale 1.",
+                ),
+                scale(
+                    "adapter_early",
+                    defaults.adapter_early,
+                    "Adapter part in the early steps, as a multiple of the text's.",
+                ),
+                scale("adapter_late", defaults.adapter_late, "Adapter part in the later steps."),
+                scale(
+                    "text_early",
+                    defaults.text_early,
+                    "Identity text tokens in the early steps, as a multiple of a well-known name's length.",
+                ),
+                scale("text_late", defaults.text_late, "Identity text tokens in the later steps."),
+                io.Float.Input(
+                    "early_fraction",
+                    default=defaults.early_fraction,
+                    min=0.0,
+                    max=1.0,
+                    step=0.0001,
+                    tooltip="Share of this sampler's steps that count as early: 0.1667 is 5 of 30.",
+                ),
+                io.Combo.Input(
+                    "scope",
+                    options=list(SCOPES),
+                    default=SCOPES[0],
+                    tooltip="every attention patch: what IPAdapter, InstantID or PuLID add in the model's cross-attention is "
+                    "rescaled in the same way.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        mode: str,
+        adapter_early: float,
+        adapter_late: float,
+        text_early: float,
+        text_late: float,
+        early_fraction: float,
+        scope: str,
+    ) -> io.NodeOutput:
+        schedule = RescaleSchedule(adapter_early, adapter_late, text_early, text_late, early_fraction)
+        rescale = Rescale(schedule, every_patch=scope == SCOPES[1]) if mode == RESCALE_MODES[0] else None
+        return io.NodeOutput(with_plan(model, rescale=rescale))

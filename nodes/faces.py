@@ -1,0 +1,207 @@
+"""From photos to face features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..idadapter_core.faces.packages import find_packages, resolve_package
+from .host import images, paths
+from .host.memory import manage
+from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket
+
+if TYPE_CHECKING:
+    from ..idadapter_core.faces.detector import FaceAnalyzer
+
+FROM_PACKAGE = "from package"
+PROVIDERS = ("auto", "cpu", "cuda", "rocm", "coreml", "directml", "openvino")
+SELECT = ("largest", "central", "left to right", "by score", "all")
+ON_MISSING = ("error", "skip")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAnalyzer:
+    """What the FACE_ANALYZER socket carries: the detector, and the torch recogniser as ComfyUI manages it."""
+
+    analyzer: FaceAnalyzer
+    recognizer: Any = None  # ModelPatcher of an IResNet, or None for the package's own
+    recognizer_digest: str = ""
+
+    def get_models(self) -> list[Any]:
+        """For ComfyUI's memory accounting of cached node outputs."""
+        return [] if self.recognizer is None else [self.recognizer]
+
+    def recognize(self, crops: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Embedding and stages of crops (F, 3, 112, 112), on the device ComfyUI chose."""
+        comfy.model_management.load_models_gpu([self.recognizer])
+        result: tuple[Tensor, list[Tensor]] = self.recognizer.model(crops.to(self.recognizer.load_device))
+        return result
+
+
+def load_recognizer(path: Path) -> Any:
+    """A torch face network as a ModelPatcher."""
+    from ..idadapter_core.faces.iresnet import load_iresnet
+
+    return manage(load_iresnet(path), load_recognizer, path)
+
+
+class LoadFaceAnalyzer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        packages = sorted(find_packages(paths.insightface_roots())) or [
+            "(no package yet: put one into models/insightface)"
+        ]
+        return io.Schema(
+            node_id="IDAdapterLoadFaceAnalyzer",
+            display_name="Load Face Analyzer",
+            category=CATEGORY,
+            description=(
+                "Opens a face detector (insightface) and, for UniID, the face recognition network. "
+                "The models of insightface are for non-commercial research only."
+            ),
+            search_aliases=["insightface", "face analysis", "buffalo_l", "antelopev2", "arcface"],
+            inputs=[
+                io.Combo.Input(
+                    "package",
+                    options=packages,
+                    tooltip="A folder of insightface models: buffalo_l or antelopev2, in models/insightface/models. "
+                    "Nothing is downloaded. For non-commercial research only.",
+                ),
+                io.Combo.Input(
+                    "recognizer",
+                    options=[FROM_PACKAGE, *paths.files(paths.RECOGNIZERS)],
+                    default=FROM_PACKAGE,
+                    tooltip="The network that turns a face into numbers. UniID needs its iResNet-100 as a file of "
+                    "models/idadapter/recognizers (.pth, .safetensors or .onnx); the package's own gives no stage maps.",
+                ),
+                io.Combo.Input(
+                    "provider",
+                    options=list(PROVIDERS),
+                    default="auto",
+                    tooltip="Where the insightface models run. auto takes CUDA where it really works, else the CPU, "
+                    "which is fast enough for a few photos.",
+                ),
+            ],
+            outputs=[FaceAnalyzerSocket.Output(tooltip="For Extract Face Features.")],
+        )
+
+    @classmethod
+    def execute(cls, package: str, recognizer: str, provider: str) -> io.NodeOutput:
+        from ..idadapter_core.faces.detector import open_analyzer
+        from ..idadapter_core.faces.iresnet import digest
+
+        folder = resolve_package(package, paths.insightface_roots())
+        if recognizer == FROM_PACKAGE:
+            return io.NodeOutput(LoadedAnalyzer(open_analyzer(folder, provider, recognition=True)))
+        patcher = load_recognizer(paths.path_of(paths.RECOGNIZERS, recognizer))
+        analyzer = open_analyzer(folder, provider)
+        return io.NodeOutput(LoadedAnalyzer(analyzer, patcher, digest(patcher.model)))
+
+
+class ExtractFaces(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterExtractFaces",
+            display_name="Extract Face Features",
+            category=CATEGORY,
+            description=(
+                "Finds the face in each photo of a batch and describes it in numbers. All photos should show the same "
+                "person. Runs only when the photos or these settings change, never for a changed weight."
+            ),
+            search_aliases=["face embedding", "face crop", "id embedding", "insightface"],
+            inputs=[
+                io.Image.Input(
+                    "image", tooltip="One photo, or a batch of photos of one person (Batch Images)."
+                ),
+                FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
+                io.Combo.Input(
+                    "select",
+                    options=list(SELECT),
+                    default="largest",
+                    tooltip="Which face counts where a photo shows several; the order in which `index` counts. "
+                    "all takes every face of every photo.",
+                ),
+                io.Int.Input(
+                    "index",
+                    default=0,
+                    min=0,
+                    max=99,
+                    tooltip="0 is the first face in the order of `select`, 1 the second … The preview shows the numbers.",
+                ),
+                io.Combo.Input(
+                    "on_missing",
+                    options=list(ON_MISSING),
+                    default="error",
+                    tooltip="A photo without that face: stop with an error, or leave the photo out and say so in the report.",
+                ),
+            ],
+            outputs=[
+                FaceFeaturesSocket.Output("faces", display_name="faces", tooltip="For Mix Face Features."),
+                io.Image.Output(
+                    "crops", display_name="crops", tooltip="The faces as the recogniser sees them, 112 x 112."
+                ),
+                io.Mask.Output(
+                    "boxes",
+                    display_name="boxes",
+                    tooltip="One mask per photo: 1 inside the chosen faces' boxes.",
+                ),
+                io.Image.Output(
+                    "preview",
+                    display_name="preview",
+                    tooltip="The photos with numbered boxes; the chosen faces in green.",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="What was found where, and what to watch out for.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, analyzer: LoadedAnalyzer, select: str, index: int, on_missing: str
+    ) -> io.NodeOutput:
+        from ..idadapter_core.faces.features import extract_features
+        from ..idadapter_core.faces.preview import draw_preview, face_mask
+
+        pictures = images.photos(image)
+        progress = comfy.utils.ProgressBar(len(pictures))
+
+        def step() -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update(1)
+
+        extraction = extract_features(
+            pictures,
+            analyzer.analyzer,
+            None if analyzer.recognizer is None else analyzer.recognize,
+            select=select,
+            index=index,
+            on_missing=on_missing,
+            recognizer_digest=analyzer.recognizer_digest,
+            progress=step,
+        )
+        features = extraction.features
+        height, width = pictures[0].shape[:2]
+        previews = [
+            draw_preview(picture, found, chosen)
+            for picture, found, chosen in zip(pictures, extraction.found, extraction.chosen, strict=True)
+        ]
+        boxes = torch.stack([face_mask(chosen, height, width) for chosen in extraction.chosen])
+        assert features.crops is not None  # extract_features always cuts them
+        return io.NodeOutput(
+            features,
+            images.crops_to_image(features.crops),
+            boxes,
+            images.to_image(previews),
+            extraction.report,
+        )

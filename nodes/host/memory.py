@@ -1,0 +1,61 @@
+"""Our modules in the hands of ComfyUI's memory manager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+from torch import Tensor, nn
+
+from ...idadapter_core import Adapter, FaceFeatures, Identity, Mix
+
+
+def manage(module: nn.Module, reload: Callable[..., Any], *arguments: Any) -> Any:
+    """A ModelPatcher for a module. `reload(*arguments)` builds it anew when ComfyUI needs an independent copy."""
+    # Looked up at call time: ComfyUI rebinds the class when dynamic VRAM is on.
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        module,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.cached_patcher_init = (_rebuild, (reload, arguments))
+    return patcher
+
+
+def _rebuild(reload: Callable[..., Any], arguments: tuple[Any, ...], disable_dynamic: bool = False) -> Any:
+    return reload(*arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """What the ID_ADAPTER socket carries: the adapter, and its encoder as ComfyUI manages it."""
+
+    adapter: Adapter
+    patcher: Any
+
+    def get_models(self) -> list[Any]:
+        """For ComfyUI's memory accounting of cached node outputs."""
+        return [self.patcher]
+
+    def encode(self, features: FaceFeatures, mix: Mix) -> Identity:
+        """Make an identity on the device ComfyUI chose; the result is on the intermediate device."""
+        comfy.model_management.load_models_gpu([self.patcher])
+        identity = self.adapter.encode(features, mix)
+        return move_identity(identity, comfy.model_management.intermediate_device())
+
+
+def move_identity(identity: Identity, device: Any) -> Identity:
+    """A copy of an identity with its tensors on a device."""
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    return replace(
+        identity,
+        adapter_tokens=moved(identity.adapter_tokens),
+        adapter_tokens_uncond=moved(identity.adapter_tokens_uncond),
+        text_tokens={name: tokens.to(device) for name, tokens in identity.text_tokens.items()},
+    )

@@ -1,0 +1,298 @@
+"""How a plan acts while ComfyUI samples.
+
+Three wrappers on the MODEL, all without state of their own:
+- OUTER_SAMPLE starts a `Run` and tags the run's own copies of the conditionings, by role name;
+- CALC_COND_BATCH gives the identity's text tokens the scale of the step;
+- APPLY_MODEL decides what acts in this call and binds one attention replacement per site, over whatever other packs have
+  installed by then: so the order of the nodes does not matter, and no slot is ever taken from another pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.conds
+import torch
+from comfy.ldm.modules import attention as comfy_attention
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...idadapter_core.attention import add_residual, identity_attention, rescale_factor, sample_norm
+from ...idadapter_core.errors import InputError
+from ...idadapter_core.sites import Site
+from .plan import KEY, Application, Plan
+from .run import Handle, Row, Rows, RowTags, Run, expand_rows
+
+CALL = f"{KEY}_call"  # in transformer_options, during one model call
+ATTACHED = f"{KEY}_attached"  # in a conditioning: identities of its own, as (Identity, role) pairs
+TEXT_POSITIONS = f"{KEY}_text"  # in a conditioning: where its identity text tokens stand
+
+
+@dataclass(frozen=True, eq=False)
+class Acting:
+    """One application in one model call."""
+
+    number: int  # in the plan
+    scale: Tensor  # 0-d, on the device: one value for all steps of a compiled graph to read
+    masked: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What the attention replacements of one model call need."""
+
+    run: Run
+    rows: tuple[Row, ...]
+    acting: tuple[Acting, ...]
+    normalized: bool
+    foreign_scale: Tensor | None  # not None: rescale what other packs' replacements add
+
+
+def install(model: Any) -> None:
+    """Register the wrappers on a MODEL that carries a plan, once."""
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: outer_sample,
+        WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+        WrappersMP.APPLY_MODEL: apply_model,
+    }
+    for kind, wrapper in wrappers.items():
+        if not model.get_wrappers(kind, KEY):
+            model.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+def outer_sample(
+    executor: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Start a run: tag the conditionings of this run, and free its caches when it ends, however it ends."""
+    guider = executor.class_obj
+    plan: Plan = guider.model_options["transformer_options"][KEY]
+    height, width = noise.shape[-2:]
+    run = Run(plan, tuple(sigmas.tolist()), (height, width))
+    for role, conditionings in guider.conds.items():
+        for conditioning in conditionings:
+            _tag(run, role, conditioning)
+    try:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        run.clear()
+
+
+def _tag(run: Run, role: str, conditioning: dict[str, Any]) -> None:
+    negative = "negative" in role
+    attached = conditioning.get(ATTACHED)
+    if attached is None:
+        handles = tuple(run.handle(a, a.identity, negative) for a in run.plan.applications)
+    else:
+        handles = _attached_handles(run, attached)
+    tags = RowTags(run, handles, tuple(conditioning.get(TEXT_POSITIONS, ())))
+    conditioning["model_conds"] = {**conditioning.get("model_conds", {}), KEY: tags}
+
+
+def _attached_handles(run: Run, attached: tuple[Any, ...]) -> tuple[Handle | None, ...]:
+    """Each attached identity takes the place of the next application of its adapter; the others stay silent."""
+    handles: list[Handle | None] = [None] * len(run.plan.applications)
+    free = list(enumerate(run.plan.applications))
+    for identity, role in attached:
+        match = next((item for item in free if item[1].adapter.digest == identity.adapter), None)
+        if match is None:
+            names = ", ".join(sorted({a.adapter.name for a in run.plan.applications})) or "none"
+            raise InputError(
+                "a conditioning has an identity attached for which no Apply ID Adapter is left on this model "
+                f"(adapters applied: {names}). Add one Apply ID Adapter, with the identity's own adapter, for each identity "
+                "attached to one conditioning."
+            )
+        free.remove(match)
+        number, application = match
+        handles[number] = run.handle(application, identity, role == "negative")
+    return tuple(handles)
+
+
+def calc_cond_batch(
+    executor: Any, model: Any, conds: list[Any], x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
+) -> Any:
+    """Scale the identity's text tokens for this step. ControlNets, which run later, see the scaled tokens too."""
+    plan: Plan | None = model_options.get("transformer_options", {}).get(KEY)
+    if (
+        plan is None
+        or plan.rescale is None
+        or not any(_text_positions(c) for group in conds for c in group or ())
+    ):
+        return executor(model, conds, x_in, timestep, model_options)
+    sigma = float(timestep.max())
+
+    def scaled(conditioning: dict[str, Any]) -> dict[str, Any]:
+        positions = _text_positions(conditioning)
+        if not positions:
+            return conditioning
+        run: Run = conditioning["model_conds"][KEY].run
+        scale = plan.rescale.schedule.text_scale(run.step(sigma), run.steps)
+        if scale == 1:
+            return conditioning
+        states = conditioning["model_conds"]["c_crossattn"].cond.clone()
+        states[:, list(positions)] *= scale
+        model_conds = {**conditioning["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(states)}
+        return {**conditioning, "model_conds": model_conds}
+
+    conds = [None if group is None else [scaled(c) for c in group] for group in conds]
+    return executor(model, conds, x_in, timestep, model_options)
+
+
+def _text_positions(conditioning: dict[str, Any]) -> tuple[int, ...]:
+    # From the tags, not from the conditioning itself: ComfyUI copies a positive's own keys onto the negative it makes up for
+    # an area, but its model_conds always come from a negative.
+    tags = conditioning["model_conds"].get(KEY)
+    return tags.text_positions if isinstance(tags, RowTags) else ()
+
+
+def apply_model(
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Bind the attention replacements of this call, or leave it untouched when nothing acts."""
+    options = transformer_options or {}
+    rows = kwargs.pop(KEY, None)
+    plan: Plan | None = options.get(KEY)
+    if plan is None or not isinstance(rows, Rows):
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    replacements = options.get("patches_replace", {}).get("attn2", {})
+    call = _call(rows, plan, bool(replacements), executor.class_obj, x, options)
+    if call is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    bound = dict(replacements)
+    for site in plan.sites:
+        previous = replacements.get(site.comfy, replacements.get(site.comfy[:2]))
+        if call.acting or previous is not None:
+            bound[site.comfy] = _chain(call.run, site, previous)
+    options = {
+        **options,
+        CALL: call,
+        "patches_replace": {**options.get("patches_replace", {}), "attn2": bound},
+    }
+    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def _call(
+    rows: Rows, plan: Plan, foreign: bool, model: Any, x: Tensor, options: dict[str, Any]
+) -> Call | None:
+    run, rescale = rows.run, plan.rescale
+    present = [
+        n for n in range(len(plan.applications)) if any(row.handles[n] is not None for row in rows.rows)
+    ]
+    foreign = foreign and rescale is not None and rescale.every_patch
+    if not present and not foreign:
+        return None
+    # The one place in a model call where the host waits for the device: the noise level decides what acts.
+    sigma = float(options["sigmas"].max()) if "sigmas" in options else 0.0
+    scale = 1.0 if rescale is None else rescale.schedule.adapter_scale(run.step(sigma), run.steps)
+    acting = []
+    for number in present:
+        application = plan.applications[number]
+        strength = application.weight * scale
+        if strength != 0 and _in_window(application, model.model_sampling, sigma):
+            acting.append(
+                Acting(number, torch.tensor(strength, device=x.device), application.mask is not None)
+            )
+    if not acting and not foreign:
+        return None
+    return Call(
+        run=run,
+        rows=rows.rows,
+        acting=tuple(acting),
+        normalized=rescale is not None,
+        foreign_scale=torch.tensor(scale, device=x.device) if foreign else None,
+    )
+
+
+def _in_window(application: Application, model_sampling: Any, sigma: float) -> bool:
+    """Half open, so that of two windows that meet only one acts on the step between them."""
+    start = model_sampling.percent_to_sigma(application.start_percent)
+    end = model_sampling.percent_to_sigma(application.end_percent)
+    return bool(end < sigma <= start)
+
+
+Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+def _chain(run: Run, site: Site, previous: Replacement | None) -> SiteAttention:
+    # The same object in every step, so that a compiled graph stays valid. The run keeps `previous` alive with it.
+    key = (site, id(previous))
+    if key not in run.chains:
+        run.chains[key] = SiteAttention(site, previous)
+    chain: SiteAttention = run.chains[key]
+    return chain
+
+
+class SiteAttention:
+    """The attn2 replacement of one site: text attention (or another pack's), plus what the acting identities add."""
+
+    def __init__(self, site: Site, previous: Replacement | None):
+        self.site = site
+        self.previous = previous
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
+        call: Call = extra[CALL]
+        out, reference, ours = self._base(call, q, k, v, extra)
+        if not call.acting:
+            return out
+        norm = sample_norm(reference) if call.normalized else None
+        rows = expand_rows(call.rows, extra, q.shape[0])
+        for acting in call.acting:
+            for segment in call.run.segments(rows, acting.number):
+                span = slice(segment.start, segment.stop)
+                identity = call.run.keys_values(
+                    self.site, segment.handles, extra["n_heads"], q.device, q.dtype
+                )
+                residual = identity_attention(q[span], identity)
+                if norm is None:
+                    factor = acting.scale.to(q.dtype)
+                else:
+                    factor = rescale_factor(norm[span], residual, acting.scale)
+                if acting.masked:
+                    size = tuple(extra["activations_shape"][-2:])
+                    factor = factor * call.run.mask(acting.number, rows[span], size, q.device, q.dtype)
+                if ours:
+                    add_residual(out[span], residual, factor, inplace=True)
+                else:
+                    # Another owner may still hold this tensor.
+                    out, ours = out.clone(), True
+                    add_residual(out[span], residual, factor, inplace=True)
+        return out
+
+    def _base(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, bool]:
+        """The output to add to, the tensor whose norm counts as the text's, and whether the output is ours to overwrite."""
+
+        def text_attention() -> Tensor:
+            out: Tensor = comfy_attention.optimized_attention(
+                q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"], transformer_options=extra
+            )
+            return out
+
+        if self.previous is None:
+            out = text_attention()
+            overridden = "optimized_attention_override" in extra
+            return out, out, not overridden and not out.requires_grad
+        out = self.previous(q, k, v, extra)
+        if call.foreign_scale is None:
+            return out, out, False
+        text = text_attention()
+        residual = out - text
+        rescaled = add_residual(
+            text, residual, rescale_factor(sample_norm(text), residual, call.foreign_scale)
+        )
+        return rescaled, text, not rescaled.requires_grad

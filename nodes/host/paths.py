@@ -1,0 +1,81 @@
+"""Where files live: the only user of ComfyUI's folder_paths."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePath
+
+import folder_paths
+
+from ...idadapter_core.checkpoint import PICKLE_SUFFIXES
+from ...idadapter_core.errors import InputError
+
+ADAPTERS = "idadapter"
+RECOGNIZERS = "idadapter_recognizers"
+IDENTITIES = "idadapter_identities"
+INSIGHTFACE = "insightface"
+_SUBFOLDERS = {RECOGNIZERS: "recognizers", IDENTITIES: "identities"}
+_SUFFIXES = {
+    ADAPTERS: {".safetensors", *PICKLE_SUFFIXES},
+    RECOGNIZERS: {".safetensors", ".pt", ".pth", ".onnx"},
+    IDENTITIES: {".safetensors"},
+}
+
+
+def register() -> None:
+    """Make the pack's folders known to ComfyUI, beside whatever the user's extra_model_paths.yaml already named."""
+    roots = _known(ADAPTERS) or []
+    _add(ADAPTERS, [*roots, Path(folder_paths.models_dir) / ADAPTERS])
+    for name, subfolder in _SUBFOLDERS.items():
+        _add(name, [*_known(name), *(Path(root) / subfolder for root in _known(ADAPTERS))])
+
+
+def _known(name: str) -> list[Path]:
+    paths, _ = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    return [Path(path) for path in paths]
+
+
+def _add(name: str, paths: list[Path]) -> None:
+    unique = list(dict.fromkeys(str(path) for path in paths))
+    # A folder that only the yaml named has an empty suffix set, which means every file.
+    folder_paths.folder_names_and_paths[name] = (unique, set(_SUFFIXES[name]))
+
+
+def files(name: str) -> list[str]:
+    """The files of a folder as the user chooses them, by path below it."""
+    found: list[str] = folder_paths.get_filename_list(name)
+    if name == ADAPTERS:
+        found = [file for file in found if PurePath(file).parts[0] not in _SUBFOLDERS.values()]
+    return found
+
+
+def path_of(name: str, file: str) -> Path:
+    """The full path of a chosen file.
+
+    Raises:
+        InputError: there is no such file; says where files of this kind belong.
+    """
+    path = folder_paths.get_full_path(name, file)
+    if path is None:
+        folder = folder_paths.folder_names_and_paths[name][0][0]
+        raise InputError(
+            f"there is no file {file!r} in {folder}. Put it there, then refresh the node list (R)."
+        )
+    return Path(path)
+
+
+def folder_of(name: str) -> Path:
+    """Where new files of this kind are written."""
+    return Path(folder_paths.folder_names_and_paths[name][0][0])
+
+
+def folder_hint(name: str) -> str:
+    """What a list shows while its folder is empty."""
+    folder = f"{ADAPTERS}/{_SUBFOLDERS[name]}" if name in _SUBFOLDERS else name
+    return f"(no files yet: put them into models/{folder})"
+
+
+def insightface_roots() -> list[Path]:
+    """Folders that may hold insightface packages, where this and other packs' users have them."""
+    bases = [*_known(INSIGHTFACE), Path(folder_paths.models_dir) / INSIGHTFACE]
+    roots = [root for base in bases for root in (base / "models", base)]
+    return list(dict.fromkeys([*roots, Path.home() / ".insightface" / "models"]))

@@ -1,0 +1,86 @@
+"""What a MODEL carries: which identities act on it and how. Immutable; a node puts a new plan on a clone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from comfy.utils import get_attr
+from torch import Tensor
+
+from ...idadapter_core import Adapter, Identity
+from ...idadapter_core.schedule import RescaleSchedule
+from ...idadapter_core.sites import Site, attention_sites
+
+KEY = "idadapter"  # in transformer_options, model_conds and the wrappers' registry
+
+
+class _Shared:
+    """Copying shares: older ComfyUI deep-copies a model's options at each clone, which must not copy weights."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Application(_Shared):
+    """One Apply ID Adapter: an identity acting through an adapter with a strength, a window and a mask."""
+
+    adapter: Adapter
+    identity: Identity
+    weight: float
+    start_percent: float
+    end_percent: float
+    mask: Tensor | None  # (B, H, W) in 0..1
+
+    @property
+    def acts(self) -> bool:
+        """Whether it can change anything at all."""
+        masked_out = self.mask is not None and not self.mask.any()
+        return self.weight != 0 and self.start_percent < self.end_percent and not masked_out
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """Normalized Identity Rescaling: its schedule, and whether it covers other packs' attention patches."""
+
+    schedule: RescaleSchedule
+    every_patch: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(_Shared):
+    """Everything this pack does to one MODEL."""
+
+    sites: tuple[Site, ...]
+    applications: tuple[Application, ...] = ()
+    rescale: Rescale | None = None
+
+
+def plan_of(model: Any) -> Plan:
+    """The plan of a MODEL, or an empty one for its UNet."""
+    plan = model.model_options.get("transformer_options", {}).get(KEY)
+    return plan or Plan(attention_sites(model.model_state_dict()))
+
+
+def with_plan(model: Any, **changes: Any) -> Any:
+    """A clone of the MODEL whose plan has these fields changed."""
+    from . import patching
+
+    clone = model.clone()
+    plan = replace(plan_of(model), **changes)
+    clone.model_options.setdefault("transformer_options", {})[KEY] = plan
+    patching.install(clone)
+    return clone
+
+
+def site_widths(model: Any, sites: tuple[Site, ...]) -> dict[str, tuple[int, int]]:
+    """(channels, context width) of each site, from the layers themselves: quantised weights have other shapes."""
+    unet = model.model.diffusion_model
+    layers = {site.comfy_module: get_attr(unet, f"{site.comfy_module}.to_k") for site in sites}
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+
+
+def model_name(model: Any) -> str:
+    """What ComfyUI calls the family of a MODEL, for messages."""
+    return type(model.model.model_config).__name__

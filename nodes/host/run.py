@@ -1,0 +1,251 @@
+"""The state of one sampling run: which rows carry which identity, and what was computed once for all its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.conds
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...idadapter_core import Adapter
+from ...idadapter_core.errors import InputError
+from ...idadapter_core.attention import KeysValues, prepare_keys_values
+from ...idadapter_core.schedule import step_index
+from ...idadapter_core.sites import Site
+from .plan import Application, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Handle:
+    """Host-side tokens of one identity in one role. Compared by identity, so it can key caches without touching tensors."""
+
+    adapter: Adapter
+    tokens: Tensor  # (1, T, D)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One latent row of a model call."""
+
+    handles: tuple[Handle | None, ...]  # one per application of the plan
+    area: (
+        tuple[int, ...] | None
+    )  # height, width, y, x in the latent, where the conditioning covers only a part
+    image: int  # which latent of the batch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring rows that one attention call serves: an equal number of rows for each of the handles."""
+
+    start: int
+    stop: int
+    handles: tuple[Handle, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """All rows of one model call, as `RowTags.concat` hands them to the model."""
+
+    run: Run
+    rows: tuple[Row, ...]
+
+    def to(self, *_: Any, **__: Any) -> Rows:
+        """ComfyUI moves conditioning values to the device of the call; rows live on the host."""
+        return self
+
+
+class RowTags(comfy.conds.CONDRegular):  # type: ignore[misc]  # ComfyUI is untyped
+    """A conditioning value without a tensor: says for each latent row which identity it carries.
+
+    Travelling with the conditioning keeps rows right under every guider, area, mask and batch split.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        handles: tuple[Handle | None, ...],
+        text_positions: tuple[int, ...],
+        rows: tuple[Row, ...] = (),
+    ):
+        super().__init__(None)
+        self.run = run
+        self.handles = handles
+        self.text_positions = text_positions
+        self.rows = rows
+
+    def process_cond(self, batch_size: int, area: Sequence[int] | None = None, **_: Any) -> RowTags:
+        region = tuple(area) if area is not None else None
+        rows = tuple(Row(self.handles, region, image) for image in range(batch_size))
+        return RowTags(self.run, self.handles, self.text_positions, rows)
+
+    def can_concat(self, other: Any) -> bool:
+        return isinstance(other, RowTags) and other.run is self.run
+
+    def concat(self, others: Sequence[RowTags]) -> Rows:
+        return Rows(self.run, tuple(row for tags in (self, *others) for row in tags.rows))
+
+    def size(self) -> list[int]:
+        tokens = sum(handle.tokens.shape[1] for handle in self.handles if handle is not None)
+        return [max(len(self.rows), 1), tokens, 1]
+
+
+@dataclass(eq=False)
+class Run:
+    """Caches of one sampling run. Made when the run starts, dropped with it; shared by all its model calls."""
+
+    plan: Plan
+    sigmas: tuple[float, ...]
+    latent_size: tuple[int, int]
+    _handles: dict[Any, Handle] = field(default_factory=dict)
+    _projected: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _prepared: dict[Any, KeysValues] = field(default_factory=dict)
+    _segments: dict[Any, tuple[Segment, ...]] = field(default_factory=dict)
+    _masks: dict[Any, Tensor] = field(default_factory=dict)
+    chains: dict[Any, Any] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Free everything that was computed; a finished run may still be referenced by a sampler's leftovers."""
+        for cache in (
+            self._handles,
+            self._projected,
+            self._prepared,
+            self._segments,
+            self._masks,
+            self.chains,
+        ):
+            cache.clear()
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def step(self, sigma: float) -> int:
+        return step_index(sigma, self.sigmas)
+
+    def handle(self, application: Application, identity: Any, negative: bool) -> Handle | None:
+        """The handle of an identity in a role; None where the adapter is skipped."""
+        tokens = identity.adapter_tokens_uncond if negative else identity.adapter_tokens
+        if tokens is None or not application.acts:
+            return None
+        key = (id(application), id(identity), negative)
+        if key not in self._handles:
+            self._handles[key] = Handle(application.adapter, tokens)
+        return self._handles[key]
+
+    def segments(self, rows: tuple[Row, ...], application: int) -> tuple[Segment, ...]:
+        """The rows of one application in as few attention calls as possible; rows without an identity are left out."""
+        handles = tuple(row.handles[application] for row in rows)
+        if handles not in self._segments:
+            self._segments[handles] = _segments(handles)
+        return self._segments[handles]
+
+    def keys_values(
+        self, site: Site, handles: tuple[Handle, ...], heads: int, device: torch.device, dtype: torch.dtype
+    ) -> KeysValues:
+        """K and V of a segment at a site: projected at the first call of the run, afterwards looked up."""
+        key = (site.index, handles, device, dtype)
+        if key not in self._prepared:
+            pairs = [self._project(site, handle, device, dtype) for handle in handles]
+            keys, values = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            self._prepared[key] = prepare_keys_values(keys, values, heads)
+        return self._prepared[key]
+
+    def _project(
+        self, site: Site, handle: Handle, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        key = (site.index, handle, device, dtype)
+        if key not in self._projected:
+            keys, values = handle.adapter.projections.project(site.index, handle.tokens.to(device))
+            self._projected[key] = (keys.to(dtype), values.to(dtype))
+        return self._projected[key]
+
+    def mask(
+        self,
+        application: int,
+        rows: tuple[Row, ...],
+        size: tuple[int, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """The mask of an application for these rows at an attention resolution (h, w): (1 or rows, h * w, 1)."""
+        mask = self.plan.applications[application].mask
+        if mask is None:
+            return None
+        views = tuple((row.area, row.image % mask.shape[0]) for row in rows)
+        if len(set(views)) == 1:
+            views = views[:1]
+        key = (application, views, size, device, dtype)
+        if key not in self._masks:
+            self._masks[key] = torch.stack([self._view(mask, *view, size) for view in views]).to(
+                device, dtype
+            )
+        return self._masks[key]
+
+    def _view(self, mask: Tensor, area: tuple[int, ...] | None, image: int, size: tuple[int, int]) -> Tensor:
+        view = mask[image][None, None].float().cpu()
+        if area is not None:
+            height, width, y, x = area
+            view = F.interpolate(view, self.latent_size, mode="bilinear", align_corners=False, antialias=True)
+            view = view[..., y : y + height, x : x + width]
+        view = F.interpolate(view, size, mode="bilinear", align_corners=False, antialias=True)
+        return view.flatten()[:, None]
+
+
+def _segments(handles: tuple[Handle | None, ...]) -> tuple[Segment, ...]:
+    runs: list[Segment] = []
+    for position, handle in enumerate(handles):
+        if handle is None:
+            continue
+        last = runs[-1] if runs else None
+        if last is not None and last.stop == position and last.handles == (handle,):
+            runs[-1] = Segment(last.start, position + 1, last.handles)
+        else:
+            runs.append(Segment(position, position + 1, (handle,)))
+    merged: list[Segment] = []
+    for run in runs:
+        last = merged[-1] if merged else None
+        if last is not None and last.stop == run.start and _can_join(last, run):
+            merged[-1] = Segment(last.start, run.stop, last.handles + run.handles)
+        else:
+            merged.append(run)
+    return tuple(merged)
+
+
+def _can_join(left: Segment, right: Segment) -> bool:
+    rows_each = (left.stop - left.start) // len(left.handles)
+    same_count = left.handles[0].tokens.shape[1] == right.handles[0].tokens.shape[1]
+    return same_count and rows_each == right.stop - right.start
+
+
+def expand_rows(rows: tuple[Row, ...], extra: dict[str, Any], count: int) -> tuple[Row, ...]:
+    """The rows behind `count` attention rows, where another pack (Attention Couple) has multiplied conditionings.
+
+    Such packs repeat each positive chunk once per prompt between attn2_patch and attn2_output_patch and may say so in
+    `cond_or_uncond_couple`.
+
+    Raises:
+        InputError: the rows cannot be explained.
+    """
+    if count == len(rows):
+        return rows
+    kinds: list[int] = list(extra.get("cond_or_uncond", []))
+    per_chunk = len(rows) // max(len(kinds), 1)
+    chunks = {kind: rows[i * per_chunk : (i + 1) * per_chunk] for i, kind in enumerate(kinds)}
+    couple = extra.get("cond_or_uncond_couple")
+    if couple is None and per_chunk and count % per_chunk == 0:
+        negatives = sum(kind == 1 for kind in kinds)
+        positives = len(kinds) - negatives
+        repeats = (count // per_chunk - negatives) // max(positives, 1)
+        couple = [kind for kind in kinds for _ in range(1 if kind == 1 else repeats)]
+    expanded = tuple(row for kind in couple or () for row in chunks.get(kind, ()))
+    if len(expanded) != count:
+        raise InputError(
+            f"another node patch turned {len(rows)} rows of this model call into {count}, and it cannot be told which of them "
+            "carry the identity. Remove the node that multiplies the conditioning, or apply the ID adapter without it."
+        )
+    return expanded

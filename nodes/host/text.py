@@ -1,0 +1,127 @@
+"""Identity text tokens in ComfyUI's conditioning: their reference length, and where they stand."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ... import idadapter_core
+from ...idadapter_core.errors import MismatchError
+from ...idadapter_core.methods.uniid import ENCODERS, normalize_text_tokens
+from ...idadapter_core.types import Identity
+from .patching import TEXT_POSITIONS
+
+CLASS_WORD = "<class word>"  # in a prompt, the place of man, woman or another noun
+Conditioning = list[list[Any]]
+
+_reference_norms: WeakKeyDictionary[Any, dict[Any, dict[str, Tensor]]] = WeakKeyDictionary()
+
+
+@cache
+def reference_names() -> tuple[str, ...]:
+    """Well-known names, whose text states set the length of identity tokens."""
+    path = Path(idadapter_core.__file__).parent / "data" / "reference_names.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+def encoder_widths(clip: Any) -> dict[str, int]:
+    """Width of each text encoder of a CLIP, in the order in which their states are concatenated."""
+    names = clip.tokenize("").keys()
+    return {
+        name: _embeddings(clip, name).weight.shape[1]
+        for name in (*ENCODERS, *sorted(names - set(ENCODERS)))
+        if name in names
+    }
+
+
+def _embeddings(clip: Any, encoder: str) -> Any:
+    return getattr(clip.cond_stage_model, f"clip_{encoder}").transformer.get_input_embeddings()
+
+
+def require_text_encoders(clip: Any, identity: Identity) -> None:
+    """Raise MismatchError unless the identity's text tokens fit the encoders of this CLIP."""
+    found = encoder_widths(clip)
+    wanted = {name: tokens.shape[-1] for name, tokens in identity.text_tokens.items()}
+    if found != wanted:
+        show = {False: "none"}
+        described = [
+            ", ".join(f"{name} {width}" for name, width in side.items()) or show[False]
+            for side in (wanted, found)
+        ]
+        raise MismatchError(
+            f"the identity's text tokens are for text encoders of widths {described[0]}, this CLIP has {described[1]}. "
+            "Use the CLIP of the model that the adapter was made for (SDXL's checkpoint loader gives l 768, g 1280)."
+        )
+
+
+def reference_norms(clip: Any, count: int) -> dict[str, Tensor]:
+    """Length of the text states at positions 1..count for a well-known name, per encoder: (count,) each.
+
+    UniID's reference: the mean input embedding of first, second, … tokens over the names, encoded between BOS and EOS by the
+    CLIP as it is wired here (with its LoRAs and its last layer). Cached for each state of the CLIP.
+    """
+    per_model = _reference_norms.setdefault(clip.cond_stage_model, {})
+    key = (clip.patcher.patches_uuid, clip.layer_idx, count)
+    if key not in per_model:
+        per_model[key] = _measure_norms(clip, count)
+    return per_model[key]
+
+
+def _measure_norms(clip: Any, count: int) -> dict[str, Tensor]:
+    empty = clip.tokenize("")
+    clip.load_model(empty)
+    device = clip.patcher.load_device
+    tokens = {}
+    for encoder, rows in empty.items():
+        tokenizer = getattr(clip.tokenizer, f"clip_{encoder}")
+        ids = [tokenizer.tokenizer(name)["input_ids"][1:-1] for name in reference_names()]
+        embed = _embeddings(clip, encoder)
+        vectors = []
+        for position in range(count):
+            at_position = torch.tensor(
+                [name[position] for name in ids if len(name) > position], device=device
+            )
+            vectors.append((embed(at_position, out_dtype=torch.float32).mean(dim=0), 1.0))
+        row = rows[0]
+        tokens[encoder] = [[row[0], *vectors, *row[1:]][: len(row)]]
+    states = clip.encode_from_tokens(tokens, return_dict=True)["cond"][0, 1 : 1 + count].float()
+    widths = encoder_widths(clip)
+    parts = states.split(list(widths.values()), dim=-1)
+    return {encoder: part.norm(dim=-1).cpu() for encoder, part in zip(widths, parts, strict=True)}
+
+
+def encode_prompt(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
+    """The text's conditioning with the identity's text tokens after BOS, at their reference length.
+
+    The prompt's tokens move right and padding drops off the end, so the length stays a multiple of 77 and nothing that was
+    written is lost: where there is too little padding, the text gets another chunk of 77 first.
+    """
+    tokens = clip.tokenize(text)
+    count = next((t.shape[1] for t in identity.text_tokens.values()), 0)
+    if count == 0:
+        return clip.encode_from_tokens_scheduled(tokens)
+    require_text_encoders(clip, identity)
+    if min(_padding(clip, encoder, rows[-1]) for encoder, rows in tokens.items()) < count:
+        empty = clip.tokenize("")
+        tokens = {encoder: [*rows, *empty[encoder]] for encoder, rows in tokens.items()}
+    identity_states = normalize_text_tokens(identity.text_tokens, reference_norms(clip, count)) * token_weight
+    positions = tuple(range(1, 1 + count))
+    result = []
+    for states, options in clip.encode_from_tokens_scheduled(tokens):
+        inserted = identity_states.to(states).expand(states.shape[0], -1, -1)
+        states = torch.cat([states[:, :1], inserted, states[:, 1 : states.shape[1] - count]], dim=1)
+        result.append([states, {**options, TEXT_POSITIONS: positions}])
+    return result
+
+
+def _padding(clip: Any, encoder: str, row: list[Any]) -> int:
+    """How many positions of a tokenised row come after its end token."""
+    end = getattr(clip.tokenizer, f"clip_{encoder}").end_token
+    position = next(i for i, entry in enumerate(row) if not isinstance(entry[0], Tensor) and entry[0] == end)
+    return len(row) - 1 - position

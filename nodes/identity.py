@@ -1,0 +1,196 @@
+"""From face features to an identity, and identities as files."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..idadapter_core import FaceFeatures, Identity, Mix
+from ..idadapter_core.checkpoint import identical, load_identity, save_identity
+from ..idadapter_core.errors import InputError
+from ..idadapter_core.types import MODES
+from .host import paths
+from .host.memory import LoadedAdapter
+from .host.patching import ATTACHED
+from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket, file_options
+
+log = logging.getLogger(__name__)
+_NAME = re.compile(r"[^\\/:*?\"<>|\x00-\x1f]+")
+ROLES = ("positive", "negative")
+
+
+def parse_weights(text: str) -> tuple[float, ...]:
+    """ "1, 0.5 0.5" -> (1.0, 0.5, 0.5); empty text -> ()."""
+    parts = [part for part in re.split(r"[,;\s]+", text.strip()) if part]
+    try:
+        return tuple(float(part) for part in parts)
+    except ValueError as error:
+        raise InputError(
+            f"weights must be numbers separated by commas, for example '1, 0.5, 0.5', got {text!r}"
+        ) from error
+
+
+class MixFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterMixFeatures",
+            display_name="Mix Face Features",
+            category=CATEGORY,
+            description="Makes one identity of the faces of one person, in the language of one adapter.",
+            search_aliases=["combine faces", "merge embeddings", "encode identity"],
+            inputs=[
+                AdapterSocket.Input(
+                    "adapter", tooltip="From Load ID Adapter. The identity works with this adapter only."
+                ),
+                FaceFeaturesSocket.Input(
+                    "faces", tooltip="From Extract Face Features: one to four photos work well."
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="auto",
+                    tooltip="How several photos become one identity. auto is the adapter's best way (UniID: concatenate). "
+                    "concatenate lets the adapter look at all photos, mean averages them, learned needs an IDAdapter.",
+                ),
+                io.Int.Input(
+                    "references",
+                    default=0,
+                    min=0,
+                    max=16,
+                    tooltip="Use at most this many faces: those of the largest weight, then of the best detector score. "
+                    "0 is the adapter's own number (UniID: all).",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    tooltip="Empty: all photos count alike. Or one number per face, for example 1, 0.5, 0 (0 leaves a face out).",
+                ),
+            ],
+            outputs=[IdentitySocket.Output(tooltip="For Apply ID Adapter, ID Prompt and Save Identity.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, adapter: LoadedAdapter, faces: FaceFeatures, mode: str, references: int, weights: str
+    ) -> io.NodeOutput:
+        return io.NodeOutput(adapter.encode(faces, Mix(mode, references, parse_weights(weights))))
+
+
+def identity_file(name: str) -> str:
+    """The file name of a new identity.
+
+    Raises:
+        InputError: the name is empty, holds a path, or characters that some system forbids.
+    """
+    stem = name.strip().removesuffix(".safetensors").strip()
+    if not stem or stem.startswith(".") or not _NAME.fullmatch(stem):
+        raise InputError(
+            f"an identity's name must be a plain file name without folders or any of \\ / : * ? \" < > |, got {name!r}. "
+            "It is saved in models/idadapter/identities."
+        )
+    return f"{stem}.safetensors"
+
+
+class SaveIdentity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterSaveIdentity",
+            display_name="Save Identity",
+            category=CATEGORY,
+            description=(
+                "Saves an identity into models/idadapter/identities, to be used without the photos. "
+                "A file of that name that holds another identity is never overwritten."
+            ),
+            is_output_node=True,
+            inputs=[
+                IdentitySocket.Input("identity", tooltip="From Mix Face Features."),
+                io.String.Input("name", default="person", tooltip="The file's name, without a folder."),
+            ],
+            outputs=[IdentitySocket.Output(tooltip="The same identity, to go on with.")],
+        )
+
+    @classmethod
+    def execute(cls, identity: Identity, name: str) -> io.NodeOutput:
+        path = paths.folder_of(paths.IDENTITIES) / identity_file(name)
+        if not path.exists():
+            save_identity(identity, path)
+            log.info("saved identity %s", path)
+        elif not identical(identity, load_identity(path)):
+            raise InputError(
+                f"{path.name} already holds another identity and is not overwritten. Choose another name, or delete the file "
+                f"in {path.parent}."
+            )
+        return io.NodeOutput(identity)
+
+
+class LoadIdentity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterLoadIdentity",
+            display_name="Load Identity",
+            category=CATEGORY,
+            description="Loads an identity that Save Identity wrote. It belongs to the adapter that made it.",
+            inputs=[
+                io.Combo.Input(
+                    "identity",
+                    options=file_options(paths.IDENTITIES),
+                    tooltip="A file of models/idadapter/identities (refresh the node list after saving one: R).",
+                ),
+                AdapterSocket.Input("adapter", tooltip="The adapter that the identity was made with."),
+            ],
+            outputs=[IdentitySocket.Output(tooltip="For Apply ID Adapter and ID Prompt.")],
+        )
+
+    @classmethod
+    def execute(cls, identity: str, adapter: LoadedAdapter) -> io.NodeOutput:
+        loaded = load_identity(paths.path_of(paths.IDENTITIES, identity))
+        adapter.adapter.require_identity(loaded, identity)
+        return io.NodeOutput(loaded)
+
+    @classmethod
+    def fingerprint_inputs(cls, identity: str, **_: Any) -> float:
+        path = paths.folder_of(paths.IDENTITIES) / identity
+        return path.stat().st_mtime if path.is_file() else 0.0
+
+
+class AttachIdentity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterAttach",
+            display_name="Attach Identity to Conditioning",
+            category=CATEGORY,
+            description=(
+                "Makes an identity act only where this conditioning acts: one prompt of several, one region, one span of "
+                "steps. The MODEL still needs Apply ID Adapter with the same adapter; a conditioning with an identity of its "
+                "own leaves the one wired there aside."
+            ),
+            search_aliases=["regional identity", "identity per prompt"],
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The prompt, before or after areas and masks are set."
+                ),
+                IdentitySocket.Input("identity", tooltip="Who this conditioning shows."),
+                io.Combo.Input(
+                    "role",
+                    options=list(ROLES),
+                    default="positive",
+                    tooltip="Where the conditioning will be wired: negative attaches the identity's unconditional tokens.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The same conditioning with the identity attached.")],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: list[list[Any]], identity: Identity, role: str) -> io.NodeOutput:
+        attached = [
+            [states, {**options, ATTACHED: (*options.get(ATTACHED, ()), (identity, role))}]
+            for states, options in conditioning
+        ]
+        return io.NodeOutput(attached)

@@ -1,0 +1,76 @@
+"""The prompt with an identity in it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..idadapter_core import Identity
+from .host.text import CLASS_WORD, encode_prompt
+from .sockets import CATEGORY, IdentitySocket
+
+log = logging.getLogger(__name__)
+AUTO = "auto"
+CLASS_WORDS = (AUTO, "person", "woman", "man", "girl", "boy")
+
+
+class IDPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterPrompt",
+            display_name="ID Prompt",
+            category=CATEGORY,
+            description=(
+                "A positive prompt with the identity's text tokens in it. Write <class word> where the person's noun belongs: "
+                '"portrait photo of a <class word> reading in a cafe". The negative prompt stays an ordinary CLIP Text Encode.'
+            ),
+            search_aliases=["uniid prompt", "identity prompt", "text encode identity"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of the model's checkpoint."),
+                IdentitySocket.Input("identity", tooltip="From Mix Face Features or Load Identity."),
+                io.String.Input(
+                    "text",
+                    default=f"photo of a {CLASS_WORD}",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip=f"What the person does, wears, where they are. {CLASS_WORD} becomes the class word. Prompt weights and "
+                    "embeddings work as in CLIP Text Encode; any length.",
+                ),
+                io.Combo.Input(
+                    "class_word",
+                    options=list(CLASS_WORDS),
+                    default=AUTO,
+                    tooltip=f"What stands for {CLASS_WORD}. auto: man or woman as the face package sees the photos, person where it cannot tell.",
+                ),
+                io.Float.Input(
+                    "token_weight",
+                    default=1.0,
+                    min=0.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="Length of the identity's text tokens, as a multiple of a well-known name's. Normalized Identity "
+                    "Rescaling multiplies it by its text scales.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning", display_name="conditioning", tooltip="For the sampler's positive input."
+                ),
+                io.String.Output("prompt", display_name="prompt", tooltip="The text as it was encoded."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: Any, identity: Identity, text: str, class_word: str, token_weight: float
+    ) -> io.NodeOutput:
+        if not identity.text_tokens:
+            log.warning(
+                "ID Prompt: the adapter of this identity has no text branch, so the prompt is encoded without identity tokens"
+            )
+        word = (identity.class_word or "person") if class_word == AUTO else class_word
+        prompt = text.replace(CLASS_WORD, word)
+        return io.NodeOutput(encode_prompt(clip, prompt, identity, token_weight), prompt)

@@ -1,0 +1,319 @@
+"""The server's real frontend in headless Chromium, driven through the DevTools protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import aiohttp
+
+from tests.harness.workflow import Workflow
+
+_T = TypeVar("_T")
+
+_OPTIONS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+)
+
+# Toasts vanish after a while, so they are written down as they appear.
+_RECORD_TOASTS = """
+window.__toasts = [];
+new MutationObserver((changes) => {
+  for (const change of changes) for (const node of change.addedNodes) {
+    if (!(node instanceof HTMLElement)) continue;
+    const toasts = node.matches('.p-toast-message') ? [node] : node.querySelectorAll('.p-toast-message');
+    for (const toast of toasts) window.__toasts.push(toast);
+  }
+}).observe(document, {childList: true, subtree: true});
+"""
+
+# What the frontend logs by itself: a style sheet that is not there, its own start order, and the downloads of models
+# for its first workflow, which a server without API nodes forbids it.
+_FRONTEND_NOISE = ("/user.css", "graph accessed before initialization", "Content Security Policy")
+
+# All nodes of the workflow, those inside subgraphs too.
+_LIST_NODES = """
+(() => {
+  const known = window.LiteGraph.registered_node_types;
+  const root = window.app.rootGraph ?? window.app.graph;
+  const graphs = [root, ...(root.subgraphs?.values() ?? [])];
+  const subgraphs = new Set([...(root.subgraphs?.keys() ?? [])].map(String));
+  return graphs.flatMap((graph) => graph.nodes.map((node) => ({
+    id: String(node.id),
+    type: node.type ?? '',
+    title: node.title ?? '',
+    known: node.type in known || subgraphs.has(node.type),
+    has_errors: Boolean(node.has_errors),
+  })));
+})()
+"""
+
+
+class BrowserError(RuntimeError):
+    """Chromium is missing or broke, or JavaScript in the page threw an exception."""
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node on the frontend's canvas."""
+
+    id: str
+    type: str
+    title: str
+    known: bool
+    """The frontend knows the type; otherwise it draws the node as missing."""
+    has_errors: bool
+
+
+def find_chromium() -> str | None:
+    """Chromium's executable: `CHROMIUM`, or `chromium` or `google-chrome` on the path; None if there is none."""
+    named = os.environ.get("CHROMIUM")
+    if named:
+        return shutil.which(named)
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Browser:
+    """One page that shows the frontend of the server at `url`. Use it as a context manager.
+
+    Args:
+        url: address of a `ComfyServer` (`server.url`).
+        size: width and height of the page in pixels.
+        timeout: seconds that loading the frontend, or one command, may take.
+    """
+
+    def __init__(self, url: str, size: tuple[int, int] = (1600, 1000), timeout: float = 90.0) -> None:
+        self.url = url
+        self.size = size
+        self.timeout = timeout
+        self.console_errors: list[str] = []
+        """Errors of the console and uncaught exceptions since the page was opened, without the frontend's usual ones."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._last_command = 0
+
+    def __enter__(self) -> Browser:
+        executable = find_chromium()
+        if executable is None:
+            raise BrowserError("No Chromium found. Install it, or set CHROMIUM to its executable.")
+        self._profile = Path(tempfile.mkdtemp(prefix="chromium-"))
+        self._loop = asyncio.new_event_loop()
+        try:
+            self._process = subprocess.Popen(
+                [executable, *_OPTIONS, f"--user-data-dir={self._profile}", "about:blank"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._connect()
+            self.open()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Load, or load anew, the frontend, and wait until it has drawn a workflow."""
+        self.console_errors.clear()
+        self._command("Page.navigate", url=self.url)
+        opened = "Boolean(window.app?.isGraphReady && window.app.rootGraph.nodes.length)"
+        self._wait_for(opened, "the frontend opened no workflow")
+
+    def close(self) -> None:
+        """End Chromium with all its processes."""
+        if self._session is not None:
+            self._loop.run_until_complete(self._session.close())
+            self._session = None
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                if sys.platform == "win32":
+                    process.terminate()
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait(10)
+        self._loop.close()
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+    def evaluate(self, expression: str) -> Any:
+        """Value of a JavaScript expression in the page, as JSON; promises are awaited.
+
+        Raises:
+            BrowserError: the expression threw.
+        """
+        answer = self._command(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True
+        )
+        if "exceptionDetails" in answer:
+            raise BrowserError(_exception_text(answer["exceptionDetails"]))
+        return answer["result"].get("value")
+
+    def load_workflow(self, workflow: dict[str, Any]) -> None:
+        """Open a workflow of the frontend's own format, as by dropping its file on the canvas, and show all of it."""
+        self.evaluate(f"window.app.loadGraphData({json.dumps(workflow)}).then(() => undefined)")
+        self._show_all()
+
+    def load_prompt(self, workflow: Workflow, name: str = "workflow") -> None:
+        """Open a workflow of the API format; the frontend lays the nodes out by itself."""
+        arguments = f"{json.dumps(workflow)}, {json.dumps(name)}"
+        self.evaluate(f"Promise.resolve(window.app.loadApiJson({arguments})).then(() => undefined)")
+        self._show_all()
+
+    def serialize(self) -> dict[str, Any]:
+        """The open workflow in the frontend's own format, as it would be saved."""
+        return dict(self.evaluate("window.app.rootGraph.serialize()"))
+
+    def nodes(self) -> list[GraphNode]:
+        """Every node of the open workflow, those inside subgraphs too."""
+        return [GraphNode(**node) for node in self.evaluate(_LIST_NODES)]
+
+    def bad_nodes(self) -> list[GraphNode]:
+        """The nodes that the frontend marks as missing or faulty."""
+        return [node for node in self.nodes() if node.has_errors or not node.known]
+
+    def graph_to_prompt(self) -> Workflow:
+        """The open workflow in API format, as the frontend's Run button would send it."""
+        return dict(self.evaluate("window.app.graphToPrompt().then((prompt) => prompt.output)"))
+
+    def toasts(self) -> list[str]:
+        """Texts of all notifications shown since the page was opened."""
+        return list(self.evaluate("window.__toasts.map((toast) => toast.textContent.trim())"))
+
+    def dialogs(self) -> list[str]:
+        """Texts of the dialogs that are open now: one about missing nodes or models, for instance."""
+        return list(
+            self.evaluate(
+                "[...document.querySelectorAll('[role=dialog]')].map((dialog) => dialog.innerText.trim())"
+            )
+        )
+
+    def error_overlay(self) -> str:
+        """Text of the panel that counts the errors found in the open workflow; empty if there is no panel."""
+        return str(self.evaluate("document.querySelector('[data-testid=error-overlay]')?.innerText ?? ''"))
+
+    def screenshot(self, path: Path) -> None:
+        """Save the page as a PNG file."""
+        picture = self._command("Page.captureScreenshot", format="png")["data"]
+        path.write_bytes(base64.b64decode(picture))
+
+    def _connect(self) -> None:
+        port_file = self._profile / "DevToolsActivePort"
+        deadline = time.monotonic() + self.timeout
+        while not (port_file.is_file() and port_file.read_text().strip()):
+            assert self._process is not None
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise BrowserError(f"Chromium did not start (exit status {self._process.poll()}).")
+            time.sleep(0.1)
+        port = port_file.read_text().splitlines()[0]
+
+        async def connect() -> aiohttp.ClientWebSocketResponse:
+            self._session = aiohttp.ClientSession()
+            async with self._session.get(f"http://127.0.0.1:{port}/json/list") as response:
+                targets = await response.json()
+            address = next(target for target in targets if target["type"] == "page")["webSocketDebuggerUrl"]
+            return await self._session.ws_connect(address, max_msg_size=0)
+
+        self._socket = self._run(connect())
+        for domain in ("Page", "Runtime", "Log"):
+            self._command(f"{domain}.enable")
+        width, height = self.size
+        self._command(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self._command("Page.addScriptToEvaluateOnNewDocument", source=_RECORD_TOASTS)
+
+    def _wait_for(self, condition: str, failure: str) -> None:
+        deadline = time.monotonic() + self.timeout
+        while not self.evaluate(condition):
+            if time.monotonic() > deadline:
+                raise BrowserError(f"{failure} within {self.timeout} s; console: {self.console_errors}")
+            time.sleep(0.2)
+        self._settle()
+
+    def _show_all(self) -> None:
+        self._settle()
+        self.evaluate(
+            "window.app.extensionManager.command.execute('Comfy.Canvas.FitView').then(() => undefined)"
+        )
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let the page draw what has changed: three frames, and the tasks between them."""
+        frame = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))"
+        self.evaluate(f"{frame}.then(() => {frame}).then(() => {frame})")
+
+    def _command(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return self._run(self._exchange(method, parameters))
+
+    async def _exchange(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        self._last_command += 1
+        await self._socket.send_json({"id": self._last_command, "method": method, "params": parameters})
+        async for message in self._socket:
+            answer = json.loads(message.data)
+            if answer.get("id") == self._last_command:
+                if "error" in answer:
+                    raise BrowserError(f"{method}: {answer['error']['message']}")
+                return dict(answer["result"])
+            self._note(answer)
+        raise BrowserError("Chromium closed the connection.")
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Keep what an event says about an error."""
+        kind, parameters = event.get("method"), event.get("params", {})
+        if kind == "Runtime.exceptionThrown":
+            text = _exception_text(parameters["exceptionDetails"])
+        elif kind == "Runtime.consoleAPICalled" and parameters["type"] == "error":
+            text = " ".join(
+                str(value.get("value", value.get("description", ""))) for value in parameters["args"]
+            )
+        elif kind == "Log.entryAdded" and parameters["entry"]["level"] == "error":
+            text = f"{parameters['entry']['text']} ({parameters['entry'].get('url', '')})"
+        else:
+            return
+        if not any(noise in text for noise in _FRONTEND_NOISE):
+            self.console_errors.append(text)
+
+    def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return self._loop.run_until_complete(asyncio.wait_for(coroutine, self.timeout))
+
+
+def _exception_text(details: dict[str, Any]) -> str:
+    return str(details.get("exception", {}).get("description") or details["text"])

@@ -1,0 +1,125 @@
+"""ComfyUI inside the test process, and the pack imported the way ComfyUI imports it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACK_MODULE = "ComfyUI_IDAdapter"
+"""Name under which `load_pack` registers the pack: import parts of it as `ComfyUI_IDAdapter.nodes.faces`."""
+
+_CACHED_COMFYUI = REPOSITORY / ".cache" / "ComfyUI-0.30.0"
+_SHIM = REPOSITORY / "tests" / "shim"
+
+
+def comfyui_path() -> Path | None:
+    """The ComfyUI to test against: `COMFYUI_PATH`, else the pinned one below .cache; None if there is none.
+
+    Raises:
+        FileNotFoundError: `COMFYUI_PATH` is set to a folder without main.py.
+    """
+    named = os.environ.get("COMFYUI_PATH")
+    if not named:
+        return _CACHED_COMFYUI if (_CACHED_COMFYUI / "main.py").is_file() else None
+    path = Path(named).resolve()
+    if not (path / "main.py").is_file():
+        raise FileNotFoundError(
+            f"COMFYUI_PATH is {named}, which has no main.py. Point it at a ComfyUI folder."
+        )
+    return path
+
+
+def shim_path() -> Path | None:
+    """The folder that lets ComfyUI start where torchvision or torchaudio do not fit the installed torch.
+
+    It is tests/shim, which leaves alone what works. `IDADAPTER_SHIM` names another one; empty, it means none.
+    """
+    named = os.environ.get("IDADAPTER_SHIM")
+    if named is None:
+        return _SHIM
+    return Path(named).resolve() if named else None
+
+
+def import_comfy(path: Path | None = None) -> None:
+    """Make `import comfy` and ComfyUI's other modules work in this process, on the CPU. Doing it twice is harmless.
+
+    ComfyUI gets an empty base directory of its own, removed at exit.
+
+    Raises:
+        RuntimeError: no ComfyUI is known.
+    """
+    if "comfy" in sys.modules:
+        return
+    path = path or comfyui_path()
+    if path is None:
+        raise RuntimeError("No ComfyUI found. Set COMFYUI_PATH to its folder.")
+    base = Path(tempfile.mkdtemp(prefix="comfyui-in-process-"))
+    atexit.register(shutil.rmtree, base, ignore_errors=True)
+
+    shim = shim_path()
+    # Python runs the shim by itself only in processes that start with its folder on PYTHONPATH.
+    if shim is not None and not _is_running(shim / "sitecustomize.py"):
+        _import_file("comfyui_shim", shim / "sitecustomize.py")
+    # Before the repository: ComfyUI's nodes.py must win over the folder nodes/ of the pack.
+    sys.path.insert(0, str(path.resolve()))
+
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base)]
+    try:
+        import comfy.cli_args  # noqa: F401 - reads sys.argv once, on import
+    finally:
+        sys.argv = arguments
+
+    from tests.tiny.tiny_pack import register
+
+    register()
+
+
+@functools.cache
+def load_pack() -> ModuleType:
+    """The pack, imported by path as ComfyUI's custom node loader does, under the name `PACK_MODULE`."""
+    import_comfy()
+    return _import_file(PACK_MODULE, REPOSITORY / "__init__.py")
+
+
+@functools.cache
+def pack_nodes() -> dict[str, Any]:
+    """The node classes of the pack by node id, from its `comfy_entrypoint`."""
+
+    async def collect() -> list[Any]:
+        extension = await load_pack().comfy_entrypoint()
+        await extension.on_load()
+        return list(await extension.get_node_list())
+
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(collect())}
+
+
+def _is_running(sitecustomize: Path) -> bool:
+    file = getattr(sys.modules.get("sitecustomize"), "__file__", None)
+    return file is not None and Path(file).resolve() == sitecustomize
+
+
+def _import_file(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,455 @@
+"""A real ComfyUI server on the CPU, driven over HTTP and its websocket as the frontend drives it."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+from PIL import Image
+
+from tests.harness.comfy import REPOSITORY, comfyui_path, shim_path
+from tests.harness.workflow import Workflow
+
+PACK_NAME = "ComfyUI-IDAdapter"
+TINY_PACK = REPOSITORY / "tests" / "tiny" / "tiny_pack"
+
+Writer = Callable[[Path], object]
+"""Given the base directory of a server before it starts; writes files below its models/ or input/."""
+
+# Nothing of the frontend's own may open over the graph, so that pictures of it show the workflow.
+_FRONTEND_SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Notification.ShowVersionUpdates": False,
+    "Comfy.Minimap.Visible": False,
+}
+
+
+class ServerError(RuntimeError):
+    """The server did not start, died, or did not answer in time; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True)
+class NodeFailure:
+    """An exception in a node, as the server reports it to the user."""
+
+    node_id: str
+    node_type: str
+    exception_type: str
+    message: str
+    traceback: str
+
+
+@dataclass
+class RunResult:
+    """What became of one workflow."""
+
+    prompt_id: str = ""
+    """Empty if the server refused the workflow."""
+    rejection: str = ""
+    """Why the server refused the workflow as a whole; readable, empty if it did not."""
+    node_errors: dict[str, list[str]] = field(default_factory=dict)
+    """Validation errors by node id. The server may run the valid outputs of a workflow in spite of them."""
+    messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Every message about this run, in order: (type, data)."""
+    executed_nodes: list[str] = field(default_factory=list)
+    """Ids of the nodes that really ran, in order; a node served from the cache is not among them."""
+    cached_nodes: list[str] = field(default_factory=list)
+    error: NodeFailure | None = None
+    interrupted: bool = False
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """UI output of each output node by id, from the server's history: `{"9": {"images": [...]}}`."""
+    images_by_node: dict[str, list[Image.Image]] = field(default_factory=dict)
+    log: str = ""
+    """What the server logged during the run."""
+    seconds: float = 0.0
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All images of all output nodes."""
+        return [image for images in self.images_by_node.values() for image in images]
+
+    @property
+    def ok(self) -> bool:
+        return not (self.rejection or self.node_errors or self.error or self.interrupted)
+
+    def check(self) -> RunResult:
+        """This result, if everything went well.
+
+        Raises:
+            AssertionError: it did not; the message says what the server said.
+        """
+        if not self.ok:
+            raise AssertionError(self.describe())
+        return self
+
+    def describe(self) -> str:
+        """What went wrong, in words; "ok" if nothing did."""
+        parts = [self.rejection] if self.rejection else []
+        parts += [f"node {node}: {'; '.join(errors)}" for node, errors in self.node_errors.items()]
+        if self.error:
+            parts.append(
+                f"node {self.error.node_id} ({self.error.node_type}): {self.error.exception_type}: "
+                f"{self.error.message}\n{self.error.traceback}"
+            )
+        if self.interrupted:
+            parts.append("interrupted")
+        return "\n".join(parts) or "ok"
+
+
+class ComfyServer:
+    """A ComfyUI server in a temporary base directory, with the pack and the tiny-model pack as custom nodes.
+
+    Use it as a context manager. The server runs in a process group of its own, which ends with the context, whatever
+    happens in it.
+
+    Args:
+        comfyui: folder of ComfyUI; by default the one `comfyui_path` finds.
+        writers: called with the base directory before the start, to bring models and input files.
+        options: further command line options of ComfyUI.
+        boot_timeout: seconds until the server must answer.
+    """
+
+    def __init__(
+        self,
+        comfyui: Path | None = None,
+        writers: Iterable[Writer] = (),
+        options: Iterable[str] = (),
+        boot_timeout: float = 180.0,
+    ) -> None:
+        path = comfyui or comfyui_path()
+        if path is None:
+            raise ServerError("No ComfyUI found. Set COMFYUI_PATH to its folder.")
+        self.comfyui = path
+        self.boot_timeout = boot_timeout
+        self.boot_seconds = 0.0
+        self._writers = tuple(writers)
+        self._options = tuple(options)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ComfyServer:
+        self.base = Path(tempfile.mkdtemp(prefix="comfyui-server-"))
+        try:
+            self._prepare()
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def models_dir(self) -> Path:
+        return self.base / "models"
+
+    @property
+    def input_dir(self) -> Path:
+        return self.base / "input"
+
+    @property
+    def output_dir(self) -> Path:
+        return self.base / "output"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def log(self, start: int = 0) -> str:
+        """Everything the server has written so far, or what follows the first `start` bytes."""
+        return self._log_path.read_bytes()[start:].decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """End the server and all processes it started, and remove the base directory."""
+        process, self._process = self._process, None
+        if process is not None:
+            _signal_group(process, signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                pass
+            # Once more for the children that outlive the server itself.
+            _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+            process.wait(10)
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def run(
+        self,
+        workflow: Workflow,
+        timeout: float = 120.0,
+        on_message: Callable[[str, dict[str, Any]], None] | None = None,
+    ) -> RunResult:
+        """Queue a workflow in API format and follow it to its end.
+
+        Refusals, node errors and interruptions are part of the result, not exceptions: assert on them, or call
+        `result.check()`. `on_message` is called with each message while the workflow runs.
+
+        Raises:
+            ServerError: the run took longer than `timeout` seconds, or the server died.
+        """
+        start = time.monotonic()
+        log_start = self._log_path.stat().st_size
+        try:
+            result = asyncio.run(asyncio.wait_for(self._run(workflow, on_message), timeout))
+        except asyncio.TimeoutError:
+            self.interrupt()
+            raise ServerError(f"The workflow did not end within {timeout} s.\n{self._log_tail()}") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ServerError(f"The connection to the server broke: {error!r}\n{self._log_tail()}") from error
+        result.seconds = time.monotonic() - start
+        result.log = self.log(log_start)
+        return result
+
+    def interrupt(self) -> None:
+        """Interrupt the running workflow, as the frontend's cancel button does."""
+        self._request("POST", "/interrupt", {})
+
+    def queue(self) -> dict[str, Any]:
+        """Running and pending prompts: `{"queue_running": [...], "queue_pending": [...]}`."""
+        return self._request("GET", "/queue")
+
+    def object_info(self, node: str | None = None) -> dict[str, Any]:
+        """What the server tells the frontend about all nodes by id, or about one node (empty if unknown)."""
+        if node is None:
+            return self._request("GET", "/object_info")
+        return self._request("GET", f"/object_info/{node}").get(node, {})
+
+    def get(self, path: str) -> bytes:
+        """Body of a GET request.
+
+        Raises:
+            aiohttp.ClientResponseError: the server answered with an error status.
+        """
+        return asyncio.run(self._get(path))
+
+    def free(self) -> None:
+        """Have the server unload all models and forget its cached results before the next run."""
+        self._request("POST", "/free", {"unload_models": True, "free_memory": True})
+
+    def add_input_image(self, name: str, image: Image.Image) -> str:
+        """Put an image into the input folder; `LoadImage` takes the returned name."""
+        image.save(self.input_dir / name)
+        return name
+
+    def _prepare(self) -> None:
+        user = self.base / "user" / "default"
+        # The frontend asks for these user files at each start, and logs an error for each that does not exist.
+        for folder in ("custom_nodes", "models", "input", "output", user / "workflows", user / "subgraphs"):
+            (self.base / folder).mkdir(parents=True)
+        (user / "user.css").touch()
+        (user / "comfy.templates.json").write_text("{}", encoding="utf-8")
+        (user / "comfy.settings.json").write_text(json.dumps(_FRONTEND_SETTINGS), encoding="utf-8")
+        for name, target in ((PACK_NAME, REPOSITORY), (TINY_PACK.name, TINY_PACK)):
+            (self.base / "custom_nodes" / name).symlink_to(target, target_is_directory=True)
+        for writer in self._writers:
+            writer(self.base)
+
+    def _start(self) -> None:
+        self.port = _free_port()
+        self._log_path = self.base / "server.log"
+        command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += ["--disable-auto-launch", "--disable-api-nodes", *self._options]
+        began = time.monotonic()
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.comfyui,
+                env=server_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        while time.monotonic() - began < self.boot_timeout:
+            if self._process.poll() is not None:
+                raise ServerError(f"The server exited with {self._process.returncode}.\n{self._log_tail()}")
+            try:
+                self._request("GET", "/system_stats")
+            except (aiohttp.ClientError, ConnectionError):
+                time.sleep(0.2)
+                continue
+            self.boot_seconds = time.monotonic() - began
+            return
+        raise ServerError(f"The server did not answer within {self.boot_timeout} s.\n{self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        return "\n".join(self.log().splitlines()[-40:])
+
+    def _request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        async def request() -> dict[str, Any]:
+            async with aiohttp.ClientSession(raise_for_status=True) as session:
+                async with session.request(method, self.url + path, json=body) as response:
+                    text = await response.text()
+                    return dict(json.loads(text)) if text else {}
+
+        return _run_anywhere(request)
+
+    async def _get(self, path: str) -> bytes:
+        async with aiohttp.ClientSession(raise_for_status=True) as session:
+            async with session.get(self.url + path) as response:
+                return await response.read()
+
+    async def _run(
+        self, workflow: Workflow, on_message: Callable[[str, dict[str, Any]], None] | None
+    ) -> RunResult:
+        client_id = uuid.uuid4().hex
+        result = RunResult()
+        async with aiohttp.ClientSession(self.url) as session:
+            # Connected first: the server reports a run only to the client that it knows by this id.
+            async with session.ws_connect("/ws", params={"clientId": client_id}, max_msg_size=0) as socket:
+                request = {"prompt": workflow, "client_id": client_id}
+                async with session.post("/prompt", json=request) as response:
+                    if response.status not in (200, 400):
+                        raise ServerError(f"/prompt: {response.status}\n{await response.text()}")
+                    answer = await response.json()
+                _read_validation(result, answer)
+                if not result.prompt_id:
+                    return result
+                await _follow(socket, result, on_message)
+            await _collect(session, result)
+        return result
+
+
+def server_environment() -> dict[str, str]:
+    """Environment of a process that runs ComfyUI: this one's, with the shim on the Python path where needed."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+    shim = shim_path()
+    if shim is not None:
+        inherited = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(shim), *([inherited] if inherited else [])])
+    return environment
+
+
+def bring_tiny_checkpoints(base: Path) -> None:
+    """A `Writer`: the tiny checkpoints, made by a process of its own, so that the caller's stays without ComfyUI."""
+    command = [sys.executable, "-m", "tests.tiny.checkpoints"]
+    command += ["--comfyui", str(comfyui_path()), "--models", str(base / "models")]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=server_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ServerError(f"Writing the tiny checkpoints failed:\n{done.stdout}")
+
+
+def _read_validation(result: RunResult, answer: dict[str, Any]) -> None:
+    result.prompt_id = answer.get("prompt_id", "")
+    error = answer.get("error")
+    if error:
+        result.rejection = _one_line(error)
+    # An empty list, not a dict, where there is nothing to say.
+    for node, report in (answer.get("node_errors") or {}).items():
+        result.node_errors[node] = [_one_line(entry) for entry in report["errors"]]
+
+
+def _one_line(error: dict[str, Any]) -> str:
+    details = f": {error['details']}" if error.get("details") else ""
+    return f"{error['type']}: {error['message']}{details}"
+
+
+async def _follow(
+    socket: aiohttp.ClientWebSocketResponse,
+    result: RunResult,
+    on_message: Callable[[str, dict[str, Any]], None] | None,
+) -> None:
+    async for message in socket:
+        if message.type is not aiohttp.WSMsgType.TEXT:
+            continue  # previews come as binary messages
+        event = json.loads(message.data)
+        kind, data = event["type"], event["data"]
+        if data.get("prompt_id") != result.prompt_id:
+            continue
+        result.messages.append((kind, data))
+        if on_message:
+            on_message(kind, data)
+        if kind == "executing":
+            # The only message that comes after the history has been written.
+            if data["node"] is None:
+                return
+            result.executed_nodes.append(data["node"])
+        elif kind == "execution_cached":
+            result.cached_nodes = list(data["nodes"])
+        elif kind == "execution_interrupted":
+            result.interrupted = True
+        elif kind == "execution_error":
+            result.error = NodeFailure(
+                node_id=data["node_id"],
+                node_type=data["node_type"],
+                exception_type=data["exception_type"],
+                message=data["exception_message"].strip(),
+                traceback="".join(data["traceback"]),
+            )
+    raise ConnectionError("the server closed the websocket")
+
+
+async def _collect(session: aiohttp.ClientSession, result: RunResult) -> None:
+    async with session.get(f"/history/{result.prompt_id}", raise_for_status=True) as response:
+        result.outputs = (await response.json())[result.prompt_id]["outputs"]
+    for node, output in result.outputs.items():
+        for entry in output.get("images", []):
+            async with session.get("/view", params=entry, raise_for_status=True) as response:
+                image = Image.open(io.BytesIO(await response.read()))
+                image.load()
+            result.images_by_node.setdefault(node, []).append(image)
+
+
+def _run_anywhere(request: Callable[[], Any]) -> Any:
+    """Run a coroutine to its end, also from within `on_message`, where an event loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(request())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, request()).result()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    if sys.platform == "win32":
+        process.terminate()
+        return
+    try:
+        os.killpg(process.pid, number)  # start_new_session made the process the leader of its group
+    except ProcessLookupError:
+        pass
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies in a way that leaves no time to clean up."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
