@@ -200,27 +200,39 @@ def ensure_runtime(installer: Installer) -> bool:
 
     found = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
     _say(f"onnxruntime: found {found}{'' if usable else ' (not usable)'}; wanted: {wanted} alone")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        source = installer.fetch(str(wanted), Path(folder))
-        if usable and (source is None or not _works_aside(installer, wanted, source, Path(folder) / "aside")):
+    candidates = [wanted]
+    two_by_accident = wanted.name == CUDA_RUNTIME and len(installed) > 1
+    if two_by_accident or (wanted.name != CPU_RUNTIME and not usable):
+        candidates.append(Requirement(CPU_RUNTIME))  # the next best for what should not stay as it is
+    for candidate in candidates:
+        if _bring(installer, candidate):
             _say(
-                f"onnxruntime: {wanted} could not be fetched or does not run here; what is installed stays as it is.",
-                *_commands_by_hand(installed, wanted),
+                f"onnxruntime: {candidate.name} {installed_runtimes()[candidate.name]} is now the only one and works"
             )
             return True
-        if source is not None and _replace(installer, wanted, source):
-            return True
-    if wanted.name != CPU_RUNTIME and _replace(installer, Requirement(CPU_RUNTIME), []):
-        _say(f"onnxruntime: {wanted} does not run here; the CPU runtime is in its place")
-        return True
-    _say(
-        "onnxruntime: no usable runtime could be installed.", *_commands_by_hand(installed_runtimes(), wanted)
+        _say(f"onnxruntime: {candidate} could not be had or does not run here")
+
+    usable = runtime_usable()
+    verdict = (
+        "what is installed works and stays as it is" if usable else "no usable runtime could be installed"
     )
-    return False
+    _say(f"onnxruntime: {verdict}.", *_commands_by_hand(installed_runtimes(), wanted))
+    return usable
+
+
+def _bring(installer: Installer, wanted: Requirement) -> bool:
+    """Make this runtime the only one. Nothing that works is removed before the candidate was fetched and tried."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        source = installer.fetch(str(wanted), Path(folder))
+        if source is None:
+            return False
+        if runtime_usable() and not _works_aside(installer, wanted, source, Path(folder) / "aside"):
+            return False
+        return _replace(installer, wanted, source)
 
 
 def _works_aside(installer: Installer, wanted: Requirement, source: list[str], folder: Path) -> bool:
-    """Try the candidate in a folder of its own, before anything that works is removed."""
+    """Try the candidate in a folder of its own."""
     return installer.install("--no-deps", *source, "--target", str(folder), str(wanted)) and runtime_usable(
         folder
     )

@@ -93,6 +93,21 @@ class Adapter:
             f"{family_name(len(sites), context)}.{difference} Load a model of the adapter's family, or an adapter of the model's."
         )
 
+    def require_identity(self, identity: Identity, name: str) -> None:
+        """Raise MismatchError unless this adapter made the identity. `name` is what to call the identity in the message."""
+        if identity.adapter != self.digest:
+            raise MismatchError(
+                f"{name} was made with another adapter (weights {identity.adapter}), not with {self.name} ({self.digest}). "
+                "An identity works with its own adapter only: load that one, or make the identity again from the photos with "
+                "this adapter (Mix Face Features)."
+            )
+        trained_with = self.config.recognizer
+        if trained_with and identity.recognizer != trained_with:
+            raise MismatchError(
+                f"{name} was made with the face recogniser {identity.recognizer or '(unknown)'}, but {self.name} was trained "
+                f"with {trained_with}. Make the identity again with that recogniser (Load Face Analyzer)."
+            )
+
     def state_dict(self) -> dict[str, Tensor]:
         """All weights under the published names."""
         projections = {

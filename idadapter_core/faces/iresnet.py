@@ -30,6 +30,9 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 METADATA_KEY = "idadapter.recognizer"
 
 _BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.")
+_OBJECT_REFUSED = re.compile(
+    r"unsupported (global|class)|instantiate|reduce", re.IGNORECASE
+)  # torch's own words
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 _SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".onnx")
 
@@ -204,7 +207,7 @@ def _read_pickle(path: Path) -> Mapping[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if _OBJECT_REFUSED.search(str(error)):
             raise RecognizerError(
                 f"{path.name} holds Python objects besides tensors, so opening it could run code; it was not opened. "
                 "Get the file as a plain state dict or as .safetensors."

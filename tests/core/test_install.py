@@ -55,6 +55,9 @@ FITS_CUDA_13 = "onnxruntime-gpu>=1.27"
         ),
         pytest.param(GPU, False, LINUX, "onnxruntime", id="hollow GPU runtime, no GPU"),
         pytest.param(GPU, True, LINUX_ARM_CUDA_13, "onnxruntime-gpu==1.31.1", id="own build on ARM: kept"),
+        pytest.param(
+            {"onnxruntime-gpu": "1.26.0"}, True, LINUX_CUDA_12, FITS_CUDA_12, id="GPU runtime that fits"
+        ),
         pytest.param(GPU, True, LINUX_CUDA_12, FITS_CUDA_12, id="GPU runtime of another CUDA"),
         pytest.param(DIRECTML, True, WINDOWS_CUDA_12, "onnxruntime-directml==1.24.4", id="DirectML: kept"),
         pytest.param(
@@ -169,8 +172,6 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     python = folder / "venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     wheels = folder / "wheels"
     wheels.mkdir()
-    write_runtime_wheel(wheels, "onnxruntime-gpu", "0.0.1")
-    write_runtime_wheel(wheels, "onnxruntime-directml", "0.0.1")
     environment = Environment(python, wheels)
     if environment.run("-m", "pip", "install", "numpy>=1.25").returncode != 0:
         pytest.skip("needs a package index, or a pip that finds packages without one")
@@ -186,6 +187,8 @@ def first_run(fresh: Environment) -> subprocess.CompletedProcess[str]:
 def healthy(fresh: Environment, first_run: subprocess.CompletedProcess[str]) -> Iterator[Environment]:
     """The environment after the first run, put in order again after the test."""
     assert first_run.returncode == 0, first_run.stdout
+    write_runtime_wheel(fresh.wheels, "onnxruntime-gpu", "0.0.1")
+    write_runtime_wheel(fresh.wheels, "onnxruntime-directml", "0.0.1")
     yield fresh
     if fresh.runtimes() != {"onnxruntime"} or not fresh.providers():
         fresh.pip("uninstall", "-y", "onnxruntime", "onnxruntime-gpu", "onnxruntime-directml")
@@ -237,6 +240,18 @@ class TestRepair:
         assert "pip uninstall -y" in result.stdout
         assert healthy.runtimes() == {"onnxruntime", "onnxruntime-gpu"}
         assert healthy.providers()
+
+    def test_the_cpu_one_replaces_a_broken_flavour_that_cannot_be_had(self, healthy: Environment) -> None:
+        healthy.pip("install", "--no-deps", "onnxruntime-directml==0.0.1")
+        healthy.pip("uninstall", "-y", "onnxruntime")
+        assert not healthy.providers()
+        for wheel in healthy.wheels.glob("onnxruntime_directml*"):
+            wheel.unlink()
+        result = healthy.install()
+        assert result.returncode == 0
+        assert "onnxruntime-directml==0.0.1 could not be had" in result.stdout
+        assert healthy.runtimes() == {"onnxruntime"}
+        assert "CPUExecutionProvider" in healthy.providers()
 
     def test_offline_without_a_runtime_it_says_what_to_do(self, healthy: Environment) -> None:
         healthy.pip("uninstall", "-y", "onnxruntime")

@@ -10,9 +10,7 @@ from idadapter_core.checkpoint import Adapter, load_adapter, save_adapter
 from idadapter_core.methods.uniid import SiteProjections, UniIDConfig, UniIDEncoder
 from tests.golden import recipe
 
-GOLDEN = UniIDConfig(
-    text_widths=(128, 192), adapter_width=128, context_width=320, site_widths=(64,) * 17
-)
+GOLDEN = UniIDConfig(text_widths=(128, 192), adapter_width=128, context_width=320, site_widths=(64,) * 17)
 TINY_SDXL = UniIDConfig(
     text_widths=(64, 64),
     text_depth=2,

@@ -17,7 +17,9 @@ def _random_landmarks(count: int) -> list[np.ndarray]:
         angle, scale = rng.uniform(-np.pi, np.pi), rng.uniform(0.2, 8)
         rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         noise = rng.normal(0, 3, (5, 2))
-        result.append(((TEMPLATE + noise) @ rotation.T * scale + rng.uniform(-200, 900, 2)).astype(np.float32))
+        result.append(
+            ((TEMPLATE + noise) @ rotation.T * scale + rng.uniform(-200, 900, 2)).astype(np.float32)
+        )
     return result
 
 
@@ -37,7 +39,9 @@ def test_crop_is_the_published_warp() -> None:
     face = MarkedFace(310, 290, 150, roll=20, identity=2)
     photo = synthesize(faces=[face])
     matrix = similarity_transform(face.landmarks)
-    np.testing.assert_array_equal(align_face(photo, face.landmarks), cv2.warpAffine(photo, matrix, (112, 112)))
+    np.testing.assert_array_equal(
+        align_face(photo, face.landmarks), cv2.warpAffine(photo, matrix, (112, 112))
+    )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -46,8 +50,9 @@ def test_crop_agrees_with_insightface() -> None:
     photo = synthesize(faces=[face])
     theirs = face_align.norm_crop(photo, face.landmarks.astype(np.float32), 112)
     difference = np.abs(theirs.astype(int) - align_face(photo, face.landmarks).astype(int))
-    assert difference.max() <= 255
-    assert (difference > 2).mean() < 0.001  # the two matrices differ in the last digits; hard edges may round over
+    assert (
+        difference > 2
+    ).mean() < 0.001  # the two matrices differ in the last digits; hard edges may round over
 
 
 def test_landmarks_land_on_the_template() -> None:

@@ -69,7 +69,9 @@ def test_float_image_in_the_wrong_range() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (500, 31), (31, 500)])
 def test_too_small(width: int, height: int) -> None:
-    with pytest.raises(InputError, match=rf"image 1 of 1 is {width}x{height}; both sides must be between 32 and"):
+    with pytest.raises(
+        InputError, match=rf"image 1 of 1 is {width}x{height}; both sides must be between 32 and"
+    ):
         check_image(np.zeros((height, width, 3), np.uint8))
 
 

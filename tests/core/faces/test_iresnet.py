@@ -139,7 +139,9 @@ def test_full_size_network_is_accepted_without_being_asked_for(tmp_path: Path) -
 
 def test_other_depth_is_refused_with_both_counts(tmp_path: Path) -> None:
     torch.save(_hollow_state((3, 4, 14, 3)), tmp_path / "w600k_r50.pth")
-    with pytest.raises(RecognizerError, match="w600k_r50.pth has 3/4/14/3 blocks.*3/13/30/3 are needed.*IResNet-50"):
+    with pytest.raises(
+        RecognizerError, match="w600k_r50.pth has 3/4/14/3 blocks.*3/13/30/3 are needed.*IResNet-50"
+    ):
         load_iresnet(tmp_path / "w600k_r50.pth")
     with pytest.raises(RecognizerError, match="3/4/14/3 blocks.*1/1/1/1 are needed"):
         load_iresnet(tmp_path / "w600k_r50.pth", layers=TINY)
@@ -158,7 +160,9 @@ class TestBadFiles:
 
     def test_unknown_suffix(self, tmp_path: Path) -> None:
         (tmp_path / "net.gguf").write_bytes(b"GGUF")
-        with pytest.raises(RecognizerError, match=r"must be one of \.pth, \.pt, \.bin, \.safetensors, \.onnx"):
+        with pytest.raises(
+            RecognizerError, match=r"must be one of \.pth, \.pt, \.bin, \.safetensors, \.onnx"
+        ):
             load_iresnet(tmp_path / "net.gguf")
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".onnx"])
@@ -171,7 +175,9 @@ class TestBadFiles:
         else:
             save_iresnet(tiny, path)
         path.write_bytes(path.read_bytes()[:100_000])
-        with pytest.raises(RecognizerError, match=rf"net{suffix} \(100,000 bytes\) cannot be read .* Download it again"):
+        with pytest.raises(
+            RecognizerError, match=rf"net{suffix} \(100,000 bytes\) cannot be read .* Download it again"
+        ):
             load_iresnet(path)
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".onnx"])
@@ -212,13 +218,19 @@ class TestBadFiles:
 
     def test_unreadable_declaration(self, tmp_path: Path) -> None:
         save_file({"fc.weight": torch.zeros(2)}, tmp_path / "net.safetensors", {METADATA_KEY: "[1, 1]"})
-        with pytest.raises(RecognizerError, match=r"metadata 'idadapter.recognizer' must read like .*\[1, 1\]"):
+        with pytest.raises(
+            RecognizerError, match=r"metadata 'idadapter.recognizer' must read like .*\[1, 1\]"
+        ):
             load_iresnet(tmp_path / "net.safetensors")
 
     def test_another_onnx_network(self, tmp_path: Path) -> None:
         node = helper.make_node("Relu", ["crop"], ["out"])
-        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in ("crop", "out")]
-        onnx.save(helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:])), tmp_path / "net.onnx")
+        ends = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in ("crop", "out")
+        ]
+        onnx.save(
+            helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:])), tmp_path / "net.onnx"
+        )
         with pytest.raises(RecognizerError, match="not an IResNet: at conv1 expected Conv, found Relu"):
             load_iresnet(tmp_path / "net.onnx")
 

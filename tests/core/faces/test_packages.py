@@ -32,7 +32,9 @@ def test_files_are_sorted_by_what_they_do(package: Path) -> None:
 def test_signature_is_what_the_runtime_reports(package: Path) -> None:
     for path in package.glob("*.onnx"):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        for ours, theirs in zip(read_signature(path), (session.get_inputs(), session.get_outputs()), strict=True):
+        for ours, theirs in zip(
+            read_signature(path), (session.get_inputs(), session.get_outputs()), strict=True
+        ):
             expected = [tuple(d if isinstance(d, int) else None for d in item.shape) for item in theirs]
             assert ours == expected, path.name
 
@@ -40,7 +42,11 @@ def test_signature_is_what_the_runtime_reports(package: Path) -> None:
 class TestSearch:
     def test_first_root_wins_and_both_layouts_are_known(self, package: Path, tmp_path: Path) -> None:
         first, second = tmp_path / "comfy", tmp_path / "home"
-        for folder in (first / "models" / "buffalo_l", second / "models" / "buffalo_l", second / "antelopev2"):
+        for folder in (
+            first / "models" / "buffalo_l",
+            second / "models" / "buffalo_l",
+            second / "antelopev2",
+        ):
             shutil.copytree(package, folder)
         found = find_packages([first, second, tmp_path / "absent"])
         assert found == {
@@ -85,7 +91,9 @@ class TestBadPackages:
 
     def test_without_detector(self, package: Path, tmp_path: Path) -> None:
         shutil.copy(package / "w600k_r50.onnx", tmp_path)
-        with pytest.raises(FacePackageError, match=r"no face detector.*found w600k_r50\.onnx \(recognition\)"):
+        with pytest.raises(
+            FacePackageError, match=r"no face detector.*found w600k_r50\.onnx \(recognition\)"
+        ):
             read_package(tmp_path)
 
     @pytest.mark.parametrize("keep", [0, 3, 1000, 20_000])
@@ -93,7 +101,9 @@ class TestBadPackages:
         folder = Path(shutil.copytree(package, tmp_path / "p"))
         data = (folder / "det_10g.onnx").read_bytes()
         (folder / "det_10g.onnx").write_bytes(data[:keep])
-        with pytest.raises(FacePackageError, match=rf"det_10g\.onnx \({keep:,} bytes\) is not a complete ONNX model"):
+        with pytest.raises(
+            FacePackageError, match=rf"det_10g\.onnx \({keep:,} bytes\) is not a complete ONNX model"
+        ):
             read_package(folder)
 
     def test_web_page_instead_of_a_model(self, package: Path, tmp_path: Path) -> None:

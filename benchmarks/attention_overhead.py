@@ -1,0 +1,268 @@
+"""What an identity adapter adds to one UNet forward in ComfyUI, against the plain model and against the naive way.
+
+SD1.5 at full width with random weights on the CPU, batch 2 (the two halves of CFG), through ComfyUI's own `apply_model`. The
+cost is measured in situ: inside real forwards, what the adapter's own code takes beyond the text attention it contains
+(weights are random: trained ones cost the same). Whole forwards are compared too, but other load moves them by more than the
+effect. Times are CPU time of one thread. Rounds are interleaved and the medians over rounds are shown.
+
+    python -m benchmarks.attention_overhead                     # fp32 256 px and bf16 512 px, 4, 16 and 25 tokens
+    python -m benchmarks.attention_overhead --case fp32:256 --tokens 25 --rounds 9
+
+"naive" is the common way: K and V of the identity projected at each call for both halves, `repeat`, attention, a new tensor
+for the weighted residual and one for the sum; no rescaling. "ours" is the pack's patch with normalized rescaling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.harness.comfy import import_comfy, load_pack
+
+CONTEXT_WIDTH, CONTEXT_LENGTH = 768, 77
+SITE_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
+
+
+@dataclass
+class Clock:
+    """CPU time of the adapter's code and of the text attention inside it, in one forward."""
+
+    adapter: float = 0.0
+    text: float = 0.0
+    depth: int = 0
+
+    @property
+    def added(self) -> float:
+        return self.adapter - self.text
+
+
+@dataclass
+class Variant:
+    """One way of running the model: its transformer options, extra model inputs, and what was measured."""
+
+    name: str
+    options: Callable[[], dict[str, Any]]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    forwards: list[float] = field(default_factory=list)
+    added: list[float] = field(default_factory=list)
+    first_added: float = 0.0
+
+
+CLOCK = Clock()
+
+
+@contextmanager
+def adapter_time() -> Iterator[None]:
+    start = time.thread_time()
+    CLOCK.depth += 1
+    try:
+        yield
+    finally:
+        CLOCK.depth -= 1
+        CLOCK.adapter += time.thread_time() - start
+
+
+def timed_attention(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        start = time.thread_time()
+        out = attention(*args, **kwargs)
+        if CLOCK.depth:
+            CLOCK.text += time.thread_time() - start
+        return out
+
+    return timed
+
+
+class NaiveAdapter:
+    """An attn2 replacement as face adapters usually have it."""
+
+    def __init__(self, projections: Any, index: int, tokens: dict[str, torch.Tensor], plain: Callable[..., Any]):
+        module = projections.adapter_modules[str(index)]
+        self.to_k, self.to_v = module.to_k_ip, module.to_v_ip
+        self.tokens = tokens
+        self.plain = plain  # the untimed attention, for the identity's own
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+        from comfy.ldm.modules import attention
+
+        with adapter_time():
+            out = attention.optimized_attention(q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"])
+            chunks = [("positive", "negative")[i] for i in extra["cond_or_uncond"]]
+            batch = q.shape[0] // len(chunks)
+            states = [self.tokens[chunk].repeat(batch, 1, 1) for chunk in ("positive", "negative")]
+            keys = dict(zip(("positive", "negative"), (self.to_k(s) for s in states), strict=True))
+            values = dict(zip(("positive", "negative"), (self.to_v(s) for s in states), strict=True))
+            k_id = torch.cat([keys[chunk] for chunk in chunks])
+            v_id = torch.cat([values[chunk] for chunk in chunks])
+            residual = self.plain(q, k_id, v_id, extra["n_heads"])
+            return out + residual * 1.0
+
+
+def build_model(dtype: torch.dtype) -> Any:
+    """SD1.5's UNet at full width, random weights, computing in `dtype`, as a MODEL."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD15(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "num_res_blocks": [2, 2, 2, 2],
+            "channel_mult": [1, 2, 4, 4],
+            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_output": [1] * 9 + [0] * 3,
+            "transformer_depth_middle": 1,
+            "num_heads": 8,
+            "context_dim": CONTEXT_WIDTH,
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": False,
+            "legacy": False,
+            "adm_in_channels": None,
+            "use_temporal_attention": False,
+            "num_classes": None,
+            "dtype": dtype,
+        }
+    )
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model({}, "", device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.diffusion_model.named_parameters():
+            if parameter.ndim > 1:
+                values = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+                parameter.copy_(values)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def build_variants(model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any) -> list[Variant]:
+    """The plain model, and for each token count the naive adapter and ours, all with the same weights and tokens."""
+    from ComfyUI_IDAdapter.idadapter_core.checkpoint import Adapter
+    from ComfyUI_IDAdapter.idadapter_core.methods.uniid import SiteProjections, UniIDConfig, UniIDEncoder
+    from ComfyUI_IDAdapter.idadapter_core.schedule import RescaleSchedule
+    from ComfyUI_IDAdapter.idadapter_core.types import Identity
+    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, Rescale, plan_of, with_plan
+    from ComfyUI_IDAdapter.nodes.host.run import Row, Rows, Run
+
+    side = pixels // 8
+    sigmas = torch.tensor([14.6, 4.0, 1.0, 0.0])
+    base = {"sample_sigmas": sigmas, "sigmas": sigmas[1:2], "cond_or_uncond": [1, 0]}
+    variants = [Variant("plain", lambda: dict(base))]
+    sites = plan_of(model).sites
+    for count in token_counts:
+        config = UniIDConfig(
+            text_widths=(), adapter_tokens=count, adapter_width=64, context_width=CONTEXT_WIDTH, site_widths=SITE_WIDTHS
+        )
+        projections = SiteProjections(config).to(dtype).requires_grad_(False)
+        tokens = {role: torch.randn(1, count, CONTEXT_WIDTH).to(dtype) for role in ("positive", "negative")}
+        replace = {site.comfy: NaiveAdapter(projections, site.index, tokens, plain) for site in sites}
+        variants.append(Variant(f"naive T={count}", lambda r=replace: {**base, "patches_replace": {"attn2": r}}))
+
+        adapter = Adapter("benchmark", "", "uniid", config, UniIDEncoder(config), projections)
+        identity = Identity(tokens["positive"], tokens["negative"])
+        application = Application(adapter, identity, 1.0, 0.0, 1.0, None)
+        patched = with_plan(model, applications=(application,), rescale=Rescale(RescaleSchedule()))
+        run = Run(plan_of(patched), tuple(sigmas.tolist()), (side, side))
+        handles = [run.handle(application, identity, negative) for negative in (True, False)]
+        rows = Rows(run, tuple(Row((handle,), None, 0) for handle in handles))
+        options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers}
+        variants.append(Variant(f"ours T={count}", lambda o=options: {**base, **o}, {KEY: rows}))
+    return variants
+
+
+def count_our_time() -> None:
+    """Time the pack's own code where it runs: each attention site, and what the model wrapper decides and binds."""
+    from ComfyUI_IDAdapter.nodes.host import patching
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with adapter_time():
+                return function(*args)
+
+        return call
+
+    for owner, name in ((patching.SiteAttention, "__call__"), (patching, "_call"), (patching, "_chain")):
+        setattr(owner, name, timed(getattr(owner, name)))
+
+
+def measure(model: Any, variants: list[Variant], dtype: torch.dtype, pixels: int, rounds: int) -> None:
+    side = pixels // 8
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, side, side, generator=generator)
+    context = torch.randn(2, CONTEXT_LENGTH, CONTEXT_WIDTH, generator=generator).to(dtype)
+    for number in range(rounds + 1):
+        for variant in random.Random(number).sample(variants, len(variants)):
+            CLOCK.adapter = CLOCK.text = 0.0
+            start = time.thread_time()
+            model.model.apply_model(
+                x, torch.full((2,), 4.0), c_crossattn=context, transformer_options=variant.options(), **variant.inputs
+            )
+            seconds = time.thread_time() - start
+            if number == 0:  # warms up; for ours it also projects K and V, once per run
+                variant.first_added = CLOCK.added
+            else:
+                variant.forwards.append(seconds)
+                variant.added.append(CLOCK.added)
+
+
+def report(title: str, variants: list[Variant]) -> None:
+    plain = statistics.median(variants[0].forwards)
+    print(f"\n{title}, {len(variants[0].forwards)} rounds; plain forward {1000 * plain:.0f} ms")
+    print("| variant | added ms | added, % of the plain forward (in situ) | whole forward / plain | once per run, ms |")
+    print("|---|---|---|---|---|")
+    shares = {}
+    for variant in variants[1:]:
+        added = statistics.median(variant.added)
+        # Against the rest of the same forwards, which other load has slowed down alike.
+        alone = [f - a for f, a in zip(variant.forwards, variant.added, strict=True)]
+        share = statistics.median(a / b for a, b in zip(variant.added, alone, strict=True))
+        shares[variant.name] = added
+        whole = statistics.median(f / p for f, p in zip(variant.forwards, variants[0].forwards, strict=True))
+        once = f"{1000 * max(variant.first_added - added, 0):.0f}" if variant.name.startswith("ours") else "-"
+        print(f"| {variant.name} | {1000 * added:.1f} | {100 * share:.2f} % | {whole:.3f} | {once} |")
+    for name, added in shares.items():
+        if name.startswith("ours"):
+            print(f"{name}: {added / shares[name.replace('ours', 'naive')]:.2f} of the naive way's added time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", help="dtype:pixels, for example fp32:256 (repeatable)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4, 16, 25])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="CPU time is measured on one thread: 1 is right")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    import_comfy()
+    load_pack()
+    from comfy.ldm.modules import attention
+
+    plain = attention.attention_pytorch  # what ComfyUI takes on NVIDIA; its CPU default is slower
+    attention.optimized_attention = timed_attention(plain)
+    count_our_time()
+    with torch.inference_mode():
+        for case in options.case or ["fp32:256", "bf16:512"]:
+            name, pixels = case.split(":")
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+            model = build_model(dtype)
+            variants = build_variants(model, dtype, int(pixels), options.tokens, plain)
+            measure(model, variants, dtype, int(pixels), options.rounds)
+            report(f"SD1.5, {name}, {pixels} px, batch 2, torch {torch.__version__}", variants)
+
+
+if __name__ == "__main__":
+    main()

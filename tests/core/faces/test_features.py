@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from idadapter_core.errors import FaceError, FacePackageError, InputError, NoFaceFoundError, RecognizerError
+from idadapter_core.faces.align import align_face
+from idadapter_core.faces.detector import FaceAnalyzer, open_analyzer
+from idadapter_core.faces.features import crops_to_tensor, extract_features
+from idadapter_core.faces.iresnet import IResNet, digest
+from tests.golden.recipe import fill
+from tests.tiny.face_package import MarkedFace, synthesize
+
+SMALL, LARGE = MarkedFace(150, 200, 60, identity=1), MarkedFace(420, 320, 80, identity=2, score=0.8)
+ONE = synthesize(faces=[SMALL])
+TWO = synthesize(768, 1024, [SMALL, LARGE])
+NOBODY = synthesize(768, 1024)
+
+
+@pytest.fixture(scope="module")
+def recognizer() -> IResNet:
+    net = IResNet((1, 1, 1, 1))
+    fill(net, seed=11)
+    return net
+
+
+def test_package_recogniser_gives_embeddings_without_stages(analyzer: FaceAnalyzer) -> None:
+    result = extract_features([ONE, TWO], analyzer, None)
+    features = result.features
+    assert features.embedding.shape == (2, 512)
+    assert features.embedding.dtype == torch.float32
+    assert features.stages == ()
+    assert features.recognizer == analyzer.recognizer_digest
+    assert [face.image_index for face in features.faces] == [0, 1]
+    expected = analyzer.embed(TWO, features.faces[1])
+    np.testing.assert_array_equal(features.embedding[1].numpy(), expected)
+    assert features.crops is not None
+    assert features.crops.shape == (2, 3, 112, 112)
+    assert torch.isfinite(features.crops).all()
+    assert features.crops.abs().max() <= 1
+
+
+def test_own_recogniser_sees_the_aligned_rgb_crop(analyzer: FaceAnalyzer, recognizer: IResNet) -> None:
+    result = extract_features([ONE, TWO], analyzer, recognizer, recognizer_digest=digest(recognizer))
+    features = result.features
+    assert features.recognizer == digest(recognizer)
+    assert [stage.shape[1] for stage in features.stages] == [64, 128, 256, 512]
+    crop = align_face(ONE, features.faces[0].landmarks)
+    pixels = torch.from_numpy(crop.astype(np.float32)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        embedding, stages = recognizer((pixels / 255 - 0.5) / 0.5)
+    torch.testing.assert_close(features.embedding[:1], embedding, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features.stages[3][:1], stages[3], atol=1e-4, rtol=1e-4)
+    assert not features.embedding.requires_grad
+
+
+def test_many_faces_are_recognised_in_parts(analyzer: FaceAnalyzer) -> None:
+    sizes = []
+
+    def recognizer(crops: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        sizes.append(len(crops))
+        return crops.mean((2, 3)), [crops[:, :, :2, :2]]
+
+    result = extract_features([TWO] * 9, analyzer, recognizer, select="all")
+    assert max(sizes) <= 16
+    assert result.features.crops is not None
+    torch.testing.assert_close(result.features.embedding, result.features.crops.mean((2, 3)))
+    assert result.features.stages[0].shape == (18, 3, 2, 2)
+
+
+def test_selection_decides_whose_features(analyzer: FaceAnalyzer) -> None:
+    by_size = [extract_features([TWO], analyzer, None, index=i) for i in range(2)]
+    assert by_size[0].features.faces[0].width > by_size[1].features.faces[0].width
+    leftmost = extract_features([TWO], analyzer, None, select="left to right")
+    torch.testing.assert_close(leftmost.features.embedding, by_size[1].features.embedding)
+    everyone = extract_features([TWO, ONE], analyzer, None, select="all")
+    assert [face.image_index for face in everyone.features.faces] == [0, 0, 1]
+    assert [len(faces) for faces in everyone.chosen] == [2, 1]
+
+
+def test_found_faces_are_numbered_as_index_counts(analyzer: FaceAnalyzer) -> None:
+    result = extract_features([TWO], analyzer, None, index=1)
+    assert result.chosen[0] == (result.found[0][1],)
+
+
+def test_report_says_what_happened(analyzer: FaceAnalyzer) -> None:
+    tiny = synthesize(faces=[MarkedFace(300, 300, 18)])
+    report = extract_features([ONE, TWO, tiny], analyzer, None).report
+    assert "image 1 of 3 (640x640): 1 face found at 640 px" in report
+    assert "image 2 of 3 (768x1024): 2 faces found" in report
+    assert "warning: several faces; used index 0 of 0 to 1" in report
+    assert "warning: small face (45x" in report
+    assert report.count("warning") == 2
+
+
+def test_progress_is_called_for_each_photo(analyzer: FaceAnalyzer) -> None:
+    calls = []
+    extract_features([ONE, NOBODY, ONE], analyzer, None, on_missing="skip", progress=lambda: calls.append(1))
+    assert len(calls) == 3
+
+
+def test_any_form_of_image_is_read(analyzer: FaceAnalyzer) -> None:
+    given = torch.from_numpy(ONE.astype(np.float32) / 255)
+    result = extract_features([given], analyzer, None)  # type: ignore[list-item]
+    torch.testing.assert_close(
+        result.features.embedding, extract_features([ONE], analyzer, None).features.embedding
+    )
+
+
+class TestMissing:
+    def test_error_names_the_photo(self, analyzer: FaceAnalyzer) -> None:
+        expected = (
+            r"image 2 of 4 \(768x1024\): no face found\. Tried detector sizes 640 to 128 px and padding"
+        )
+        with pytest.raises(NoFaceFoundError, match=expected):
+            extract_features([ONE, NOBODY, ONE, ONE], analyzer, None)
+
+    def test_skip_goes_on_with_the_others(self, analyzer: FaceAnalyzer) -> None:
+        result = extract_features([NOBODY, ONE], analyzer, None, on_missing="skip")
+        assert result.skipped == (0,)
+        assert result.chosen[0] == ()
+        assert [face.image_index for face in result.features.faces] == [1]
+        assert "image 1 of 2 (768x1024): skipped, no face found" in result.report
+
+    def test_nobody_left(self, analyzer: FaceAnalyzer) -> None:
+        with pytest.raises(
+            NoFaceFoundError, match=r"no photo shows a usable face\.\nimage 1 of 2 .*\nimage 2 of 2"
+        ):
+            extract_features([NOBODY, NOBODY], analyzer, None, on_missing="skip")
+
+    def test_index_out_of_range(self, analyzer: FaceAnalyzer) -> None:
+        three = synthesize(faces=[SMALL, LARGE, MarkedFace(450, 120, 50)])
+        with pytest.raises(FaceError, match=r"image 2 of 2 \(768x1024\): asked for face 3 .*found 2"):
+            extract_features([three, TWO], analyzer, None, index=2)
+
+    def test_face_mostly_outside(self, analyzer: FaceAnalyzer) -> None:
+        # Cut out so tightly that eyes, nose and mouth are there, but most of the head is not.
+        photo = np.ascontiguousarray(synthesize(faces=[MarkedFace(320, 320, 100)])[250:392, 256:384])
+        assert len(analyzer.detect(photo)) == 1
+        with pytest.raises(FaceError, match=r"image 1 of 1 \(128x142\): only \d+% of the face lies inside"):
+            extract_features([photo], analyzer, None)
+
+    def test_bad_images_are_never_skipped(self, analyzer: FaceAnalyzer) -> None:
+        broken = np.full((64, 64, 3), np.nan, np.float32)
+        with pytest.raises(InputError, match="image 2 of 2 .* are NaN"):
+            extract_features([ONE, broken], analyzer, None, on_missing="skip")  # type: ignore[list-item]
+
+    def test_no_images(self, analyzer: FaceAnalyzer) -> None:
+        with pytest.raises(InputError, match="no images were given"):
+            extract_features([], analyzer, None)
+
+    def test_unknown_choices(self, analyzer: FaceAnalyzer) -> None:
+        with pytest.raises(InputError, match="on_missing must be one of error, skip"):
+            extract_features([ONE], analyzer, None, on_missing="ignore")
+        with pytest.raises(InputError, match="select must be one of largest"):
+            extract_features([ONE], analyzer, None, select="best")
+
+
+def test_package_without_recogniser(package: Path, tmp_path: Path) -> None:
+    shutil.copy(package / "det_10g.onnx", tmp_path)
+    with pytest.raises(FacePackageError, match="has no recognition model"):
+        extract_features([ONE], open_analyzer(tmp_path, "cpu"), None)
+
+
+def test_recogniser_that_overflows(analyzer: FaceAnalyzer) -> None:
+    def recognizer(crops: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return torch.full((len(crops), 512), torch.inf), []
+
+    with pytest.raises(RecognizerError, match="not finite"):
+        extract_features([ONE], analyzer, recognizer)
+
+
+def test_crops_keep_channel_order_and_range() -> None:
+    crop = np.zeros((112, 112, 3), np.uint8)
+    crop[..., 0], crop[..., 2] = 255, 51
+    tensor = crops_to_tensor([crop])
+    assert tensor[0, :, 5, 5].tolist() == pytest.approx([1, -1, -0.6])

@@ -1,0 +1,172 @@
+"""The example workflows open in the real frontend, and run once tiny models stand for the real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.harness.browser import Browser, GraphNode, find_chromium
+from tests.harness.comfy import REPOSITORY
+from tests.harness.server import PACK_NAME, ComfyServer
+from tests.harness.workflow import Workflow
+from tests.tiny.checkpoints import CHECKPOINT_NAMES
+from tests.tiny.files import ADAPTER, PACKAGE, PERSON, RECOGNIZER, TEXT_BRANCH
+
+WORKFLOWS = {path.stem: path for path in sorted((REPOSITORY / "workflows").glob("*.json"))}
+TITLE_HEIGHT = 30
+
+# Inputs that name a file: the folder it belongs into, and the tiny file that stands for it.
+FILES = {
+    ("CheckpointLoaderSimple", "ckpt_name"): ("models/checkpoints", CHECKPOINT_NAMES["sdxl"]),
+    ("LoadImage", "image"): ("input", PERSON),
+    ("IDAdapterLoadAdapter", "adapter"): ("models/idadapter", ADAPTER),
+    ("IDAdapterLoadAdapter", "text_branch"): ("models/idadapter", TEXT_BRANCH),
+    ("IDAdapterLoadFaceAnalyzer", "recognizer"): ("models/idadapter/recognizers", RECOGNIZER),
+    ("IDAdapterLoadFaceAnalyzer", "package"): ("models/insightface/models", PACKAGE),
+}
+# Kept small, so that a run takes seconds on a CPU.
+SMALL = {"EmptyLatentImage": {"width": 64, "height": 64}, "KSampler": {"steps": 4}}
+
+pytestmark = pytest.mark.parametrize("name", WORKFLOWS)
+needs_browser = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium: install it or set CHROMIUM to its executable"
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the frontend made of a workflow."""
+
+    nodes_without_files: list[GraphNode]
+    """While the user has none of the files that the workflow names."""
+    bad_nodes: list[GraphNode]
+    complaints: list[str]
+    prompt: Workflow
+
+
+def read(name: str) -> dict[str, Any]:
+    workflow: dict[str, Any] = json.loads(WORKFLOWS[name].read_text(encoding="utf-8"))
+    return workflow
+
+
+def named_files(prompt: Workflow) -> list[tuple[dict[str, Any], str, str, str]]:
+    """The inputs of each node, the name of one that names a file, the file's folder and its stand-in."""
+    return [
+        (node["inputs"], field, folder, stand_in)
+        for node in prompt.values()
+        for (class_type, field), (folder, stand_in) in FILES.items()
+        if node["class_type"] == class_type
+    ]
+
+
+@pytest.fixture(scope="module")
+def opened(server: ComfyServer) -> Iterator[dict[str, Opened]]:
+    """Every workflow, opened without and with the files that it names (empty ones: the frontend only lists them)."""
+    with Browser(server.url) as browser:
+        result = {}
+        for name in WORKFLOWS:
+            browser.load_workflow(read(name))
+            nodes, prompt = browser.nodes(), browser.graph_to_prompt()
+            missing = [
+                path
+                for inputs, field, folder, _ in named_files(prompt)
+                if not (path := server.base / folder / inputs[field]).exists()
+            ]
+            try:
+                for path in missing:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.touch()
+                browser.open()
+                browser.load_workflow(read(name))
+                complaints = [*browser.toasts(), *browser.dialogs(), *browser.console_errors]
+                complaints += filter(None, [browser.error_overlay()])
+                result[name] = Opened(nodes, browser.bad_nodes(), complaints, prompt)
+            finally:
+                for path in missing:
+                    path.unlink(missing_ok=True)
+    yield result
+
+
+@pytest.mark.server
+@pytest.mark.browser
+@needs_browser
+def test_every_type_is_known_even_without_the_files(opened: dict[str, Opened], name: str) -> None:
+    nodes = opened[name].nodes_without_files
+    assert len(nodes) == len(read(name)["nodes"])
+    assert [node for node in nodes if not node.known] == []
+
+
+@pytest.mark.server
+@pytest.mark.browser
+@needs_browser
+def test_it_opens_without_a_complaint_once_the_files_are_there(opened: dict[str, Opened], name: str) -> None:
+    assert opened[name].bad_nodes == []
+    assert opened[name].complaints == []
+
+
+@pytest.mark.server
+@pytest.mark.browser
+@needs_browser
+def test_it_runs_to_a_picture(server: ComfyServer, opened: dict[str, Opened], name: str) -> None:
+    prompt: Workflow = json.loads(json.dumps(opened[name].prompt))
+    for inputs, field, _, stand_in in named_files(prompt):
+        inputs[field] = stand_in
+    for node in prompt.values():
+        node["inputs"] |= SMALL.get(node["class_type"], {})
+    result = server.run(prompt).check()
+    assert set(result.executed_nodes) | set(result.cached_nodes) == set(prompt)
+    saved = [node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage"]
+    for node_id in saved:
+        (image,) = result.images_by_node[node_id]
+        assert image.format == "PNG"
+        assert image.size == (64, 64)
+        # Neither black, as a NaN would leave it, nor clipped flat.
+        assert np.asarray(image, dtype=np.float32).std() > 10
+    assert saved
+
+
+@pytest.mark.server
+def test_the_server_offers_it_as_a_template(server: ComfyServer, name: str) -> None:
+    assert name in json.loads(server.get("/workflow_templates"))[PACK_NAME]
+    assert json.loads(server.get(f"/api/workflow_templates/{PACK_NAME}/{name}.json")) == read(name)
+
+
+def test_no_node_covers_another(name: str) -> None:
+    boxes = [
+        (node["id"], *node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
+        for node in read(name)["nodes"]
+    ]
+    overlapping = [
+        (a, b)
+        for (a, left, top, right, bottom), (b, other_left, other_top, other_right, other_bottom) in combinations(
+            boxes, 2
+        )
+        if left < other_right
+        and other_left < right
+        and top - TITLE_HEIGHT < other_bottom
+        and other_top - TITLE_HEIGHT < bottom
+    ]
+    assert overlapping == []
+
+
+def test_it_explains_itself(name: str) -> None:
+    """Every node but the notes stands in a group, and every group holds a note."""
+    workflow = read(name)
+    notes = {node["id"] for node in workflow["nodes"] if node["type"] in ("Note", "MarkdownNote")}
+    members = []
+    for group in workflow["groups"]:
+        left, top, width, height = group["bounding"]
+        inside = {
+            node["id"]
+            for node in workflow["nodes"]
+            if left <= node["pos"][0] <= left + width and top <= node["pos"][1] <= top + height
+        }
+        assert inside & notes, f"group {group['title']} has no note"
+        members.append(inside)
+    assert {node["id"] for node in workflow["nodes"]} - set().union(*members) <= notes
