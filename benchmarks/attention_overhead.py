@@ -84,17 +84,23 @@ def timed_attention(attention: Callable[..., torch.Tensor]) -> Callable[..., tor
 class NaiveAdapter:
     """An attn2 replacement as face adapters usually have it."""
 
-    def __init__(self, projections: Any, index: int, tokens: dict[str, torch.Tensor], plain: Callable[..., Any]):
+    def __init__(
+        self, projections: Any, index: int, tokens: dict[str, torch.Tensor], plain: Callable[..., Any]
+    ):
         module = projections.adapter_modules[str(index)]
         self.to_k, self.to_v = module.to_k_ip, module.to_v_ip
         self.tokens = tokens
         self.plain = plain  # the untimed attention, for the identity's own
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]
+    ) -> torch.Tensor:
         from comfy.ldm.modules import attention
 
         with adapter_time():
-            out = attention.optimized_attention(q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"])
+            out = attention.optimized_attention(
+                q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"]
+            )
             chunks = [("positive", "negative")[i] for i in extra["cond_or_uncond"]]
             batch = q.shape[0] // len(chunks)
             states = [self.tokens[chunk].repeat(batch, 1, 1) for chunk in ("positive", "negative")]
@@ -148,7 +154,9 @@ def build_model(dtype: torch.dtype) -> Any:
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def build_variants(model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any) -> list[Variant]:
+def build_variants(
+    model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any
+) -> list[Variant]:
     """The plain model, and for each token count the naive adapter and ours, all with the same weights and tokens."""
     from ComfyUI_IDAdapter.idadapter_core.checkpoint import Adapter
     from ComfyUI_IDAdapter.idadapter_core.methods.uniid import SiteProjections, UniIDConfig, UniIDEncoder
@@ -164,12 +172,18 @@ def build_variants(model: Any, dtype: torch.dtype, pixels: int, token_counts: li
     sites = plan_of(model).sites
     for count in token_counts:
         config = UniIDConfig(
-            text_widths=(), adapter_tokens=count, adapter_width=64, context_width=CONTEXT_WIDTH, site_widths=SITE_WIDTHS
+            text_widths=(),
+            adapter_tokens=count,
+            adapter_width=64,
+            context_width=CONTEXT_WIDTH,
+            site_widths=SITE_WIDTHS,
         )
         projections = SiteProjections(config).to(dtype).requires_grad_(False)
         tokens = {role: torch.randn(1, count, CONTEXT_WIDTH).to(dtype) for role in ("positive", "negative")}
         replace = {site.comfy: NaiveAdapter(projections, site.index, tokens, plain) for site in sites}
-        variants.append(Variant(f"naive T={count}", lambda r=replace: {**base, "patches_replace": {"attn2": r}}))
+        variants.append(
+            Variant(f"naive T={count}", lambda r=replace: {**base, "patches_replace": {"attn2": r}})
+        )
 
         adapter = Adapter("benchmark", "", "uniid", config, UniIDEncoder(config), projections)
         identity = Identity(tokens["positive"], tokens["negative"])
@@ -208,7 +222,11 @@ def measure(model: Any, variants: list[Variant], dtype: torch.dtype, pixels: int
             CLOCK.adapter = CLOCK.text = 0.0
             start = time.thread_time()
             model.model.apply_model(
-                x, torch.full((2,), 4.0), c_crossattn=context, transformer_options=variant.options(), **variant.inputs
+                x,
+                torch.full((2,), 4.0),
+                c_crossattn=context,
+                transformer_options=variant.options(),
+                **variant.inputs,
             )
             seconds = time.thread_time() - start
             if number == 0:  # warms up; for ours it also projects K and V, once per run
@@ -221,7 +239,9 @@ def measure(model: Any, variants: list[Variant], dtype: torch.dtype, pixels: int
 def report(title: str, variants: list[Variant]) -> None:
     plain = statistics.median(variants[0].forwards)
     print(f"\n{title}, {len(variants[0].forwards)} rounds; plain forward {1000 * plain:.0f} ms")
-    print("| variant | added ms | added, % of the plain forward (in situ) | whole forward / plain | once per run, ms |")
+    print(
+        "| variant | added ms | added, % of the plain forward (in situ) | whole forward / plain | once per run, ms |"
+    )
     print("|---|---|---|---|---|")
     shares = {}
     for variant in variants[1:]:
@@ -235,15 +255,21 @@ def report(title: str, variants: list[Variant]) -> None:
         print(f"| {variant.name} | {1000 * added:.1f} | {100 * share:.2f} % | {whole:.3f} | {once} |")
     for name, added in shares.items():
         if name.startswith("ours"):
-            print(f"{name}: {added / shares[name.replace('ours', 'naive')]:.2f} of the naive way's added time")
+            print(
+                f"{name}: {added / shares[name.replace('ours', 'naive')]:.2f} of the naive way's added time"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", action="append", help="dtype:pixels, for example fp32:256 (repeatable)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4, 16, 25])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="CPU time is measured on one thread: 1 is right")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU time is measured on one thread: 1 is right"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

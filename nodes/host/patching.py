@@ -19,7 +19,7 @@ from comfy.ldm.modules import attention as comfy_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...idadapter_core.attention import add_residual, identity_attention, rescale_factor, sample_norm
+from ...idadapter_core.attention import add_identity, add_residual, rescale_factor, sample_norm
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.sites import Site
 from .plan import KEY, Application, Plan
@@ -256,20 +256,16 @@ class SiteAttention:
                 identity = call.run.keys_values(
                     self.site, segment.handles, extra["n_heads"], q.device, q.dtype
                 )
-                residual = identity_attention(q[span], identity)
-                if norm is None:
-                    factor = acting.scale.to(q.dtype)
-                else:
-                    factor = rescale_factor(norm[span], residual, acting.scale)
+                mask = None
                 if acting.masked:
                     size = tuple(extra["activations_shape"][-2:])
-                    factor = factor * call.run.mask(acting.number, rows[span], size, q.device, q.dtype)
-                if ours:
-                    add_residual(out[span], residual, factor, inplace=True)
-                else:
-                    # Another owner may still hold this tensor.
+                    mask = call.run.mask(acting.number, rows[span], size, q.device, q.dtype)
+                if not ours:  # another owner may still hold this tensor
                     out, ours = out.clone(), True
-                    add_residual(out[span], residual, factor, inplace=True)
+                base_norm = None if norm is None else norm[span]
+                add_identity(
+                    out[span], q[span], identity, acting.scale, base_norm=base_norm, mask=mask, inplace=True
+                )
         return out
 
     def _base(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...idadapter_core import Adapter
 from ...idadapter_core.errors import InputError
-from ...idadapter_core.attention import KeysValues, prepare_keys_values
+from ...idadapter_core.attention import BlockKeysValues, KeysValues, prepare_identity
 from ...idadapter_core.schedule import step_index
 from ...idadapter_core.sites import Site
 from .plan import Application, Plan
@@ -103,7 +103,7 @@ class Run:
     latent_size: tuple[int, int]
     _handles: dict[Any, Handle] = field(default_factory=dict)
     _projected: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _prepared: dict[Any, KeysValues] = field(default_factory=dict)
+    _prepared: dict[Any, KeysValues | BlockKeysValues] = field(default_factory=dict)
     _segments: dict[Any, tuple[Segment, ...]] = field(default_factory=dict)
     _masks: dict[Any, Tensor] = field(default_factory=dict)
     chains: dict[Any, Any] = field(default_factory=dict)
@@ -146,13 +146,13 @@ class Run:
 
     def keys_values(
         self, site: Site, handles: tuple[Handle, ...], heads: int, device: torch.device, dtype: torch.dtype
-    ) -> KeysValues:
+    ) -> KeysValues | BlockKeysValues:
         """K and V of a segment at a site: projected at the first call of the run, afterwards looked up."""
         key = (site.index, handles, device, dtype)
         if key not in self._prepared:
             pairs = [self._project(site, handle, device, dtype) for handle in handles]
             keys, values = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-            self._prepared[key] = prepare_keys_values(keys, values, heads)
+            self._prepared[key] = prepare_identity(keys, values, heads)
         return self._prepared[key]
 
     def _project(
