@@ -409,12 +409,9 @@ def command_serve(arguments: list[str]) -> int:
     has_gpu = ask_python(
         "import torch; assert torch.cuda.is_available() or torch.backends.mps.is_available()"
     )
-    options = [
-        "--base-directory",
-        str(base),
-        "--disable-api-nodes",
-        *([] if has_gpu.returncode == 0 else ["--cpu"]),
-    ]
+    options = ["--base-directory", str(base), "--disable-api-nodes"]
+    options += ["--database-url", f"sqlite:///{(base / 'user' / 'comfyui.db').as_posix()}"]
+    options += [] if has_gpu.returncode == 0 else ["--cpu"]
     say(f"Models go into {base / 'models'}. Stop the server with Ctrl+C.")
     return run_openly([PYTHON, comfyui / "main.py", *options, *arguments], child_environment(comfyui))
 
@@ -443,6 +440,9 @@ def main() -> int:
     )
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on by demo, test and serve")
+    if len(sys.argv) == 1:
+        parser.print_help()
+        return 2
     chosen = parser.parse_args()
     try:
         return COMMANDS[chosen.command](chosen.arguments)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pickle
-import tempfile
+import re
+import uuid
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,12 @@ from .types import FaceFeatures, Identity, Mix
 
 FORMAT = "idadapter"
 FORMAT_VERSION = 1
+KINDS = ("adapter", "identity")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# What torch says of a pickle that holds more than tensors.
+_OBJECT_REFUSED = re.compile(
+    r"unsupported (global|class)|can only (build|create new)|trying to call reduce", re.IGNORECASE
+)
 FILES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -246,22 +252,25 @@ def _read_adapter(path: Path) -> tuple[dict[str, Tensor], uniid.UniIDConfig, str
     if metadata.get("format") == FORMAT:
         _require_kind(metadata, "adapter", source)
         return tensors, _own_config(metadata, source), source
-    state = formats.uniid_state(tensors)
+    state = formats.uniid_state(tensors, source)
     if not state:
         raise CheckpointError(f"{source}: {formats.describe_foreign(tensors)}.")
     return state, formats.uniid_config(state, source), source
 
 
 def _require_kind(metadata: Mapping[str, str], kind: str, source: str) -> None:
-    found = metadata.get("kind", "unknown")
-    version = int(metadata.get("format_version", "0"))
+    version = metadata.get("format_version", "")
+    if not version.isdecimal() or int(version) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source}: written in format version {version or '(none)'}, this release reads up to {FORMAT_VERSION}; "
+            "update ComfyUI-IDAdapter."
+        )
+    found = metadata.get("kind", "(none)")
+    if found not in KINDS:
+        raise CheckpointError(f"{source}: its kind is {found}, this release knows {' and '.join(KINDS)}.")
     if found != kind:
         raise CheckpointError(
             f"{source}: this file holds an {found}, not an {kind}; choose it in the node that loads an {found}."
-        )
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{source}: written in format version {version}, this release reads up to {FORMAT_VERSION}; update ComfyUI-IDAdapter."
         )
 
 
@@ -273,16 +282,25 @@ def _own_config(metadata: Mapping[str, str], source: str) -> uniid.UniIDConfig:
     try:
         stored: dict[str, Any] = json.loads(metadata["config"])
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
-        known = {f.name for f in dataclasses.fields(uniid.UniIDConfig)}
-        if unknown := sorted(values.keys() - known):
+        defaults = dataclasses.asdict(uniid.UniIDConfig())
+        if unknown := sorted(values.keys() - defaults.keys()):
             raise CheckpointError(
                 f"{source}: unknown settings {unknown} in its config; update ComfyUI-IDAdapter."
             )
+        for key, value in values.items():
+            if type(value) is not type(defaults[key]) or not _is_setting(value):
+                raise ValueError(f"{key} is {value!r}, the published value is {defaults[key]!r}")
         return uniid.UniIDConfig(**values)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, InputError) as error:
         raise CheckpointError(
             f"{source}: its config cannot be read ({error}); export the file again."
         ) from error
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a value of a config is a text, a size, or several sizes."""
+    sizes = value if isinstance(value, tuple) else (value,)
+    return isinstance(value, str) or all(type(size) is int and size >= 0 for size in sizes)
 
 
 def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -290,6 +308,9 @@ def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype | None =
 
     Args:
         dtype: convert floating weights to it; None keeps the file's (projections) and fp32 (encoder).
+
+    Raises:
+        CheckpointError: the file cannot be written.
     """
     state = {
         key: t.detach().cpu().to(dtype or t.dtype).contiguous() for key, t in adapter.state_dict().items()
@@ -306,22 +327,7 @@ def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype | None =
 
 def save_identity(identity: Identity, path: str | Path) -> None:
     """Write an identity file (safetensors). The write is atomic."""
-    tensors = {f"text_tokens.{name}": tensor for name, tensor in identity.text_tokens.items()}
-    for name in ("adapter_tokens", "adapter_tokens_uncond"):
-        if (tensor := getattr(identity, name)) is not None:
-            tensors[name] = tensor
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "kind": "identity",
-        "method": identity.method,
-        "adapter": identity.adapter,
-        "recognizer": identity.recognizer,
-        "class_word": identity.class_word,
-    }
-    _write_safetensors(
-        {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata, Path(path)
-    )
+    _write_safetensors(_identity_tensors(identity), _identity_metadata(identity), Path(path))
 
 
 def load_identity(path: str | Path) -> Identity:
@@ -337,6 +343,10 @@ def load_identity(path: str | Path) -> Identity:
             f"{path.name}: not an identity file of this project; {formats.describe_foreign(tensors)}."
         )
     _require_kind(metadata, "identity", path.name)
+    if missing := [key for key in ("method", "adapter", "recognizer") if key not in metadata]:
+        raise CheckpointError(
+            f"{path.name}: its metadata lacks {', '.join(missing)}; make the identity again from the photos."
+        )
     text = {
         key.removeprefix("text_tokens."): t for key, t in tensors.items() if key.startswith("text_tokens.")
     }
@@ -353,18 +363,29 @@ def load_identity(path: str | Path) -> Identity:
 
 def identical(one: Identity, other: Identity) -> bool:
     """Whether two identities hold the same tokens of the same adapter."""
+    left, right = _identity_tensors(one), _identity_tensors(other)
+    same_tensors = left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    return same_tensors and _identity_metadata(one) == _identity_metadata(other)
 
-    def facts(identity: Identity) -> tuple[str, ...]:
-        return identity.method, identity.adapter, identity.recognizer, identity.class_word
 
-    def tensors(identity: Identity) -> list[Tensor | None]:
-        text = [identity.text_tokens[name] for name in sorted(identity.text_tokens)]
-        return [identity.adapter_tokens, identity.adapter_tokens_uncond, *text]
+def _identity_tensors(identity: Identity) -> dict[str, Tensor]:
+    tensors = {f"text_tokens.{name}": tensor for name, tensor in identity.text_tokens.items()}
+    for name in ("adapter_tokens", "adapter_tokens_uncond"):
+        if (tensor := getattr(identity, name)) is not None:
+            tensors[name] = tensor
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
-    if facts(one) != facts(other) or one.text_tokens.keys() != other.text_tokens.keys():
-        return False
-    pairs = zip(tensors(one), tensors(other), strict=True)
-    return all((a is None) == (b is None) and (a is None or torch.equal(a.cpu(), b.cpu())) for a, b in pairs)
+
+def _identity_metadata(identity: Identity) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "kind": "identity",
+        "method": identity.method,
+        "adapter": identity.adapter,
+        "recognizer": identity.recognizer,
+        "class_word": identity.class_word,
+    }
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -388,14 +409,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CheckpointError(_unreadable(path, error)) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+    except Exception as error:  # whatever the damage of a pickle leads to, IndexError and AssertionError too
+        if isinstance(error, pickle.UnpicklingError) and _OBJECT_REFUSED.search(str(error)):
             raise CheckpointError(
                 f"{path.name}: loading this pickle would run code, which is never done here. Get the weights as .safetensors, "
                 "or a .bin that holds tensors only."
             ) from error
-        raise CheckpointError(_unreadable(path, error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(_unreadable(path, error)) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -424,21 +443,36 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # The first sentence: torch goes on with guesses about its own internals.
+    reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "no PyTorch weights"  # torch's own words advise to load the file with code allowed
     size = path.stat().st_size
     return f"{path.name}: cannot be read ({size:,} bytes): {reason[:200]}. It is truncated or not a weights file; download it again."
 
 
 def _write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    # Two names for one tensor are two tensors in the file: safetensors refuses to write memory that is shared.
+    storages: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensors[key] = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        usual_mode = temporary.stat().st_mode  # safetensors writes files that only their owner can read
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.chmod(usual_mode)
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}). Choose another folder, or make this one writable and free some space."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

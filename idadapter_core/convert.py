@@ -34,13 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{options.output} exists; choose another name or add --overwrite")
     try:
         adapter = load_adapter(options.input, options.text_branch)
+        sys.stdout.write(f"{adapter.info}\ndigest {adapter.digest}\n")
+        if options.output is not None:
+            save_adapter(adapter, options.output, DTYPES[options.dtype])
+            sys.stdout.write(f"wrote {options.output} ({options.output.stat().st_size:,} bytes)\n")
     except IDAdapterError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(f"{adapter.info}\ndigest {adapter.digest}\n")
-    if options.output is not None:
-        save_adapter(adapter, options.output, DTYPES[options.dtype])
-        sys.stdout.write(f"wrote {options.output} ({options.output.stat().st_size:,} bytes)\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .errors import InputError
@@ -33,7 +34,10 @@ def select_references(features: FaceFeatures, mix: Mix) -> tuple[FaceFeatures, T
     scores = [face.score for face in features.faces] or [0.0] * count
     ranked = sorted((i for i in range(count) if weights[i] > 0), key=lambda i: (-weights[i], -scores[i], i))
     chosen = sorted(ranked[: mix.references or count])
-    kept = torch.tensor([weights[i] for i in chosen], dtype=torch.float32, device=features.embedding.device)
+    largest = max(weights[i] for i in chosen)  # first to 1, so that no weight is out of fp32's range
+    kept = torch.tensor(
+        [weights[i] / largest for i in chosen], dtype=torch.float32, device=features.embedding.device
+    )
     return features.pick(chosen), kept / kept.sum()
 
 
@@ -44,7 +48,7 @@ def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
 
 def concatenate_tokens(tokens: Tensor) -> Tensor:
     """Tokens of all faces in one sequence: (F, S, C) -> (1, F * S, C)."""
-    return tokens.flatten(0, 1)[None]
+    return rearrange(tokens, "f s c -> 1 (f s) c")
 
 
 def token_bias(weights: Tensor, tokens_per_face: int) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 from .errors import InputError
 
+ROUNDING = 2**-8  # relative: a sigma and a level, each rounded to bf16
+
 
 def step_index(sigma: float, sigmas: Sequence[float]) -> int:
     """The step (0-based) of a run that a model call at noise level `sigma` belongs to.
@@ -21,8 +23,8 @@ def step_index(sigma: float, sigmas: Sequence[float]) -> int:
     starts = sigmas[:-1]
     if not starts or sigmas[0] <= sigmas[-1]:
         return max(len(starts) - 1, 0)
-    # The tolerance absorbs the rounding of half-precision sigmas.
-    return max(sum(start >= sigma * (1 - 1e-4) for start in starts) - 1, 0)
+    # The tolerance absorbs the rounding of bf16 and fp16 sigmas; the steps of a run lie further apart.
+    return max(sum(start >= sigma * (1 - ROUNDING) for start in starts) - 1, 0)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def attention_sites(keys: Iterable[str]) -> tuple[Site, ...]:
             "'…transformer_blocks.N.attn2.to_k.weight'). ID adapters need SD1.5, SD2.1, SDXL or a UNet of that family."
         )
     sites: list[Site] = []
-    for transformer, depth in sorted(found, key=lambda item: (item[0].order, item[1])):
+    for transformer, depth in sorted(set(found), key=lambda item: (item[0].order, item[1])):
         suffix = f"transformer_blocks.{depth}.attn2"
         sites.append(
             Site(
@@ -115,6 +115,15 @@ def _from_diffusers(names: list[str]) -> list[tuple[_Transformer, int]]:
         if resnet := re.search(r"(?:^|\.)(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", name):
             level = (resnet[1], int(resnet[2]))
             resnets[level] = max(resnets.get(level, 0), int(resnet[3]) + 1)
+
+    def residual_blocks(side: str, level: int) -> int:
+        if (side, level) not in resnets:
+            raise MismatchError(
+                f"the keys name no {side}_blocks.{level}.resnets, so the UNet's blocks cannot be counted; "
+                "pass all keys of its state dict, not only those of its attention layers"
+            )
+        return resnets[side, level]
+
     found: list[tuple[_Transformer, int]] = []
     for name in names:
         if not (match := _DIFFUSERS.search(name)):
@@ -124,13 +133,13 @@ def _from_diffusers(names: list[str]) -> list[tuple[_Transformer, int]]:
             transformer = _Transformer((2, 0, index), ("middle", 0), "middle_block.1", match["stem"])
         elif match["side"] == "down":
             down = int(match["level"])
-            number = 1 + index + sum(resnets["down", i] + 1 for i in range(down))
+            number = 1 + index + sum(residual_blocks("down", i) + 1 for i in range(down))
             transformer = _Transformer(
                 (0, down, index), ("input", number), f"input_blocks.{number}.1", match["stem"]
             )
         else:
             up = int(match["level"])
-            number = index + sum(resnets["up", i] for i in range(up))
+            number = index + sum(residual_blocks("up", i) for i in range(up))
             transformer = _Transformer(
                 (1, up, index), ("output", number), f"output_blocks.{number}.1", match["stem"]
             )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..idadapter_core.faces.detector import FaceAnalyzer
 
 FROM_PACKAGE = "from package"
+NO_PACKAGE = "(no package yet: put buffalo_l into models/insightface/models)"
 PROVIDERS = ("auto", "cpu", "cuda", "rocm", "coreml", "directml", "openvino")
 SELECT = ("largest", "central", "left to right", "by score", "all")
 ON_MISSING = ("error", "skip")
@@ -55,9 +56,7 @@ def load_recognizer(path: Path) -> Any:
 class LoadFaceAnalyzer(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        packages = sorted(find_packages(paths.insightface_roots())) or [
-            "(no package yet: put one into models/insightface)"
-        ]
+        packages = sorted(find_packages(paths.insightface_roots())) or [NO_PACKAGE]
         return io.Schema(
             node_id="IDAdapterLoadFaceAnalyzer",
             display_name="Load Face Analyzer",
@@ -97,7 +96,8 @@ class LoadFaceAnalyzer(io.ComfyNode):
         from ..idadapter_core.faces.detector import open_analyzer
         from ..idadapter_core.faces.iresnet import digest
 
-        folder = resolve_package(package, paths.insightface_roots())
+        wanted = "buffalo_l" if package == NO_PACKAGE else package
+        folder = resolve_package(wanted, paths.insightface_roots())
         if recognizer == FROM_PACKAGE:
             return io.NodeOutput(LoadedAnalyzer(open_analyzer(folder, provider, recognition=True)))
         patcher = load_recognizer(paths.path_of(paths.RECOGNIZERS, recognizer))

@@ -80,7 +80,8 @@ def extract_features(
             picked, new_crops = _pick(image, faces, select, index)
         except FaceError as error:
             if on_missing == "error":
-                raise type(error)(f"{name}: {error}") from error
+                hint = "; or set on_missing to skip, to leave this photo out" if len(images) > 1 else ""
+                raise type(error)(f"{name}: {error}{hint}") from error
             skipped.append(position)
             chosen.append(())
             lines.append(f"{name}: skipped, {error}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import InputError, MismatchError
@@ -84,7 +85,7 @@ class _EmbeddingTokens(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         flat: Tensor = self.proj(embedding)
-        return flat.view(flat.shape[0], self.tokens, -1)
+        return rearrange(flat, "b (n c) -> b n c", n=self.tokens)
 
 
 class _TextResampler(nn.Module):
@@ -204,12 +205,12 @@ class UniIDEncoder(nn.Module):
                 of F photos of one person while embedding is (1, 512).
             weights: (F,) summing to 1: the tokens of all photos become one sequence of keys, weighted in the softmax.
         """
-        stage4 = stages[3].flatten(2).transpose(1, 2)
+        stage4 = rearrange(stages[3], "b c h w -> b (h w) c")
         resized = [
             F.interpolate(stage, size=(FUSED_SIDE, FUSED_SIDE), mode="bilinear", align_corners=False)
             for stage in stages[:3]
         ]
-        fused = torch.cat(resized, dim=1).flatten(2).transpose(1, 2)
+        fused = rearrange(torch.cat(resized, dim=1), "b c h w -> b (h w) c")
         bias = fused_bias = None
         if weights is not None:
             bias, fused_bias = token_bias(weights, stage4.shape[1]), token_bias(weights, fused.shape[1])

@@ -126,14 +126,14 @@ def calc_cond_batch(
         or not any(_text_positions(c) for group in conds for c in group or ())
     ):
         return executor(model, conds, x_in, timestep, model_options)
-    sigma = float(timestep.max())
+    sigma, schedule = float(timestep.max()), plan.rescale.schedule
 
     def scaled(conditioning: dict[str, Any]) -> dict[str, Any]:
         positions = _text_positions(conditioning)
         if not positions:
             return conditioning
         run: Run = conditioning["model_conds"][KEY].run
-        scale = plan.rescale.schedule.text_scale(run.step(sigma), run.steps)
+        scale = schedule.text_scale(run.step(sigma), run.steps)
         if scale == 1:
             return conditioning
         states = conditioning["model_conds"]["c_crossattn"].cond.clone()
@@ -165,11 +165,11 @@ def apply_model(
     """Bind the attention replacements of this call, or leave it untouched when nothing acts."""
     options = transformer_options or {}
     rows = kwargs.pop(KEY, None)
-    plan: Plan | None = options.get(KEY)
-    if plan is None or not isinstance(rows, Rows):
+    if not isinstance(rows, Rows):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    plan = rows.run.plan
     replacements = options.get("patches_replace", {}).get("attn2", {})
-    call = _call(rows, plan, bool(replacements), executor.class_obj, x, options)
+    call = _call(rows, bool(replacements), executor.class_obj, x, options)
     if call is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     bound = dict(replacements)
@@ -185,10 +185,9 @@ def apply_model(
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def _call(
-    rows: Rows, plan: Plan, foreign: bool, model: Any, x: Tensor, options: dict[str, Any]
-) -> Call | None:
-    run, rescale = rows.run, plan.rescale
+def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, Any]) -> Call | None:
+    run, plan = rows.run, rows.run.plan
+    rescale = plan.rescale
     present = [
         n for n in range(len(plan.applications)) if any(row.handles[n] is not None for row in rows.rows)
     ]

@@ -56,10 +56,9 @@ def path_of(name: str, file: str) -> Path:
     """
     path = folder_paths.get_full_path(name, file)
     if path is None:
-        folder = folder_paths.folder_names_and_paths[name][0][0]
-        raise InputError(
-            f"there is no file {file!r} in {folder}. Put it there, then refresh the node list (R)."
-        )
+        folder = folder_of(name)
+        missing = "no file yet" if file == folder_hint(name) else f"no file {file!r}"
+        raise InputError(f"there is {missing} in {folder}. Put it there, then refresh the node list (R).")
     return Path(path)
 
 
@@ -76,6 +75,5 @@ def folder_hint(name: str) -> str:
 
 def insightface_roots() -> list[Path]:
     """Folders that may hold insightface packages, where this and other packs' users have them."""
-    bases = [*_known(INSIGHTFACE), Path(folder_paths.models_dir) / INSIGHTFACE]
-    roots = [root for base in bases for root in (base / "models", base)]
-    return list(dict.fromkeys([*roots, Path.home() / ".insightface" / "models"]))
+    roots = [*_known(INSIGHTFACE), Path(folder_paths.models_dir) / INSIGHTFACE, Path.home() / ".insightface"]
+    return list(dict.fromkeys(roots))

@@ -59,7 +59,7 @@ class Rows:
         return self
 
 
-class RowTags(comfy.conds.CONDRegular):  # type: ignore[misc]  # ComfyUI is untyped
+class RowTags(comfy.conds.CONDRegular):
     """A conditioning value without a tensor: says for each latent row which identity it carries.
 
     Travelling with the conditioning keeps rows right under every guider, area, mask and batch split.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -66,7 +65,7 @@ def named_files(prompt: Workflow) -> list[tuple[dict[str, Any], str, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def opened(server: ComfyServer) -> Iterator[dict[str, Opened]]:
+def opened(server: ComfyServer) -> dict[str, Opened]:
     """Every workflow, opened without and with the files that it names (empty ones: the frontend only lists them)."""
     with Browser(server.url) as browser:
         result = {}
@@ -90,7 +89,7 @@ def opened(server: ComfyServer) -> Iterator[dict[str, Opened]]:
             finally:
                 for path in missing:
                     path.unlink(missing_ok=True)
-    yield result
+    return result
 
 
 @pytest.mark.server
@@ -144,9 +143,13 @@ def test_no_node_covers_another(name: str) -> None:
     ]
     overlapping = [
         (a, b)
-        for (a, left, top, right, bottom), (b, other_left, other_top, other_right, other_bottom) in combinations(
-            boxes, 2
-        )
+        for (a, left, top, right, bottom), (
+            b,
+            other_left,
+            other_top,
+            other_right,
+            other_bottom,
+        ) in combinations(boxes, 2)
         if left < other_right
         and other_left < right
         and top - TITLE_HEIGHT < other_bottom

@@ -26,7 +26,7 @@ import aiohttp
 from PIL import Image
 
 from tests.harness.comfy import REPOSITORY, comfyui_path, shim_path
-from tests.harness.workflow import Workflow
+from tests.harness.workflow import Graph, Workflow
 
 PACK_NAME = "ComfyUI-IDAdapter"
 TINY_PACK = REPOSITORY / "tests" / "tiny" / "tiny_pack"
@@ -248,6 +248,10 @@ class ComfyServer:
     def free(self) -> None:
         """Have the server unload all models and forget its cached results before the next run."""
         self._request("POST", "/free", {"unload_models": True, "free_memory": True})
+        # The server looks at the request when it is idle or has ended a run: make sure that it does so before the next one.
+        graph = Graph()
+        graph.add("PreviewAny", source=graph.add("PrimitiveInt", value=0))
+        self.run(graph.workflow).check()
 
     def add_input_image(self, name: str, image: Image.Image) -> str:
         """Put an image into the input folder; `LoadImage` takes the returned name."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+import torch
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _the_pack(pack: ModuleType) -> None:
-    """The helpers of `tests/nodes/sampling.py` import the pack."""
+@pytest.fixture(scope="module", autouse=True)
+def _comfyui_and_pack(pack: ModuleType) -> Iterator[None]:
+    """The helpers of `tests/nodes/sampling.py` need both. One thread: the tensors are tiny, waking a second costs more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,146 @@
+"""What users read agrees with the nodes: tooltips, help pages, the English locale, the README."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.harness import locales
+from tests.harness.comfy import REPOSITORY, pack_nodes
+
+HELP = REPOSITORY / "web" / "docs"
+README = REPOSITORY / "README.md"
+HELP_PAGES = sorted(HELP.glob("*.md"))
+NODE_IDS = [path.stem for path in HELP_PAGES]
+DOCUMENTS = [README, *HELP_PAGES, *sorted((REPOSITORY / "docs").rglob("*.md"))]
+SHORTEST_QUOTE = 8  # shorter pieces between values say nothing
+
+
+@pytest.fixture(scope="module")
+def schemas(pack: ModuleType) -> dict[str, Any]:
+    return {node_id: node.GET_SCHEMA() for node_id, node in pack_nodes().items()}
+
+
+def test_every_node_has_a_help_page(schemas: dict[str, Any]) -> None:
+    assert sorted(schemas) == NODE_IDS
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_everything_on_a_node_is_explained(schemas: dict[str, Any], node_id: str) -> None:
+    schema = schemas[node_id]
+    assert schema.display_name
+    assert schema.description
+    silent = [entry.id for entry in (*schema.inputs, *schema.outputs) if not entry.tooltip]
+    assert silent == []
+
+
+def table(page: str, section: str) -> list[str]:
+    """First column, without its backticks, of the table in a section of a help page."""
+    match = re.search(rf"^## {section}s?\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert match, f"no section {section}"
+    return re.findall(r"^\| `([^`]+)` \|", match[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_the_help_page_lists_inputs_and_outputs(schemas: dict[str, Any], node_id: str) -> None:
+    schema = schemas[node_id]
+    page = (HELP / f"{node_id}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {schema.display_name}\n")
+    assert table(page, "Input") == [entry.id for entry in schema.inputs]
+    assert table(page, "Output") == [entry.display_name or entry.io_type for entry in schema.outputs]
+
+
+@pytest.mark.parametrize("path", sorted(locales.FOLDER.glob("*.json")), ids=lambda path: path.name)
+def test_the_english_locale_is_that_of_the_nodes(schemas: dict[str, Any], path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == locales.files()[path], (
+        "run `python -m tests.harness.locales` to write it anew"
+    )
+
+
+def test_the_frontend_shows_the_locale_as_it_is() -> None:
+    # In the frontend's message format these would begin a placeholder, a link or a plural form.
+    text = (locales.FOLDER / "nodeDefs.json").read_text(encoding="utf-8")
+    values = re.findall(r': "(.*)",?$', text, re.MULTILINE)
+    assert len(values) > 100
+    assert [value for value in values if re.search(r"[{}@|]", value)] == []
+
+
+@cache
+def messages() -> tuple[str, ...]:
+    """Every text in the code of the nodes and the core; values in it appear as …"""
+    found = []
+    for folder in ("nodes", "idadapter_core"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return tuple(found)
+
+
+def quotes(document: str) -> list[str]:
+    """The messages quoted in the tables of a document about what can go wrong."""
+    sections = re.findall(
+        r"^## (?:If it stops|When something goes wrong)\n(.*?)(?=^## |\Z)", document, re.MULTILINE | re.DOTALL
+    )
+    cells = re.findall(r"^\|(.*?)(?<!\\)\|", "\n".join(sections), re.MULTILINE)
+    return [quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell)]
+
+
+@pytest.mark.parametrize("path", [README, *HELP_PAGES], ids=lambda path: path.stem)
+def test_quoted_messages_are_real(path: Path) -> None:
+    found = quotes(path.read_text(encoding="utf-8"))
+    assert found
+    invented = []
+    for quote in found:
+        pieces = [piece for piece in re.split(r"…|[\d/]+", quote) if len(piece) >= SHORTEST_QUOTE] or [quote]
+        if not any(all(piece in message for piece in pieces) for message in messages()):
+            invented.append(quote)
+    assert invented == []
+
+
+def test_the_readme_names_every_node(schemas: dict[str, Any]) -> None:
+    text = README.read_text(encoding="utf-8")
+    assert [schema.display_name for schema in schemas.values() if schema.display_name not in text] == []
+
+
+def test_the_readme_lists_the_files_of_the_workflow() -> None:
+    text = README.read_text(encoding="utf-8")
+    workflow = json.loads((REPOSITORY / "workflows" / "uniid_sdxl.json").read_text(encoding="utf-8"))
+    values = [
+        value
+        for node in workflow["nodes"]
+        for value in node.get("widgets_values") or []
+        if isinstance(value, str)
+    ]
+    files = [value for value in values if re.fullmatch(r"[\w./-]+\.(?:safetensors|pth|bin)", value)]
+    assert len(files) == 4
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        assert f"`{name}`" in text
+        assert f"idadapter/{folder}/`" in text or not folder
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    headings = {
+        re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    broken = [
+        target
+        for target in targets
+        if not (target[1:] in headings if target.startswith("#") else (path.parent / target).exists())
+    ]
+    assert broken == []
