@@ -73,11 +73,17 @@ def test_head_counts_and_strided_queries(heads: int) -> None:
 
 
 def test_keys_and_values_have_different_roles() -> None:
-    query, keys, values = draw("query", 1, LENGTH, CHANNELS), draw("k", 1, 8, CHANNELS), draw("v", 1, 8, CHANNELS)
+    query, keys, values = (
+        draw("query", 1, LENGTH, CHANNELS),
+        draw("k", 1, 8, CHANNELS),
+        draw("v", 1, 8, CHANNELS),
+    )
     out = identity_attention(query, prepare_keys_values(keys, values, HEADS))
     doubled = identity_attention(query, prepare_keys_values(keys, 2 * values, HEADS))
     torch.testing.assert_close(doubled, 2 * out)
-    assert not torch.allclose(identity_attention(query, prepare_keys_values(2 * keys, values, HEADS)), 2 * out)
+    assert not torch.allclose(
+        identity_attention(query, prepare_keys_values(2 * keys, values, HEADS)), 2 * out
+    )
 
 
 def test_padding_is_invisible_even_to_large_keys() -> None:
@@ -91,7 +97,11 @@ def test_padding_is_invisible_even_to_large_keys() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES.items())
 def test_identity_attention_in_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
-    query, keys, values = draw("query", 2, LENGTH, CHANNELS), draw("k", 1, 25, CHANNELS), draw("v", 1, 25, CHANNELS)
+    query, keys, values = (
+        draw("query", 2, LENGTH, CHANNELS),
+        draw("k", 1, 25, CHANNELS),
+        draw("v", 1, 25, CHANNELS),
+    )
     out = identity_attention(query.to(dtype), prepare_keys_values(keys.to(dtype), values.to(dtype), HEADS))
     assert out.dtype == dtype
     expected = reference_attention(query, keys, values, HEADS)
@@ -100,14 +110,18 @@ def test_identity_attention_in_other_dtypes(dtype: torch.dtype, tolerance: float
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES.items())
 @pytest.mark.parametrize("scale", [1.0, 0.8, -0.5])
-def test_rescaled_norm_is_the_scaled_norm_of_the_base(dtype: torch.dtype, tolerance: float, scale: float) -> None:
+def test_rescaled_norm_is_the_scaled_norm_of_the_base(
+    dtype: torch.dtype, tolerance: float, scale: float
+) -> None:
     base, residual = draw("base", 3, 64, 48).to(dtype), (7 * draw("residual", 3, 64, 48)).to(dtype)
     out = normalized_rescale(base, residual, scale)
     assert out.dtype == dtype
     norms, expected = (t.double().flatten(1).norm(dim=1) for t in (out, base))
     torch.testing.assert_close(norms, abs(scale) * expected, rtol=max(tolerance, 1e-5), atol=0)
     direction = torch.nn.functional.cosine_similarity(out.double().flatten(1), residual.double().flatten(1))
-    torch.testing.assert_close(direction, torch.full_like(direction, math.copysign(1, scale)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        direction, torch.full_like(direction, math.copysign(1, scale)), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("magnitude", [1e-2, 1e3, 1e5])
@@ -153,7 +167,9 @@ def test_tiny_residual_stays_finite(dtype: torch.dtype) -> None:
 def test_large_float16_values_do_not_overflow() -> None:
     large = (8000 * draw("base", 2, 64, 640)).clamp(-40000, 40000).half()
     assert torch.isfinite(sample_norm(large)).all()
-    torch.testing.assert_close(sample_norm(large).double(), large.double().flatten(1).norm(dim=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        sample_norm(large).double(), large.double().flatten(1).norm(dim=1), rtol=1e-5, atol=0
+    )
     small = draw("residual", 2, 64, 640).half()
     for base, residual in ((large, small), (small, large), (large, large)):
         out = normalized_rescale(base, residual, 1.0).double()
@@ -215,7 +231,10 @@ def test_nothing_to_add_equals_the_base_bit_for_bit(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("magnitude", [0.0, 1e-6, 3e3])
 def test_extreme_identities_stay_finite(prepare: Prepare, dtype: torch.dtype, magnitude: float) -> None:
-    query, base = draw("query", 2, LENGTH, CHANNELS).to(dtype), (100 * draw("base", 2, LENGTH, CHANNELS)).to(dtype)
+    query, base = (
+        draw("query", 2, LENGTH, CHANNELS).to(dtype),
+        (100 * draw("base", 2, LENGTH, CHANNELS)).to(dtype),
+    )
     keys, values = draw("k", 1, 4, CHANNELS).to(dtype), (magnitude * draw("v", 1, 4, CHANNELS)).to(dtype)
     values[..., ::2] = 0
     out = decoupled_attention(query, base, prepare(keys, values, HEADS))
@@ -228,7 +247,9 @@ def test_extreme_identities_stay_finite(prepare: Prepare, dtype: torch.dtype, ma
 def test_the_form_of_the_identity_does_not_change_the_result(dtype: torch.dtype, tolerance: float) -> None:
     query, base = draw("query", 2, LENGTH, CHANNELS).to(dtype), draw("base", 2, LENGTH, CHANNELS).to(dtype)
     keys, values = draw("k", 2, 8, CHANNELS).to(dtype), draw("v", 2, 8, CHANNELS).to(dtype)
-    first, *others = [decoupled_attention(query, base, prepare(keys, values, HEADS)) for prepare in PREPARATIONS]
+    first, *others = [
+        decoupled_attention(query, base, prepare(keys, values, HEADS)) for prepare in PREPARATIONS
+    ]
     for other in others:
         torch.testing.assert_close(other, first, atol=4 * tolerance, rtol=0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import pickle
 import re
 import stat
@@ -302,7 +301,9 @@ def test_info_tells_what_was_read(adapter: Adapter) -> None:
 def test_a_second_text_branch_is_refused(state: State, tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.bin", state)
     _, text_file = write_published(tmp_path, state)
-    with pytest.raises(InputError, match=r"whole\.bin already holds a text branch; set text_branch to 'none'"):
+    with pytest.raises(
+        InputError, match=r"whole\.bin already holds a text branch; set text_branch to 'none'"
+    ):
         load_adapter(whole, text_file)
     with pytest.raises(InputError, match="already holds a text branch"):
         load_adapter(text_file, text_file)
@@ -310,7 +311,9 @@ def test_a_second_text_branch_is_refused(state: State, tmp_path: Path) -> None:
 
 def test_swapped_files_are_refused(state: State, tmp_path: Path) -> None:
     adapter_file, text_file = write_published(tmp_path, state)
-    with pytest.raises(CheckpointError, match=r"adapter_branch/pytorch_model\.bin holds no text branch \(only adapter"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter_branch/pytorch_model\.bin holds no text branch \(only adapter"
+    ):
         load_adapter(text_file, adapter_file)
 
 
@@ -319,7 +322,9 @@ def test_branches_of_two_recognisers_are_refused(state: State, tmp_path: Path) -
     for file, recognizer in zip(write_published(tmp_path, state), ("a" * 16, "b" * 16), strict=True):
         half = load_adapter(file)
         path = tmp_path / f"{recognizer[0]}.safetensors"
-        save_adapter(dataclasses.replace(half, config=dataclasses.replace(half.config, recognizer=recognizer)), path)
+        save_adapter(
+            dataclasses.replace(half, config=dataclasses.replace(half.config, recognizer=recognizer)), path
+        )
         paths.append(path)
     with pytest.raises(MismatchError, match=f"{'a' * 16}, {'b' * 16}"):
         load_adapter(*paths)
@@ -346,12 +351,18 @@ NORM = "text_branch.norm_1.weight"
         ({"text_branch.norm_1.bias": None}, "1 missing (text_branch.norm_1.bias)"),
         ({"text_branch.extra.weight": (3,)}, "1 unexpected (text_branch.extra.weight)"),
         ({V3: (64, 32)}, "1 wrong shape (adapter_modules.3.to_v_ip.weight is (64, 32) instead of (64, 64))"),
-        ({"text_branch.norm_1.bias": (7,)}, "1 wrong shape (text_branch.norm_1.bias is (7,) instead of (64,))"),
+        (
+            {"text_branch.norm_1.bias": (7,)},
+            "1 wrong shape (text_branch.norm_1.bias is (7,) instead of (64,))",
+        ),
         ({LATENTS: (25, 64)}, "adapter_branch.latents has the shape (25, 64) instead of 3 dimensions"),
         ({NORM: ()}, "text_branch.norm_1.weight has the shape () instead of 1 dimensions"),
         ({NORM: (0,)}, "text_branch.norm_1.weight has the shape (0,)"),
         ({NORM: (100,)}, "width 100 must be divisible by head_width 64"),
-        ({"text_branch.proj_1.proj.0.weight": (3,)}, "proj.0.weight has the shape (3,) instead of 2 dimensions"),
+        (
+            {"text_branch.proj_1.proj.0.weight": (3,)},
+            "proj.0.weight has the shape (3,) instead of 2 dimensions",
+        ),
         ({K3: ()}, "to_k_ip.weight has the shape () instead of 2 dimensions"),
     ],
 )
@@ -387,7 +398,9 @@ def test_truncated_files(adapter: Adapter, state: State, tmp_path: Path, kind: s
         write(path, state, _use_new_zipfile_serialization=kind == "zip")
     size = int(share * path.stat().st_size)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=rf"{path.name}: cannot be read \({size:,} bytes\).*download it again"):
+    with pytest.raises(
+        CheckpointError, match=rf"{path.name}: cannot be read \({size:,} bytes\).*download it again"
+    ):
         load_adapter(path)
 
 
@@ -406,7 +419,9 @@ def test_truncated_files(adapter: Adapter, state: State, tmp_path: Path, kind: s
 def test_files_that_are_no_weights(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"page{suffix}"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"cannot be read .*It is truncated or not a weights file") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read .*It is truncated or not a weights file"
+    ) as caught:
         load_adapter(path)
     assert "weights_only" not in str(caught.value)
 
@@ -484,16 +499,24 @@ def test_paths_that_hold_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent\.bin: no such file"):
         load_adapter(tmp_path / "absent.bin")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty: the folder holds neither model\.safetensors nor pytorch_model"):
+    with pytest.raises(
+        CheckpointError, match=r"empty: the folder holds neither model\.safetensors nor pytorch_model"
+    ):
         load_adapter(tmp_path / "empty")
 
 
-def test_identity_and_adapter_files_are_told_apart(adapter: Adapter, identity: Identity, tmp_path: Path) -> None:
+def test_identity_and_adapter_files_are_told_apart(
+    adapter: Adapter, identity: Identity, tmp_path: Path
+) -> None:
     save_identity(identity, tmp_path / "person.safetensors")
     save_adapter(adapter, tmp_path / "adapter.safetensors")
-    with pytest.raises(CheckpointError, match=r"person\.safetensors: this file holds an identity, not an adapter"):
+    with pytest.raises(
+        CheckpointError, match=r"person\.safetensors: this file holds an identity, not an adapter"
+    ):
         load_adapter(tmp_path / "person.safetensors")
-    with pytest.raises(CheckpointError, match=r"adapter\.safetensors: this file holds an adapter, not an identity"):
+    with pytest.raises(
+        CheckpointError, match=r"adapter\.safetensors: this file holds an adapter, not an identity"
+    ):
         load_identity(tmp_path / "adapter.safetensors")
 
 
@@ -566,7 +589,9 @@ def test_files_that_are_no_identities(identity: Identity, state: State, tmp_path
     save_file(tensors, path, {**metadata, "format_version": "2"})
     with pytest.raises(CheckpointError, match="written in format version 2"):
         load_identity(path)
-    save_file(tensors, path, {key: value for key, value in metadata.items() if key not in ("adapter", "method")})
+    save_file(
+        tensors, path, {key: value for key, value in metadata.items() if key not in ("adapter", "method")}
+    )
     with pytest.raises(CheckpointError, match="its metadata lacks method, adapter"):
         load_identity(path)
     with pytest.raises(CheckpointError, match=r"absent\.safetensors: no such file"):
@@ -587,7 +612,9 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_nothing(
 
     monkeypatch.setattr(Path, "replace", full_disk)
     changed = dataclasses.replace(identity, class_word="man")
-    with pytest.raises(CheckpointError, match=r"person\.safetensors: cannot be written .*No space left on device"):
+    with pytest.raises(
+        CheckpointError, match=r"person\.safetensors: cannot be written .*No space left on device"
+    ):
         save_identity(changed, tmp_path / "person.safetensors")
     with pytest.raises(CheckpointError, match=r"new\.safetensors: cannot be written"):
         save_adapter(adapter, tmp_path / "new.safetensors")
@@ -628,7 +655,7 @@ def test_folders_are_made_and_files_replaced(identity: Identity, tmp_path: Path)
 def test_written_files_have_the_usual_mode(identity: Identity, tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     save_identity(identity, tmp_path / "person.safetensors")
-    modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("usual", "person.safetensors")]
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("usual", "person.safetensors")]
     assert modes[0] == modes[1]
 
 
@@ -637,11 +664,20 @@ def test_written_files_have_the_usual_mode(identity: Identity, tmp_path: Path) -
 
 def unet(depths: dict[str, int], side: str = "input") -> tuple[Site, ...]:
     return attention_sites(
-        f"{stem}.transformer_blocks.{depth}.attn2.to_k.weight" for stem, count in depths.items() for depth in range(count)
+        f"{stem}.transformer_blocks.{depth}.attn2.to_k.weight"
+        for stem, count in depths.items()
+        for depth in range(count)
     )
 
 
-SEVEN = unet({"input_blocks.1.1": 1, "input_blocks.2.1": 1, "middle_block.1": 1, **{f"output_blocks.{i}.1": 1 for i in range(4)}})
+SEVEN = unet(
+    {
+        "input_blocks.1.1": 1,
+        "input_blocks.2.1": 1,
+        "middle_block.1": 1,
+        **{f"output_blocks.{i}.1": 1 for i in range(4)},
+    }
+)
 
 
 def widths(sites: tuple[Site, ...], channels: tuple[int, ...], context: int) -> dict[str, tuple[int, int]]:
@@ -681,8 +717,12 @@ def test_an_adapter_without_adapter_branch_fits_any_unet(state: State, tmp_path:
 def test_identities_fit_their_own_adapter_only(adapter: Adapter, identity: Identity, tmp_path: Path) -> None:
     adapter.require_identity(identity, "person")
     other = tiny_adapter(TINY_SDXL, tmp_path)
-    with pytest.raises(MismatchError, match=f"person was made with another adapter .*{identity.adapter}.*{other.digest}"):
+    with pytest.raises(
+        MismatchError, match=f"person was made with another adapter .*{identity.adapter}.*{other.digest}"
+    ):
         other.require_identity(identity, "person")
-    trained = dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, recognizer="feedfacefeedface"))
+    trained = dataclasses.replace(
+        adapter, config=dataclasses.replace(adapter.config, recognizer="feedfacefeedface")
+    )
     with pytest.raises(MismatchError, match=f"{identity.recognizer}.*feedfacefeedface"):
         trained.require_identity(identity, "person")

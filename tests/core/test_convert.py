@@ -34,7 +34,9 @@ def test_says_what_a_checkpoint_is_and_writes_it(published: tuple[Path, Path], t
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("adapter_branch/pytorch_model.bin + text_branch/pytorch_model.bin: UniID, text and adapter")
+    assert lines[0].startswith(
+        "adapter_branch/pytorch_model.bin + text_branch/pytorch_model.bin: UniID, text and adapter"
+    )
     adapter = tiny_adapter(TINY_SD15, tmp_path)
     assert f"digest {adapter.digest}" in lines
     assert lines[-1] == f"wrote {output} ({output.stat().st_size:,} bytes)"
@@ -61,7 +63,9 @@ def test_without_output_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [("keep", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [("keep", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
 def test_precisions(published: tuple[Path, Path], tmp_path: Path, dtype: str, kept: torch.dtype) -> None:
     assert main([str(published[1]), str(tmp_path / "out.safetensors"), "--dtype", dtype]) == 0
     with safe_open(tmp_path / "out.safetensors", "pt") as file:

@@ -16,8 +16,16 @@ from tests.tiny.uniid import GOLDEN, TINY_SD15, TINY_SDXL, uniid_state as weight
 SITE = "down_blocks.0.attentions.0.transformer_blocks.0"
 
 FOREIGN = {
-    "IP-Adapter FaceID": ["image_proj.proj.0.weight", "image_proj.norm.weight", "ip_adapter.0.to_q_lora.down.weight"],
-    "IP-Adapter Plus Face": ["image_proj.latents", "image_proj.proj_in.weight", "ip_adapter.1.to_k_ip.weight"],
+    "IP-Adapter FaceID": [
+        "image_proj.proj.0.weight",
+        "image_proj.norm.weight",
+        "ip_adapter.0.to_q_lora.down.weight",
+    ],
+    "IP-Adapter Plus Face": [
+        "image_proj.latents",
+        "image_proj.proj_in.weight",
+        "ip_adapter.1.to_k_ip.weight",
+    ],
     "IP-Adapter, weights alone": ["ip_adapter.1.to_k_ip.weight", "ip_adapter.1.to_v_ip.weight"],
     "IP-Adapter, training dump": [
         f"unet.{SITE}.attn1.to_q.weight",
@@ -25,18 +33,34 @@ FOREIGN = {
         "adapter_modules.1.to_k_ip.weight",
     ],
     "InstantID": ["image_proj.latents", "image_proj.layers.0.0.to_kv.weight", "ip_adapter.1.to_k_ip.weight"],
-    "PuLID": ["id_adapter.latents", "id_adapter.layers.0.0.to_q.weight", "id_adapter_attn_layers.1.id_to_k.weight"],
+    "PuLID": [
+        "id_adapter.latents",
+        "id_adapter.layers.0.0.to_q.weight",
+        "id_adapter_attn_layers.1.id_to_k.weight",
+    ],
     "SDXL": [
         "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
         "first_stage_model.decoder.conv_in.weight",
         "model.diffusion_model.input_blocks.0.0.weight",
     ],
-    "SD1.5": ["cond_stage_model.transformer.text_model.final_layer_norm.weight", "model.diffusion_model.out.2.weight"],
-    "LoRA, kohya": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora_te_text_model.alpha"],
+    "SD1.5": [
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+        "model.diffusion_model.out.2.weight",
+    ],
+    "LoRA, kohya": [
+        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+        "lora_te_text_model.alpha",
+    ],
     "LoRA, PEFT": [f"unet.{SITE}.attn1.to_k.lora_A.weight", f"unet.{SITE}.attn1.to_k.lora_B.weight"],
     "LoRA, diffusers": [f"unet.{SITE}.attn1.processor.to_k_lora.down.weight"],
     "LoRA, newer diffusers": [f"unet.{SITE}.attn1.to_k.lora.up.weight"],
-    "iResNet": ["conv1.weight", "bn1.running_mean", "layer1.0.bn1.weight", "layer1.0.prelu.weight", "fc.weight"],
+    "iResNet": [
+        "conv1.weight",
+        "bn1.running_mean",
+        "layer1.0.bn1.weight",
+        "layer1.0.prelu.weight",
+        "fc.weight",
+    ],
     "UNet of diffusers": ["conv_in.weight", f"{SITE}.attn1.to_q.weight", "mid_block.resnets.0.conv1.weight"],
     "CLIP vision": ["vision_model.embeddings.class_embedding", "visual_projection.weight"],
 }
@@ -67,7 +91,10 @@ def test_unrelated_files_are_named(tmp_path: Path, kind: str, prefix: str) -> No
 
 
 def test_an_ip_adapter_pickle_of_two_levels_is_named(tmp_path: Path) -> None:
-    nested = {"image_proj": {"norm.weight": torch.ones(4)}, "ip_adapter": {"1.to_k_ip.weight": torch.ones(4, 4)}}
+    nested = {
+        "image_proj": {"norm.weight": torch.ones(4)},
+        "ip_adapter": {"1.to_k_ip.weight": torch.ones(4, 4)},
+    }
     torch.save(nested, tmp_path / "ip-adapter.bin")
     with pytest.raises(CheckpointError, match=r"ip-adapter\.bin: this is an IP-Adapter or InstantID file"):
         load_adapter(tmp_path / "ip-adapter.bin")
@@ -97,7 +124,11 @@ def test_sizes_are_read_from_the_shapes(config) -> None:  # noqa: ANN001
 def test_nothing_of_an_unrelated_state_is_taken() -> None:
     unrelated = {key: torch.zeros(1) for keys in FOREIGN.values() for key in keys}
     assert uniid_state(unrelated, "file") == {}
-    similar = {"my_text_branch.norm_1.weight": torch.zeros(1), "latents": torch.zeros(1), "norm_1.weight": torch.zeros(1)}
+    similar = {
+        "my_text_branch.norm_1.weight": torch.zeros(1),
+        "latents": torch.zeros(1),
+        "norm_1.weight": torch.zeros(1),
+    }
     assert uniid_state(similar, "file") == {}
 
 

@@ -14,9 +14,20 @@ import pytest
 import idadapter_core
 
 CORE = Path(idadapter_core.__file__).parent
-HEAVY = ("comfy", "comfy_api", "folder_paths", "nodes", "insightface", "onnxruntime", "onnx", "cv2", "transformers", "diffusers")
+HEAVY = (
+    "comfy",
+    "comfy_api",
+    "folder_paths",
+    "nodes",
+    "insightface",
+    "onnxruntime",
+    "onnx",
+    "cv2",
+    "transformers",
+    "diffusers",
+)
 
-# From the top down: a module imports from lines below its own, or from the same line where that is marked by its name.
+# From the top down: a module imports from lines below its own only.
 LAYERS = (
     ("__init__", "convert"),
     ("checkpoint",),
@@ -48,11 +59,15 @@ def imported_parts(path: Path) -> set[str]:
     for node in ast.walk(ast.parse((CORE / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
-            names = [(*base, *node.module.split("."))] if node.module else [(*base, a.name) for a in node.names]
+            names = (
+                [(*base, *node.module.split("."))] if node.module else [(*base, a.name) for a in node.names]
+            )
             assert base, f"{path}: an import leaves the core"
             found |= {name[1] for name in names}
         elif isinstance(node, ast.ImportFrom):
-            assert (node.module or "").split(".")[0] != "idadapter_core", f"{path}: imports of the core are relative"
+            assert (node.module or "").split(".")[0] != "idadapter_core", (
+                f"{path}: imports of the core are relative"
+            )
         elif isinstance(node, ast.Import):
             assert all(alias.name.split(".")[0] != "idadapter_core" for alias in node.names), path
     return found
@@ -78,7 +93,12 @@ def test_importing_the_core_loads_no_host_and_no_face_library(module: str) -> No
     code = f"import {module}, json, sys; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
     environment = {**os.environ, "PYTHONPATH": str(CORE.parent)}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=CORE.parent.parent, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=CORE.parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     loaded = set(json.loads(result.stdout))
     assert {"idadapter_core", "torch"} <= loaded
@@ -94,7 +114,12 @@ def test_these_tests_need_no_host() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
-            assert not {name.split(".")[0] for name in names} & {"comfy", "comfy_api", "folder_paths", "nodes"}, path
+            assert not {name.split(".")[0] for name in names} & {
+                "comfy",
+                "comfy_api",
+                "folder_paths",
+                "nodes",
+            }, path
 
 
 def test_everything_promised_is_importable() -> None:

@@ -130,7 +130,9 @@ def test_small_parts() -> None:
     x = torch.arange(12.0).view(2, 3, 2)
     assert torch.equal(weighted_mean(x, torch.tensor([0.25, 0.75])), 0.25 * x[:1] + 0.75 * x[1:])
     assert torch.equal(concatenate_tokens(x), x.reshape(1, 6, 2))
-    torch.testing.assert_close(token_bias(torch.tensor([0.25, 0.75]), 2).exp(), torch.tensor([0.25, 0.25, 0.75, 0.75]))
+    torch.testing.assert_close(
+        token_bias(torch.tensor([0.25, 0.75]), 2).exp(), torch.tensor([0.25, 0.25, 0.75, 0.75])
+    )
 
 
 # --- one identity of many faces --------------------------------------------------------------------------------------

@@ -53,7 +53,9 @@ def test_a_run_that_starts_late_counts_from_its_own_start() -> None:
     assert step_index(sigmas[3], sigmas) == 3
 
 
-@pytest.mark.parametrize(("sigmas", "step"), [([0.0, 1.0, 2.0], 1), ([3.0, 3.0, 3.0], 1), ([5.0], 0), ([], 0)])
+@pytest.mark.parametrize(
+    ("sigmas", "step"), [([0.0, 1.0, 2.0], 1), ([3.0, 3.0, 3.0], 1), ([5.0], 0), ([], 0)]
+)
 def test_no_descending_schedule_means_the_last_step(sigmas: list[float], step: int) -> None:
     assert step_index(1.0, sigmas) == step
 
@@ -66,7 +68,9 @@ def test_published_schedule() -> None:
     assert (schedule.adapter_scale(5, 30), schedule.text_scale(5, 30)) == (1.2, 1.8)
 
 
-@pytest.mark.parametrize(("fraction", "steps", "early"), [(0.0, 30, 0), (1.0, 30, 30), (0.5, 1, 0), (0.1667, 6, 1)])
+@pytest.mark.parametrize(
+    ("fraction", "steps", "early"), [(0.0, 30, 0), (1.0, 30, 30), (0.5, 1, 0), (0.1667, 6, 1)]
+)
 def test_early_fraction_is_a_share_of_the_steps(fraction: float, steps: int, early: int) -> None:
     schedule = RescaleSchedule(early_fraction=fraction)
     assert sum(schedule.is_early(step, steps) for step in range(steps)) == early
@@ -78,7 +82,9 @@ def test_early_fraction_out_of_range(fraction: float) -> None:
         RescaleSchedule(early_fraction=fraction)
 
 
-@pytest.mark.parametrize("name", ["adapter_early", "adapter_late", "text_early", "text_late", "early_fraction"])
+@pytest.mark.parametrize(
+    "name", ["adapter_early", "adapter_late", "text_early", "text_late", "early_fraction"]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scales_must_be_finite(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} must be a finite number, got {value}"):

@@ -44,7 +44,9 @@ def diffusers_keys(family: str) -> list[str]:
     keys += [f"{module.replace('attn2', 'attn1')}{TO_K}" for _, _, _, module in TABLE[family]]
     for side, count in (("down", 2), ("up", 3)):
         keys += [
-            f"{side}_blocks.{level}.resnets.{block}.conv1.weight" for level in range(levels) for block in range(count)
+            f"{side}_blocks.{level}.resnets.{block}.conv1.weight"
+            for level in range(levels)
+            for block in range(count)
         ]
     return [*keys, "conv_in.weight", "mid_block.resnets.0.conv1.weight"]
 
@@ -74,8 +76,15 @@ def test_addresses_are_unique_and_the_middle_block_is_among_them(family: str) ->
 def test_other_widths_and_depths() -> None:
     """One residual block a level, two levels, depths 2 (down), 1 (middle) and 3 (up)."""
     keys = ["input_blocks.2.0.op.weight", "output_blocks.1.1.conv.weight"]
-    stems = [("input_blocks.3.1", 2), ("middle_block.1", 1), ("output_blocks.0.1", 3), ("output_blocks.1.1", 3)]
-    keys += [f"{stem}.transformer_blocks.{depth}.attn2{TO_K}" for stem, depths in stems for depth in range(depths)]
+    stems = [
+        ("input_blocks.3.1", 2),
+        ("middle_block.1", 1),
+        ("output_blocks.0.1", 3),
+        ("output_blocks.1.1", 3),
+    ]
+    keys += [
+        f"{stem}.transformer_blocks.{depth}.attn2{TO_K}" for stem, depths in stems for depth in range(depths)
+    ]
     sites = attention_sites(keys)
     assert [(site.comfy, site.diffusers_module.split(".transformer")[0]) for site in sites] == [
         (("input", 3, 0), "down_blocks.1.attentions.0"),
@@ -89,7 +98,9 @@ def test_other_widths_and_depths() -> None:
 def test_a_control_net_beside_the_unet_adds_no_sites() -> None:
     keys = ldm_keys("SD1.5")
     beside = [f"control_model.{key}" for key in keys if not key.startswith("output_blocks")]
-    assert attention_sites([*beside, *(f"model.diffusion_model.{key}" for key in keys)]) == expected_sites("SD1.5")
+    assert attention_sites([*beside, *(f"model.diffusion_model.{key}" for key in keys)]) == expected_sites(
+        "SD1.5"
+    )
 
 
 @pytest.mark.parametrize(

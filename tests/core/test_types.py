@@ -59,7 +59,9 @@ def test_features_compare_by_identity() -> None:
 
 def test_modes() -> None:
     assert [Mix(mode=mode).mode for mode in MODES] == list(MODES)
-    with pytest.raises(InputError, match="mode must be one of auto, learned, concatenate, mean, got 'average'"):
+    with pytest.raises(
+        InputError, match="mode must be one of auto, learned, concatenate, mean, got 'average'"
+    ):
         Mix(mode="average")
 
 

@@ -57,14 +57,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
 
 
 @pytest.mark.parametrize("encoder", ["l", "g"])
-def test_text_tokens_are_the_published_ones(identity: Identity, golden: dict[str, Tensor], encoder: str) -> None:
+def test_text_tokens_are_the_published_ones(
+    identity: Identity, golden: dict[str, Tensor], encoder: str
+) -> None:
     torch.testing.assert_close(
         identity.text_tokens[encoder], golden[f"text_tokens_{encoder}"], atol=TOLERANCE, rtol=0
     )
 
 
 @pytest.mark.parametrize("name", ["adapter_tokens", "adapter_tokens_uncond"])
-def test_adapter_tokens_are_the_published_ones(identity: Identity, golden: dict[str, Tensor], name: str) -> None:
+def test_adapter_tokens_are_the_published_ones(
+    identity: Identity, golden: dict[str, Tensor], name: str
+) -> None:
     torch.testing.assert_close(getattr(identity, name), golden[name], atol=TOLERANCE, rtol=0)
 
 
@@ -106,7 +110,8 @@ def test_keys_and_shapes_are_the_published_ones(published: dict[str, dict[str, t
 
 def test_parameter_counts_are_the_published_ones(published: dict[str, dict[str, tuple[int, ...]]]) -> None:
     millions = {
-        name: sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6 for name, shapes in published.items()
+        name: sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e6
+        for name, shapes in published.items()
     }
     assert round(millions["text_branch."], 1) == 117.6
     assert round(millions["projections"], 1) == 340.8
@@ -189,20 +194,26 @@ def test_faces_left_out_do_not_vote(tiny: Adapter) -> None:
 
 
 def test_learned_mixing_is_refused(tiny: Adapter) -> None:
-    with pytest.raises(InputError, match="UniID has no learned mixing; set mode to auto, concatenate or mean"):
+    with pytest.raises(
+        InputError, match="UniID has no learned mixing; set mode to auto, concatenate or mean"
+    ):
         tiny.encode(face_features(1), Mix("learned"))
 
 
 def test_features_without_stages_are_refused(tiny: Adapter) -> None:
     bare = dataclasses.replace(face_features(1), stages=())
-    with pytest.raises(MismatchError, match=r"no stage maps: .* UniID reads .* Choose an iResNet file as `recognizer`"):
+    with pytest.raises(
+        MismatchError, match=r"no stage maps: .* UniID reads .* Choose an iResNet file as `recognizer`"
+    ):
         tiny.encode(bare)
 
 
 def test_features_of_another_network_are_refused_with_both_sizes(tiny: Adapter) -> None:
     features = face_features(1)
     short = dataclasses.replace(features, stages=features.stages[:3])
-    with pytest.raises(MismatchError, match=r"\(512, 7, 7\)\]; these features have 512 and .*\(256, 14, 14\)\]"):
+    with pytest.raises(
+        MismatchError, match=r"\(512, 7, 7\)\]; these features have 512 and .*\(256, 14, 14\)\]"
+    ):
         tiny.encode(short)
     narrow = dataclasses.replace(features, embedding=torch.zeros(1, 256))
     with pytest.raises(MismatchError, match="an embedding of 512 .* these features have 256"):
@@ -210,8 +221,12 @@ def test_features_of_another_network_are_refused_with_both_sizes(tiny: Adapter) 
 
 
 def test_another_recogniser_is_refused_with_both_names(tiny: Adapter) -> None:
-    trained = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, recognizer="feedfacefeedface"))
-    with pytest.raises(MismatchError, match=f"trained with the face recogniser feedfacefeedface.*come from {RECOGNIZER}"):
+    trained = dataclasses.replace(
+        tiny, config=dataclasses.replace(tiny.config, recognizer="feedfacefeedface")
+    )
+    with pytest.raises(
+        MismatchError, match=f"trained with the face recogniser feedfacefeedface.*come from {RECOGNIZER}"
+    ):
         trained.encode(face_features(1))
     assert trained.encode(face_features(1, recognizer="feedfacefeedface")).recognizer == "feedfacefeedface"
 

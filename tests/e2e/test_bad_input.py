@@ -22,7 +22,6 @@ from tests.harness.uniid_graph import (
     NONE,
     add_adapter,
     add_analyzer,
-    add_apply,
     add_extract,
     add_mix,
     add_photos,

@@ -38,9 +38,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         projections = adapter(kind).adapter.projections
         original: Callable[..., Any] = projections.project
 
-        def spy(
-            index: int, tokens: Tensor, kind: str = kind, original: Callable[..., Any] = original
-        ) -> Any:
+        def spy(index: int, tokens: Tensor, kind: str = kind, original: Callable[..., Any] = original) -> Any:
             seen.append((kind, index))
             return original(index, tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,6 @@ def test_attention_in_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_adapter_weights(dtype: torch.dtype, tmp_path: Path) -> None:
     from ComfyUI_IDAdapter.nodes.adapter import load
-    from dataclasses import replace
 
     kind = "sdxl"
     state = {key: tensor.to(dtype) for key, tensor in uniid_state(CONFIGS[kind], SEEDS[kind]).items()}

@@ -115,21 +115,3 @@ def test_text_attention_is_the_hosts_own(kind: str) -> None:
     assert all(options["attn_precision"] == wanted for options in seen)
     for out, copy in given:
         assert torch.equal(out, copy), "the override's tensor was overwritten"
-
-
-def test_compiled_model() -> None:
-    """ComfyUI's own compile node, with the backend that runs everywhere."""
-    import torch._dynamo
-    from comfy_extras.nodes_torch_compile import TorchCompileModel
-
-    kind = "sd15"
-    torch._dynamo.reset()
-    applied = rescale(apply(unet(kind), kind, person(kind), 1.0, 0.0, 0.9), adapter_early=0.5)
-    compiled = TorchCompileModel.execute(applied, "eager").result[0]
-    expected = draw(applied, kind, steps=2)
-    assert difference(draw(compiled, kind, steps=2), expected) < 1e-5
-    # The same compiled graph with another person and other scales.
-    other = rescale(apply(unet(kind), kind, person(kind, 2), 0.6), adapter_early=0.9)
-    recompiled = TorchCompileModel.execute(other, "eager").result[0]
-    assert difference(draw(recompiled, kind, steps=2), draw(other, kind, steps=2)) < 1e-5
-    torch._dynamo.reset()

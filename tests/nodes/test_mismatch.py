@@ -12,8 +12,16 @@ from tests.nodes.sampling import CONFIGS, adapter, apply, face_features, node, p
 @pytest.mark.parametrize(
     ("model_kind", "adapter_kind", "names"),
     [
-        ("sd15", "sdxl", ["TinySD15", "7 attention sites, text width 64", "11 attention sites, text width 128"]),
-        ("sdxl", "sd15", ["TinySDXL", "11 attention sites, text width 128", "7 attention sites, text width 64"]),
+        (
+            "sd15",
+            "sdxl",
+            ["TinySD15", "7 attention sites, text width 64", "11 attention sites, text width 128"],
+        ),
+        (
+            "sdxl",
+            "sd15",
+            ["TinySDXL", "11 attention sites, text width 128", "7 attention sites, text width 64"],
+        ),
     ],
 )
 def test_adapter_of_another_model(model_kind: str, adapter_kind: str, names: list[str]) -> None:

@@ -130,7 +130,9 @@ def test_their_slots_are_left_as_they_were() -> None:
 def test_their_part_is_rescaled_on_demand(kind: str) -> None:
     """Without any identity of ours: prompt control for a graph of other packs."""
     theirs, _ = other_node(unet(kind), kind)
-    unscaled, unscaled_calls = record(rescale(theirs, scope="ID adapters", adapter_early=0.4, adapter_late=1.5))
+    unscaled, unscaled_calls = record(
+        rescale(theirs, scope="ID adapters", adapter_early=0.4, adapter_late=1.5)
+    )
     scaled, calls = record(
         rescale(theirs, scope="every attention patch", adapter_early=0.4, adapter_late=1.5)
     )
@@ -181,9 +183,8 @@ def test_prompt_that_another_pack_multiplies() -> None:
 
     def couple(model: Any, copies: int) -> Any:
         def multiply(n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> list[Tensor]:
-            chunks = zip(
-                extra["cond_or_uncond"], *(x.chunk(len(extra["cond_or_uncond"])) for x in (n, context, value))
-            )
+            roles = extra["cond_or_uncond"]
+            chunks = zip(roles, *(x.chunk(len(roles)) for x in (n, context, value)), strict=True)
             rows: list[list[Tensor]] = [[], [], []]
             for role, *parts in chunks:
                 for target, part in zip(rows, parts, strict=True):

@@ -54,7 +54,9 @@ def test_people_of_different_token_counts_and_roles_in_one_batch() -> None:
 
     kind = KIND
     few = person(kind, 2)
-    few = replace(few, adapter_tokens=few.adapter_tokens[:, :7], adapter_tokens_uncond=few.adapter_tokens_uncond[:, :4])
+    few = replace(
+        few, adapter_tokens=few.adapter_tokens[:, :7], adapter_tokens_uncond=few.adapter_tokens_uncond[:, :4]
+    )
     positive, negative = prompt(kind, "positive"), prompt(kind, "negative")
     model, calls = record(apply(unet(kind), kind, few))
     sample(model, positive, negative, latent_noise=noise(3), steps=1)

@@ -199,5 +199,3 @@ def test_tokens_reach_the_model_where_they_stand() -> None:
         expected = positive[0][0][0].clone()
         expected[1:4] *= scale
         torch.testing.assert_close(call.context[0], expected.to(call.context))
-
-

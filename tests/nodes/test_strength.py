@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.nodes.sampling import KINDS, apply, assert_rows, difference, draw, person, prompt, record, rescale, unet
+from tests.nodes.sampling import (
+    KINDS,
+    apply,
+    assert_rows,
+    difference,
+    draw,
+    person,
+    prompt,
+    record,
+    rescale,
+    unet,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,9 +218,10 @@ def _patcher(config: BASE, seed: int, dtype: torch.dtype, disable_dynamic: bool 
     import comfy.model_patcher as patchers
 
     device, offload_device = memory.get_torch_device(), memory.unet_offload_device()
-    config.set_inference_dtype(
-        dtype, memory.unet_manual_cast(dtype, device, config.supported_inference_dtypes), device=device
-    )
+    cast = memory.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
+    # ComfyUI before 0.25 takes no device here.
+    takes_device = "device" in inspect.signature(config.set_inference_dtype).parameters
+    config.set_inference_dtype(dtype, cast, **({"device": device} if takes_device else {}))
     model = config.get_model({}, "", device=offload_device)
     recipe.fill(model.diffusion_model, seed, "unet.")
     patcher_class = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher

@@ -17,7 +17,9 @@ def face(score: float = 0.9, sex: str | None = None) -> Face:
     return Face(box=(30.0, 30.0, 80.0, 95.0), landmarks=landmarks, score=score, sex=sex)
 
 
-def face_features(seed: int, count: int = 1, faces: Sequence[Face] = (), recognizer: str = RECOGNIZER) -> FaceFeatures:
+def face_features(
+    seed: int, count: int = 1, faces: Sequence[Face] = (), recognizer: str = RECOGNIZER
+) -> FaceFeatures:
     """`count` faces whose values stand in the golden recipe under the names of the golden files."""
     return FaceFeatures(
         embedding=recipe.value(seed, "face_embedding", (count, 512)),
