@@ -32,6 +32,10 @@ class Nothing(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(node_id="Nothing", inputs=[], outputs=[])
 
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput()
+
 
 class Extension(ComfyExtension):
     async def get_node_list(self):
@@ -100,7 +104,9 @@ def main() -> int:
         pairs = [(measure(REPOSITORY), measure(Path(folder))) for _ in range(repeats)]
     pack, empty = ([float(str(entry["seconds"])) for entry in side] for side in zip(*pairs, strict=True))
     first = pairs[0][0]
-    print(f"{'':22}{'median':>10}{'lowest':>10}{'highest':>10}   (ms, {repeats} processes each, taking turns)")
+    print(
+        f"{'':22}{'median':>10}{'lowest':>10}{'highest':>10}   (ms, {repeats} processes each, taking turns)"
+    )
     for name, seconds in ((f"this pack, {first['nodes']} nodes", pack), ("a pack with one node", empty)):
         values = (statistics.median(seconds), min(seconds), max(seconds))
         print(f"{name:22}" + "".join(f"{1000 * value:10.1f}" for value in values))

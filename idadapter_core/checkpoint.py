@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
-import pickle
-import re
-import uuid
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from . import formats
 from .errors import CheckpointError, InputError, MismatchError
+from .files import key_problems, read_tensors, state_digest, write_safetensors
 from .methods import uniid
 from .sites import Site, family_name
 from .types import FaceFeatures, Identity, Mix
@@ -29,11 +22,6 @@ from .types import FaceFeatures, Identity, Mix
 FORMAT = "idadapter"
 FORMAT_VERSION = 1
 KINDS = ("adapter", "identity")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# What torch says of a pickle that holds more than tensors.
-_OBJECT_REFUSED = re.compile(
-    r"unsupported (global|class)|can only (build|create new)|trying to call reduce", re.IGNORECASE
-)
 FILES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -168,7 +156,7 @@ def _build(source: str, state: dict[str, Tensor], config: uniid.UniIDConfig) -> 
         if key.startswith(head)
     }
     for module, weights in ((encoder, encoder_state), (projections, projection_state)):
-        _check_keys(source, {key: tuple(t.shape) for key, t in module.state_dict().items()}, weights)
+        _check_keys(source, module.state_dict(), weights)
         module.load_state_dict(weights, strict=True, assign=True)
         module.requires_grad_(False).eval()
     notes = []
@@ -222,21 +210,10 @@ def _describe(source: str, state: Mapping[str, Tensor], config: uniid.UniIDConfi
     return "\n".join([*lines, *(f"Note: {note}" for note in notes)])
 
 
-def _check_keys(source: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    wrong = [
-        f"{key} is {tuple(found[key].shape)} instead of {shape}"
-        for key, shape in expected.items()
-        if key in found and tuple(found[key].shape) != shape
-    ]
-    problems = []
-    for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
-        if names:
-            problems.append(f"{len(names)} {label} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
-    if problems:
+def _check_keys(source: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    if problems := key_problems(expected, found):
         raise CheckpointError(
-            f"{source}: not a complete UniID adapter: {'; '.join(problems)}. Download or export the file again."
+            f"{source}: not a complete UniID adapter: {problems}. Download or export the file again."
         )
 
 
@@ -322,12 +299,12 @@ def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype | None =
         "method": adapter.method,
         "config": json.dumps(dataclasses.asdict(adapter.config)),
     }
-    _write_safetensors(state, metadata, Path(path))
+    write_safetensors(state, metadata, Path(path))
 
 
 def save_identity(identity: Identity, path: str | Path) -> None:
     """Write an identity file (safetensors). The write is atomic."""
-    _write_safetensors(_identity_tensors(identity), _identity_metadata(identity), Path(path))
+    write_safetensors(_identity_tensors(identity), _identity_metadata(identity), Path(path))
 
 
 def load_identity(path: str | Path) -> Identity:
@@ -386,99 +363,3 @@ def _identity_metadata(identity: Identity) -> dict[str, str]:
         "recognizer": identity.recognizer,
         "class_word": identity.class_word,
     }
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a .safetensors or pickled file, on the CPU, and the safetensors metadata.
-
-    The content decides which of the two a file is, not its name. Pickles are read with `weights_only=True`: a file that
-    needs code to load is refused.
-
-    Raises:
-        CheckpointError: missing, truncated, holding code, or no flat state dict.
-    """
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.name}: no such file in {path.parent.name}; refresh the node list or choose another file."
-        )
-    if _is_safetensors(path):
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(_unreadable(path, error)) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever the damage of a pickle leads to, IndexError and AssertionError too
-        if isinstance(error, pickle.UnpicklingError) and _OBJECT_REFUSED.search(str(error)):
-            raise CheckpointError(
-                f"{path.name}: loading this pickle would run code, which is never done here. Get the weights as .safetensors, "
-                "or a .bin that holds tensors only."
-            ) from error
-        raise CheckpointError(_unreadable(path, error)) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name}: holds a {type(content).__name__}, not a state dict of weights.")
-    flat = _flatten(content)
-    if not flat:
-        raise CheckpointError(f"{path.name}: holds no weights.")
-    return flat, {}
-
-
-def _flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            flat[f"{prefix}{key}"] = value
-        elif isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-    return flat
-
-
-def _is_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:9] == b"{" or path.suffix == ".safetensors"
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    # The first sentence: torch goes on with guesses about its own internals.
-    reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
-    if isinstance(error, pickle.UnpicklingError):
-        reason = "no PyTorch weights"  # torch's own words advise to load the file with code allowed
-    size = path.stat().st_size
-    return f"{path.name}: cannot be read ({size:,} bytes): {reason[:200]}. It is truncated or not a weights file; download it again."
-
-
-def _write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    # Two names for one tensor are two tensors in the file: safetensors refuses to write memory that is shared.
-    storages: set[int] = set()
-    for key, tensor in tensors.items():
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensors[key] = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        usual_mode = temporary.stat().st_mode  # safetensors writes files that only their owner can read
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(usual_mode)
-        temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error}). Choose another folder, or make this one writable and free some space."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """First 16 hex digits of a SHA-256 over names, shapes and fp32 values: the same for one network in any file format."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        digest.update(f"{key}{tuple(state[key].shape)}".encode())
-        digest.update(state[key].detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()[:16]

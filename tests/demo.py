@@ -38,6 +38,7 @@ from tests.tiny.files import (
 
 OUTPUT = REPOSITORY / "output" / "demo"
 PROMPT = "portrait photo of a <class word> in a space suit"
+CLASS_WORD = "woman"
 NEGATIVE = "blurry, low quality"
 
 
@@ -102,7 +103,7 @@ def show(server: ComfyServer, size: int, steps: int, folder: Path) -> int:
 def run_plain(server: ComfyServer, settings: dict[str, Any]) -> Image.Image:
     """The picture of the model alone."""
     graph = Graph()
-    prompt = PROMPT.replace("<class word>", "person")
+    prompt = PROMPT.replace("<class word>", CLASS_WORD)
     add_text_to_image(graph, CHECKPOINT_NAMES["sdxl"], prompt=prompt, **settings)
     return server.run(graph.workflow, timeout=600).check().images[0]
 
@@ -111,8 +112,8 @@ def run_identity(
     server: ComfyServer, settings: dict[str, Any], plain: Image.Image
 ) -> tuple[RunResult, Pictures, dict[str, str]]:
     """The pictures with the identity, and the texts that the nodes gave."""
-    graph, nodes = uniid_graph((ASTRONAUT,), prompt=PROMPT.replace("<class word>", "person"), **settings)
-    graph.workflow[nodes["prompt"].id]["inputs"].update(text=PROMPT, class_word="woman")
+    graph, nodes = uniid_graph((ASTRONAUT,), prompt=PROMPT.replace("<class word>", CLASS_WORD), **settings)
+    graph.workflow[nodes["prompt"].id]["inputs"].update(text=PROMPT, class_word=CLASS_WORD)
     shown = {
         "crop": graph.add("PreviewImage", images=nodes["faces"][1]),
         "photo": graph.add("PreviewImage", images=nodes["faces"][3]),
@@ -171,16 +172,16 @@ def judge(pictures: Pictures) -> list[Check]:
             f"{changed.mean():.1f} of 255 levels on average",
             bool(changed.mean() > 1),
         ),
-        Check(
-            "strength 0 is exactly the plain model", f"largest difference {zero.max()}", not zero.any()
-        ),
+        Check("strength 0 is exactly the plain model", f"largest difference {zero.max()}", not zero.any()),
         Check(
             "the same seed gives the same picture, computed anew",
             f"largest difference {again.max()}",
             not again.any(),
         ),
         Check(
-            "the picture is neither black nor flat", f"standard deviation {contrast:.0f} levels", contrast > 10
+            "the picture is neither black nor flat",
+            f"standard deviation {contrast:.0f} levels",
+            contrast > 10,
         ),
     ]
 
@@ -202,7 +203,9 @@ def write(pictures: Pictures, folder: Path) -> list[Path]:
     return [folder / name for name in (*named, "sheet.png")]
 
 
-def contact_sheet(pictures: Sequence[tuple[Image.Image, str]], side: int = 320, margin: int = 16) -> Image.Image:
+def contact_sheet(
+    pictures: Sequence[tuple[Image.Image, str]], side: int = 320, margin: int = 16
+) -> Image.Image:
     """Pictures of any sizes side by side, each with its caption."""
     font = ImageFont.load_default(size=18)
     caption = 32

@@ -5,20 +5,17 @@ Architecture and key names: insightface's arcface_torch (`backbones/iresnet.py`)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import InputError, RecognizerError
+from ..errors import CheckpointError, InputError, RecognizerError
+from ..files import key_problems, read_tensors, some, state_digest, write_safetensors
 from .iresnet_onnx import iresnet_state_dict_from_onnx
 
 log = logging.getLogger(__name__)
@@ -30,9 +27,6 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 METADATA_KEY = "idadapter.recognizer"
 
 _BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.")
-_OBJECT_REFUSED = re.compile(
-    r"unsupported (global|class)|instantiate|reduce", re.IGNORECASE
-)  # torch's own words
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 _SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".onnx")
 
@@ -128,7 +122,7 @@ def load_iresnet(path: str | Path, layers: Sequence[int] | None = None) -> IResN
     if found is None:
         raise RecognizerError(
             f"{path.name} is not an IResNet face recogniser: none of its {len(state)} keys look like "
-            f"'layer1.0.conv1.weight' (it has {_some(state)}). UniID needs the IResNet-100 of arcface_torch."
+            f"'layer1.0.conv1.weight' (it has {some(state)}). UniID needs the IResNet-100 of arcface_torch."
         )
     required = tuple(layers) if layers is not None else declared or IRESNET100_LAYERS
     if found != required:
@@ -150,17 +144,14 @@ def save_iresnet(net: IResNet, path: str | Path, dtype: torch.dtype = torch.floa
     """Write a .safetensors file that declares its block counts, so that `load_iresnet` accepts small networks."""
     state = {key: value for key, value in net.state_dict().items() if value.is_floating_point()}
     metadata = {METADATA_KEY: json.dumps({"layers": list(net.layers)})}
-    save_file({key: value.to(dtype).contiguous() for key, value in state.items()}, path, metadata)
+    write_safetensors(
+        {key: value.to(dtype).contiguous() for key, value in state.items()}, metadata, Path(path)
+    )
 
 
 def digest(net: nn.Module) -> str:
     """Name a network by its weights: the same for every file format and storage precision that loads equally."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        if tensor.is_floating_point():
-            sha.update(f"{name} {tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
+    return state_digest({name: t for name, t in net.state_dict().items() if t.is_floating_point()})
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], tuple[int, ...] | None]:
@@ -175,22 +166,14 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], tuple[int, ...] | None]:
             path.name,
         )
         return iresnet_state_dict_from_onnx(path), None
-    if suffix == ".safetensors":
-        return _read_safetensors(path)
-    if suffix in _PICKLE_SUFFIXES:
-        return _read_pickle(path), None
-    raise RecognizerError(
-        f"{path.name}: a face recogniser must be one of {', '.join(_SUFFIXES)}, not '{path.suffix}'"
-    )
-
-
-def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], tuple[int, ...] | None]:
+    if suffix not in _SUFFIXES:
+        raise RecognizerError(
+            f"{path.name}: a face recogniser must be one of {', '.join(_SUFFIXES)}, not '{path.suffix}'"
+        )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise RecognizerError(_unreadable(path, "safetensors", error)) from error
+        state, metadata = read_tensors(path)
+    except CheckpointError as error:
+        raise RecognizerError(str(error)) from error
     if METADATA_KEY not in metadata:
         return state, None
     try:
@@ -203,35 +186,6 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Tensor], tuple[int, ...]
     return state, declared
 
 
-def _read_pickle(path: Path) -> Mapping[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if _OBJECT_REFUSED.search(str(error)):
-            raise RecognizerError(
-                f"{path.name} holds Python objects besides tensors, so opening it could run code; it was not opened. "
-                "Get the file as a plain state dict or as .safetensors."
-            ) from error
-        raise RecognizerError(_unreadable(path, "PyTorch", error)) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise RecognizerError(_unreadable(path, "PyTorch", error)) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise RecognizerError(
-            f"{path.name} is not a plain state dict (names to tensors) but a {type(state).__name__}"
-            f"{f' with the keys {_some(state)}' if isinstance(state, Mapping) else ''}. Save the network's "
-            "state_dict() alone, as arcface_torch does in backbone.pth."
-        )
-    return state
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> str:
-    first_line = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    return (
-        f"{path.name} ({path.stat().st_size:,} bytes) cannot be read as a {kind} file; it is truncated, damaged or "
-        f"something else. Download it again. ({first_line})"
-    )
-
-
 def _block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     blocks: dict[int, set[int]] = {1: set(), 2: set(), 3: set(), 4: set()}
     for key in state:
@@ -242,26 +196,8 @@ def _block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
 
 
 def _check_keys(path: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    # The counters of seen batches play no part in eval mode and are absent from many files.
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    reshaped = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    problems = [
-        f"{len(keys)} keys {kind} ({_some(keys)})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if keys
-    ]
-    if problems:
-        raise RecognizerError(f"{path.name} is not an IResNet as published: {'; '.join(problems)}.")
-
-
-def _some(keys: Mapping[str, object] | Sequence[str]) -> str:
-    names = [str(key) for key in keys]
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    if problems := key_problems(expected, state):
+        raise RecognizerError(f"{path.name} is not an IResNet as published: {problems}.")
 
 
 def _counts(layers: Sequence[int]) -> str:

@@ -16,13 +16,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import InputError, MismatchError
+from ..faces.iresnet import STAGE_WIDTHS
 from ..mixing import concatenate_tokens, select_references, token_bias, weighted_mean
 from ..resampler import PerceiverAttention, feed_forward
 from ..types import FaceFeatures, Identity, Mix
 
 METHOD = "uniid"
 ENCODERS = ("l", "g")  # the text encoders, in the order of SDXL's concatenated states
-STAGE_WIDTHS = (64, 128, 256, 512)  # channels of the face network's stages
 STAGE_SIDES = (56, 28, 14, 7)
 FUSED_SIDE = 16  # stages 1-3 are resized to 16 x 16 before they are fused
 

@@ -6,8 +6,8 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
-from ...idadapter_core.checkpoint import PICKLE_SUFFIXES
 from ...idadapter_core.errors import InputError
+from ...idadapter_core.files import PICKLE_SUFFIXES
 
 ADAPTERS = "idadapter"
 RECOGNIZERS = "idadapter_recognizers"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...idadapter_core import Adapter
-from ...idadapter_core.errors import InputError
 from ...idadapter_core.attention import BlockKeysValues, KeysValues, prepare_identity
+from ...idadapter_core.errors import InputError
 from ...idadapter_core.schedule import step_index
 from ...idadapter_core.sites import Site
 from .plan import Application, Plan

@@ -27,9 +27,9 @@ from idadapter_core.checkpoint import (
     load_identity,
     save_adapter,
     save_identity,
-    state_digest,
 )
 from idadapter_core.errors import CheckpointError, InputError, MismatchError
+from idadapter_core.files import state_digest
 from idadapter_core.methods.uniid import UniIDConfig
 from idadapter_core.sites import Site, attention_sites
 from idadapter_core.types import Identity
@@ -350,10 +350,10 @@ NORM = "text_branch.norm_1.weight"
         ({NORM: None}, "text_branch.norm_1.weight is missing"),
         ({"text_branch.norm_1.bias": None}, "1 missing (text_branch.norm_1.bias)"),
         ({"text_branch.extra.weight": (3,)}, "1 unexpected (text_branch.extra.weight)"),
-        ({V3: (64, 32)}, "1 wrong shape (adapter_modules.3.to_v_ip.weight is (64, 32) instead of (64, 64))"),
+        ({V3: (64, 32)}, "1 of another shape (adapter_modules.3.to_v_ip.weight is (64, 32) instead of (64, 64))"),
         (
             {"text_branch.norm_1.bias": (7,)},
-            "1 wrong shape (text_branch.norm_1.bias is (7,) instead of (64,))",
+            "1 of another shape (text_branch.norm_1.bias is (7,) instead of (64,))",
         ),
         ({LATENTS: (25, 64)}, "adapter_branch.latents has the shape (25, 64) instead of 3 dimensions"),
         ({NORM: ()}, "text_branch.norm_1.weight has the shape () instead of 1 dimensions"),

@@ -35,7 +35,7 @@ LAYERS = (
     ("methods",),
     ("faces",),
     ("mixing", "resampler", "schedule"),
-    ("attention", "sites", "metrics"),
+    ("attention", "sites", "metrics", "files"),
     ("types",),
     ("errors",),
 )

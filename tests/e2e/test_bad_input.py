@@ -247,12 +247,16 @@ def test_no_package_at_all(server: ComfyServer) -> None:
     hidden = server.base / "insightface"
     root.rename(hidden)
     try:
-        (hint,) = server.object_info("IDAdapterLoadFaceAnalyzer")["input"]["required"]["package"][1]["options"]
+        (hint,) = server.object_info("IDAdapterLoadFaceAnalyzer")["input"]["required"]["package"][1][
+            "options"
+        ]
         assert "models/insightface" in hint
         message = refused_package(server, hint)
     finally:
         hidden.rename(root)
-    assert f"the face package 'buffalo_l' was not found. Searched: {root / 'models' / 'buffalo_l'}, " in message
+    assert (
+        f"the face package 'buffalo_l' was not found. Searched: {root / 'models' / 'buffalo_l'}, " in message
+    )
     assert "github.com/deepinsight/insightface" in message
     assert "non-commercial" in message
 
@@ -376,7 +380,10 @@ def test_the_checkpoint_itself(server: ComfyServer, put: Callable[[str], Path]) 
     path = put("idadapter/checkpoint.safetensors")
     shutil.copy(server.models_dir / "checkpoints" / CHECKPOINT_NAMES["sdxl"], path)
     message = refused_adapter(server, path.name)
-    assert "checkpoint.safetensors: this is a Stable Diffusion checkpoint: load it with Load Checkpoint" in message
+    assert (
+        "checkpoint.safetensors: this is a Stable Diffusion checkpoint: load it with Load Checkpoint"
+        in message
+    )
 
 
 def test_the_face_network(server: ComfyServer, put: Callable[[str], Path]) -> None:
@@ -410,9 +417,7 @@ def test_a_truncated_adapter(server: ComfyServer, put: Callable[[str], Path], so
     assert "download it again" in message
 
 
-def test_a_plain_pickle_with_code(
-    server: ComfyServer, put: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_plain_pickle_with_code(server: ComfyServer, put: Callable[[str], Path], tmp_path: Path) -> None:
     path, touched = put("idadapter/code.bin"), tmp_path / "touched"
     path.write_bytes(pickle.dumps({"more": Code(touched)}))
     assert "code.bin: cannot be read" in refused_adapter(server, path.name)
@@ -525,7 +530,9 @@ def write_identity(server: ComfyServer, path: Path, recognizer: str = "", **chan
     folder = server.models_dir / "idadapter"
     adapter = load_adapter(folder / ADAPTER, folder / TEXT_BRANCH)
     tokens = torch.zeros(1, adapter.config.adapter_tokens, adapter.config.context_width)
-    text = {name: torch.ones(1, 4, width) for name, width in zip("lg", adapter.config.text_widths, strict=True)}
+    text = {
+        name: torch.ones(1, 4, width) for name, width in zip("lg", adapter.config.text_widths, strict=True)
+    }
     values = {
         "adapter_tokens": tokens,
         "adapter_tokens_uncond": tokens,
@@ -613,7 +620,9 @@ def save_graph(name: str, photo: str = PERSON) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "  ", "C:\\x", "..", ".hidden", "a\nb", "nul?", "/tmp/x"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "", "  ", "C:\\x", "..", ".hidden", "a\nb", "nul?", "/tmp/x"]
+)
 def test_an_identity_name_that_is_no_file_name(server: ComfyServer, name: str) -> None:
     message = refusal(server, save_graph(name), "IDAdapterSaveIdentity")
     assert "must be a plain file name without folders" in message
@@ -685,7 +694,9 @@ def test_a_mask_of_another_size(server: ComfyServer, size: tuple[int, int]) -> N
     assert np.abs(image - expected).max() <= 1
 
 
-@pytest.mark.parametrize(("kind", "words"), [("nan", "not finite numbers"), ("four dimensions", "(1, 1, 8, 8)")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("nan", "not finite numbers"), ("four dimensions", "(1, 1, 8, 8)")]
+)
 def test_a_broken_mask(server: ComfyServer, kind: str, words: str) -> None:
     def broken(graph: Graph) -> Node:
         mask = graph.add("SolidMask", value=1.0, width=8, height=8)
@@ -699,7 +710,9 @@ def test_a_broken_mask(server: ComfyServer, kind: str, words: str) -> None:
 def test_a_prompt_of_300_tokens(server: ComfyServer) -> None:
     def image(text: str) -> np.ndarray:
         graph, nodes = uniid_graph()
-        rewire(graph, nodes["sampler"], positive=add_prompt(graph, nodes["checkpoint"], nodes["identity"], text))
+        rewire(
+            graph, nodes["sampler"], positive=add_prompt(graph, nodes["checkpoint"], nodes["identity"], text)
+        )
         return np.asarray(server.run(graph.workflow).check().images[0], dtype=np.int16)
 
     long = "a <class word> " + "very " * 297

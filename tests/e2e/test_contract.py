@@ -111,9 +111,7 @@ def test_every_node_explains_itself(infos: dict[str, dict[str, Any]], name: str)
 
 
 @pytest.mark.parametrize("name", NODES)
-def test_every_node_has_a_help_page(
-    server: ComfyServer, infos: dict[str, dict[str, Any]], name: str
-) -> None:
+def test_every_node_has_a_help_page(server: ComfyServer, infos: dict[str, dict[str, Any]], name: str) -> None:
     page = REPOSITORY / "web" / "docs" / f"{name}.md"
     text = page.read_text(encoding="utf-8")
     assert server.get(f"/extensions/{PACK_NAME}/docs/{name}.md").decode("utf-8") == text

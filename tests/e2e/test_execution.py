@@ -30,9 +30,9 @@ def test_a_changed_weight_needs_no_photo(server: ComfyServer) -> None:
     assert nodes["sampler"].id in first.executed_nodes
     ran = {nodes[role].id for role in ("apply", "rescale", "sampler", "decoder", "save")}
     assert set(second.executed_nodes) == ran
-    assert {nodes[role].id for role in ("photos", "analyzer", "faces", "adapter", "identity", "prompt")} <= set(
-        second.cached_nodes
-    )
+    assert {
+        nodes[role].id for role in ("photos", "analyzer", "faces", "adapter", "identity", "prompt")
+    } <= set(second.cached_nodes)
 
 
 def test_a_changed_schedule_needs_no_photo(server: ComfyServer) -> None:
@@ -40,7 +40,9 @@ def test_a_changed_schedule_needs_no_photo(server: ComfyServer) -> None:
     server.run(graph.workflow).check()
     graph.workflow[nodes["rescale"].id]["inputs"]["adapter_late"] = 1.0
     second = server.run(graph.workflow).check()
-    assert set(second.executed_nodes) == {nodes[role].id for role in ("rescale", "sampler", "decoder", "save")}
+    assert set(second.executed_nodes) == {
+        nodes[role].id for role in ("rescale", "sampler", "decoder", "save")
+    }
 
 
 def test_an_unchanged_graph_runs_nothing(server: ComfyServer) -> None:
@@ -86,7 +88,9 @@ def test_extraction_can_be_interrupted(server: ComfyServer) -> None:
     result = server.run(graph.workflow, on_message=interrupt_at(server, node))
     assert result.interrupted
     assert result.error is None
-    reached = max(data["value"] for kind, data in result.messages if kind == "progress" and data["node"] == node)
+    reached = max(
+        data["value"] for kind, data in result.messages if kind == "progress" and data["node"] == node
+    )
     assert reached < 300
     graph, _ = many_photos(2)
     server.run(graph.workflow).check()
@@ -122,7 +126,6 @@ print(json.dumps({"nodes": names, "new": new}))
     assert "IDAdapterExtractFaces" in answer["nodes"]
     assert "ComfyUI_IDAdapter" in answer["new"]
     assert set(answer["new"]) & set(UNWANTED) == set()
-
 
 
 def run_python(program: str, comfyui: Path) -> Any:

@@ -63,9 +63,7 @@ def with_identity(server: ComfyServer) -> np.ndarray:
     return picture(server.run(graph.workflow))
 
 
-def test_a_photo_becomes_a_picture(
-    server: ComfyServer, plain: np.ndarray, with_identity: np.ndarray
-) -> None:
+def test_a_photo_becomes_a_picture(server: ComfyServer, plain: np.ndarray, with_identity: np.ndarray) -> None:
     assert with_identity.shape == plain.shape == (64, 64, 3)
     assert with_identity.std() > 10
     assert difference(with_identity, plain) > 1
@@ -227,9 +225,7 @@ def test_an_sd15_adapter_on_sd15(server: ComfyServer) -> None:
     plain_sd15 = picture(server.run(graph.workflow))
     graph, _ = uniid_graph(kind="sd15", adapter=ADAPTER_SD15, text_branch=NONE)
     assert difference(picture(server.run(graph.workflow)), plain_sd15) > 1
-    graph, _ = uniid_graph(
-        kind="sd15", adapter=ADAPTER_SD15, text_branch=NONE, weight=0.0, id_prompt=False
-    )
+    graph, _ = uniid_graph(kind="sd15", adapter=ADAPTER_SD15, text_branch=NONE, weight=0.0, id_prompt=False)
     assert np.array_equal(picture(server.run(graph.workflow)), plain_sd15)
 
 

@@ -61,7 +61,12 @@ def add_mix(
     graph: Graph, adapter: Node, faces: Node, *, mode: str = "auto", references: int = 0, weights: str = ""
 ) -> Node:
     return graph.add(
-        "IDAdapterMixFeatures", adapter=adapter, faces=faces, mode=mode, references=references, weights=weights
+        "IDAdapterMixFeatures",
+        adapter=adapter,
+        faces=faces,
+        mode=mode,
+        references=references,
+        weights=weights,
     )
 
 

@@ -33,7 +33,9 @@ CUT = "cut.png"
 """A face of which less than half is in the photo, all landmarks being there."""
 
 # Eyes, nose and mouth corners of the astronaut, in pixels of scikit-image's 512 x 512 photo.
-ASTRONAUT_LANDMARKS = np.array([[203.0, 101.0], [247.0, 103.0], [223.0, 127.0], [204.0, 141.0], [245.0, 141.0]])
+ASTRONAUT_LANDMARKS = np.array(
+    [[203.0, 101.0], [247.0, 103.0], [223.0, 127.0], [204.0, 141.0], [245.0, 141.0]]
+)
 
 
 def bring_adapters(base: Path) -> None:

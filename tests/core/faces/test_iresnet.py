@@ -175,9 +175,7 @@ class TestBadFiles:
         else:
             save_iresnet(tiny, path)
         path.write_bytes(path.read_bytes()[:100_000])
-        with pytest.raises(
-            RecognizerError, match=rf"net{suffix} \(100,000 bytes\) cannot be read .* Download it again"
-        ):
+        with pytest.raises(RecognizerError, match=rf"net{suffix}.*100,000 bytes.*ownload it again"):
             load_iresnet(path)
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".onnx"])
@@ -185,17 +183,17 @@ class TestBadFiles:
     def test_something_else(self, tmp_path: Path, suffix: str, content: bytes) -> None:
         path = tmp_path / f"net{suffix}"
         path.write_bytes(content)
-        with pytest.raises(RecognizerError, match=rf"net{suffix} \(\d+ bytes\) cannot be read"):
+        with pytest.raises(RecognizerError, match=rf"net{suffix}.*cannot be read"):
             load_iresnet(path)
 
     def test_pickled_objects_are_not_opened(self, tmp_path: Path) -> None:
         torch.save({"fc.weight": torch.zeros(1), "object": Fraction(1, 2)}, tmp_path / "net.pth")
-        with pytest.raises(RecognizerError, match="opening it could run code; it was not opened"):
+        with pytest.raises(RecognizerError, match="would run code, which is never done here"):
             load_iresnet(tmp_path / "net.pth")
 
     def test_whole_training_state(self, tmp_path: Path) -> None:
         torch.save({"epoch": 3, "model": {}}, tmp_path / "net.pth")
-        with pytest.raises(RecognizerError, match="not a plain state dict .* epoch, model"):
+        with pytest.raises(RecognizerError, match="net.pth: holds no weights"):
             load_iresnet(tmp_path / "net.pth")
 
     def test_unrelated_weights(self, tmp_path: Path) -> None:
@@ -210,8 +208,8 @@ class TestBadFiles:
         state["fc.bias"] = torch.zeros(128)
         torch.save(state, tmp_path / "net.pth")
         expected = (
-            r"1 keys missing \(bn2\.weight\); 1 keys unexpected \(head\.weight\); "
-            r"1 keys of another shape \(fc\.bias \(128,\) instead of \(512,\)\)"
+            r"1 missing \(bn2\.weight\); 1 unexpected \(head\.weight\); "
+            r"1 of another shape \(fc\.bias is \(128,\) instead of \(512,\)\)"
         )
         with pytest.raises(RecognizerError, match=expected):
             load_iresnet(tmp_path / "net.pth", layers=TINY)

@@ -1,0 +1,149 @@
+"""Files of tensors: reading what people have, writing so that nothing is lost, naming weights by their values."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pickle
+import re
+import uuid
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# What torch says of a pickle that holds more than tensors.
+_OBJECT_REFUSED = re.compile(
+    r"unsupported (global|class)|can only (build|create new)|trying to call reduce", re.IGNORECASE
+)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a .safetensors or pickled file, on the CPU, and the safetensors metadata.
+
+    The content decides which of the two a file is, not its name. Pickles are read with `weights_only=True`: a file that
+    needs code to load is refused.
+
+    Raises:
+        CheckpointError: missing, truncated, holding code, or no flat state dict.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.name}: no such file in {path.parent.name}; refresh the node list or choose another file."
+        )
+    if _is_safetensors(path):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(_unreadable(path, error)) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever the damage of a pickle leads to, IndexError and AssertionError too
+        if isinstance(error, pickle.UnpicklingError) and _OBJECT_REFUSED.search(str(error)):
+            raise CheckpointError(
+                f"{path.name}: loading this pickle would run code, which is never done here. Get the weights as .safetensors, "
+                "or a .bin that holds tensors only."
+            ) from error
+        raise CheckpointError(_unreadable(path, error)) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name}: holds a {type(content).__name__}, not a state dict of weights.")
+    flat = _flatten(content)
+    if not flat:
+        raise CheckpointError(f"{path.name}: holds no weights.")
+    return flat, {}
+
+
+def _flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            flat[f"{prefix}{key}"] = value
+        elif isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+    return flat
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:9] == b"{" or path.suffix == ".safetensors"
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    # The first sentence: torch goes on with guesses about its own internals.
+    reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "no PyTorch weights"  # torch's own words advise to load the file with code allowed
+    size = path.stat().st_size
+    return f"{path.name}: cannot be read ({size:,} bytes): {reason[:200]}. It is truncated or not a weights file; download it again."
+
+
+def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Write a file so that a failure leaves nothing behind and an older file of that name untouched.
+
+    Raises:
+        CheckpointError: the folder or the disk does not allow it.
+    """
+    # Two names for one tensor are two tensors in the file: safetensors refuses to write memory that is shared.
+    storages: set[int] = set()
+    for key, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensors[key] = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        usual_mode = temporary.stat().st_mode  # safetensors writes files that only their owner can read
+        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(usual_mode)
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}). Choose another folder, or make this one writable and free some space."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of a SHA-256 over names, shapes and fp32 values: the same for one network in any file format."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(f"{key}{tuple(state[key].shape)}".encode())
+        digest.update(state[key].detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def key_problems(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """What is wrong with the names and shapes of a state dict, in words; empty when nothing is.
+
+    Counters of batches that a norm has seen play no part in eval mode, so they may be missing.
+    """
+    missing = [key for key in expected if key not in found and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in found if key not in expected]
+    reshaped = [
+        f"{key} is {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in found and found[key].shape != expected[key].shape
+    ]
+    named = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "; ".join(f"{len(keys)} {kind} ({some(keys)})" for kind, keys in named if keys)
+
+
+def some(names: Iterable[object], count: int = 3) -> str:
+    """The first few names of many."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:count]) + (", …" if len(listed) > count else "")
