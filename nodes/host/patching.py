@@ -22,6 +22,7 @@ from torch import Tensor
 from ...idadapter_core.attention import add_identity, add_residual, rescale_factor, sample_norm
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.sites import Site
+from .compilation import uncompiled
 from .plan import KEY, Application, Plan
 from .run import Handle, Row, Rows, RowTags, Run, expand_rows
 
@@ -182,7 +183,8 @@ def apply_model(
         CALL: call,
         "patches_replace": {**options.get("patches_replace", {}), "attn2": bound},
     }
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    with uncompiled():
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, Any]) -> Call | None:

@@ -59,6 +59,15 @@ def test_keys_and_values_are_projected_once_per_run(
     assert len(set(projected)) == SITE_COUNT[kind]
 
 
+def test_calls_of_other_rows_share_the_projections(projected: list[tuple[str, int]]) -> None:
+    """Perturbed-attention guidance adds a call with the positive rows alone."""
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    model = apply(unet("sd15"), "sd15", person("sd15"))
+    draw(PerturbedAttentionGuidance.execute(model, 3.0).result[0], "sd15")
+    assert len(projected) == 2 * SITE_COUNT["sd15"]
+
+
 def test_nothing_is_projected_where_nothing_acts(projected: list[tuple[str, int]]) -> None:
     identity = person("sd15")
     for model in (

@@ -126,6 +126,24 @@ def test_their_slots_are_left_as_they_were() -> None:
     assert [len(slot.added) for slot in slots.values()] == counts
 
 
+def test_their_tensors_are_left_as_they_were() -> None:
+    """A pack may keep what it returned, to use it again."""
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    class Keeping(OtherPatch):
+        def __call__(self, *arguments: Any) -> Tensor:
+            out = super().__call__(*arguments)
+            kept.append((out, out.clone()))
+            return out
+
+    clone = unet("sd15").clone()
+    clone.set_model_attn2_replace(Keeping(other_callback, seed=5, weight=0.5, seen=Counter()), "middle", 0)
+    draw(apply(clone, "sd15", person("sd15")), "sd15")
+    assert len(kept) == 2
+    for out, copy in kept:
+        assert torch.equal(out, copy)
+
+
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_their_part_is_rescaled_on_demand(kind: str) -> None:
     """Without any identity of ours: prompt control for a graph of other packs."""

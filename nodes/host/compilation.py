@@ -1,0 +1,69 @@
+"""Identities and torch.compile.
+
+ComfyUI compiles a model without guards on `transformer_options`, so a graph compiled for one set of attention patches is
+silently used for another: the picture is then wrong, or the identity missing. Model calls in which an identity acts therefore
+run uncompiled; all others stay compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...idadapter_core.errors import MismatchError
+
+log = logging.getLogger(__name__)
+
+
+class _Uncompiled:
+    """Counts the calls that need eager execution: the switch is one for the whole process, the calls may be in threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._stance: contextlib.AbstractContextManager[Any] | None = None
+        self._told = False
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._calls == 0:
+                if not hasattr(torch.compiler, "set_stance"):
+                    raise MismatchError(
+                        f"an ID adapter acts on a compiled model, which torch {torch.__version__} cannot switch off for it "
+                        "(torch 2.6 or newer can). Update torch, or remove the node that compiles the model."
+                    )
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+                if not self._told:
+                    log.warning("torch.compile is bypassed in the steps in which an ID adapter acts")
+                    self._told = True
+            self._calls += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            if self._calls == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_uncompiled = _Uncompiled()
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what is inside without compiled graphs, where anything in this process can have been compiled."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    _uncompiled.enter()
+    try:
+        yield
+    finally:
+        _uncompiled.leave()
