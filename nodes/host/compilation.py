@@ -8,7 +8,6 @@ run uncompiled; all others stay compiled.
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,8 +17,6 @@ import torch
 
 from ...idadapter_core.errors import MismatchError
 
-log = logging.getLogger(__name__)
-
 
 class _Uncompiled:
     """Counts the calls that need eager execution: the switch is one for the whole process, the calls may be in threads."""
@@ -28,7 +25,6 @@ class _Uncompiled:
         self._lock = threading.Lock()
         self._calls = 0
         self._stance: contextlib.AbstractContextManager[Any] | None = None
-        self._told = False
 
     def enter(self) -> None:
         with self._lock:
@@ -40,9 +36,6 @@ class _Uncompiled:
                     )
                 self._stance = torch.compiler.set_stance("force_eager")
                 self._stance.__enter__()
-                if not self._told:
-                    log.warning("torch.compile is bypassed in the steps in which an ID adapter acts")
-                    self._told = True
             self._calls += 1
 
     def leave(self) -> None:
