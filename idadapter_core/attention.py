@@ -215,10 +215,11 @@ def _add_blocks(
         probabilities = probabilities * per_pixel.expand(rows, length).reshape(
             groups, 1, 1, rows // groups, length
         )
-    target = base.reshape(groups, -1, channels)
     left = probabilities.reshape(groups, heads * count, -1).transpose(1, 2)
-    added = target.baddbmm_(left, values) if inplace else torch.baddbmm(target, left, values)
-    return base if inplace else added.view(rows, length, channels)
+    if inplace:
+        base.view(groups, -1, channels).baddbmm_(left, values)
+        return base
+    return torch.baddbmm(base.reshape(groups, -1, channels), left, values).view(rows, length, channels)
 
 
 def decoupled_attention(

@@ -30,7 +30,6 @@ class Face:
     detection_size: int = 0  # side of the detector input that found it
     sex: str | None = None  # "M", "F" or None where the package cannot tell
     age: int | None = None  # years
-    pose: tuple[float, float, float] | None = None  # pitch, yaw, roll in degrees
 
     @property
     def width(self) -> float:

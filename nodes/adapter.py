@@ -170,7 +170,7 @@ def check_mask(mask: Tensor) -> Tensor:
         raise InputError(f"attn_mask must be a MASK of shape (batch, height, width), got {tuple(mask.shape)}")
     if not mask.isfinite().all():
         raise InputError("attn_mask has values that are not finite numbers; check the node that made it")
-    return mask.float().clamp(0, 1)
+    return mask.float().clamp(0, 1).cpu()
 
 
 class NormalizedRescaling(io.ComfyNode):

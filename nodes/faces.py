@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -12,19 +12,17 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
+from ..idadapter_core.faces.features import ON_MISSING, extract_features
+from ..idadapter_core.faces.iresnet import digest, load_iresnet
 from ..idadapter_core.faces.packages import find_packages, resolve_package
+from ..idadapter_core.faces.preview import draw_preview, face_mask
 from .host import images, paths
 from .host.memory import manage
 from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket
 
-if TYPE_CHECKING:
-    from ..idadapter_core.faces.detector import FaceAnalyzer
-
 FROM_PACKAGE = "from package"
 NO_PACKAGE = "(no package yet: put buffalo_l into models/insightface/models)"
-PROVIDERS = ("auto", "cpu", "cuda", "rocm", "coreml", "directml", "openvino")
-SELECT = ("largest", "central", "left to right", "by score", "all")
-ON_MISSING = ("error", "skip")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +46,6 @@ class LoadedAnalyzer:
 
 def load_recognizer(path: Path) -> Any:
     """A torch face network as a ModelPatcher."""
-    from ..idadapter_core.faces.iresnet import load_iresnet
-
     return manage(load_iresnet(path), load_recognizer, path)
 
 
@@ -82,10 +78,10 @@ class LoadFaceAnalyzer(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "provider",
-                    options=list(PROVIDERS),
+                    options=["auto", *PROVIDERS],
                     default="auto",
-                    tooltip="Where the insightface models run. auto takes CUDA where it really works, else the CPU, "
-                    "which is fast enough for a few photos.",
+                    tooltip="Where the insightface models run. auto takes CUDA where torch and onnxruntime both have it, "
+                    "else the CPU, which is fast enough for a few photos. The log says which was used.",
                 ),
             ],
             outputs=[FaceAnalyzerSocket.Output(tooltip="For Extract Face Features.")],
@@ -93,16 +89,18 @@ class LoadFaceAnalyzer(io.ComfyNode):
 
     @classmethod
     def execute(cls, package: str, recognizer: str, provider: str) -> io.NodeOutput:
-        from ..idadapter_core.faces.detector import open_analyzer
-        from ..idadapter_core.faces.iresnet import digest
-
         wanted = "buffalo_l" if package == NO_PACKAGE else package
         folder = resolve_package(wanted, paths.insightface_roots())
         if recognizer == FROM_PACKAGE:
             return io.NodeOutput(LoadedAnalyzer(open_analyzer(folder, provider, recognition=True)))
+        progress = comfy.utils.ProgressBar(3)
         patcher = load_recognizer(paths.path_of(paths.RECOGNIZERS, recognizer))
+        progress.update(1)
+        recognizer_digest = digest(patcher.model)
+        progress.update(1)
         analyzer = open_analyzer(folder, provider)
-        return io.NodeOutput(LoadedAnalyzer(analyzer, patcher, digest(patcher.model)))
+        progress.update(1)
+        return io.NodeOutput(LoadedAnalyzer(analyzer, patcher, recognizer_digest))
 
 
 class ExtractFaces(io.ComfyNode):
@@ -124,10 +122,10 @@ class ExtractFaces(io.ComfyNode):
                 FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
                 io.Combo.Input(
                     "select",
-                    options=list(SELECT),
+                    options=list(POLICIES),
                     default="largest",
                     tooltip="Which face counts where a photo shows several; the order in which `index` counts. "
-                    "all takes every face of every photo.",
+                    "all takes every face of every photo, less those that lie mostly outside it.",
                 ),
                 io.Int.Input(
                     "index",
@@ -170,16 +168,8 @@ class ExtractFaces(io.ComfyNode):
     def execute(
         cls, image: Tensor, analyzer: LoadedAnalyzer, select: str, index: int, on_missing: str
     ) -> io.NodeOutput:
-        from ..idadapter_core.faces.features import extract_features
-        from ..idadapter_core.faces.preview import draw_preview, face_mask
-
         pictures = images.photos(image)
         progress = comfy.utils.ProgressBar(len(pictures))
-
-        def step() -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            progress.update(1)
-
         extraction = extract_features(
             pictures,
             analyzer.analyzer,
@@ -188,7 +178,8 @@ class ExtractFaces(io.ComfyNode):
             index=index,
             on_missing=on_missing,
             recognizer_digest=analyzer.recognizer_digest,
-            progress=step,
+            progress=lambda: progress.update(1),
+            check=comfy.model_management.throw_exception_if_processing_interrupted,
         )
         features = extraction.features
         height, width = pictures[0].shape[:2]

@@ -155,8 +155,8 @@ class LoadIdentity(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, identity: str, **_: Any) -> float:
-        path = paths.folder_of(paths.IDENTITIES) / identity
-        return path.stat().st_mtime if path.is_file() else 0.0
+        path = paths.find(paths.IDENTITIES, identity)
+        return path.stat().st_mtime if path is not None else 0.0
 
 
 class AttachIdentity(io.ComfyNode):

@@ -21,7 +21,7 @@ MIN_INSIDE = 0.5  # share of the crop that must lie in the photo
 Landmarks = Sequence[Sequence[float]] | NDArray[np.floating]
 
 
-def similarity_transform(landmarks: Landmarks, size: int = TEMPLATE_SIZE) -> NDArray[np.float64]:
+def similarity_transform(landmarks: Landmarks) -> NDArray[np.float64]:
     """The rotation, scale and shift (2, 3) that maps five landmarks (5, 2), in pixels, best onto the template.
 
     Least squares over proper similarities; with points as complex numbers that is one division. Equal to Umeyama's
@@ -41,18 +41,15 @@ def similarity_transform(landmarks: Landmarks, size: int = TEMPLATE_SIZE) -> NDA
             "use a larger photo or crop closer"
         )
     source = points[:, 0] + 1j * points[:, 1]
-    template = TEMPLATE * (size / TEMPLATE_SIZE)
-    target = template[:, 0] + 1j * template[:, 1]
+    target = TEMPLATE[:, 0] + 1j * TEMPLATE[:, 1]
     centered = source - source.mean()
     factor = np.vdot(centered, target - target.mean()) / np.vdot(centered, centered)
     shift = target.mean() - factor * source.mean()
     return np.array([[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]])
 
 
-def align_face(
-    image: NDArray[np.uint8], landmarks: Landmarks, size: int = TEMPLATE_SIZE
-) -> NDArray[np.uint8]:
-    """Warp a photo (H, W, 3), RGB uint8, to the aligned crop (size, size, 3), RGB uint8.
+def align_face(image: NDArray[np.uint8], landmarks: Landmarks) -> NDArray[np.uint8]:
+    """Warp a photo (H, W, 3), RGB uint8, to the aligned crop (112, 112, 3), RGB uint8.
 
     Pixel for pixel what insightface's `norm_crop` gives: bilinear, black outside the photo.
 
@@ -65,20 +62,20 @@ def align_face(
         raise FacePackageError(
             "aligning faces needs OpenCV; run `python -m pip install opencv-python-headless` with ComfyUI's Python"
         ) from error
-    matrix = similarity_transform(landmarks, size)
-    inside = _share_inside(matrix, size, image.shape[0], image.shape[1])
+    matrix = similarity_transform(landmarks)
+    inside = _share_inside(matrix, image.shape[0], image.shape[1])
     if inside < MIN_INSIDE:
         raise FaceError(
             f"only {inside:.0%} of the face lies inside the photo, at least {MIN_INSIDE:.0%} are needed; "
             "use a photo that shows the whole face"
         )
-    crop = cv2.warpAffine(image, matrix, (size, size), borderValue=0.0)
+    crop = cv2.warpAffine(image, matrix, (TEMPLATE_SIZE, TEMPLATE_SIZE), borderValue=0.0)
     return np.asarray(crop, dtype=np.uint8)
 
 
-def _share_inside(matrix: NDArray[np.float64], size: int, height: int, width: int) -> float:
+def _share_inside(matrix: NDArray[np.float64], height: int, width: int) -> float:
     linear, shift = matrix[:, :2], matrix[:, 2]
-    ys, xs = np.mgrid[:size, :size]
+    ys, xs = np.mgrid[:TEMPLATE_SIZE, :TEMPLATE_SIZE]
     crop_points = np.stack([xs.ravel(), ys.ravel()], axis=1)
     photo_points = (crop_points - shift) @ np.linalg.inv(linear).T
     inside = (photo_points >= 0).all(axis=1) & (photo_points <= [width - 1, height - 1]).all(axis=1)

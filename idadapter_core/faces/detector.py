@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from ..errors import FaceError, FacePackageError, InputError
 from ..types import Face
-from .align import MIN_EYE_DISTANCE, align_face
+from .align import MIN_EYE_DISTANCE
 from .images import Image, to_bgr_uint8
-from .packages import DETECTION, GENDER_AGE, LANDMARKS_3D, RECOGNITION, WANTED_FILES, Package, read_package
+from .packages import DETECTION, GENDER_AGE, RECOGNITION, WANTED_FILES, Package, read_package
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,9 @@ POLICIES = ("largest", "central", "left to right", "by score", "all")
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
-    "directml": "DmlExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
     "rocm": "ROCMExecutionProvider",
-    "migraphx": "MIGraphXExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
 
@@ -91,10 +90,6 @@ class FaceAnalyzer:
             self._model(GENDER_AGE)
 
     @property
-    def name(self) -> str:
-        return self.package.folder.name
-
-    @property
     def provider(self) -> str:
         """The execution provider that the detector's session really runs on."""
         return str(self._model(DETECTION).session.get_providers()[0])
@@ -108,41 +103,28 @@ class FaceAnalyzer:
                 sha.update(block)
         return sha.hexdigest()[:16]
 
-    def detect(self, image: Image, image_index: int = 0, *, pose: bool = False) -> list[Face]:
+    def detect(
+        self, image: Image, image_index: int = 0, check: Callable[[], None] = lambda: None
+    ) -> list[Face]:
         """All usable faces of a photo (H, W, 3), RGB uint8, best score first; empty when there are none.
 
         Tries the detector at several sizes, largest first, then with a border around the photo, and keeps the
-        first result that has a usable face. `pose` also measures head pose (needs 1k3d68.onnx in the package).
+        first result that has a usable face. `check` is called before each attempt; what it raises ends the search.
         """
         bgr = to_bgr_uint8(image)
-        for size, found in self._attempts(bgr):
+        for size, found in self._attempts(bgr, check):
             if found:
-                return [self._face(bgr, raw, image_index, size, pose) for raw in found]
+                return [self._face(bgr, raw, image_index, size) for raw in found]
         return []
 
-    def embed(self, image: Image, face: Face) -> NDArray[np.float32]:
-        """The package recogniser's embedding (512,), not normalised, of a face of this photo (RGB uint8)."""
-        return self.embed_crop(align_face(image, face.landmarks))
-
-    def embed_crop(self, crop: Image) -> NDArray[np.float32]:
-        """The same for an aligned crop (112, 112, 3), RGB uint8."""
+    def embed(self, crop: Image) -> NDArray[np.float32]:
+        """The package recogniser's embedding (512,), not normalised, of an aligned crop (112, 112, 3), RGB uint8."""
         embedding = self._model(RECOGNITION).get_feat(to_bgr_uint8(crop))
         return np.asarray(embedding, dtype=np.float32).reshape(-1)
 
     def require_recognition(self) -> None:
         """Open the package's recogniser now. Raises FacePackageError where the package has none."""
         self._model(RECOGNITION)
-
-    def package_report(self) -> str:
-        """Which models of the package are open or available, and where they run."""
-        lines = [f"package {self.name} ({self.package.folder}), runs on {self.provider}"]
-        if self.provider != self._requested[0]:
-            lines.append(f"asked for {self._requested[0]}, but onnxruntime could not start it")
-        for task, path in self.package.models.items():
-            lines.append(f"{task}: {path.name}{'' if task in self._opened else ' (opened when needed)'}")
-        if GENDER_AGE not in self.package.models:
-            lines.append("no sex and age: this package has no genderage model")
-        return "\n".join(lines)
 
     def _path(self, task: str) -> Path:
         if task not in self.package.models:
@@ -159,13 +141,17 @@ class FaceAnalyzer:
             self._opened[task] = _open_model(self._libraries, self.package, task, path, self._requested)
         return self._opened[task]
 
-    def _attempts(self, bgr: NDArray[np.uint8]) -> Iterator[tuple[int, list[_RawFace]]]:
+    def _attempts(
+        self, bgr: NDArray[np.uint8], check: Callable[[], None]
+    ) -> Iterator[tuple[int, list[_RawFace]]]:
         """Detector size and usable faces, in the photo's coordinates, of one attempt after the other."""
         for size in self._sizes:
+            check()
             yield max(size), self._detect_at(bgr, size)
         for share in PADDINGS:
             padded, scale, (x, y) = _pad(bgr, share)
             for size in self._padded_sizes:
+                check()
                 faces = self._detect_at(padded, size)
                 yield (
                     max(size),
@@ -185,15 +171,13 @@ class FaceAnalyzer:
         ]
         return [face for face in faces if face.is_usable]
 
-    def _face(self, bgr: NDArray[np.uint8], raw: _RawFace, image_index: int, size: int, pose: bool) -> Face:
+    def _face(self, bgr: NDArray[np.uint8], raw: _RawFace, image_index: int, size: int) -> Face:
         # insightface's own faces cannot be copied and answer None to any attribute: none leaves this function.
         face = self._libraries.Face(
             bbox=raw.box.astype(np.float32), kps=raw.landmarks.astype(np.float32), det_score=raw.score
         )
         if GENDER_AGE in self.package.models:
             self._model(GENDER_AGE).get(bgr, face)
-        if pose:
-            self._model(LANDMARKS_3D).get(bgr, face)
         x1, y1, x2, y2 = (float(value) for value in raw.box)
         return Face(
             box=(x1, y1, x2, y2),
@@ -204,14 +188,14 @@ class FaceAnalyzer:
             detection_size=size,
             sex=face.sex,
             age=None if face.age is None else int(face.age),
-            pose=(float(face.pose[0]), float(face.pose[1]), float(face.pose[2])) if pose else None,
         )
 
 
 def open_analyzer(folder: Path, provider: str = "auto", recognition: bool = False) -> FaceAnalyzer:
     """Open the detector of a package folder, its sex and age model if there is one, and on request its recogniser.
 
-    `provider` is "auto" (an NVIDIA GPU that works, else the CPU) or a key of `PROVIDERS`. Nothing is downloaded.
+    `provider` is "auto" (CUDA where torch and onnxruntime both have it, else the CPU) or a key of `PROVIDERS`. Nothing
+    is downloaded. The log says which provider the opened detector really runs on.
 
     Raises FacePackageError when insightface, its runtime, the provider or a model is missing or unusable.
     """
@@ -220,8 +204,9 @@ def open_analyzer(folder: Path, provider: str = "auto", recognition: bool = Fals
     analyzer = FaceAnalyzer(read_package(Path(folder).absolute()), libraries, providers)
     if recognition:
         analyzer.require_recognition()
+    log.info("face models run on %s", _short(analyzer.provider))
     if analyzer.provider != providers[0]:
-        log.warning("face models run on %s: onnxruntime could not start %s", analyzer.provider, providers[0])
+        log.warning("onnxruntime could not start %s for the face models", _short(providers[0]))
     return analyzer
 
 
@@ -299,6 +284,10 @@ def _import_libraries() -> _Libraries:
             f"face analysis needs insightface and onnxruntime, and they cannot be used: {error}.\n{_INSTALL_HINT}"
         ) from error
     return _Libraries(onnxruntime, get_model, InsightFace)
+
+
+def _short(provider: str) -> str:
+    return provider.removesuffix("ExecutionProvider")
 
 
 def _open_model(

@@ -28,13 +28,12 @@ Recognizer = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """Features and how they came about. The lists have one entry per photo, empty where it was skipped."""
+    """Features and how they came about. `found` and `chosen` have one entry per photo."""
 
     features: FaceFeatures
     report: str
     found: tuple[tuple[Face, ...], ...]  # every face of each photo, in the order that `index` counts in
-    chosen: tuple[tuple[Face, ...], ...]
-    skipped: tuple[int, ...]  # photos without a usable face
+    chosen: tuple[tuple[Face, ...], ...]  # the faces of `features`; empty for a photo that was left out
 
 
 def extract_features(
@@ -46,14 +45,19 @@ def extract_features(
     index: int = 0,
     on_missing: str = "error",
     recognizer_digest: str = "",
-    progress: Callable[[], None] | None = None,
+    progress: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Extraction:
     """Features of the chosen face of each photo (or of all faces with select="all").
 
     `images`: photos of any sizes, in any form `check_image` takes. `select` and `index`: see `select_faces`.
     `recognizer` maps crops (F, 3, 112, 112), RGB in [-1, 1], float32, to the embedding (F, 512) and four stages;
     `recognizer_digest` names its weights. Without it the package's own recogniser gives the embedding, and there
-    are no stages. `on_missing="skip"` leaves out photos without the wanted face. `progress` is called after each photo.
+    are no stages. `on_missing="skip"` leaves out photos without the wanted face. With select="all", a face that cannot
+    be cut out is left out as long as the photo has another one.
+
+    `progress` is called after each photo; `check` before each detection attempt and each call of the recogniser, to end
+    the work by raising.
 
     The features are float32 on the CPU. Raises NoFaceFoundError or FaceError naming the photo, InputError for
     photos that are no images, NoFaceFoundError when every photo was skipped.
@@ -68,39 +72,36 @@ def extract_features(
 
     found: list[tuple[Face, ...]] = []
     chosen: list[tuple[Face, ...]] = []
-    skipped: list[int] = []
     crops: list[Image] = []
     lines: list[str] = []
     for position, given in enumerate(images):
         image = check_image(given, position, len(images))
         name = image_name(image, position, len(images))
-        faces = order_faces(analyzer.detect(image, position), select)
+        faces = order_faces(analyzer.detect(image, position, check), select)
         found.append(tuple(faces))
         try:
-            picked, new_crops = _pick(image, faces, select, index)
+            picked, new_crops, left_out = _pick(image, faces, select, index)
         except FaceError as error:
             if on_missing == "error":
                 hint = "; or set on_missing to skip, to leave this photo out" if len(images) > 1 else ""
                 raise type(error)(f"{name}: {error}{hint}") from error
-            skipped.append(position)
             chosen.append(())
             lines.append(f"{name}: skipped, {error}")
         else:
             chosen.append(tuple(picked))
             crops += new_crops
-            lines += _describe(name, faces, picked)
-        if progress is not None:
-            progress()
+            lines += _describe(name, faces, picked, left_out)
+        progress()
 
     if not crops:
         raise NoFaceFoundError("no photo shows a usable face.\n" + "\n".join(lines))
     crop_tensor = crops_to_tensor(crops)
     if recognizer is None:
-        embedding = torch.from_numpy(np.stack([analyzer.embed_crop(crop) for crop in crops]))
+        embedding = _embed(analyzer, crops, check)
         stages: tuple[Tensor, ...] = ()
         recognizer_digest = analyzer.recognizer_digest
     else:
-        embedding, stages = _recognize(recognizer, crop_tensor)
+        embedding, stages = _recognize(recognizer, crop_tensor, check)
     if not torch.isfinite(embedding).all():
         raise RecognizerError(
             "the face recogniser gave values that are not finite; run it in float32, or get its file again"
@@ -112,7 +113,7 @@ def extract_features(
         recognizer=recognizer_digest,
         crops=crop_tensor,
     )
-    return Extraction(features, "\n".join(lines), tuple(found), tuple(chosen), tuple(skipped))
+    return Extraction(features, "\n".join(lines), tuple(found), tuple(chosen))
 
 
 def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
@@ -121,28 +122,58 @@ def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
     return (stacked.float() / 127.5 - 1).contiguous()
 
 
-def _pick(image: Image, faces: Sequence[Face], select: str, index: int) -> tuple[list[Face], list[Image]]:
+def _pick(
+    image: Image, faces: Sequence[Face], select: str, index: int
+) -> tuple[list[Face], list[Image], list[str]]:
+    """The chosen faces that can be cut out, their crops, and why others cannot (only where all were asked for)."""
     if not faces:
         raise NoFaceFoundError(
             f"no face found. Tried detector sizes {DETECTION_SIZES[0]} to {DETECTION_SIZES[-1]} px and padding. "
             "Use an upright, unobstructed face; a photo from a phone may lie on its side"
         )
-    picked = select_faces(faces, select, index)
-    return picked, [align_face(image, face.landmarks) for face in picked]
+    picked: list[Face] = []
+    crops: list[Image] = []
+    left_out: list[str] = []
+    for face in select_faces(faces, select, index):
+        try:
+            crops.append(align_face(image, face.landmarks))
+        except FaceError as error:
+            if select != "all" or len(faces) == 1:
+                raise
+            left_out.append(f"face {faces.index(face)} left out, {error}")
+        else:
+            picked.append(face)
+    if not picked:
+        raise FaceError(f"none of {len(faces)} faces can be used: {'; '.join(left_out)}")
+    return picked, crops, left_out
+
+
+def _embed(analyzer: FaceAnalyzer, crops: Sequence[Image], check: Callable[[], None]) -> Tensor:
+    embeddings = []
+    for crop in crops:
+        check()
+        embeddings.append(torch.from_numpy(analyzer.embed(crop)))
+    return torch.stack(embeddings)
 
 
 @torch.no_grad()
-def _recognize(recognizer: Recognizer, crops: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    results = [recognizer(crops[start : start + _CHUNK]) for start in range(0, len(crops), _CHUNK)]
+def _recognize(
+    recognizer: Recognizer, crops: Tensor, check: Callable[[], None]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    results = []
+    for chunk in crops.split(_CHUNK):
+        check()
+        results.append(recognizer(chunk))
     embedding = torch.cat([embedding.float().cpu() for embedding, _ in results])
     stages = zip(*(stages for _, stages in results), strict=True)
     return embedding, tuple(torch.cat([part.float().cpu() for part in parts]) for parts in stages)
 
 
-def _describe(name: str, faces: Sequence[Face], picked: Sequence[Face]) -> list[str]:
+def _describe(name: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str]) -> list[str]:
     noun = "1 face" if len(faces) == 1 else f"{len(faces)} faces"
     lines = [f"{name}: {noun} found at {faces[0].detection_size} px"]
-    if len(faces) > len(picked):
+    lines += [f"  warning: {reason}" for reason in left_out]
+    if len(faces) > len(picked) + len(left_out):
         used, last = faces.index(picked[0]), len(faces) - 1
         lines.append(f"  warning: several faces; used index {used} of 0 to {last}")
     for face in picked:

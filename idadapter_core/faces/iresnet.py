@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError, RecognizerError
-from ..files import key_problems, read_tensors, some, state_digest, write_safetensors
+from ..files import PICKLE_SUFFIXES, key_problems, read_tensors, some, state_digest, write_safetensors
 from .iresnet_onnx import iresnet_state_dict_from_onnx
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,7 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 METADATA_KEY = "idadapter.recognizer"
 
 _BLOCK_KEY = re.compile(r"layer([1-4])\.(\d+)\.")
-_PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
-_SUFFIXES = (*_PICKLE_SUFFIXES, ".safetensors", ".onnx")
+_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".onnx")
 
 
 class IBasicBlock(nn.Module):
@@ -108,7 +107,7 @@ class IResNet(nn.Module):
 
 
 def load_iresnet(path: str | Path, layers: Sequence[int] | None = None) -> IResNet:
-    """Read a recogniser from .pth/.pt/.bin (weights only), .safetensors or .onnx, in float32, eval mode, frozen.
+    """Read a recogniser from a pickle (weights only), .safetensors or .onnx, in float32, eval mode, frozen.
 
     `layers`: the block counts the file must have. By default those of IResNet-100, the network UniID was
     trained on, because another IResNet has the same output shapes and would give meaningless features without an

@@ -13,12 +13,8 @@ from ..errors import FacePackageError
 DETECTION = "detection"
 RECOGNITION = "recognition"
 GENDER_AGE = "genderage"
-LANDMARKS_3D = "landmark_3d_68"
 
-WANTED_FILES = (
-    "det_10g.onnx or scrfd_10g_bnkps.onnx (detection), w600k_r50.onnx or glintr100.onnx (recognition), "
-    "genderage.onnx, 1k3d68.onnx (pose)"
-)
+WANTED_FILES = "det_10g.onnx or scrfd_10g_bnkps.onnx (detection), w600k_r50.onnx or glintr100.onnx (recognition), genderage.onnx"
 WHERE_FROM = (
     "Download buffalo_l.zip or antelopev2.zip from the releases of github.com/deepinsight/insightface and unpack it there. "
     "The models are for non-commercial research only."
@@ -111,7 +107,7 @@ def model_task(path: Path) -> str | None:
     height, width = inputs[0][2:]
     last = outputs[0][-1] if outputs[0] else None
     if (height, width) == (192, 192):
-        return LANDMARKS_3D if last == 3309 else None
+        return None  # dense landmarks, whose square input looks like a recogniser's
     if (height, width) == (96, 96):
         return GENDER_AGE if last == 3 else None
     is_recognizer = (

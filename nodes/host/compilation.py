@@ -8,14 +8,16 @@ run uncompiled; all others stay compiled.
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from ...idadapter_core.errors import MismatchError
+
+COMPILE_KEY = "torch.compile"  # under which ComfyUI registers the wrapper that swaps in compiled modules
 
 
 class _Uncompiled:
@@ -49,12 +51,17 @@ class _Uncompiled:
 _uncompiled = _Uncompiled()
 
 
+def is_compiled(model: Any, options: dict[str, Any]) -> bool:
+    """Whether a model call may run compiled code: through ComfyUI's compile node, or compiled modules in the UNet."""
+    if options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
+        return True
+    modules = model.diffusion_model.modules()
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in modules)
+
+
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run what is inside without compiled graphs, where anything in this process can have been compiled."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
+    """Run what is inside without compiled graphs."""
     _uncompiled.enter()
     try:
         yield

@@ -10,6 +10,7 @@ Three wrappers on the MODEL, all without state of their own:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,18 @@ from comfy.ldm.modules import attention as comfy_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...idadapter_core.attention import add_identity, add_residual, rescale_factor, sample_norm
+from ...idadapter_core.attention import add_identity, add_residual, sample_norm
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.sites import Site
-from .compilation import uncompiled
-from .plan import KEY, Application, Plan
-from .run import Handle, Row, Rows, RowTags, Run, expand_rows
+from .compilation import is_compiled, uncompiled
+from .plan import KEY, Plan
+from .run import Handle, Row, Rows, RowTags, Run, expand_rows, tile_rows
 
+# Share of the text's norm below which another pack's residual counts as rounding and is not rescaled.
+FOREIGN_FLOOR = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
 CALL = f"{KEY}_call"  # in transformer_options, during one model call
 ATTACHED = f"{KEY}_attached"  # in a conditioning: identities of its own, as (Identity, role) pairs
-TEXT_POSITIONS = f"{KEY}_text"  # in a conditioning: where its identity text tokens stand
+TEXT_POSITIONS = f"{KEY}_text"  # in a conditioning: the neighbouring positions of its identity text tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,40 +120,40 @@ def _attached_handles(run: Run, attached: tuple[Any, ...]) -> tuple[Handle | Non
 
 
 def calc_cond_batch(
-    executor: Any, model: Any, conds: list[Any], x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    executor: Any, model: Any, conds: list[Any], x_in: Tensor, timestep: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Scale the identity's text tokens for this step. ControlNets, which run later, see the scaled tokens too."""
-    plan: Plan | None = model_options.get("transformer_options", {}).get(KEY)
-    if (
-        plan is None
-        or plan.rescale is None
-        or not any(_text_positions(c) for group in conds for c in group or ())
-    ):
-        return executor(model, conds, x_in, timestep, model_options)
-    sigma, schedule = float(timestep.max()), plan.rescale.schedule
+    tagged = [_tags(c) for group in conds for c in group or ()]
+    runs = [tags.run for tags in tagged if tags is not None and tags.text_positions]
+    rescale = runs[0].plan.rescale if runs else None
+    if rescale is None:
+        return executor(model, conds, x_in, timestep, *args, **kwargs)
+    run = runs[0]
+    scale = rescale.schedule.text_scale(run.step(float(timestep.max())), run.steps)
 
     def scaled(conditioning: dict[str, Any]) -> dict[str, Any]:
         positions = _text_positions(conditioning)
-        if not positions:
-            return conditioning
-        run: Run = conditioning["model_conds"][KEY].run
-        scale = schedule.text_scale(run.step(sigma), run.steps)
-        if scale == 1:
+        if not positions or scale == 1:
             return conditioning
         states = conditioning["model_conds"]["c_crossattn"].cond.clone()
-        states[:, list(positions)] *= scale
+        states[:, positions[0] : positions[-1] + 1] *= scale
         model_conds = {**conditioning["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(states)}
         return {**conditioning, "model_conds": model_conds}
 
     conds = [None if group is None else [scaled(c) for c in group] for group in conds]
-    return executor(model, conds, x_in, timestep, model_options)
+    return executor(model, conds, x_in, timestep, *args, **kwargs)
+
+
+def _tags(conditioning: dict[str, Any]) -> RowTags | None:
+    tags = conditioning["model_conds"].get(KEY)
+    return tags if isinstance(tags, RowTags) else None
 
 
 def _text_positions(conditioning: dict[str, Any]) -> tuple[int, ...]:
     # From the tags, not from the conditioning itself: ComfyUI copies a positive's own keys onto the negative it makes up for
     # an area, but its model_conds always come from a negative.
-    tags = conditioning["model_conds"].get(KEY)
-    return tags.text_positions if isinstance(tags, RowTags) else ()
+    tags = _tags(conditioning)
+    return () if tags is None else tags.text_positions
 
 
 def apply_model(
@@ -168,22 +171,24 @@ def apply_model(
     rows = kwargs.pop(KEY, None)
     if not isinstance(rows, Rows):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    plan = rows.run.plan
+    run, model = rows.run, executor.class_obj
     replacements = options.get("patches_replace", {}).get("attn2", {})
-    call = _call(rows, bool(replacements), executor.class_obj, x, options)
+    call = _call(rows, bool(replacements), model, x, options)
     if call is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if call.acting:
+        run.project(x.device, model.get_dtype_inference())
     bound = dict(replacements)
-    for site in plan.sites:
+    for site in run.plan.sites:
         previous = replacements.get(site.comfy, replacements.get(site.comfy[:2]))
         if call.acting or previous is not None:
-            bound[site.comfy] = _chain(call.run, site, previous)
+            bound[site.comfy] = _chain(run, site, previous)
     options = {
         **options,
         CALL: call,
         "patches_replace": {**options.get("patches_replace", {}), "attn2": bound},
     }
-    with uncompiled():
+    with uncompiled() if is_compiled(model, options) else nullcontext():
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -196,33 +201,32 @@ def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, A
     foreign = foreign and rescale is not None and rescale.every_patch
     if not present and not foreign:
         return None
-    # The one place in a model call where the host waits for the device: the noise level decides what acts.
+    # The noise level decides what acts: the host waits for it here, once per model call, and in no layer.
     sigma = float(options["sigmas"].max()) if "sigmas" in options else 0.0
     scale = 1.0 if rescale is None else rescale.schedule.adapter_scale(run.step(sigma), run.steps)
     acting = []
     for number in present:
         application = plan.applications[number]
         strength = application.weight * scale
-        if strength != 0 and _in_window(application, model.model_sampling, sigma):
+        if strength != 0 and run.in_window(number, model.model_sampling, sigma):
             acting.append(
-                Acting(number, torch.tensor(strength, device=x.device), application.mask is not None)
+                Acting(number, torch.full((), strength, device=x.device), application.mask is not None)
             )
     if not acting and not foreign:
         return None
+    tiled = tile_rows(rows.rows, x.shape[0])
+    if len(tiled) != len(rows.rows) and any(a.masked for a in acting):
+        raise InputError(
+            "attn_mask cannot follow the tiles that another node cuts this model call into; sample without tiles, or without "
+            "the mask."
+        )
     return Call(
         run=run,
-        rows=rows.rows,
+        rows=tiled,
         acting=tuple(acting),
         normalized=rescale is not None,
-        foreign_scale=torch.tensor(scale, device=x.device) if foreign else None,
+        foreign_scale=torch.full((), scale, device=x.device) if foreign else None,
     )
-
-
-def _in_window(application: Application, model_sampling: Any, sigma: float) -> bool:
-    """Half open, so that of two windows that meet only one acts on the step between them."""
-    start = model_sampling.percent_to_sigma(application.start_percent)
-    end = model_sampling.percent_to_sigma(application.end_percent)
-    return bool(end < sigma <= start)
 
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -262,7 +266,7 @@ class SiteAttention:
                     size = tuple(extra["activations_shape"][-2:])
                     mask = call.run.mask(acting.number, rows[span], size, q.device, q.dtype)
                 if not ours:  # another owner may still hold this tensor
-                    out, ours = out.clone(), True
+                    out, ours = out.clone(memory_format=torch.contiguous_format), True
                 base_norm = None if norm is None else norm[span]
                 add_identity(
                     out[span], q[span], identity, acting.scale, base_norm=base_norm, mask=mask, inplace=True
@@ -289,7 +293,10 @@ class SiteAttention:
             return out, out, False
         text = text_attention()
         residual = out - text
-        rescaled = add_residual(
-            text, residual, rescale_factor(sample_norm(text), residual, call.foreign_scale)
+        norm, added = sample_norm(text), sample_norm(residual)
+        # What is not there stays away: two ways of computing the same attention differ by their rounding.
+        factor = torch.where(
+            added > FOREIGN_FLOOR.get(q.dtype, 0.0) * norm, call.foreign_scale * norm / added, 1.0
         )
+        rescaled = add_residual(text, residual, factor.to(text.dtype)[:, None, None])
         return rescaled, text, not rescaled.requires_grad

@@ -16,7 +16,7 @@ INSIGHTFACE = "insightface"
 _SUBFOLDERS = {RECOGNIZERS: "recognizers", IDENTITIES: "identities"}
 _SUFFIXES = {
     ADAPTERS: {".safetensors", *PICKLE_SUFFIXES},
-    RECOGNIZERS: {".safetensors", ".pt", ".pth", ".onnx"},
+    RECOGNIZERS: {".safetensors", ".onnx", *PICKLE_SUFFIXES},
     IDENTITIES: {".safetensors"},
 }
 
@@ -54,12 +54,18 @@ def path_of(name: str, file: str) -> Path:
     Raises:
         InputError: there is no such file; says where files of this kind belong.
     """
-    path = folder_paths.get_full_path(name, file)
+    path = find(name, file)
     if path is None:
         folder = folder_of(name)
         missing = "no file yet" if file == folder_hint(name) else f"no file {file!r}"
         raise InputError(f"there is {missing} in {folder}. Put it there, then refresh the node list (R).")
-    return Path(path)
+    return path
+
+
+def find(name: str, file: str) -> Path | None:
+    """The full path of a chosen file, or None."""
+    path = folder_paths.get_full_path(name, file)
+    return None if path is None else Path(path)
 
 
 def folder_of(name: str) -> Path:

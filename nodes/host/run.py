@@ -102,7 +102,8 @@ class Run:
     sigmas: tuple[float, ...]
     latent_size: tuple[int, int]
     _handles: dict[Any, Handle] = field(default_factory=dict)
-    _projected: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _projected: dict[Any, dict[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _prepared: dict[Any, KeysValues | BlockKeysValues] = field(default_factory=dict)
     _segments: dict[Any, tuple[Segment, ...]] = field(default_factory=dict)
     _masks: dict[Any, Tensor] = field(default_factory=dict)
@@ -112,6 +113,7 @@ class Run:
         """Free everything that was computed; a finished run may still be referenced by a sampler's leftovers."""
         for cache in (
             self._handles,
+            self._windows,
             self._projected,
             self._prepared,
             self._segments,
@@ -144,25 +146,49 @@ class Run:
             self._segments[handles] = _segments(handles)
         return self._segments[handles]
 
+    def in_window(self, application: int, model_sampling: Any, sigma: float) -> bool:
+        """Whether an application acts at this noise level.
+
+        Half open, so that of two windows that meet only one acts on the step between them.
+        """
+        if application not in self._windows:
+            applied = self.plan.applications[application]
+            percents = (applied.start_percent, applied.end_percent)
+            start, end = (model_sampling.percent_to_sigma(percent) for percent in percents)
+            self._windows[application] = (start, end)
+        start, end = self._windows[application]
+        return end < sigma <= start
+
+    def project(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Project K and V of every identity of the run at every site, once per device and dtype.
+
+        Adapter weights are only passed through the device, one site at a time, for all identities together.
+        """
+        if (device, dtype) in self._projected:
+            return
+        groups: dict[Any, list[Handle]] = {}
+        for handle in self._handles.values():
+            groups.setdefault((handle.adapter, handle.tokens.shape[1]), []).append(handle)
+        projected: dict[Any, tuple[Tensor, Tensor]] = {}
+        for (adapter, _), handles in groups.items():
+            tokens = torch.cat([handle.tokens for handle in handles]).to(device)
+            for site in self.plan.sites:
+                keys, values = (part.to(dtype) for part in adapter.projections.project(site.index, tokens))
+                for row, handle in enumerate(handles):
+                    projected[site.index, handle] = (keys[row : row + 1], values[row : row + 1])
+        self._projected[device, dtype] = projected
+
     def keys_values(
         self, site: Site, handles: tuple[Handle, ...], heads: int, device: torch.device, dtype: torch.dtype
     ) -> KeysValues | BlockKeysValues:
-        """K and V of a segment at a site: projected at the first call of the run, afterwards looked up."""
+        """K and V of a segment at a site, in the form that attention takes."""
         key = (site.index, handles, device, dtype)
         if key not in self._prepared:
-            pairs = [self._project(site, handle, device, dtype) for handle in handles]
+            self.project(device, dtype)
+            pairs = [self._projected[device, dtype][site.index, handle] for handle in handles]
             keys, values = (torch.cat(parts) for parts in zip(*pairs, strict=True))
             self._prepared[key] = prepare_identity(keys, values, heads)
         return self._prepared[key]
-
-    def _project(
-        self, site: Site, handle: Handle, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        key = (site.index, handle, device, dtype)
-        if key not in self._projected:
-            keys, values = handle.adapter.projections.project(site.index, handle.tokens.to(device))
-            self._projected[key] = (keys.to(dtype), values.to(dtype))
-        return self._projected[key]
 
     def mask(
         self,
@@ -187,7 +213,7 @@ class Run:
         return self._masks[key]
 
     def _view(self, mask: Tensor, area: tuple[int, ...] | None, image: int, size: tuple[int, int]) -> Tensor:
-        view = mask[image][None, None].float().cpu()
+        view = mask[image][None, None]
         if area is not None:
             height, width, y, x = area
             view = F.interpolate(view, self.latent_size, mode="area")
@@ -223,11 +249,25 @@ def _can_join(left: Segment, right: Segment) -> bool:
     return same_count and rows_each == right.stop - right.start
 
 
+def tile_rows(rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
+    """The rows of a model call whose batch another node has repeated as a whole, as tiled sampling does.
+
+    Raises:
+        InputError: the batch is no repetition of the rows.
+    """
+    if count % len(rows):
+        raise InputError(
+            f"another node changed the batch of this model call from {len(rows)} rows to {count}, and it cannot be told which of "
+            "them carry the identity. Remove the node that splits or regroups the batch, or apply the ID adapter without it."
+        )
+    return rows * (count // len(rows))
+
+
 def expand_rows(rows: tuple[Row, ...], extra: dict[str, Any], count: int) -> tuple[Row, ...]:
     """The rows behind `count` attention rows, where another pack (Attention Couple) has multiplied conditionings.
 
-    Such packs repeat each positive chunk once per prompt between attn2_patch and attn2_output_patch and may say so in
-    `cond_or_uncond_couple`.
+    Such packs repeat each positive chunk once per prompt between attn2_patch and attn2_output_patch. They may name the
+    conditioning of each resulting chunk in `cond_or_uncond_couple`.
 
     Raises:
         InputError: the rows cannot be explained.
@@ -236,17 +276,21 @@ def expand_rows(rows: tuple[Row, ...], extra: dict[str, Any], count: int) -> tup
         return rows
     kinds: list[int] = list(extra.get("cond_or_uncond", []))
     per_chunk = len(rows) // max(len(kinds), 1)
-    chunks = {kind: rows[i * per_chunk : (i + 1) * per_chunk] for i, kind in enumerate(kinds)}
-    couple = extra.get("cond_or_uncond_couple")
-    if couple is None and per_chunk and count % per_chunk == 0:
+    chunks = [rows[i * per_chunk : (i + 1) * per_chunk] for i in range(len(kinds))]
+    expanded: list[Row] = []
+    if (couple := extra.get("cond_or_uncond_couple")) is not None:
+        for kind in couple:
+            of_kind = [chunk for chunk, own in zip(chunks, kinds, strict=True) if own == kind]
+            if len(set(of_kind)) == 1:  # several different ones would leave it open which is meant
+                expanded += of_kind[0]
+    else:
         negatives = sum(kind == 1 for kind in kinds)
-        positives = len(kinds) - negatives
-        repeats = (count // per_chunk - negatives) // max(positives, 1)
-        couple = [kind for kind in kinds for _ in range(1 if kind == 1 else repeats)]
-    expanded = tuple(row for kind in couple or () for row in chunks.get(kind, ()))
+        repeats = (count // max(per_chunk, 1) - negatives) // max(len(kinds) - negatives, 1)
+        for chunk, kind in zip(chunks, kinds, strict=True):
+            expanded += chunk * (1 if kind == 1 else repeats)
     if len(expanded) != count:
         raise InputError(
             f"another node patch turned {len(rows)} rows of this model call into {count}, and it cannot be told which of them "
             "carry the identity. Remove the node that multiplies the conditioning, or apply the ID adapter without it."
         )
-    return expanded
+    return tuple(expanded)

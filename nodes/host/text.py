@@ -31,17 +31,16 @@ def reference_names() -> tuple[str, ...]:
 
 
 def encoder_widths(clip: Any) -> dict[str, int]:
-    """Width of each text encoder of a CLIP, in the order in which their states are concatenated."""
+    """Width of each text encoder of a CLIP, in the order in which their states are concatenated; 0 where it is no CLIP text model."""
     names = clip.tokenize("").keys()
-    return {
-        name: _embeddings(clip, name).weight.shape[1]
-        for name in (*ENCODERS, *sorted(names - set(ENCODERS)))
-        if name in names
-    }
+    ordered = [*(name for name in ENCODERS if name in names), *sorted(names - set(ENCODERS))]
+    return {name: 0 if (e := _embeddings(clip, name)) is None else e.weight.shape[1] for name in ordered}
 
 
 def _embeddings(clip: Any, encoder: str) -> Any:
-    return getattr(clip.cond_stage_model, f"clip_{encoder}").transformer.get_input_embeddings()
+    model = getattr(clip.cond_stage_model, f"clip_{encoder}", None)
+    transformer: Any = getattr(model, "transformer", None)
+    return transformer.get_input_embeddings() if hasattr(transformer, "get_input_embeddings") else None
 
 
 def require_text_encoders(clip: Any, identity: Identity) -> None:
@@ -49,13 +48,12 @@ def require_text_encoders(clip: Any, identity: Identity) -> None:
     found = encoder_widths(clip)
     wanted = {name: tokens.shape[-1] for name, tokens in identity.text_tokens.items()}
     if found != wanted:
-        show = {False: "none"}
-        described = [
-            ", ".join(f"{name} {width}" for name, width in side.items()) or show[False]
-            for side in (wanted, found)
-        ]
+        here, there = (
+            ", ".join(f"{name} {width or '(no CLIP)'}" for name, width in side.items())
+            for side in (found, wanted)
+        )
         raise MismatchError(
-            f"the identity's text tokens are for text encoders of widths {described[0]}, this CLIP has {described[1]}. "
+            f"the identity's text tokens are for text encoders of widths {there}, this CLIP has {here}. "
             "Use the CLIP of the model that the adapter was made for (SDXL's checkpoint loader gives l 768, g 1280)."
         )
 
@@ -83,11 +81,14 @@ def _measure_norms(clip: Any, count: int) -> dict[str, Tensor]:
         ids = [tokenizer.tokenizer(name)["input_ids"][1:-1] for name in reference_names()]
         embed = _embeddings(clip, encoder)
         vectors = []
-        for position in range(count):
+        for position in range(min(count, max(map(len, ids)))):
             at_position = torch.tensor(
                 [name[position] for name in ids if len(name) > position], device=device
             )
             vectors.append((embed(at_position, out_dtype=torch.float32).mean(dim=0), 1.0))
+        vectors += vectors[-1:] * (
+            count - len(vectors)
+        )  # positions that no name reaches are like the last that one does
         row = rows[0]
         tokens[encoder] = [[row[0], *vectors, *row[1:]][: len(row)]]
     states = clip.encode_from_tokens(tokens, return_dict=True)["cond"][0, 1 : 1 + count].float()

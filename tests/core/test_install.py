@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from install import Machine, Requirement, choose_runtime
+from install import Machine, Requirement, choose_runtime, installed_runtimes
 
 INSTALL = Path(__file__).resolve().parents[2] / "install.py"
 
@@ -100,6 +101,126 @@ def test_choice_of_the_runtime(
 )
 def test_versions_are_compared_as_numbers(versions: str, version: str, accepted: bool) -> None:
     assert Requirement("onnxruntime-gpu", versions).accepts(version) is accepted
+
+
+def write_metadata(site_packages: Path, name: str, version: str, files: list[str] | None = None) -> Path:
+    """What an installed distribution leaves in site-packages; files=None is an installer that keeps no list."""
+    info = site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8"
+    )
+    if files is not None:
+        (info / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
+    return info
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "owns"),
+    [
+        ("onnxruntime-rocm", ["onnxruntime/__init__.py"], True),
+        ("onnxruntime-rocm", None, True),
+        ("onnxruntime_training", None, True),
+        ("ort-nightly-gpu", ["onnxruntime/__init__.py"], True),
+        ("ort-nightly-gpu", None, True),
+        ("onnxruntime-qnn", ["onnxruntime_qnn/__init__.py"], False),
+        ("onnxruntime-extensions", ["onnxruntime_extensions/__init__.py"], False),
+        ("onnxruntime-extensions", None, False),
+        ("onnxruntime_extensions", None, False),
+        ("onnxruntime-genai", None, False),
+        ("onnxruntime-genai-cuda", None, False),
+        ("onnxruntime-genai-directml", None, False),
+        ("onnxruntime-tools", None, False),
+        ("sort-tools", None, False),
+    ],
+)
+def test_what_counts_as_a_runtime(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, files: list[str] | None, owns: bool
+) -> None:
+    write_metadata(tmp_path, name, "0.0.7", files)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = installed_runtimes().get(name.replace("_", "-"))
+    assert found == ("0.0.7" if owns else None)
+
+
+# --- in a Python of its own, without pip -----------------------------------------------------------------------------
+
+
+def run_python(
+    python: str | Path, code: str, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run code that can import install.py; returns also its output, which never holds a traceback."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    prefix = f"import sys; sys.path.append({str(INSTALL.parent)!r})\n"
+    result = subprocess.run(
+        [str(python), "-c", prefix + textwrap.dedent(code)],
+        env=inherited | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    assert "Traceback" not in output
+    return result, output
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        pytest.param("1.2.3", "insightface: 1.2.3 is in order", id="installed"),
+        pytest.param(None, "insightface: a copy without package metadata is in order", id="no metadata"),
+        pytest.param("", "insightface: a copy without package metadata is in order", id="empty metadata"),
+    ],
+)
+def test_an_insightface_that_works_is_in_order(tmp_path: Path, metadata: str | None, said: str) -> None:
+    venv.create(tmp_path / "venv")
+    windows = sys.platform == "win32"
+    python = tmp_path / "venv" / ("Scripts/python.exe" if windows else "bin/python")
+    site_packages = next((tmp_path / "venv").glob("Lib/site-packages" if windows else "lib/*/site-packages"))
+    (site_packages / "insightface.py").touch()
+    if metadata is not None:
+        info = write_metadata(site_packages, "insightface", metadata or "1.0")
+        if not metadata:  # as an uninstall leaves it that was broken off
+            (info / "METADATA").write_text("", encoding="utf-8")
+    code = "import install; sys.exit(not install.ensure_insightface(install.Installer()))"
+    result, output = run_python(python, code)
+    assert result.returncode == 0
+    assert said in output
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "not executable", "not a program"])
+def test_a_refusal_of_the_system_ends_in_a_message(tmp_path: Path, kind: str) -> None:
+    python = tmp_path / "pythön"
+    if kind == "a folder":
+        python.mkdir()
+    elif kind != "missing":
+        python.write_bytes(b"\0not a program")
+        python.chmod(0o755 if kind == "not a program" else 0o644)
+    code = f"sys.executable = {str(python)!r}; import install; sys.exit(install.main())"
+    result, output = run_python(sys.executable, code, PYTHONIOENCODING="ascii")
+    assert result.returncode == 1
+    assert "this cannot go on" in output
+    assert "pyth?n -m pip install" in output, "the command by hand, as far as an ASCII terminal can show it"
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no signal that a child can send to its parent alone"
+)
+def test_an_interruption_ends_in_a_message(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -INT $PPID\nexec sleep 60\n", encoding="utf-8")
+    python.chmod(0o755)
+    code = f"""
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+        sys.executable = {str(python)!r}
+        import install
+        sys.exit(install.main())
+    """
+    result, output = run_python(sys.executable, code)
+    assert result.returncode == 130
+    assert "interrupted" in output
+    assert "-m pip install" in output
 
 
 # --- the real thing --------------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ def case_numbers() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def patched(pack: ModuleType, golden: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+def patched(
+    pack: ModuleType, golden: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Any]:
     """The golden UNet as a MODEL, and the golden adapter read from files in the published layout."""
     seed = int(golden["metadata"]["seed"])
     return golden_unet(), tiny_adapter(GOLDEN, tmp_path_factory.mktemp("golden"), seed)
@@ -69,7 +71,10 @@ def predict(model: Any, golden: dict[str, Any], timestep: int, positive: dict[st
     negative = {"c_crossattn": recipe.value(seed, "negative", (1, length, 320))}
 
     def conditioning(states: dict[str, Any], row: int) -> dict[str, Any]:
-        model_conds = {"c_crossattn": comfy.conds.CONDCrossAttn(states["c_crossattn"]), "y": comfy.conds.CONDRegular(y[row : row + 1])}
+        model_conds = {
+            "c_crossattn": comfy.conds.CONDCrossAttn(states["c_crossattn"]),
+            "y": comfy.conds.CONDRegular(y[row : row + 1]),
+        }
         return {"model_conds": model_conds, "uuid": row, **states.get("options", {})}
 
     class Guider:
@@ -81,7 +86,10 @@ def predict(model: Any, golden: dict[str, Any], timestep: int, positive: dict[st
     result: list[torch.Tensor] = []
 
     def sample(*_: Any) -> torch.Tensor:
-        options = {**model.model_options, "transformer_options": dict(model.model_options["transformer_options"])}
+        options = {
+            **model.model_options,
+            "transformer_options": dict(model.model_options["transformer_options"]),
+        }
         options["transformer_options"]["wrappers"] = model.wrappers
         conds = [Guider.conds["negative"], Guider.conds["positive"]]
         result.extend(comfy.samplers.calc_cond_batch(model.model, conds, noisy, sigma, options))
@@ -90,7 +98,9 @@ def predict(model: Any, golden: dict[str, Any], timestep: int, positive: dict[st
     from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
     wrappers = [w for group in model.wrappers.get(WrappersMP.OUTER_SAMPLE, {}).values() for w in group]
-    sigmas = torch.cat([sampling.sigma(torch.tensor([999.0])), sampling.sigma(torch.tensor([500.0])), torch.zeros(1)])
+    sigmas = torch.cat(
+        [sampling.sigma(torch.tensor([999.0])), sampling.sigma(torch.tensor([500.0])), torch.zeros(1)]
+    )
     executor = WrapperExecutor.new_class_executor(sample, Guider, wrappers)
     model.pre_run()
     executor.execute(noisy, None, None, sigmas)
@@ -101,7 +111,9 @@ def predict(model: Any, golden: dict[str, Any], timestep: int, positive: dict[st
 def test_plain_unet(patched: tuple[Any, Any], golden: dict[str, Any]) -> None:
     model, _ = patched
     metadata = golden["metadata"]
-    prompt = {"c_crossattn": recipe.value(int(metadata["seed"]), "prompt", (1, int(metadata["prompt_length"]), 320))}
+    prompt = {
+        "c_crossattn": recipe.value(int(metadata["seed"]), "prompt", (1, int(metadata["prompt_length"]), 320))
+    }
     out = predict(model, golden, int(metadata["plain_timestep"]), prompt)
     assert (out - golden["plain.eps_uncond_then_cond"]).abs().max() < TOLERANCE
 

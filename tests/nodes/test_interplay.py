@@ -123,6 +123,8 @@ def test_compiled_model() -> None:
 
     kind = "sd15"
     for strength, number in ((1.0, 1), (0.6, 2)):
-        applied = rescale(apply(unet(kind), kind, person(kind, number), strength, 0.0, 0.9), adapter_early=0.5)
+        applied = rescale(
+            apply(unet(kind), kind, person(kind, number), strength, 0.0, 0.9), adapter_early=0.5
+        )
         compiled = TorchCompileModel.execute(applied, "eager").result[0]
         assert difference(draw(compiled, kind, steps=2), draw(applied, kind, steps=2)) < 1e-5

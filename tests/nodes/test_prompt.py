@@ -199,3 +199,24 @@ def test_tokens_reach_the_model_where_they_stand() -> None:
         expected = positive[0][0][0].clone()
         expected[1:4] *= scale
         torch.testing.assert_close(call.context[0], expected.to(call.context))
+
+
+def test_encoders_that_are_no_clip_are_named() -> None:
+    """A CLIP of Flux or SD3 has a T5 beside or instead of CLIP's text models."""
+    from types import SimpleNamespace
+
+    from ComfyUI_IDAdapter.nodes.host.text import require_text_encoders
+
+    clip = tiny_clip("sdxl")
+    other = SimpleNamespace(
+        tokenize=lambda text: {**clip.tokenize(text), "t5xxl": []}, cond_stage_model=clip.cond_stage_model
+    )
+    with pytest.raises(RuntimeError, match=r"widths l 64, g 64, this CLIP has l 64, g 64, t5xxl \(no CLIP\)"):
+        require_text_encoders(other, person("sdxl"))
+
+
+def test_more_text_tokens_than_any_name_has() -> None:
+    from ComfyUI_IDAdapter.nodes.host.text import reference_norms
+
+    norms = reference_norms(tiny_clip("sdxl"), 12)
+    assert all(torch.isfinite(values).all() and values.shape == (12,) for values in norms.values())

@@ -12,12 +12,11 @@ What the models answer can be chosen by what is drawn:
   wrong channel order has no face.
 - recognition: a random projection of the crop, which tells `identity` patterns apart.
 - sex and age: male where the face has more red than blue; age 50 + 50 times the green level (in -1..1).
-- 3D landmarks: insightface's mean shape turned by the pose that the dots show. 2D landmarks: a fixed ellipse.
+- 3D and 2D landmarks: the same points for every face.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,13 +138,13 @@ def _color_masks(graph: Graph, rgb: str) -> str:
 
 
 def _moments(
-    graph: Graph, masks: str, window: int, stride: int, padding: tuple[int, int], unit: float
+    graph: Graph, masks: str, window: int, stride: int, padding: tuple[int, int]
 ) -> list[tuple[str, str, str, str]]:
-    """Per channel the sums of 1, x, y and x² + y² over a window around each place, in multiples of `unit` cells.
+    """Per channel the sums of 1, x, y and x² + y² over a window around each place, in multiples of `stride` cells.
 
     Two one-dimensional convolutions: along x for 1, x, x², then along y.
     """
-    t = ((np.arange(window) - window / 2 + 0.5) / unit).astype(np.float32)
+    t = ((np.arange(window) - window / 2 + 0.5) / stride).astype(np.float32)
     one = np.ones_like(t)
     along_x = np.zeros((CHANNELS * 3, 1, 1, window), np.float32)
     along_y = np.zeros((CHANNELS * 4, 3, window, 1), np.float32)
@@ -202,7 +201,7 @@ def _detector_level(graph: Graph, masks: str, stride: int, half_window: int) -> 
         "AveragePool", masks, kernel_shape=[stride // cells] * 2, strides=[stride // cells] * 2
     )
     window = 2 * cells * half_window
-    sums = _moments(graph, pooled, window, cells, (window // 2, window // 2 - cells), float(cells))
+    sums = _moments(graph, pooled, window, cells, (window // 2, window // 2 - cells))
     min_area = _PIXEL_AREA / stride**2
     gates, xs, ys = [], [], []
     for channel in range(len(DOT_COLORS)):
@@ -259,91 +258,24 @@ def write_sex_and_age(path: Path) -> Path:
     return graph.save(path, ("data", ["None", 3, 96, 96]), {"fc1": [1, 3]})
 
 
-def write_landmarks_3d(path: Path, mean_shape: np.ndarray) -> Path:
-    """1k3d68: the mean shape (68, 3) turned by the yaw, pitch and roll that the dots show."""
+def write_landmarks(path: Path, count: int, width: int) -> Path:
+    """1k3d68 and 2d106det: always the same points (count, width). Our code opens neither; real packages have both."""
     graph = Graph()
-    pooled = graph.add("AveragePool", _color_masks(graph, "data"), kernel_shape=[2, 2], strides=[2, 2])
-    sums = _moments(graph, pooled, window=96, stride=96, padding=(0, 0), unit=96.0)
-    dots = sums[: len(DOT_COLORS)]
-    divisors = [graph.add("Add", mass, 1e-3) for mass, *_ in dots]
-    xs = [graph.add("Div", dot[1], divisor) for dot, divisor in zip(dots, divisors, strict=True)]
-    ys = [graph.add("Div", dot[2], divisor) for dot, divisor in zip(dots, divisors, strict=True)]
-    has_dots = graph.clip01(graph.add("Mul", graph.add("Min", *(mass for mass, *_ in dots)), 10.0))
-
-    slope = graph.add(
-        "Div",
-        graph.add("Sub", ys[1], ys[0]),
-        graph.add("Add", graph.add("Abs", graph.add("Sub", xs[1], xs[0])), 1e-3),
-    )
-    roll = graph.add("Mul", has_dots, graph.add("Atan", slope))
-    cos_roll, sin_roll = graph.add("Cos", roll), graph.add("Sin", roll)
-    # Turn the dots upright; yaw and pitch are then where the nose lies between eyes and mouth.
-    upright_xs = [
-        graph.add("Add", graph.add("Mul", x, cos_roll), graph.add("Mul", y, sin_roll))
-        for x, y in zip(xs, ys, strict=True)
-    ]
-    upright_ys = [
-        graph.add("Sub", graph.add("Mul", y, cos_roll), graph.add("Mul", x, sin_roll))
-        for x, y in zip(xs, ys, strict=True)
-    ]
-    eye_distance = graph.add("Add", graph.add("Abs", graph.add("Sub", upright_xs[1], upright_xs[0])), 1e-3)
-    eyes_x = graph.middle(upright_xs[0], upright_xs[1])
-    eyes_y = graph.middle(upright_ys[0], upright_ys[1])
-    mouth_y = graph.middle(upright_ys[3], upright_ys[4])
-    face_height = graph.add("Add", graph.add("Abs", graph.add("Sub", mouth_y, eyes_y)), 1e-3)
-    yaw = graph.add("Div", graph.add("Sub", upright_xs[NOSE], eyes_x), eye_distance)
-    nose_height = graph.add("Div", graph.add("Sub", upright_ys[NOSE], eyes_y), face_height)
-    pitch = graph.add("Sub", 0.5, nose_height)
-
-    rotation = _rotation(
-        graph, graph.add("Mul", has_dots, yaw), graph.add("Mul", has_dots, pitch), cos_roll, sin_roll
-    )
-    shape = (mean_shape * (0.5 / np.abs(mean_shape).max())).astype(np.float32)
-    points = graph.add("MatMul", shape, graph.add("Transpose", rotation, perm=[1, 0]))
-    others = np.zeros((1103 - len(shape), 3), np.float32)  # insightface reads the last 68 of 1103 points
-    graph.reshape(graph.add("Concat", others, points, axis=0), [1, 3309], output="fc1")
-    return graph.save(path, ("data", ["None", 3, 192, 192]), {"fc1": [1, 3309]})
-
-
-def _rotation(graph: Graph, yaw: str, pitch: str, cos_roll: str, sin_roll: str) -> str:
-    """The matrix (3, 3) that turns by pitch, then yaw, then roll."""
-    yaw, pitch, cos_r, sin_r = (graph.reshape(value, [1, 1]) for value in (yaw, pitch, cos_roll, sin_roll))
-    cos_y, sin_y = graph.add("Cos", yaw), graph.add("Sin", yaw)
-    cos_p, sin_p = graph.add("Cos", pitch), graph.add("Sin", pitch)
-    zero, one = np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32)
-
-    def matrix(*rows: tuple[str | np.ndarray, ...]) -> str:
-        return graph.add("Concat", *(graph.add("Concat", *row, axis=1) for row in rows), axis=0)
-
-    about_x = matrix((one, zero, zero), (zero, cos_p, graph.add("Neg", sin_p)), (zero, sin_p, cos_p))
-    about_y = matrix((cos_y, zero, sin_y), (zero, one, zero), (graph.add("Neg", sin_y), zero, cos_y))
-    about_z = matrix((cos_r, graph.add("Neg", sin_r), zero), (sin_r, cos_r, zero), (zero, zero, one))
-    return graph.add("MatMul", about_z, graph.add("MatMul", about_y, about_x))
-
-
-def write_landmarks_2d(path: Path) -> Path:
-    """2d106det: always the same ellipse. Our code never opens it; real packages have one."""
-    graph = Graph()
-    angle = np.linspace(0, 2 * np.pi, 106, endpoint=False)
-    points = np.stack([0.5 * np.cos(angle), 0.6 * np.sin(angle)], axis=1).astype(np.float32).reshape(1, 212)
+    points = np.random.default_rng(count).uniform(-0.5, 0.5, (1, count * width)).astype(np.float32)
     mean = graph.reshape(graph.add("ReduceMean", "data", axes=[1, 2, 3], keepdims=0), [1, 1])
     graph.add("Add", points, graph.add("Mul", mean, 0.0), output="fc1")
-    return graph.save(path, ("data", ["None", 3, 192, 192]), {"fc1": [1, 212]})
+    return graph.save(path, ("data", ["None", 3, 192, 192]), {"fc1": [1, count * width]})
 
 
 def write_package(folder: Path, name: str = "buffalo_l", seed: int = 0) -> Path:
     """Write all five models into `folder`, under the file names of the package `name`. Same bytes each time."""
-    import insightface
-
-    shape_file = Path(insightface.__file__).parent / "data" / "objects" / "meanshape_68.pkl"
-    mean_shape = np.asarray(pickle.loads(shape_file.read_bytes()), np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     detector, recognizer = FILES[name]
     write_detector(folder / detector)
     write_recognizer(folder / recognizer, seed)
     write_sex_and_age(folder / "genderage.onnx")
-    write_landmarks_3d(folder / "1k3d68.onnx", mean_shape)
-    write_landmarks_2d(folder / "2d106det.onnx")
+    write_landmarks(folder / "1k3d68.onnx", 1103, 3)
+    write_landmarks(folder / "2d106det.onnx", 106, 2)
     return folder
 
 

@@ -19,6 +19,7 @@ SMALL, LARGE = MarkedFace(150, 200, 60, identity=1), MarkedFace(420, 320, 80, id
 ONE = synthesize(faces=[SMALL])
 TWO = synthesize(768, 1024, [SMALL, LARGE])
 NOBODY = synthesize(768, 1024)
+CUT, WHOLE, ALSO_CUT = MarkedFace(320, 320, 100), MarkedFace(650, 370, 60), MarkedFace(1192, 320, 100)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_package_recogniser_gives_embeddings_without_stages(analyzer: FaceAnalyz
     assert features.stages == ()
     assert features.recognizer == analyzer.recognizer_digest
     assert [face.image_index for face in features.faces] == [0, 1]
-    expected = analyzer.embed(TWO, features.faces[1])
+    expected = analyzer.embed(align_face(TWO, features.faces[1].landmarks))
     np.testing.assert_array_equal(features.embedding[1].numpy(), expected)
     assert features.crops is not None
     assert features.crops.shape == (2, 3, 112, 112)
@@ -103,6 +104,50 @@ def test_progress_is_called_for_each_photo(analyzer: FaceAnalyzer) -> None:
     assert len(calls) == 3
 
 
+class Stop(BaseException):
+    """As an interruption in ComfyUI: no error that anybody may catch."""
+
+
+def test_the_work_ends_between_two_attempts_on_one_photo(analyzer: FaceAnalyzer) -> None:
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        extract_features([NOBODY], analyzer, None, on_missing="skip", check=check)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_the_work_ends_between_two_calls_of_the_recogniser(analyzer: FaceAnalyzer, is_own: bool) -> None:
+    chunks: list[int] = []
+    photos_done: list[int] = []
+    checks_after_photos: list[int] = []
+
+    def recognizer(crops: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        chunks.append(len(crops))
+        return crops.mean((2, 3)), []
+
+    def check() -> None:
+        if len(photos_done) == 20:
+            checks_after_photos.append(1)
+            if len(checks_after_photos) == 2:
+                raise Stop
+
+    with pytest.raises(Stop):
+        extract_features(
+            [ONE] * 20,
+            analyzer,
+            recognizer if is_own else None,
+            progress=lambda: photos_done.append(1),
+            check=check,
+        )
+    assert chunks == ([16] if is_own else [])
+
+
 def test_any_form_of_image_is_read(analyzer: FaceAnalyzer) -> None:
     given = torch.from_numpy(ONE.astype(np.float32) / 255)
     result = extract_features([given], analyzer, None)  # type: ignore[list-item]
@@ -121,7 +166,6 @@ class TestMissing:
 
     def test_skip_goes_on_with_the_others(self, analyzer: FaceAnalyzer) -> None:
         result = extract_features([NOBODY, ONE], analyzer, None, on_missing="skip")
-        assert result.skipped == (0,)
         assert result.chosen[0] == ()
         assert [face.image_index for face in result.features.faces] == [1]
         assert "image 1 of 2 (768x1024): skipped, no face found" in result.report
@@ -143,6 +187,26 @@ class TestMissing:
         assert len(analyzer.detect(photo)) == 1
         with pytest.raises(FaceError, match=r"image 1 of 1 \(128x142\): only \d+% of the face lies inside"):
             extract_features([photo], analyzer, None)
+
+    def test_all_leaves_out_what_cannot_be_cut(self, analyzer: FaceAnalyzer) -> None:
+        # The left face is cut as above, the right one is whole.
+        photo = np.ascontiguousarray(synthesize(1000, 640, [CUT, WHOLE])[250:500, 256:])
+        result = extract_features([photo], analyzer, None, select="all")
+        assert len(result.found[0]) == 2
+        assert result.chosen == ((result.found[0][1],),)
+        assert result.features.faces == result.chosen[0]
+        assert "image 1 of 1 (744x250): 2 faces found" in result.report
+        assert "warning: face 0 left out, only " in result.report
+        assert "several faces" not in result.report
+        with pytest.raises(FaceError, match=r"only \d+% of the face lies inside"):
+            extract_features([photo], analyzer, None, select="left to right")
+
+    def test_all_without_any_face_that_can_be_cut(self, analyzer: FaceAnalyzer) -> None:
+        pair = np.ascontiguousarray(synthesize(1300, 640, [CUT, ALSO_CUT])[250:392, 256:1256])
+        with pytest.raises(
+            FaceError, match=r"none of 2 faces can be used: face 0 left out, .*; face 1 left out"
+        ):
+            extract_features([pair], analyzer, None, select="all")
 
     def test_bad_images_are_never_skipped(self, analyzer: FaceAnalyzer) -> None:
         broken = np.full((64, 64, 3), np.nan, np.float32)

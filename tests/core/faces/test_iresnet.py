@@ -161,7 +161,7 @@ class TestBadFiles:
     def test_unknown_suffix(self, tmp_path: Path) -> None:
         (tmp_path / "net.gguf").write_bytes(b"GGUF")
         with pytest.raises(
-            RecognizerError, match=r"must be one of \.pth, \.pt, \.bin, \.safetensors, \.onnx"
+            RecognizerError, match=r"must be one of \.bin, \.pt, \.pth, \.ckpt, \.safetensors, \.onnx"
         ):
             load_iresnet(tmp_path / "net.gguf")
 

@@ -11,7 +11,6 @@ from idadapter_core.errors import FacePackageError
 from idadapter_core.faces.packages import (
     DETECTION,
     GENDER_AGE,
-    LANDMARKS_3D,
     RECOGNITION,
     find_packages,
     read_package,
@@ -25,7 +24,6 @@ def test_files_are_sorted_by_what_they_do(package: Path) -> None:
         DETECTION: "det_10g.onnx",
         RECOGNITION: "w600k_r50.onnx",
         GENDER_AGE: "genderage.onnx",
-        LANDMARKS_3D: "1k3d68.onnx",
     }
 
 

@@ -1,0 +1,158 @@
+"""Other nodes that repeat, regroup or multiply the rows of a model call: right where it can be told, an error where not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.nodes.sampling import apply, difference, draw, noise, person, rescale, unet
+from tests.nodes.test_other_packs import OtherPatch, other_callback
+
+KIND = "sd15"
+
+
+def tiled(model: Any, keep: int | None = None) -> Any:
+    """A clone whose model calls run on the batch twice over, as tiled sampling does; or on its first rows only."""
+
+    def wrapper(apply_model: Any, arguments: dict[str, Any]) -> Tensor:
+        x, t, c = arguments["input"], arguments["timestep"], dict(arguments["c"])
+        if keep is not None:
+            return apply_model(x[:keep], t[:keep], **{**c, "c_crossattn": c["c_crossattn"][:keep]}).repeat(
+                2, 1, 1, 1
+            )
+        c["c_crossattn"] = c["c_crossattn"].repeat(2, 1, 1)
+        out = apply_model(x.repeat(2, 1, 1, 1), t.repeat(2), **c)
+        first, second = out.chunk(2)
+        assert torch.allclose(first, second, atol=1e-5)
+        return first
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def test_a_batch_repeated_as_a_whole() -> None:
+    model = rescale(apply(unet(KIND), KIND, person(KIND)), adapter_early=0.8)
+    assert difference(draw(tiled(model), KIND), draw(model, KIND)) < 1e-5
+
+
+def test_a_mask_does_not_follow_tiles() -> None:
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4] = 1
+    with pytest.raises(RuntimeError, match="attn_mask cannot follow the tiles"):
+        draw(tiled(apply(unet(KIND), KIND, person(KIND), mask=mask)), KIND)
+
+
+def test_a_part_of_the_batch_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="changed the batch of this model call from 2 rows to 1"):
+        draw(tiled(apply(unet(KIND), KIND, person(KIND)), keep=1), KIND)
+
+
+class TestMultipliedConditionings:
+    """Attention Couple repeats each positive chunk once per prompt inside the attention layers."""
+
+    @staticmethod
+    def rows(*names: str) -> tuple[Any, ...]:
+        from ComfyUI_IDAdapter.idadapter_core import Adapter
+        from ComfyUI_IDAdapter.nodes.host.run import Handle, Row
+
+        adapter: Any = Adapter
+        handles = {name: Handle(adapter, torch.zeros(1, 4, 8)) for name in set(names)}
+        return tuple(Row((handles[name],), None, 0) for name in names)
+
+    @staticmethod
+    def expand(rows: tuple[Any, ...], count: int, kinds: list[int], couple: list[int] | None = None) -> Any:
+        from ComfyUI_IDAdapter.nodes.host.run import expand_rows
+
+        extra: dict[str, Any] = {"cond_or_uncond": kinds}
+        if couple is not None:
+            extra["cond_or_uncond_couple"] = couple
+        return expand_rows(rows, extra, count)
+
+    def test_positives_are_repeated_side_by_side(self) -> None:
+        negative, positive = self.rows("negative", "positive")
+        assert self.expand((negative, positive), 4, [1, 0]) == (negative, positive, positive, positive)
+
+    def test_two_combined_positives_stay_apart(self) -> None:
+        negative, first, second = rows = self.rows("negative", "first", "second")
+        assert self.expand(rows, 5, [1, 0, 0]) == (negative, first, first, second, second)
+
+    def test_chunks_that_are_named(self) -> None:
+        negative, positive = self.rows("negative", "positive")
+        assert self.expand((negative, positive), 3, [1, 0], [1, 0, 0]) == (negative, positive, positive)
+
+    @pytest.mark.parametrize(
+        ("count", "kinds", "couple"),
+        [(4, [1, 0, 0], [1, 0, 0, 0]), (2, [1, 0, 0], None), (6, [1, 0, 0], None)],
+    )
+    def test_what_cannot_be_told_is_refused(
+        self, count: int, kinds: list[int], couple: list[int] | None
+    ) -> None:
+        rows = self.rows("negative", "first", "second")
+        with pytest.raises(RuntimeError, match=f"turned 3 rows of this model call into {count}"):
+            self.expand(rows, count, kinds, couple)
+
+
+class Strided(OtherPatch):
+    """A replacement whose output does not lie in memory in one piece."""
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        out = super().__call__(*arguments)
+        return out.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_of_another_pack_that_is_not_contiguous(dtype: torch.dtype) -> None:
+    """Both kinds of kernel add in place: they must not add to a copy."""
+    from ComfyUI_IDAdapter.idadapter_core.attention import add_identity, prepare_blocks, prepare_keys_values
+
+    generator = torch.Generator().manual_seed(0)
+    keys, values, query = (torch.randn(1, count, 32, generator=generator) for count in (4, 4, 9))
+    for prepare in (prepare_blocks, prepare_keys_values):
+        identity = prepare(keys.to(dtype), values.to(dtype), 4)
+        base = torch.zeros(2, 9, 32, dtype=dtype)
+        add_identity(base, query.expand(2, -1, -1).to(dtype), identity, 1.0, inplace=True)
+        assert base.abs().sum() > 1
+
+    clone = unet(KIND).clone()
+    clone.set_model_attn2_replace(Strided(other_callback, seed=5, weight=0.5, seen=Counter()), "middle", 0)
+    plain = unet(KIND).clone()
+    plain.set_model_attn2_replace(OtherPatch(other_callback, seed=5, weight=0.5, seen=Counter()), "middle", 0)
+    strided, usual = (draw(apply(m, KIND, person(KIND)), KIND, latent_noise=noise(2)) for m in (clone, plain))
+    assert difference(strided, usual) < 1e-5
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_a_silent_patch_of_another_pack_stays_silent(override: bool) -> None:
+    """With weight 0 it adds nothing but the rounding between two ways of computing the same attention."""
+
+    def rounding(function: Any, *arguments: Any, **options: Any) -> Tensor:
+        return function(*arguments, **options) * (1 + 1e-5)
+
+    clone = unet(KIND).clone()
+    clone.set_model_attn2_replace(OtherPatch(other_callback, seed=5, weight=0.0, seen=Counter()), "middle", 0)
+    if override:
+        options = clone.model_options["transformer_options"]
+        options["optimized_attention_override"] = rounding
+    with_scope = rescale(clone, scope="every attention patch")
+    assert difference(draw(with_scope, KIND), draw(clone, KIND)) < 1e-3
+
+
+def test_sampling_without_compilation_leaves_the_compiler_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older torch has no such switch, and other nodes' compiled kernels must stay compiled."""
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    model = apply(unet(KIND), KIND, person(KIND))
+    assert torch.isfinite(draw(model, KIND)).all()
+
+
+def test_compiled_model_on_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    compiled = TorchCompileModel.execute(apply(unet(KIND), KIND, person(KIND)), "eager").result[0]
+    with pytest.raises(RuntimeError, match="acts on a compiled model"):
+        draw(compiled, KIND)
