@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import formats
 from .errors import CheckpointError, InputError, MismatchError
-from .files import key_problems, read_tensors, state_digest, write_safetensors
+from .files import key_problems, read_tensors, some, state_digest, write_safetensors
 from .methods import uniid
 from .sites import Site, family_name
 from .types import FaceFeatures, Identity, Mix
@@ -110,12 +110,15 @@ class Adapter:
         return {**self.encoder.state_dict(), **projections}
 
 
-def load_adapter(path: str | Path, text_branch: str | Path | None = None) -> Adapter:
+def load_adapter(
+    path: str | Path, text_branch: str | Path | None = None, progress: Callable[[float], None] | None = None
+) -> Adapter:
     """Read an adapter from a file, or from a published folder (with or without its config.json).
 
     Args:
         path: our own safetensors, or any published or training layout (see `formats.uniid_state`).
         text_branch: a second file whose text branch is added; UniID publishes its two branches apart.
+        progress: called with the share done, 0 to 1; naming the weights of a gigabyte takes seconds.
 
     Raises:
         CheckpointError: unreadable, unrelated, incomplete, or holding unexpected weights; says which.
@@ -141,10 +144,15 @@ def load_adapter(path: str | Path, text_branch: str | Path | None = None) -> Ada
             )
         config = dataclasses.replace(formats.uniid_config(state, source), recognizer="".join(digests))
         source = f"{source} + {second_source}"
-    return _build(source, state, config)
+    return _build(source, state, config, progress)
 
 
-def _build(source: str, state: dict[str, Tensor], config: uniid.UniIDConfig) -> Adapter:
+def _build(
+    source: str,
+    state: dict[str, Tensor],
+    config: uniid.UniIDConfig,
+    progress: Callable[[float], None] | None,
+) -> Adapter:
     with torch.device("meta"):
         encoder, projections = uniid.UniIDEncoder(config), uniid.SiteProjections(config)
     head = formats.ADAPTER_PREFIX + "adapter_modules."
@@ -172,7 +180,7 @@ def _build(source: str, state: dict[str, Tensor], config: uniid.UniIDConfig) -> 
         )
     return Adapter(
         name=source,
-        digest=state_digest(state),
+        digest=state_digest(state, progress),
         method=uniid.METHOD,
         config=config,
         encoder=encoder,
@@ -327,6 +335,13 @@ def load_identity(path: str | Path) -> Identity:
     text = {
         key.removeprefix("text_tokens."): t for key, t in tensors.items() if key.startswith("text_tokens.")
     }
+    known = {"adapter_tokens", "adapter_tokens_uncond", *(f"text_tokens.{name}" for name in text)}
+    odd = [key for key, t in tensors.items() if key not in known or t.ndim != 3 or t.shape[0] != 1]
+    if odd or not tensors:
+        raise CheckpointError(
+            f"{path.name}: an identity holds tokens of shape (1, tokens, width); this file has {some(odd) or 'none'}. "
+            "Make the identity again from the photos."
+        )
     return Identity(
         adapter_tokens=tensors.get("adapter_tokens"),
         adapter_tokens_uncond=tensors.get("adapter_tokens_uncond"),

@@ -8,7 +8,7 @@ import pickle
 import re
 import uuid
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path
         CheckpointError: the folder or the disk does not allow it.
     """
     # Two names for one tensor are two tensors in the file: safetensors refuses to write memory that is shared.
+    tensors = dict(tensors)
     storages: set[int] = set()
     for key, tensor in tensors.items():
         if tensor.untyped_storage().data_ptr() in storages:
@@ -118,12 +119,16 @@ def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path
             temporary.unlink(missing_ok=True)
 
 
-def state_digest(state: Mapping[str, Tensor]) -> str:
+def state_digest(state: Mapping[str, Tensor], progress: Callable[[float], None] | None = None) -> str:
     """First 16 hex digits of a SHA-256 over names, shapes and fp32 values: the same for one network in any file format."""
     digest = hashlib.sha256()
+    total, done = max(sum(tensor.numel() for tensor in state.values()), 1), 0
     for key in sorted(state):
         digest.update(f"{key}{tuple(state[key].shape)}".encode())
         digest.update(state[key].detach().cpu().float().contiguous().numpy().data)
+        done += state[key].numel()
+        if progress is not None:
+            progress(done / total)
     return digest.hexdigest()[:16]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import comfy.model_management
+import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -23,7 +25,13 @@ SCOPES = ("ID adapters", "every attention patch")
 
 def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
     """An adapter whose encoder ComfyUI manages."""
-    adapter = load_adapter(path, text_branch)
+    progress = comfy.utils.ProgressBar(100)
+
+    def step(share: float) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress.update_absolute(round(100 * share))
+
+    adapter = load_adapter(path, text_branch, step)
     return LoadedAdapter(adapter, manage(adapter.encoder, _reload_encoder, path, text_branch))
 
 

@@ -18,7 +18,8 @@ from .host.patching import ATTACHED
 from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket, file_options
 
 log = logging.getLogger(__name__)
-_NAME = re.compile(r"[^\\/:*?\"<>|\x00-\x1f]+")
+_NAME = re.compile(r"[^\\/:*?\"<>|\x00-\x1f]{1,120}")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 ROLES = ("positive", "negative")
 
 
@@ -87,7 +88,7 @@ def identity_file(name: str) -> str:
         InputError: the name is empty, holds a path, or characters that some system forbids.
     """
     stem = name.strip().removesuffix(".safetensors").strip()
-    if not stem or stem.startswith(".") or not _NAME.fullmatch(stem):
+    if stem.startswith(".") or stem.endswith(".") or not _NAME.fullmatch(stem) or _RESERVED.fullmatch(stem):
         raise InputError(
             f"an identity's name must be a plain file name without folders or any of \\ / : * ? \" < > |, got {name!r}. "
             "It is saved in models/idadapter/identities."

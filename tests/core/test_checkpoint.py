@@ -350,7 +350,10 @@ NORM = "text_branch.norm_1.weight"
         ({NORM: None}, "text_branch.norm_1.weight is missing"),
         ({"text_branch.norm_1.bias": None}, "1 missing (text_branch.norm_1.bias)"),
         ({"text_branch.extra.weight": (3,)}, "1 unexpected (text_branch.extra.weight)"),
-        ({V3: (64, 32)}, "1 of another shape (adapter_modules.3.to_v_ip.weight is (64, 32) instead of (64, 64))"),
+        (
+            {V3: (64, 32)},
+            "1 of another shape (adapter_modules.3.to_v_ip.weight is (64, 32) instead of (64, 64))",
+        ),
         (
             {"text_branch.norm_1.bias": (7,)},
             "1 of another shape (text_branch.norm_1.bias is (7,) instead of (64,))",

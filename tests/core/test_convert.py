@@ -103,3 +103,24 @@ def test_an_output_that_cannot_be_written_is_an_error_not_a_crash(
     (tmp_path / "file").touch()
     assert main([str(published[0]), str(tmp_path / "file" / "out.safetensors")]) == 1
     assert "out.safetensors: cannot be written" in capsys.readouterr().err
+
+
+def test_recorded_recognizer_refuses_another(tmp_path: Path) -> None:
+    """What a user does to have features of the wrong face network refused."""
+    from dataclasses import replace
+
+    from idadapter_core.errors import MismatchError
+    from idadapter_core.faces.iresnet import IResNet, digest, save_iresnet
+    from tests.tiny.features import face_features
+
+    source, text_branch = write_published(tmp_path, uniid_state(TINY_SD15))
+    network = IResNet((1, 1, 1, 1))
+    save_iresnet(network, tmp_path / "net.safetensors", torch.float32)
+    output = tmp_path / "adapter.safetensors"
+    arguments = [source, output, "--text-branch", text_branch, "--recognizer", tmp_path / "net.safetensors"]
+    assert main([str(argument) for argument in arguments]) == 0
+    adapter = load_adapter(output)
+    features = face_features(1)
+    assert adapter.encode(replace(features, recognizer=digest(network))).adapter == adapter.digest
+    with pytest.raises(MismatchError, match="was trained with the face recogniser"):
+        adapter.encode(replace(features, recognizer="another"))

@@ -83,6 +83,18 @@ def test_extraction_reports_its_progress(server: ComfyServer) -> None:
     assert {data["max"] for data in progress} == {6}
 
 
+def test_opening_the_face_models_reports_progress_and_the_provider(server: ComfyServer) -> None:
+    server.free()
+    graph = Graph()
+    node = add_analyzer(graph)
+    graph.add("PreviewAny", source=node)
+    result = server.run(graph.workflow).check()
+    progress = [data for kind, data in result.messages if kind == "progress" and data["node"] == node.id]
+    assert (progress[0]["value"], progress[-1]["value"]) == (1, 3)
+    assert {data["max"] for data in progress} == {3}
+    assert "face models run on CPU" in result.log
+
+
 def test_extraction_can_be_interrupted(server: ComfyServer) -> None:
     graph, node = many_photos(300)
     result = server.run(graph.workflow, on_message=interrupt_at(server, node))

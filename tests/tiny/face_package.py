@@ -290,7 +290,6 @@ class MarkedFace:
     y: float
     eye_distance: float
     yaw: float = 0.0
-    pitch: float = 0.0
     roll: float = 0.0
     score: float = 1.0
     skin: tuple[int, int, int] = (205, 160, 140)
@@ -302,14 +301,13 @@ class MarkedFace:
         """The five dots (5, 2)."""
         distance, height = self.eye_distance, 1.15 * self.eye_distance
         shift = np.deg2rad(self.yaw) * distance
-        nose_height = 0.5 - np.deg2rad(self.pitch)
         upright = np.array(
             [
-                [-0.5 * distance - shift, -nose_height * height],
-                [0.5 * distance - shift, -nose_height * height],
+                [-0.5 * distance - shift, -0.5 * height],
+                [0.5 * distance - shift, -0.5 * height],
                 [0, 0],
-                [-0.4 * distance - shift, (1 - nose_height) * height],
-                [0.4 * distance - shift, (1 - nose_height) * height],
+                [-0.4 * distance - shift, 0.5 * height],
+                [0.4 * distance - shift, 0.5 * height],
             ]
         )
         angle = np.deg2rad(self.roll)
