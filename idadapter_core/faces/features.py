@@ -161,9 +161,9 @@ def _recognize(
     recognizer: Recognizer, crops: Tensor, check: Callable[[], None]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     results = []
-    for chunk in crops.split(_CHUNK):
+    for start in range(0, len(crops), _CHUNK):
         check()
-        results.append(recognizer(chunk))
+        results.append(recognizer(crops[start : start + _CHUNK]))
     embedding = torch.cat([embedding.float().cpu() for embedding, _ in results])
     stages = zip(*(stages for _, stages in results), strict=True)
     return embedding, tuple(torch.cat([part.float().cpu() for part in parts]) for parts in stages)
