@@ -22,11 +22,11 @@ from idadapter_core.methods.uniid import (
 )
 from idadapter_core.types import Identity, Mix
 from tests.golden import recipe
+from tests.golden.compare import assert_published
 from tests.tiny.features import RECOGNIZER, face, face_features
 from tests.tiny.uniid import GOLDEN, TINY_SD15, branch, tiny_adapter, uniid_state, write_published
 
 FOLDER = Path(__file__).parents[1] / "golden"
-TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
 def test_text_tokens_are_the_published_ones(
     identity: Identity, golden: dict[str, Tensor], encoder: str
 ) -> None:
-    torch.testing.assert_close(
-        identity.text_tokens[encoder], golden[f"text_tokens_{encoder}"], atol=TOLERANCE, rtol=0
+    assert_published(
+        f"text tokens {encoder}", identity.text_tokens[encoder], golden[f"text_tokens_{encoder}"]
     )
 
 
@@ -69,7 +69,7 @@ def test_text_tokens_are_the_published_ones(
 def test_adapter_tokens_are_the_published_ones(
     identity: Identity, golden: dict[str, Tensor], name: str
 ) -> None:
-    torch.testing.assert_close(getattr(identity, name), golden[name], atol=TOLERANCE, rtol=0)
+    assert_published(name, getattr(identity, name), golden[name])
 
 
 def test_normalized_text_tokens_are_the_published_ones(
@@ -80,7 +80,7 @@ def test_normalized_text_tokens_are_the_published_ones(
         "g": recipe.value(seed, "reference_norm_g", (3, 1)).abs()[:, 0] * 20 + 5,
     }
     tokens = normalize_text_tokens(identity.text_tokens, norms)
-    torch.testing.assert_close(tokens, golden["text_tokens_normalized"], atol=TOLERANCE, rtol=0)
+    assert_published("normalized text tokens", tokens, golden["text_tokens_normalized"])
 
 
 # --- published sizes -------------------------------------------------------------------------------------------------

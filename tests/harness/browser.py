@@ -128,6 +128,7 @@ class Browser:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
+                env={**os.environ, "TMPDIR": str(self._profile)},
             )
             self._connect()
             self.open()

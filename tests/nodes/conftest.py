@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -16,3 +17,18 @@ def _comfyui_and_pack(pack: ModuleType) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_model_outlives_the_tests() -> Iterator[None]:
+    """ComfyUI's models complain when the interpreter takes its modules away before them."""
+    yield
+    from tests.nodes import sampling
+
+    for made in (sampling.unet, sampling.adapter, sampling.person):
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()

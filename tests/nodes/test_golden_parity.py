@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 
 from tests.golden import recipe
+from tests.golden.compare import TOLERANCE, assert_published
 from tests.tiny.checkpoints import golden_unet
 from tests.tiny.uniid import GOLDEN, tiny_adapter
 
 FILE = Path(__file__).parents[1] / "golden" / "uniid_sdxl_like.safetensors"
-TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +108,20 @@ def predict(model: Any, golden: dict[str, Any], timestep: int, positive: dict[st
     return (noisy - torch.cat(result)) / sigma.view(-1, 1, 1, 1)
 
 
-def test_plain_unet(patched: tuple[Any, Any], golden: dict[str, Any]) -> None:
+def test_plain_unet_is_the_published_one(patched: tuple[Any, Any], golden: dict[str, Any]) -> None:
     model, _ = patched
     metadata = golden["metadata"]
     prompt = {
         "c_crossattn": recipe.value(int(metadata["seed"]), "prompt", (1, int(metadata["prompt_length"]), 320))
     }
     out = predict(model, golden, int(metadata["plain_timestep"]), prompt)
-    assert (out - golden["plain.eps_uncond_then_cond"]).abs().max() < TOLERANCE
+    assert_published("plain UNet", out, golden["plain.eps_uncond_then_cond"])
 
 
 @pytest.mark.parametrize("number", case_numbers())
-def test_unet_case(patched: tuple[Any, Any], golden: dict[str, Any], number: int) -> None:
+def test_unet_case_is_the_published_one(
+    patched: tuple[Any, Any], golden: dict[str, Any], number: int
+) -> None:
     from ComfyUI_IDAdapter.idadapter_core.methods.uniid import normalize_text_tokens
     from ComfyUI_IDAdapter.idadapter_core.schedule import RescaleSchedule
     from ComfyUI_IDAdapter.nodes.host.patching import TEXT_POSITIONS
@@ -152,7 +154,6 @@ def test_unet_case(patched: tuple[Any, Any], golden: dict[str, Any], number: int
             "options": {TEXT_POSITIONS: (1, 2, 3)},
         }
     out = predict(changed, golden, case["timestep"], positive)
-    difference = (out - golden[f"case{number}.eps_uncond_then_cond"]).abs().max()
-    assert difference < TOLERANCE
+    assert_published(f"UNet, case {number}", out, golden[f"case{number}.eps_uncond_then_cond"])
     plain = predict(model, golden, case["timestep"], {"c_crossattn": states})
     assert (out - plain).abs().max() > 100 * TOLERANCE, "the adapter changes nothing"

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from idadapter_core.errors import InputError, RecognizerError
 from idadapter_core.faces.iresnet import METADATA_KEY, IResNet, digest, load_iresnet, save_iresnet
+from tests.golden.compare import assert_published
 from tests.golden.recipe import fill, value
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "iresnet18.safetensors"
@@ -78,10 +79,10 @@ def test_agrees_with_the_published_network() -> None:
     assert [tuple(stage.shape[1:]) for stage in stages] == [
         (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7),
     ]  # fmt: skip
-    torch.testing.assert_close(embedding, golden["embedding"], atol=2e-5, rtol=0)
+    assert_published("embedding", embedding, golden["embedding"])
     for number, stage in enumerate(stages, 1):
-        torch.testing.assert_close(stage[:, :8, :3, :3], golden[f"stage{number}_corner"], atol=2e-5, rtol=0)
-        torch.testing.assert_close(stage.mean((2, 3)), golden[f"stage{number}_mean"], atol=2e-5, rtol=0)
+        assert_published(f"stage {number}", stage[:, :8, :3, :3], golden[f"stage{number}_corner"])
+        assert_published(f"stage {number}, means", stage.mean((2, 3)), golden[f"stage{number}_mean"])
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
