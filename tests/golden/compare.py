@@ -10,6 +10,6 @@ TOLERANCE = 2e-5
 def assert_published(name: str, found: Tensor, expected: Tensor) -> None:
     """Fail unless `found` agrees with the published code's `expected` to `TOLERANCE` everywhere."""
     assert found.shape == expected.shape
-    difference = float((found - expected).abs().max())
+    difference = float((found.detach() - expected).abs().max())
     print(f"{name}: largest difference {difference:.2e}, of values up to {float(expected.abs().max()):.2f}")
     assert difference <= TOLERANCE
