@@ -189,7 +189,7 @@ def build_variants(
         identity = Identity(tokens["positive"], tokens["negative"])
         application = Application(adapter, identity, 1.0, 0.0, 1.0, None)
         patched = with_plan(model, applications=(application,), rescale=Rescale(RescaleSchedule()))
-        run = Run(plan_of(patched), tuple(sigmas.tolist()), (side, side))
+        run = Run(plan_of(patched), tuple(sigmas.tolist()), (side, side), 1)
         handles = [run.handle(application, identity, negative) for negative in (True, False)]
         rows = Rows(run, tuple(Row((handle,), None, 0) for handle in handles))
         options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers}

@@ -23,8 +23,14 @@ def step_index(sigma: float, sigmas: Sequence[float]) -> int:
     starts = sigmas[:-1]
     if not starts or sigmas[0] <= sigmas[-1]:
         return max(len(starts) - 1, 0)
-    # The tolerance absorbs the rounding of bf16 and fp16 sigmas; the steps of a run lie further apart.
-    return max(sum(start >= sigma * (1 - ROUNDING) for start in starts) - 1, 0)
+    # The tolerance absorbs the rounding of bf16 and fp16 sigmas, but never reaches the next level of a dense schedule.
+    reached = 0
+    for number, start in enumerate(starts):
+        tolerance = sigma * ROUNDING
+        if number:
+            tolerance = min(tolerance, (starts[number - 1] - start) / 4)
+        reached += start + tolerance >= sigma
+    return max(reached - 1, 0)
 
 
 @dataclass(frozen=True)

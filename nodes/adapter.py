@@ -155,6 +155,8 @@ class ApplyIDAdapter(io.ComfyNode):
         plan = plan_of(model)
         adapter.adapter.require_identity(identity, "the identity")
         adapter.adapter.require_sites(plan.sites, site_widths(model, plan.sites), model_name(model))
+        if attn_mask is not None and not attn_mask.any():
+            log.warning("Apply ID Adapter: attn_mask is black everywhere, so this identity does not act")
         application = Application(
             adapter.adapter,
             identity,

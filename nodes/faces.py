@@ -117,7 +117,9 @@ class ExtractFaces(io.ComfyNode):
             search_aliases=["face embedding", "face crop", "id embedding", "insightface"],
             inputs=[
                 io.Image.Input(
-                    "image", tooltip="One photo, or a batch of photos of one person (Batch Images)."
+                    "image",
+                    tooltip="One photo, or a batch of photos of one person (Batch Images, which crops every photo to the shape "
+                    "of the first).",
                 ),
                 FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
                 io.Combo.Input(

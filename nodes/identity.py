@@ -18,7 +18,8 @@ from .host.patching import ATTACHED
 from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket, file_options
 
 log = logging.getLogger(__name__)
-_NAME = re.compile(r"[^\\/:*?\"<>|\x00-\x1f]{1,120}")
+_NAME = re.compile(r"[^\\/:*?\"<>|\x00-\x1f]+")
+LONGEST_NAME = 200  # bytes with the suffix; file systems allow 255, and a temporary name is longer
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 ROLES = ("positive", "negative")
 
@@ -88,9 +89,16 @@ def identity_file(name: str) -> str:
         InputError: the name is empty, holds a path, or characters that some system forbids.
     """
     stem = name.strip().removesuffix(".safetensors").strip()
-    if stem.startswith(".") or stem.endswith(".") or not _NAME.fullmatch(stem) or _RESERVED.fullmatch(stem):
+    too_long = len(f"{stem}.safetensors".encode()) > LONGEST_NAME
+    if (
+        too_long
+        or stem.startswith(".")
+        or stem.endswith(".")
+        or not _NAME.fullmatch(stem)
+        or _RESERVED.fullmatch(stem)
+    ):
         raise InputError(
-            f"an identity's name must be a plain file name without folders or any of \\ / : * ? \" < > |, got {name!r}. "
+            f"an identity's name must be a plain file name of at most {LONGEST_NAME} bytes, without folders or any of \\ / : * ? \" < > |, got {name!r}. "
             "It is saved in models/idadapter/identities."
         )
     return f"{stem}.safetensors"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..idadapter_core import Identity
+from ..idadapter_core.errors import InputError
 from .host.text import CLASS_WORD, encode_prompt
 from .sockets import CATEGORY, IdentitySocket
 
@@ -72,5 +74,9 @@ class IDPrompt(io.ComfyNode):
                 "ID Prompt: the adapter of this identity has no text branch, so the prompt is encoded without identity tokens"
             )
         word = (identity.class_word or "person") if class_word == AUTO else class_word
-        prompt = text.replace(CLASS_WORD, word)
+        prompt = re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
+        if clip is None:
+            raise InputError(
+                "ID Prompt got no CLIP: this checkpoint holds no text encoder. Load one with a CLIP loader and wire it to `clip`."
+            )
         return io.NodeOutput(encode_prompt(clip, prompt, identity, token_weight), prompt)

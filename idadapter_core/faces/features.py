@@ -129,7 +129,8 @@ def _pick(
     if not faces:
         raise NoFaceFoundError(
             f"no face found. Tried detector sizes {DETECTION_SIZES[0]} to {DETECTION_SIZES[-1]} px and padding. "
-            "Use an upright, unobstructed face; a photo from a phone may lie on its side"
+            "Use an upright, unobstructed face; a photo from a phone may lie on its side. In a batch every photo but the first may "
+            "have been cropped to the first one's shape: crop or pad them to one shape before they are joined"
         )
     picked: list[Face] = []
     crops: list[Image] = []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import FacePackageError
+
+log = logging.getLogger(__name__)
 
 DETECTION = "detection"
 RECOGNITION = "recognition"
@@ -40,16 +43,23 @@ def find_packages(roots: Sequence[Path]) -> dict[str, Path]:
     packages: dict[str, Path] = {}
     for root in roots:
         for parent in (root / "models", root):
-            if not parent.is_dir():
-                continue
-            for folder in sorted(
-                path for path in parent.iterdir() if path.is_dir() and path.name != "models"
-            ):
+            for folder in _folders(parent):
                 for candidate in (folder, folder / folder.name):
                     if _has_models(candidate):
                         packages.setdefault(folder.name, candidate.absolute())
                         break
     return packages
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Folders below a folder that may hold packages; none where it is missing or may not be read."""
+    try:
+        return sorted(path for path in parent.iterdir() if path.is_dir() and path.name != "models")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        log.warning("face packages in %s are left out: %s", parent, error)
+        return []
 
 
 def resolve_package(name: str, roots: Sequence[Path]) -> Path:
@@ -228,7 +238,11 @@ def _tensor_shape(file: BinaryIO, end: int) -> Shape:
 
 
 def _has_models(folder: Path) -> bool:
-    return folder.is_dir() and (any(folder.glob("*.onnx")) or (folder / _MANIFEST).is_file())
+    try:
+        return folder.is_dir() and (any(folder.glob("*.onnx")) or (folder / _MANIFEST).is_file())
+    except OSError as error:
+        log.warning("the face package %s is left out: %s", folder, error)
+        return False
 
 
 def _manifest_tasks(folder: Path) -> dict[str, Path]:

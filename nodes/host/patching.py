@@ -9,6 +9,7 @@ Three wrappers on the MODEL, all without state of their own:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from ...idadapter_core.attention import add_identity, add_residual, sample_norm
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.sites import Site
 from .compilation import is_compiled, uncompiled
-from .plan import KEY, Plan
+from .plan import KEY, Application, Plan
 from .run import Handle, Row, Rows, RowTags, Run, expand_rows, tile_rows
+
+log = logging.getLogger(__name__)
 
 # Share of the text's norm below which another pack's residual counts as rounding and is not rescaled.
 FOREIGN_FLOOR = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
@@ -79,7 +82,7 @@ def outer_sample(
     guider = executor.class_obj
     plan: Plan = guider.model_options["transformer_options"][KEY]
     height, width = noise.shape[-2:]
-    run = Run(plan, tuple(sigmas.tolist()), (height, width))
+    run = Run(plan, tuple(sigmas.tolist()), (height, width), noise.shape[0])
     for role, conditionings in guider.conds.items():
         for conditioning in conditionings:
             _tag(run, role, conditioning)
@@ -95,6 +98,12 @@ def _tag(run: Run, role: str, conditioning: dict[str, Any]) -> None:
     if attached is None:
         handles = tuple(run.handle(a, a.identity, negative) for a in run.plan.applications)
     else:
+        if any((kind == "negative") != negative for _, kind in attached):
+            log.warning(
+                "a conditioning with an identity attached as %s is used as %s; attach it in the role it is used in",
+                "positive" if negative else "negative",
+                role,
+            )
         handles = _attached_handles(run, attached)
     tags = RowTags(run, handles, tuple(conditioning.get(TEXT_POSITIONS, ())))
     conditioning["model_conds"] = {**conditioning.get("model_conds", {}), KEY: tags}
@@ -215,11 +224,8 @@ def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, A
     if not acting and not foreign:
         return None
     tiled = tile_rows(rows.rows, x.shape[0])
-    if len(tiled) != len(rows.rows) and any(a.masked for a in acting):
-        raise InputError(
-            "attn_mask cannot follow the tiles that another node cuts this model call into; sample without tiles, or without "
-            "the mask."
-        )
+    for masked in (a for a in acting if a.masked):
+        _require_whole_pictures(run, rows.rows, x, plan.applications[masked.number])
     return Call(
         run=run,
         rows=tiled,
@@ -227,6 +233,20 @@ def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, A
         normalized=rescale is not None,
         foreign_scale=torch.full((), scale, device=x.device) if foreign else None,
     )
+
+
+def _require_whole_pictures(run: Run, rows: tuple[Row, ...], x: Tensor, application: Application) -> None:
+    """Raise InputError where a mask cannot be laid on the rows: the call holds tiles or other latents than the run's."""
+    size = tuple(x.shape[-2:])
+    whole = len(rows) == x.shape[0] and all(size == (row.area or run.latent_size)[:2] for row in rows)
+    mask = application.mask
+    if mask is not None and mask.shape[0] > 1:
+        whole = whole and max(row.image for row in rows) + 1 == run.latents
+    if not whole:
+        raise InputError(
+            "attn_mask cannot follow the tiles or windows that another node cuts this model call into; sample without them, or "
+            "without the mask."
+        )
 
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]

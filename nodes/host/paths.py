@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path, PurePath
 
 import folder_paths
@@ -81,5 +82,7 @@ def folder_hint(name: str) -> str:
 
 def insightface_roots() -> list[Path]:
     """Folders that may hold insightface packages, where this and other packs' users have them."""
-    roots = [*_known(INSIGHTFACE), Path(folder_paths.models_dir) / INSIGHTFACE, Path.home() / ".insightface"]
+    roots = [*_known(INSIGHTFACE), Path(folder_paths.models_dir) / INSIGHTFACE]
+    with contextlib.suppress(RuntimeError):  # a user without a home, as in some containers
+        roots.append(Path.home() / ".insightface")
     return list(dict.fromkeys(roots))

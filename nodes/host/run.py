@@ -101,6 +101,7 @@ class Run:
     plan: Plan
     sigmas: tuple[float, ...]
     latent_size: tuple[int, int]
+    latents: int  # in the batch
     _handles: dict[Any, Handle] = field(default_factory=dict)
     _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
     _projected: dict[Any, dict[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)

@@ -621,7 +621,8 @@ def save_graph(name: str, photo: str = PERSON) -> Graph:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/b", "", "  ", "C:\\x", "..", ".hidden", "a\nb", "nul?", "CON", "x" * 200, "/x/y"]
+    "name",
+    ["../x", "a/b", "", "  ", "C:\\x", "..", ".hidden", "a\nb", "nul?", "CON", "x" * 200, "名" * 100, "/x/y"],
 )
 def test_an_identity_name_that_is_no_file_name(server: ComfyServer, name: str) -> None:
     message = refusal(server, save_graph(name), "IDAdapterSaveIdentity")

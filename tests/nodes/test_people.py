@@ -149,3 +149,16 @@ def test_attached_person_of_another_adapter() -> None:
     model = apply(unet(KIND), KIND, person(KIND))
     with pytest.raises(InputError, match="no Apply ID Adapter is left"):
         sample(model, attach(positive, person("sdxl")), negative)
+
+
+def test_an_attached_role_that_contradicts_its_use_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """As when an attached positive goes through a node and ends up as the negative."""
+    kind, identity = "sd15", person("sd15")
+    model = apply(unet(kind), kind, identity)
+    sample(model, prompt(kind, "positive"), attach(prompt(kind, "negative"), identity, "positive"))
+    assert "attached as positive is used as negative" in caplog.text
+
+
+def test_a_black_mask_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    apply(unet("sd15"), "sd15", person("sd15"), mask=torch.zeros(1, 8, 8))
+    assert "attn_mask is black everywhere" in caplog.text

@@ -220,3 +220,13 @@ def test_more_text_tokens_than_any_name_has() -> None:
 
     norms = reference_norms(tiny_clip("sdxl"), 12)
     assert all(torch.isfinite(values).all() and values.shape == (12,) for values in norms.values())
+
+
+def test_checkpoint_without_a_text_encoder() -> None:
+    with pytest.raises(RuntimeError, match="ID Prompt got no CLIP"):
+        pack_nodes()["IDAdapterPrompt"].execute(None, person("sdxl"), "a photo", "auto", 1.0)
+
+
+def test_class_word_in_any_case() -> None:
+    _, encoded = id_prompt("sdxl", "a <Class Word> and a <class word>", class_word="woman")
+    assert encoded == "a woman and a woman"

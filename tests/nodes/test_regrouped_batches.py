@@ -156,3 +156,40 @@ def test_compiled_model_on_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch)
     compiled = TorchCompileModel.execute(apply(unet(KIND), KIND, person(KIND)), "eager").result[0]
     with pytest.raises(RuntimeError, match="acts on a compiled model"):
         draw(compiled, KIND)
+
+
+def halves(model: Any) -> Any:
+    """A clone whose model calls run on the left and the right half apart, as tiled sampling with one tile at a time does."""
+
+    def wrapper(apply_model: Any, arguments: dict[str, Any]) -> Tensor:
+        x, t, c = arguments["input"], arguments["timestep"], arguments["c"]
+        return torch.cat([apply_model(part, t, **c) for part in x.chunk(2, dim=-1)], dim=-1)
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def test_a_mask_does_not_follow_a_half_of_the_picture() -> None:
+    mask = torch.zeros(1, 16, 16)
+    mask[..., :8] = 1
+    wide = noise(1, 8, 16)
+    with pytest.raises(RuntimeError, match="attn_mask cannot follow the tiles"):
+        draw(halves(apply(unet(KIND), KIND, person(KIND), mask=mask)), KIND, latent_noise=wide)
+    assert torch.isfinite(draw(halves(apply(unet(KIND), KIND, person(KIND))), KIND, latent_noise=wide)).all()
+
+
+def test_masks_of_a_batch_do_not_follow_a_window_of_it() -> None:
+    """Context windows run a few latents of the batch at a time."""
+
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    masks = torch.zeros(4, 8, 8)
+    masks[2] = 1
+    model = apply(unet(KIND), KIND, person(KIND), mask=masks)
+    windows = ContextWindowsManualNode.execute(
+        model, context_length=2, context_overlap=0, context_schedule="standard_static", context_stride=1,
+        closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False,
+    ).result[0]  # fmt: skip
+    with pytest.raises(RuntimeError, match="attn_mask cannot follow the tiles or windows"):
+        draw(windows, KIND, latent_noise=noise(4))

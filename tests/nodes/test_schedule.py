@@ -299,3 +299,16 @@ def test_unscaled_run_matches_the_reference() -> None:
     model, calls = record(rescale(apply(unet(KIND), KIND, identity), mode="off"))
     sample(model, prompt(KIND, "positive"), prompt(KIND, "negative"), steps=1, cfg=1.0)
     assert_rows(KIND, calls[0], [(prompt(KIND, "positive"), identity.adapter_tokens)])
+
+
+def test_every_scheduler_of_the_host_gives_its_own_steps() -> None:
+    """Dense schedules too: the tolerance for rounding must not reach the next level."""
+    import comfy.samplers
+    from ComfyUI_IDAdapter.idadapter_core.schedule import step_index
+
+    sampling = unet("sd15").get_model_object("model_sampling")
+    for scheduler in comfy.samplers.KSampler.SCHEDULERS:
+        for steps in (4, 30, 100):
+            sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).tolist()
+            found = [step_index(sigma, sigmas) for sigma in sigmas[:-1]]
+            assert found == list(range(len(sigmas) - 1)), (scheduler, steps)

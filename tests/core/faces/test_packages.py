@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime
@@ -116,3 +117,24 @@ class TestBadPackages:
         (folder / "manifest.json").write_text(manifest)
         with pytest.raises(FacePackageError, match=r"manifest\.json.*Get the package again"):
             read_package(folder)
+
+
+def test_a_folder_that_may_not_be_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a container's user meets it under somebody else's home. Root may read everything, so the refusal is simulated."""
+    readable = tmp_path / "open" / "models" / "buffalo_l"
+    readable.mkdir(parents=True)
+    (readable / "det.onnx").touch()
+    closed = tmp_path / "closed" / "models"
+    closed.mkdir(parents=True)
+    iterdir = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert find_packages([tmp_path / "closed", tmp_path / "open"]) == {"buffalo_l": readable}
+    assert "left out" in caplog.text
