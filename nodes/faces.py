@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..idadapter_core.faces.align import square_crop
 from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
 from ..idadapter_core.faces.features import ON_MISSING, extract_features
 from ..idadapter_core.faces.iresnet import digest, load_iresnet
@@ -19,6 +20,7 @@ from ..idadapter_core.faces.packages import find_packages, resolve_package
 from ..idadapter_core.faces.preview import draw_preview, face_mask
 from .host import images, paths
 from .host.memory import manage
+from .host.vision import encode_heads
 from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket
 
 FROM_PACKAGE = "from package"
@@ -122,6 +124,12 @@ class ExtractFaces(io.ComfyNode):
                     "of the first).",
                 ),
                 FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Only for adapters that also read CLIP vision features (the IDAdapter method). UniID does not: "
+                    "leave it empty and save the time.",
+                ),
                 io.Combo.Input(
                     "select",
                     options=list(POLICIES),
@@ -168,7 +176,13 @@ class ExtractFaces(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image: Tensor, analyzer: LoadedAnalyzer, select: str, index: int, on_missing: str
+        cls,
+        image: Tensor,
+        analyzer: LoadedAnalyzer,
+        select: str,
+        index: int,
+        on_missing: str,
+        clip_vision: Any = None,
     ) -> io.NodeOutput:
         pictures = images.photos(image)
         progress = comfy.utils.ProgressBar(len(pictures))
@@ -184,6 +198,10 @@ class ExtractFaces(io.ComfyNode):
             check=comfy.model_management.throw_exception_if_processing_interrupted,
         )
         features = extraction.features
+        if clip_vision is not None:
+            heads = [square_crop(pictures[face.image_index], face) for face in features.faces]
+            patch_tokens, class_embedding = encode_heads(clip_vision, heads)
+            features = replace(features, patch_tokens=patch_tokens, class_embedding=class_embedding)
         height, width = pictures[0].shape[:2]
         previews = [
             draw_preview(picture, found, chosen)

@@ -98,8 +98,8 @@ def identity_file(name: str) -> str:
         or _RESERVED.fullmatch(stem)
     ):
         raise InputError(
-            f"an identity's name must be a plain file name of at most {LONGEST_NAME} bytes, without folders or any of \\ / : * ? \" < > |, got {name!r}. "
-            "It is saved in models/idadapter/identities."
+            "an identity's name must be a plain file name without folders or any of \\ / : * ? \" < > |, of at most "
+            f"{LONGEST_NAME} bytes, got {name!r}. It is saved in models/idadapter/identities."
         )
     return f"{stem}.safetensors"
 

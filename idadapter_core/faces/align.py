@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FaceError, FacePackageError, InputError
+from ..types import Face
+from .images import Image
 
 # Where insightface puts eyes, nose and mouth corners in a 112 px crop (insightface/utils/face_align.py, `arcface_dst`).
 TEMPLATE = np.array(
@@ -80,3 +82,16 @@ def _share_inside(matrix: NDArray[np.float64], height: int, width: int) -> float
     photo_points = (crop_points - shift) @ np.linalg.inv(linear).T
     inside = (photo_points >= 0).all(axis=1) & (photo_points <= [width - 1, height - 1]).all(axis=1)
     return float(inside.mean())
+
+
+def square_crop(image: Image, face: Face, scale: float = 1.5) -> Image:
+    """The head around a face (S, S, 3), RGB uint8: a square of `scale` times the larger side of the face's box, at its centre.
+
+    Where the square reaches beyond the photo, the photo's edge is repeated. Upright as in the photo: not turned or warped.
+    """
+    height, width = image.shape[:2]
+    side = max(round(scale * max(face.width, face.height)), 1)
+    center_x, center_y = face.center
+    columns = np.clip(round(center_x - side / 2) + np.arange(side), 0, width - 1)
+    rows = np.clip(round(center_y - side / 2) + np.arange(side), 0, height - 1)
+    return image[rows[:, None], columns[None, :]]

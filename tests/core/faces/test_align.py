@@ -6,7 +6,8 @@ import pytest
 from insightface.utils import face_align
 
 from idadapter_core.errors import FaceError, InputError
-from idadapter_core.faces.align import TEMPLATE, align_face, similarity_transform
+from idadapter_core.faces.align import TEMPLATE, align_face, similarity_transform, square_crop
+from idadapter_core.types import Face
 from tests.tiny.face_package import MarkedFace, synthesize
 
 
@@ -88,3 +89,17 @@ def test_face_outside_the_photo() -> None:
     with pytest.raises(FaceError, match="of the face lies inside the photo"):
         align_face(photo, TEMPLATE - [90, 0])
     assert align_face(photo, TEMPLATE - [30, 0]).shape == (112, 112, 3)
+
+
+@pytest.mark.parametrize(
+    "box", [(20.0, 30.0, 60.0, 70.0), (-10.0, -10.0, 30.0, 30.0), (70.0, 50.0, 110.0, 90.0)]
+)
+def test_square_crop_centres_the_head_and_repeats_the_edge(box: tuple[float, float, float, float]) -> None:
+    photo = np.arange(80 * 100 * 3, dtype=np.uint32).reshape(80, 100, 3).astype(np.uint8)
+    crop = square_crop(photo, Face(box=box, landmarks=((0.0, 0.0),) * 5, score=1.0), scale=2.0)
+    assert crop.shape == (80, 80, 3)
+    x, y = round((box[0] + box[2]) / 2), round((box[1] + box[3]) / 2)
+    inside = (min(max(y, 0), 79), min(max(x, 0), 99))
+    assert (crop[40, 40] == photo[inside]).all()
+    corner = (min(max(y - 40, 0), 79), min(max(x - 40, 0), 99))
+    assert (crop[0, 0] == photo[corner]).all()
