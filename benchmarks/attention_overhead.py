@@ -198,8 +198,9 @@ def build_variants(
 
 
 def count_our_time() -> None:
-    """Time the pack's own code where it runs: each attention site, and what the model wrapper decides and binds."""
+    """Time the pack's own code where it runs: each attention site, and what the model wrapper projects, decides and binds."""
     from ComfyUI_IDAdapter.nodes.host import patching
+    from ComfyUI_IDAdapter.nodes.host.run import Run
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -208,7 +209,13 @@ def count_our_time() -> None:
 
         return call
 
-    for owner, name in ((patching.SiteAttention, "__call__"), (patching, "_call"), (patching, "_chain")):
+    parts = (
+        (patching.SiteAttention, "__call__"),
+        (Run, "project"),
+        (patching, "_call"),
+        (patching, "_chain"),
+    )
+    for owner, name in parts:
         setattr(owner, name, timed(getattr(owner, name)))
 
 
