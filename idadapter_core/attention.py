@@ -130,9 +130,14 @@ def rescale_factor(base_norm: Tensor, residual: Tensor, scale: Tensor | float, e
 
     It is held within the range of that dtype: an infinite factor would turn the zeros of a residual into NaN.
     """
-    largest = torch.finfo(residual.dtype).max
-    factor = scale * base_norm / sample_norm(residual).clamp_min(eps)
-    return factor.clamp(-largest, largest).to(residual.dtype)[:, None, None]
+    return _bounded_factor(base_norm, sample_norm(residual), scale, residual.dtype, eps)[:, None, None]
+
+
+def _bounded_factor(
+    base_norm: Tensor, residual_norm: Tensor, scale: Tensor | float, dtype: torch.dtype, eps: float
+) -> Tensor:
+    largest = torch.finfo(dtype).max
+    return (scale * base_norm / residual_norm.clamp_min(eps)).clamp(-largest, largest).to(dtype)
 
 
 def normalized_rescale(base: Tensor, residual: Tensor, scale: Tensor | float, eps: float = 1e-6) -> Tensor:
@@ -198,15 +203,14 @@ def _add_blocks(
     logits = torch.bmm(identity.keys, query.reshape(groups, -1, channels).transpose(1, 2))
     # Tokens before pixels: a softmax over few tokens is fast where the pixels lie side by side.
     probabilities = logits.view(groups, heads, count, rows // groups, length).softmax(dim=2)
-    factor = torch.as_tensor(scale, dtype=torch.float32, device=base.device).expand(rows)
-    if base_norm is not None:
+    if base_norm is None:
+        factor = torch.as_tensor(scale, dtype=base.dtype, device=base.device).expand(rows)
+    else:
         by_row = probabilities.movedim(3, 1).flatten(0, 1)
         moments = (by_row @ by_row.transpose(-1, -2)).float()
         gram = identity.gram.repeat_interleave(rows // groups, dim=0)
         norm = (moments * gram).sum(dim=(1, 2, 3)).clamp_min(0).sqrt()
-        factor = factor * base_norm / norm.clamp_min(eps)
-    largest = torch.finfo(base.dtype).max  # see `rescale_factor`
-    factor = factor.clamp(-largest, largest).to(base.dtype)
+        factor = _bounded_factor(base_norm, norm, scale, base.dtype, eps)
     values = identity.values
     if rows == groups and mask is None:
         values = values * factor[:, None, None]

@@ -51,12 +51,14 @@ class _Uncompiled:
 _uncompiled = _Uncompiled()
 
 
-def is_compiled(model: Any, options: dict[str, Any]) -> bool:
-    """Whether a model call may run compiled code: through ComfyUI's compile node, or compiled modules in the UNet."""
-    if options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY):
-        return True
-    modules = model.diffusion_model.modules()
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in modules)
+def has_compile_wrapper(options: dict[str, Any]) -> bool:
+    """Whether ComfyUI's compile node acts on a model call."""
+    return bool(options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY))
+
+
+def has_compiled_modules(unet: Any) -> bool:
+    """Whether a UNet, or anything in it, is compiled by another way."""
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in unet.modules())
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...idadapter_core.attention import add_identity, add_residual, sample_norm
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.sites import Site
-from .compilation import is_compiled, uncompiled
+from .compilation import has_compile_wrapper, uncompiled
 from .plan import KEY, Application, Plan
 from .run import Handle, Row, Rows, RowTags, Run, expand_rows, tile_rows
 
@@ -197,7 +197,8 @@ def apply_model(
         CALL: call,
         "patches_replace": {**options.get("patches_replace", {}), "attn2": bound},
     }
-    with uncompiled() if is_compiled(model, options) else nullcontext():
+    compiled = has_compile_wrapper(options) or run.has_compiled_modules(model.diffusion_model)
+    with uncompiled() if compiled else nullcontext():
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

@@ -16,6 +16,7 @@ from ...idadapter_core.attention import BlockKeysValues, KeysValues, prepare_ide
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.schedule import step_index
 from ...idadapter_core.sites import Site
+from .compilation import has_compiled_modules
 from .plan import Application, Plan
 
 
@@ -104,6 +105,7 @@ class Run:
     latents: int  # in the batch
     _handles: dict[Any, Handle] = field(default_factory=dict)
     _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
+    _compiled: dict[Any, bool] = field(default_factory=dict)
     _projected: dict[Any, dict[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _prepared: dict[Any, KeysValues | BlockKeysValues] = field(default_factory=dict)
     _segments: dict[Any, tuple[Segment, ...]] = field(default_factory=dict)
@@ -115,6 +117,7 @@ class Run:
         for cache in (
             self._handles,
             self._windows,
+            self._compiled,
             self._projected,
             self._prepared,
             self._segments,
@@ -159,6 +162,12 @@ class Run:
             self._windows[application] = (start, end)
         start, end = self._windows[application]
         return end < sigma <= start
+
+    def has_compiled_modules(self, unet: Any) -> bool:
+        """Whether anything in a UNet is compiled. Its modules are walked once per run."""
+        if unet not in self._compiled:
+            self._compiled[unet] = has_compiled_modules(unet)
+        return self._compiled[unet]
 
     def project(self, device: torch.device, dtype: torch.dtype) -> None:
         """Project K and V of every identity of the run at every site, once per device and dtype.

@@ -86,9 +86,8 @@ def _measure_norms(clip: Any, count: int) -> dict[str, Tensor]:
                 [name[position] for name in ids if len(name) > position], device=device
             )
             vectors.append((embed(at_position, out_dtype=torch.float32).mean(dim=0), 1.0))
-        vectors += vectors[-1:] * (
-            count - len(vectors)
-        )  # positions that no name reaches are like the last that one does
+        # Positions that no name reaches are like the last that one does.
+        vectors += vectors[-1:] * (count - len(vectors))
         row = rows[0]
         tokens[encoder] = [[row[0], *vectors, *row[1:]][: len(row)]]
     states = clip.encode_from_tokens(tokens, return_dict=True)["cond"][0, 1 : 1 + count].float()

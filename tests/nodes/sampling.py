@@ -345,3 +345,10 @@ def assert_rows(
                 want[row] += weight * identity_part(kind, call, block, tokens)[row]
         torch.testing.assert_close(site.out.double(), want, atol=2e-5, rtol=1e-4)
     return found
+
+
+def left_half(height: int = 64, width: int = 64) -> Tensor:
+    """A mask (1, height, width) of the left half."""
+    mask = torch.zeros(1, height, width)
+    mask[..., : width // 2] = 1
+    return mask

@@ -14,6 +14,7 @@ from tests.nodes.sampling import (
     difference,
     draw,
     identity_part,
+    left_half,
     noise,
     person,
     prompt,
@@ -22,12 +23,6 @@ from tests.nodes.sampling import (
     sample,
     unet,
 )
-
-
-def left_half(height: int = 64, width: int = 64) -> Tensor:
-    mask = torch.zeros(1, height, width)
-    mask[..., : width // 2] = 1
-    return mask
 
 
 @pytest.mark.parametrize("kind", KINDS)

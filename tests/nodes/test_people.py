@@ -13,6 +13,7 @@ from tests.nodes.sampling import (
     attach,
     difference,
     draw,
+    left_half,
     noise,
     person,
     prompt,
@@ -26,8 +27,7 @@ KIND = "sd15"
 
 
 def halves() -> tuple[Tensor, Tensor]:
-    left = torch.zeros(1, 64, 64)
-    left[..., :32] = 1
+    left = left_half()
     return left, 1 - left
 
 
