@@ -10,12 +10,19 @@ import pytest
 
 from tests.harness.comfy import comfyui_path, import_comfy, load_pack
 from tests.harness.server import ComfyServer, Writer, bring_tiny_checkpoints
-from tests.tiny.files import bring_adapters, bring_face_package, bring_photos, bring_recognizer
+from tests.tiny.files import (
+    bring_adapters,
+    bring_clip_vision,
+    bring_face_package,
+    bring_photos,
+    bring_recognizer,
+)
 
 # Run on the base directory of the shared server before it starts: append here what brings further models or inputs.
 SERVER_FILES: list[Writer] = [
     bring_tiny_checkpoints,
     bring_adapters,
+    bring_clip_vision,
     bring_recognizer,
     bring_face_package,
     bring_photos,

@@ -31,6 +31,7 @@ from tests.tiny.files import (
     RECOGNIZER,
     TEXT_BRANCH,
     bring_adapters,
+    bring_clip_vision,
     bring_face_package,
     bring_photos,
     bring_recognizer,
@@ -72,7 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8, help="sampling steps (default 8)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for the pictures")
     options = parser.parse_args(arguments)
-    writers = [bring_tiny_checkpoints, bring_adapters, bring_recognizer, bring_face_package, bring_photos]
+    writers = [
+        bring_tiny_checkpoints,
+        bring_adapters,
+        bring_clip_vision,
+        bring_recognizer,
+        bring_face_package,
+        bring_photos,
+    ]
     print("Writing tiny models and starting ComfyUI ...", flush=True)
     try:
         with ComfyServer(writers=writers) as server:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +11,9 @@ import pytest
 import torch
 
 from idadapter_core.faces import iresnet
-from tests.golden.recipe import fill
 from tests.harness.comfy import pack_nodes
 from tests.tiny.face_package import MarkedFace, synthesize, write_package
+from tests.tiny.vision import PATCHES, WIDTH, tiny_clip_vision
 
 
 @pytest.fixture
@@ -60,22 +59,6 @@ def recognizers(node: Any) -> list[str]:
     return list(found)
 
 
-def tiny_clip_vision(folder: Path) -> Any:
-    """CLIP vision of ComfyUI's own class: 2 x 2 patches, width 32."""
-    from comfy.clip_vision import ClipVisionModel
-
-    config = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_channels": 3,
-        "image_size": 28, "patch_size": 14, "projection_dim": 16, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
-        "model_type": "clip_vision_model",
-    }  # fmt: skip
-    path = folder / "clip_vision.json"
-    path.write_text(json.dumps(config), encoding="utf-8")
-    model = ClipVisionModel(str(path))
-    fill(model.model, 3)
-    return model
-
-
 def test_clip_vision_adds_tokens_of_each_head(pack: ModuleType, tmp_path: Path) -> None:
     from ComfyUI_IDAdapter.idadapter_core.faces.align import square_crop
     from ComfyUI_IDAdapter.idadapter_core.faces.detector import open_analyzer
@@ -84,7 +67,7 @@ def test_clip_vision_adds_tokens_of_each_head(pack: ModuleType, tmp_path: Path) 
     analyzer = LoadedAnalyzer(open_analyzer(write_package(tmp_path), "cpu", recognition=True))
     photo = synthesize(faces=[MarkedFace(180, 300, 60, identity=1), MarkedFace(450, 300, 90, identity=2)])
     image = torch.from_numpy(photo)[None].float() / 255
-    clip_vision = tiny_clip_vision(tmp_path)
+    clip_vision = tiny_clip_vision()
 
     def extract(clip: Any) -> Any:
         with torch.inference_mode():
@@ -98,8 +81,8 @@ def test_clip_vision_adds_tokens_of_each_head(pack: ModuleType, tmp_path: Path) 
     assert plain.patch_tokens is None
     assert plain.class_embedding is None
     assert torch.equal(plain.embedding, features.embedding)
-    assert features.patch_tokens.shape == (1, 4, 32)
-    assert features.class_embedding.shape == (1, 32)
+    assert features.patch_tokens.shape == (1, PATCHES, WIDTH)
+    assert features.class_embedding.shape == (1, WIDTH)
     head = square_crop(photo, features.faces[0])
     assert head.shape[0] == head.shape[1]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The files that UniID's graphs need beside the checkpoints: adapters, a face network, a face package and photos."""
+"""The files that graphs need beside the checkpoints: adapters, CLIP vision, a face network, a face package and photos."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from PIL import Image
 from idadapter_core.faces.iresnet import IResNet, save_iresnet
 from tests.golden import recipe
 from tests.tiny.uniid import write_tiny_adapters
+from tests.tiny.vision import FILE_NAMES, NARROW_WIDTH, WIDTH, write_tiny_clip_vision
 
 PACKAGE = "buffalo_l"
 RECOGNIZER = "tiny_iresnet.safetensors"
+
+CLIP_VISION = FILE_NAMES[WIDTH]
+CLIP_VISION_NARROW = FILE_NAMES[NARROW_WIDTH]
+"""Of another width than any adapter here reads."""
 
 # As published, SDXL: two files of one name in two folders.
 ADAPTER = "uniid_tiny/adapter_branch/pytorch_model.bin"
@@ -41,6 +46,11 @@ ASTRONAUT_LANDMARKS = np.array(
 def bring_adapters(base: Path) -> None:
     """A `Writer`: the tiny adapters."""
     write_tiny_adapters(base / "models")
+
+
+def bring_clip_vision(base: Path) -> None:
+    """A `Writer`: the tiny CLIP vision models."""
+    write_tiny_clip_vision(base / "models")
 
 
 def bring_recognizer(base: Path) -> None:

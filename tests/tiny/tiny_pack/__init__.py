@@ -1,8 +1,8 @@
-"""A custom node pack, for tests only, that lets ComfyUI's checkpoint detection recognise the tiny checkpoints.
+"""A custom node pack, for tests only, that lets ComfyUI recognise the tiny checkpoints and CLIP vision models.
 
 Linked into the `custom_nodes` folder of a test server, it makes the stock `CheckpointLoaderSimple`
-load the files of `tests/tiny/checkpoints.py` through the same code as a real checkpoint. Its two nodes make broken images
-and masks.
+load the files of `tests/tiny/checkpoints.py`, and the stock `CLIPVisionLoader` those of `tests/tiny/vision.py`, through the
+same code as real ones. Its two nodes make broken images and masks.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import comfy.supported_models_base
 import comfy.text_encoders.sd2_clip
 import torch
 
+from . import vision
+
 TEXT_WIDTH = 64
 """Hidden width of every tiny text encoder (CLIP-L, CLIP-G and OpenCLIP-H)."""
 
@@ -113,6 +115,8 @@ class TinySDXL(comfy.supported_models.SDXL):
 
 
 def register() -> None:
-    """Append the tiny models to the list ComfyUI searches when it opens a checkpoint. Doing it twice is harmless."""
+    """Append the tiny models to the list ComfyUI searches when it opens a checkpoint, and have it recognise the tiny
+    CLIP vision models. Doing it twice is harmless."""
     known = comfy.supported_models.models
     known.extend(model for model in (TinySD15, TinySD21, TinySDXL) if model not in known)
+    vision.register()
