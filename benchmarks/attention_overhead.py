@@ -5,11 +5,17 @@ cost is measured in situ: inside real forwards, what the adapter's own code take
 (weights are random: trained ones cost the same). Whole forwards are compared too, but other load moves them by more than the
 effect. Times are CPU time of one thread. Rounds are interleaved and the medians over rounds are shown.
 
-    python -m benchmarks.attention_overhead                     # fp32 256 px and bf16 512 px, 4, 16 and 25 tokens
+    python -m benchmarks.attention_overhead                     # UniID: fp32 256 px and bf16 512 px, 4, 16 and 25 tokens
     python -m benchmarks.attention_overhead --case fp32:256 --tokens 25 --rounds 9
+    python -m benchmarks.attention_overhead --gated             # IDAdapter: bf16 256 px, 257 and 1028 tokens
 
-"naive" is the common way: K and V of the identity projected at each call for both halves, `repeat`, attention, a new tensor
+UniID: "naive" is the common way: K and V of the identity projected at each call for both halves, `repeat`, attention, a new tensor
 for the weighted residual and one for the sum; no rescaling. "ours" is the pack's patch with normalized rescaling.
+
+IDAdapter: "naive" is Eq. 7 as it is written, in both halves and at each call: E_r through its linear map and norm, queries, keys
+and values for image and E_r, attention, the rows of E_r dropped, the feed-forward. "ours" is the pack's patch; "ours, floor" is
+the part of it that Eq. 7 asks of the image tokens of the positive half alone (their projections, the attention among
+themselves, the feed-forward): the same patch with a single identity token. "ours, fresh" has all gates and deltas at 0.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ class Clock:
     adapter: float = 0.0
     text: float = 0.0
     depth: int = 0
+    gated: bool = False  # inside a gated adapter, whose attention is not the text's
 
     @property
     def added(self) -> float:
@@ -60,13 +67,15 @@ CLOCK = Clock()
 
 
 @contextmanager
-def adapter_time() -> Iterator[None]:
+def adapter_time(gated: bool = False) -> Iterator[None]:
     start = time.thread_time()
     CLOCK.depth += 1
+    CLOCK.gated = gated
     try:
         yield
     finally:
         CLOCK.depth -= 1
+        CLOCK.gated = False
         CLOCK.adapter += time.thread_time() - start
 
 
@@ -74,7 +83,7 @@ def timed_attention(attention: Callable[..., torch.Tensor]) -> Callable[..., tor
     def timed(*args: Any, **kwargs: Any) -> torch.Tensor:
         start = time.thread_time()
         out = attention(*args, **kwargs)
-        if CLOCK.depth:
+        if CLOCK.depth and not CLOCK.gated:
             CLOCK.text += time.thread_time() - start
         return out
 
@@ -110,6 +119,28 @@ class NaiveAdapter:
             v_id = torch.cat([values[chunk] for chunk in chunks])
             residual = self.plain(q, k_id, v_id, extra["n_heads"])
             return out + residual * 1.0
+
+
+class NaiveGates:
+    """Eq. 7 as it is written, as a middle patch."""
+
+    def __init__(self, layers: Any, tokens: torch.Tensor, sites: Any, plain: Callable[..., Any]):
+        self.gates = {site.comfy: layers.gates[str(site.index)] for site in sites}
+        self.tokens = tokens
+        self.plain = plain
+
+    def __call__(self, x: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+        with adapter_time(gated=True):
+            gate = self.gates[(*extra["block"], extra["block_index"])]
+            length = x.shape[1]
+            objects = gate.linear(self.tokens.repeat(x.shape[0], 1, 1))
+            together = gate.norm1(torch.cat([x, objects], dim=1))
+            query, keys, values = gate.to_qkv(together).chunk(3, dim=-1)
+            mixed = gate.to_out(self.plain(query, keys, values, gate.heads))[:, :length]
+            x = x + gate.gate_attention.tanh() * mixed
+            value, opening = gate.ff_in(gate.norm2(x)).chunk(2, dim=-1)
+            fed = gate.ff_out(value * torch.nn.functional.gelu(opening))
+            return x + gate.gate_feed_forward.tanh() * fed
 
 
 def build_model(dtype: torch.dtype) -> Any:
@@ -197,14 +228,68 @@ def build_variants(
     return variants
 
 
+def build_gated_variants(
+    model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any
+) -> list[Variant]:
+    """The plain model, and for each number of identity tokens IDAdapter as written and ours, with the same weights."""
+    from ComfyUI_IDAdapter.idadapter_core.checkpoint import Adapter
+    from ComfyUI_IDAdapter.idadapter_core.methods.idadapter import PRESETS, IDAdapterLayers
+    from ComfyUI_IDAdapter.idadapter_core.types import Identity
+    from ComfyUI_IDAdapter.nodes.host.gates import GatePatch  # noqa: F401 - timed by count_our_time
+    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, plan_of, with_plan
+    from ComfyUI_IDAdapter.nodes.host.run import Row, Rows, Run
+
+    config = PRESETS["sd15"]
+    layers = IDAdapterLayers(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layers.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    layers = layers.to(dtype).requires_grad_(False)
+    for gate in layers.gates.values():
+        gate.gate_attention.fill_(0.5)
+        gate.gate_feed_forward.fill_(0.5)
+
+    side = pixels // 8
+    sigmas = torch.tensor([14.6, 4.0, 1.0, 0.0])
+    base = {"sample_sigmas": sigmas, "sigmas": sigmas[1:2], "cond_or_uncond": [1, 0]}
+    variants = [Variant("plain", lambda: dict(base))]
+    sites = plan_of(model).sites
+
+    def ours(name: str, count: int, gates: dict[int, tuple[float, float]], bias: bool = False) -> Variant:
+        adapter = Adapter(name, name, "idadapter", config, None, layers, gates=gates)
+        logs = torch.full((1, count), 1.386) if bias else None
+        identity = Identity(torch.randn(1, count, config.vision_width), None, adapter_bias=logs)
+        application = Application(adapter, identity, 1.0, 0.0, 1.0, None)
+        patched = with_plan(model, applications=(application,))
+        run = Run(plan_of(patched), tuple(sigmas.tolist()), (side, side), 1)
+        handles = [run.handle(application, identity, negative) for negative in (True, False)]
+        rows = Rows(run, tuple(Row((handle,), None, 0) for handle in handles))
+        options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers}
+        return Variant(name, lambda: {**base, **options}, {KEY: rows})
+
+    opened = layers.gate_values()
+    for count in token_counts:
+        tokens = torch.randn(1, count, config.vision_width, generator=generator).to(dtype)
+        patch = NaiveGates(layers, tokens, sites, plain)
+        variants.append(
+            Variant(f"naive T={count}", lambda p=patch: {**base, "patches": {"middle_patch": [p]}})
+        )
+        variants.append(ours(f"ours T={count}", count, opened))
+    variants.append(ours("ours, one photo for four (T=257 with bias)", 257, opened, bias=True))
+    variants.append(ours("ours, floor (T=1)", 1, opened))
+    variants.append(ours("ours, fresh (T=257)", 257, dict.fromkeys(opened, (0.0, 0.0))))
+    return variants
+
+
 def count_our_time() -> None:
     """Time the pack's own code where it runs: each attention site, and what the model wrapper projects, decides and binds."""
-    from ComfyUI_IDAdapter.nodes.host import patching
+    from ComfyUI_IDAdapter.nodes.host import gates, patching
     from ComfyUI_IDAdapter.nodes.host.run import Run
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(function: Callable[..., Any], gated: bool) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            with adapter_time():
+            with adapter_time(gated):
                 return function(*args)
 
         return call
@@ -214,9 +299,10 @@ def count_our_time() -> None:
         (Run, "project"),
         (patching, "_call"),
         (patching, "_chain"),
+        (gates.GatePatch, "__call__"),
     )
     for owner, name in parts:
-        setattr(owner, name, timed(getattr(owner, name)))
+        setattr(owner, name, timed(getattr(owner, name), owner is gates.GatePatch))
 
 
 def measure(model: Any, variants: list[Variant], dtype: torch.dtype, pixels: int, rounds: int) -> None:
@@ -261,10 +347,8 @@ def report(title: str, variants: list[Variant]) -> None:
         once = f"{1000 * max(variant.first_added - added, 0):.0f}" if variant.name.startswith("ours") else "-"
         print(f"| {variant.name} | {1000 * added:.1f} | {100 * share:.2f} % | {whole:.3f} | {once} |")
     for name, added in shares.items():
-        if name.startswith("ours"):
-            print(
-                f"{name}: {added / shares[name.replace('ours', 'naive')]:.2f} of the naive way's added time"
-            )
+        if (naive := name.replace("ours", "naive")) in shares and naive != name:
+            print(f"{name}: {added / shares[naive]:.2f} of the naive way's added time")
 
 
 def main() -> None:
@@ -272,7 +356,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", action="append", help="dtype:pixels, for example fp32:256 (repeatable)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4, 16, 25])
+    parser.add_argument("--gated", action="store_true", help="measure IDAdapter's gated adapters")
+    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of identity tokens")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU time is measured on one thread: 1 is right"
@@ -288,11 +373,13 @@ def main() -> None:
     attention.optimized_attention = timed_attention(plain)
     count_our_time()
     with torch.inference_mode():
-        for case in options.case or ["fp32:256", "bf16:512"]:
+        build = build_gated_variants if options.gated else build_variants
+        tokens = options.tokens or ([257, 1028] if options.gated else [4, 16, 25])
+        for case in options.case or (["bf16:256"] if options.gated else ["fp32:256", "bf16:512"]):
             name, pixels = case.split(":")
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
             model = build_model(dtype)
-            variants = build_variants(model, dtype, int(pixels), options.tokens, plain)
+            variants = build(model, dtype, int(pixels), tokens, plain)
             measure(model, variants, dtype, int(pixels), options.rounds)
             report(f"SD1.5, {name}, {pixels} px, batch 2, torch {torch.__version__}", variants)
 

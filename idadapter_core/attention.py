@@ -5,6 +5,7 @@ Shapes: B rows (latents times conditionings), N image tokens, C channels (C = he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -150,9 +151,48 @@ def normalized_rescale(base: Tensor, residual: Tensor, scale: Tensor | float, ep
     return residual * rescale_factor(sample_norm(base), residual, scale, eps)
 
 
-def add_residual(base: Tensor, residual: Tensor, factor: Tensor, inplace: bool = False) -> Tensor:
+def add_residual(base: Tensor, residual: Tensor, factor: Tensor | float, inplace: bool = False) -> Tensor:
     """base + factor * residual in one pass. `factor` broadcasts against (B, N, C); `inplace` overwrites `base`."""
-    return base.addcmul_(residual, factor) if inplace else torch.addcmul(base, residual, factor)
+    if isinstance(factor, Tensor):
+        return base.addcmul_(residual, factor) if inplace else torch.addcmul(base, residual, factor)
+    return base.add_(residual, alpha=factor) if inplace else torch.add(base, residual, alpha=factor)
+
+
+def gated_self_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    identity_keys: Tensor,
+    identity_values: Tensor,
+    heads: int,
+    *,
+    bias: Tensor | None = None,
+    attention: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """Self-attention over [y, E_r] for the rows of y alone: S of IDAdapter's Eq. 7 (arXiv 2403.13535), before the output projection.
+
+    The outputs of E_r are dropped there, so no queries for E_r are made here.
+
+    Args:
+        query, keys, values: (B, N, C) projections of the image tokens y.
+        identity_keys, identity_values: (1 or B, T, C) projections of the identity tokens E_r.
+        heads: number of heads; C is heads times the width of a head.
+        bias: (T,) added to the logits of the identity tokens: the log of how often each is meant to be there.
+        attention: what computes attention over (B, tokens, C) tensors where there is no bias; PyTorch's own by default.
+
+    Returns:
+        (B, N, C).
+    """
+    rows, length, _ = query.shape
+    keys = torch.cat([keys, identity_keys.to(keys).expand(rows, -1, -1)], dim=1)
+    values = torch.cat([values, identity_values.to(values).expand(rows, -1, -1)], dim=1)
+    if bias is None and attention is not None:
+        return attention(query, keys, values, heads)
+    mask = None if bias is None else F.pad(bias.to(query), (length, 0))[None, None, None]
+    out = F.scaled_dot_product_attention(
+        split_heads(query, heads), split_heads(keys, heads), split_heads(values, heads), attn_mask=mask
+    )
+    return merge_heads(out)
 
 
 def add_identity(

@@ -15,13 +15,14 @@ from torch import Tensor
 from . import formats
 from .errors import CheckpointError, InputError, MismatchError
 from .files import key_problems, read_tensors, some, state_digest, write_safetensors
-from .methods import uniid
+from .methods import METHODS, Config, idadapter, uniid
 from .sites import Site, family_name
 from .types import FaceFeatures, Identity, Mix
 
 FORMAT = "idadapter"
 FORMAT_VERSION = 1
 KINDS = ("adapter", "identity")
+_IDENTITY_TENSORS = ("adapter_tokens", "adapter_tokens_uncond", "adapter_bias")
 FILES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -29,18 +30,21 @@ FILES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 class Adapter:
     """The trained weights of one method for one UNet family.
 
-    `encoder` makes identities and is a module of its own for the host's memory manager; `projections` are only read, one
-    site at a time, when a sampling run starts.
+    `encoder` makes identities and is a module of its own for the host's memory manager; `layers` are what acts in the UNet.
     """
 
     name: str  # for messages
     digest: str  # of all weights
     method: str
-    config: uniid.UniIDConfig
-    encoder: uniid.UniIDEncoder
-    projections: uniid.SiteProjections
+    config: Config
+    encoder: Any  # uniid.UniIDEncoder or idadapter.IDAdapterEncoder
+    layers: Any  # uniid.SiteProjections or idadapter.IDAdapterLayers
     info: str = ""  # what was read from where
     notes: tuple[str, ...] = field(default=())  # what the user should know before using it
+    gates: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """IDAdapter: tanh of both gates by site number, known on the host so that a closed gate costs nothing."""
+    deltas: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """IDAdapter: what training added to the K and V weights, by the number of each site that it changed."""
 
     @property
     def family(self) -> str:
@@ -48,7 +52,7 @@ class Adapter:
         return family_name(len(self.config.site_widths), self.config.context_width)
 
     def encode(self, features: FaceFeatures, mix: Mix | None = None) -> Identity:
-        """One identity from the photos of one person (see `methods.uniid.encode`).
+        """One identity from the photos of one person (see `encode` in `methods`).
 
         Raises:
             MismatchError: the features come from another recogniser than the adapter was trained with.
@@ -59,7 +63,7 @@ class Adapter:
                 f"{self.name} was trained with the face recogniser {trained_with}, these features come from "
                 f"{features.recognizer}. Choose the recogniser it was trained with in Load Face Analyzer."
             )
-        identity = uniid.encode(self.encoder, self.config, features, mix or Mix())
+        identity = METHODS[self.method].encode(self.encoder, self.config, features, mix or Mix())
         return dataclasses.replace(identity, adapter=self.digest)
 
     def require_sites(
@@ -103,15 +107,17 @@ class Adapter:
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All weights under the published names."""
-        projections = {
-            formats.ADAPTER_PREFIX + key: tensor for key, tensor in self.projections.state_dict().items()
-        }
-        return {**self.encoder.state_dict(), **projections}
+        """All weights under the names they have in files; UniID's are the published ones."""
+        prefix = METHODS[self.method].layers_prefix
+        layers = {prefix + key: tensor for key, tensor in self.layers.state_dict().items()}
+        return {**self.encoder.state_dict(), **layers}
 
 
 def load_adapter(
-    path: str | Path, text_branch: str | Path | None = None, progress: Callable[[float], None] | None = None
+    path: str | Path,
+    text_branch: str | Path | None = None,
+    progress: Callable[[float], None] | None = None,
+    operations: Any = torch.nn,
 ) -> Adapter:
     """Read an adapter from a file, or from a published folder (with or without its config.json).
 
@@ -119,18 +125,27 @@ def load_adapter(
         path: our own safetensors, or any published or training layout (see `formats.uniid_state`).
         text_branch: a second file whose text branch is added; UniID publishes its two branches apart.
         progress: called with the share done, 0 to 1; naming the weights of a gigabyte takes seconds.
+        operations: where the layers that run at every step come from: `torch.nn`, or a host's versions of them.
 
     Raises:
         CheckpointError: unreadable, unrelated, incomplete, or holding unexpected weights; says which.
-        InputError: both files hold the same branch.
+        InputError: both files hold the same branch, or a second file was given to a method of one file.
     """
-    state, config, source = _read_adapter(Path(path))
+    method, state, config, source = _read_adapter(Path(path))
     if text_branch is not None:
-        second, second_config, second_source = _read_adapter(Path(text_branch))
+        second_method, second, second_config, second_source = _read_adapter(Path(text_branch))
+        for name, found in ((source, method), (second_source, second_method)):
+            if found != uniid.METHOD:
+                raise InputError(
+                    f"{name} is an {METHODS[found].title} file, which holds everything; choose it as adapter and set text_branch "
+                    "to 'none'."
+                )
+        assert isinstance(config, uniid.UniIDConfig)
+        assert isinstance(second_config, uniid.UniIDConfig)
         wanted = {key: tensor for key, tensor in second.items() if key.startswith(formats.TEXT_PREFIX)}
         if not wanted:
             raise CheckpointError(
-                f"{second_source} holds no text branch (only {_branches(second_config)}); choose the file of the text branch, "
+                f"{second_source} holds no text branch (only {uniid.branches(second_config)}); choose the file of the text branch, "
                 "or 'none'."
             )
         if config.has_text_branch:
@@ -144,88 +159,94 @@ def load_adapter(
             )
         config = dataclasses.replace(formats.uniid_config(state, source), recognizer="".join(digests))
         source = f"{source} + {second_source}"
-    return _build(source, state, config, progress)
+    return build_adapter(method, config, state, source, progress, operations)
 
 
-def _build(
+def build_adapter(
+    method: str,
+    config: Config,
+    state: Mapping[str, Tensor],
     source: str,
-    state: dict[str, Tensor],
-    config: uniid.UniIDConfig,
-    progress: Callable[[float], None] | None,
+    progress: Callable[[float], None] | None = None,
+    operations: Any = torch.nn,
 ) -> Adapter:
+    """An adapter from its weights, under the names they have in files.
+
+    Raises:
+        CheckpointError: weights are missing, too many, or of other shapes than the config says.
+    """
+    parts = METHODS[method]
     with torch.device("meta"):
-        encoder, projections = uniid.UniIDEncoder(config), uniid.SiteProjections(config)
-    head = formats.ADAPTER_PREFIX + "adapter_modules."
-    # The encoder runs once per identity, in fp32 whatever the file holds; the projections keep the file's dtype.
-    encoder_state = {key: tensor.float() for key, tensor in state.items() if not key.startswith(head)}
-    projection_state = {
-        key.removeprefix(formats.ADAPTER_PREFIX): tensor
-        for key, tensor in state.items()
-        if key.startswith(head)
+        encoder, layers = parts.encoder(config), parts.layers(config, operations)
+    # The encoder runs once per identity, in fp32 whatever the file holds; the layers keep the file's dtype.
+    encoder_state = {
+        key: tensor.float() for key, tensor in state.items() if not key.startswith(parts.layers_head)
     }
-    for module, weights in ((encoder, encoder_state), (projections, projection_state)):
-        _check_keys(source, module.state_dict(), weights)
+    layers_state = {
+        key.removeprefix(parts.layers_prefix): tensor
+        for key, tensor in state.items()
+        if key.startswith(parts.layers_head)
+    }
+    for module, weights in ((encoder, encoder_state), (layers, layers_state)):
+        if problems := key_problems(module.state_dict(), weights):
+            raise CheckpointError(
+                f"{source}: not a complete {parts.title} adapter: {problems}. Download or export the file again."
+            )
         module.load_state_dict(weights, strict=True, assign=True)
         module.requires_grad_(False).eval()
-    notes = []
-    if not config.has_text_branch:
-        notes.append(
-            "it has no text branch: identity acts through attention only, and ID Prompt adds no identity tokens. "
-            "Choose the text branch's file as text_branch for the complete method."
-        )
-    if not config.has_adapter_branch:
-        notes.append(
-            "it has no adapter branch: identity acts through ID Prompt only, and Apply ID Adapter has nothing to add. "
-            "Choose the adapter branch's file as adapter and this one as text_branch for the complete method."
-        )
+    notes = _notes(config)
     return Adapter(
         name=source,
         digest=state_digest(state, progress),
-        method=uniid.METHOD,
+        method=method,
         config=config,
         encoder=encoder,
-        projections=projections,
-        info=_describe(source, state, config, notes),
-        notes=tuple(notes),
+        layers=layers,
+        info=_describe(source, method, state, config, notes),
+        notes=notes,
+        gates=layers.gate_values() if isinstance(layers, idadapter.IDAdapterLayers) else {},
+        deltas=layers.key_value_deltas() if isinstance(layers, idadapter.IDAdapterLayers) else {},
     )
 
 
-def _branches(config: uniid.UniIDConfig) -> str:
-    parts = [
-        name
-        for name, there in (("text", config.has_text_branch), ("adapter", config.has_adapter_branch))
-        if there
-    ]
-    return " and ".join(parts) + (" branches" if len(parts) > 1 else " branch")
+def initial_adapter(config: idadapter.IDAdapterConfig, name: str, seed: int = 0) -> Adapter:
+    """An untrained IDAdapter, the start of a training: it leaves the model exactly as it is."""
+    encoder, layers = idadapter.IDAdapterEncoder(config), idadapter.IDAdapterLayers(config)
+    idadapter.initialise(encoder, layers, config, seed)
+    prefix = METHODS[idadapter.METHOD].layers_prefix
+    state = {**encoder.state_dict(), **{prefix + key: t for key, t in layers.state_dict().items()}}
+    return build_adapter(idadapter.METHOD, config, state, name)
 
 
-def _describe(source: str, state: Mapping[str, Tensor], config: uniid.UniIDConfig, notes: list[str]) -> str:
+def _notes(config: Config) -> tuple[str, ...]:
+    """What the user should know before using it."""
+    if isinstance(config, idadapter.IDAdapterConfig):
+        return ()
+    if not config.has_text_branch:
+        return (
+            "it has no text branch: identity acts through attention only, and ID Prompt adds no identity tokens. "
+            "Choose the text branch's file as text_branch for the complete method.",
+        )
+    if not config.has_adapter_branch:
+        return (
+            "it has no adapter branch: identity acts through ID Prompt only, and Apply ID Adapter has nothing to add. "
+            "Choose the adapter branch's file as adapter and this one as text_branch for the complete method.",
+        )
+    return ()
+
+
+def _describe(
+    source: str, method: str, state: Mapping[str, Tensor], config: Config, notes: tuple[str, ...]
+) -> str:
     count = sum(tensor.numel() for tensor in state.values())
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
-    lines = [f"{source}: UniID, {_branches(config)}, {count / 1e6:.1f} M parameters ({dtypes})"]
-    if config.has_adapter_branch:
-        lines.append(
-            f"for {family_name(len(config.site_widths), config.context_width)}; {config.adapter_tokens} adapter tokens"
-        )
-    if config.has_text_branch:
-        widths = ", ".join(
-            f"{name} {width}" for name, width in zip(uniid.ENCODERS, config.text_widths, strict=False)
-        )
-        lines.append(f"{config.text_tokens} text tokens for the text encoders {widths}")
-    lines.append(
-        f"face recogniser: {config.recognizer or 'not recorded in the file (the published weights use iResNet-100, Glint360K)'}"
-    )
-    return "\n".join([*lines, *(f"Note: {note}" for note in notes)])
+    first, *lines = METHODS[method].describe(config)
+    head = f"{source}: {METHODS[method].title}, {first}, {count / 1e6:.1f} M parameters ({dtypes})"
+    return "\n".join([head, *lines, *(f"Note: {note}" for note in notes)])
 
 
-def _check_keys(source: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    if problems := key_problems(expected, found):
-        raise CheckpointError(
-            f"{source}: not a complete UniID adapter: {problems}. Download or export the file again."
-        )
-
-
-def _read_adapter(path: Path) -> tuple[dict[str, Tensor], uniid.UniIDConfig, str]:
+def _read_adapter(path: Path) -> tuple[str, dict[str, Tensor], Config, str]:
+    """Method, weights, config, and what to call the file."""
     if path.is_dir():
         inside = [path / name for name in FILES_IN_FOLDER if (path / name).is_file()]
         if not inside:
@@ -236,11 +257,12 @@ def _read_adapter(path: Path) -> tuple[dict[str, Tensor], uniid.UniIDConfig, str
     tensors, metadata = read_tensors(path)
     if metadata.get("format") == FORMAT:
         _require_kind(metadata, "adapter", source)
-        return tensors, _own_config(metadata, source), source
+        method, config = _own_config(metadata, source)
+        return method, tensors, config, source
     state = formats.uniid_state(tensors, source)
     if not state:
         raise CheckpointError(f"{source}: {formats.describe_foreign(tensors)}.")
-    return state, formats.uniid_config(state, source), source
+    return uniid.METHOD, state, formats.uniid_config(state, source), source
 
 
 def _require_kind(metadata: Mapping[str, str], kind: str, source: str) -> None:
@@ -259,40 +281,46 @@ def _require_kind(metadata: Mapping[str, str], kind: str, source: str) -> None:
         )
 
 
-def _own_config(metadata: Mapping[str, str], source: str) -> uniid.UniIDConfig:
-    if metadata.get("method") != uniid.METHOD:
+def _own_config(metadata: Mapping[str, str], source: str) -> tuple[str, Config]:
+    name = metadata.get("method")
+    if name is None or name not in METHODS:
         raise CheckpointError(
-            f"{source}: method {metadata.get('method')!r} is unknown to this release; update ComfyUI-IDAdapter."
+            f"{source}: method {name!r} is unknown to this release; update ComfyUI-IDAdapter."
         )
+    config_class = METHODS[name].config
     try:
         stored: dict[str, Any] = json.loads(metadata["config"])
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
-        defaults = dataclasses.asdict(uniid.UniIDConfig())
+        defaults = dataclasses.asdict(config_class())
         if unknown := sorted(values.keys() - defaults.keys()):
             raise CheckpointError(
                 f"{source}: unknown settings {unknown} in its config; update ComfyUI-IDAdapter."
             )
         for key, value in values.items():
-            if type(value) is not type(defaults[key]) or not _is_setting(value):
+            if not _is_setting(value, defaults[key]):
                 raise ValueError(f"{key} is {value!r}, the published value is {defaults[key]!r}")
-        return uniid.UniIDConfig(**values)
+        config: Config = config_class(**values)
     except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, InputError) as error:
         raise CheckpointError(
             f"{source}: its config cannot be read ({error}); export the file again."
         ) from error
+    return name, config
 
 
-def _is_setting(value: object) -> bool:
-    """Whether a value of a config is a text, a size, or several sizes."""
-    sizes = value if isinstance(value, tuple) else (value,)
-    return isinstance(value, str) or all(type(size) is int and size >= 0 for size in sizes)
+def _is_setting(value: object, default: object) -> bool:
+    """Whether a value of a config is of its setting's kind: a text, a size, or several of one of them."""
+    if type(value) is not type(default):
+        return False
+    if isinstance(value, tuple) and isinstance(default, tuple):
+        return all(_is_setting(entry, default[0]) for entry in value)
+    return isinstance(value, str) or (type(value) is int and value >= 0)
 
 
 def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write an adapter in the project's own format. The write is atomic: a failure leaves no file behind.
 
     Args:
-        dtype: convert floating weights to it; None keeps the file's (projections) and fp32 (encoder).
+        dtype: convert floating weights to it; None keeps the file's (layers) and fp32 (encoder).
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -335,8 +363,15 @@ def load_identity(path: str | Path) -> Identity:
     text = {
         key.removeprefix("text_tokens."): t for key, t in tensors.items() if key.startswith("text_tokens.")
     }
-    known = {"adapter_tokens", "adapter_tokens_uncond", *(f"text_tokens.{name}" for name in text)}
-    odd = [key for key, t in tensors.items() if key not in known or t.ndim != 3 or t.shape[0] != 1]
+    known = {*_IDENTITY_TENSORS, *(f"text_tokens.{name}" for name in text)}
+    bias, tokens = tensors.get("adapter_bias"), tensors.get("adapter_tokens")
+    odd = [
+        key
+        for key, t in tensors.items()
+        if key not in known or t.ndim != (2 if key == "adapter_bias" else 3) or t.shape[0] != 1
+    ]
+    if bias is not None and (tokens is None or bias.shape[:2] != tokens.shape[:2]):
+        odd.append("adapter_bias")
     if odd or not tensors:
         raise CheckpointError(
             f"{path.name}: an identity holds tokens of shape (1, tokens, width); this file has {some(odd) or 'none'}. "
@@ -350,6 +385,7 @@ def load_identity(path: str | Path) -> Identity:
         adapter=metadata["adapter"],
         recognizer=metadata["recognizer"],
         class_word=metadata.get("class_word", ""),
+        adapter_bias=bias,
     )
 
 
@@ -362,7 +398,7 @@ def identical(one: Identity, other: Identity) -> bool:
 
 def _identity_tensors(identity: Identity) -> dict[str, Tensor]:
     tensors = {f"text_tokens.{name}": tensor for name, tensor in identity.text_tokens.items()}
-    for name in ("adapter_tokens", "adapter_tokens_uncond"):
+    for name in _IDENTITY_TENSORS:
         if (tensor := getattr(identity, name)) is not None:
             tensors[name] = tensor
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import InputError
 
 MODES = ("auto", "learned", "concatenate", "mean")
+OUTLIERS = ("reject", "keep")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class FaceFeatures:
     def __len__(self) -> int:
         return int(self.embedding.shape[0])
 
+    @property
+    def class_word(self) -> str:
+        """ "man" or "woman" by majority of the faces whose sex is known, else ""."""
+        votes = [face.sex for face in self.faces if face.sex in ("M", "F")]
+        men, women = votes.count("M"), votes.count("F")
+        return "" if men == women else "man" if men > women else "woman"
+
     def pick(self, indices: list[int]) -> FaceFeatures:
         """The features of the named faces, in that order; an index may repeat."""
         return replace(
@@ -100,10 +108,13 @@ class Mix:
     mode: str = "auto"
     references: int = 0  # 0: as many as the method uses
     weights: tuple[float, ...] = ()  # empty: all alike; else one number >= 0 per face
+    outliers: str = "keep"  # "reject": without weights, faces that disagree with the others are left out
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.outliers not in OUTLIERS:
+            raise InputError(f"outliers must be one of {', '.join(OUTLIERS)}, got {self.outliers!r}")
         if self.references < 0:
             raise InputError(
                 f"references must be 0 (the adapter's own number) or more, got {self.references}"
@@ -127,3 +138,5 @@ class Identity:
     adapter: str = ""  # digest of the adapter's weights
     recognizer: str = ""  # digest of the recogniser behind the features
     class_word: str = ""  # "man", "woman", or "" where the photos do not tell
+    adapter_bias: Tensor | None = None
+    """(1, T): log of how often each of the adapter_tokens counts in the attention; None where each counts once."""

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import comfy.model_management
+import comfy.ops
 import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..idadapter_core import Identity, load_adapter
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.schedule import RescaleSchedule
 from .host import paths
+from .host.gates import delta_strength, load_with, patch_weights
 from .host.memory import LoadedAdapter, manage
 from .host.plan import Application, Rescale, model_name, plan_of, site_widths, with_plan
 from .sockets import CATEGORY, NONE, AdapterSocket, IdentitySocket, file_options
@@ -31,12 +33,21 @@ def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
         comfy.model_management.throw_exception_if_processing_interrupted()
         progress.update_absolute(round(100 * share))
 
-    adapter = load_adapter(path, text_branch, step)
-    return LoadedAdapter(adapter, manage(adapter.encoder, _reload_encoder, path, text_branch))
+    adapter = load_adapter(path, text_branch, step, comfy.ops.manual_cast)
+    encoder = manage(adapter.encoder, _reload_encoder, path, text_branch)
+    if not adapter.gates:
+        return LoadedAdapter(adapter, encoder)
+    gates = adapter.layers.gates
+    gates.adapter_digest = adapter.digest  # copies for other devices are told by it
+    return LoadedAdapter(adapter, encoder, manage(gates, _reload_gates, path))
 
 
 def _reload_encoder(path: Path, text_branch: Path | None) -> object:
     return load(path, text_branch).patcher
+
+
+def _reload_gates(path: Path) -> object:
+    return load(path, None).gates
 
 
 class LoadIDAdapter(io.ComfyNode):
@@ -165,7 +176,12 @@ class ApplyIDAdapter(io.ComfyNode):
             end_percent,
             None if attn_mask is None else check_mask(attn_mask),
         )
-        return io.NodeOutput(with_plan(model, applications=(*plan.applications, application)))
+        applications = (*plan.applications, application)
+        patched = with_plan(model, applications=applications)
+        load_with(patched, adapter)
+        before, after = (delta_strength(some, adapter.adapter) for some in (plan.applications, applications))
+        patch_weights(patched, plan, adapter.adapter, before, after)
+        return io.NodeOutput(patched)
 
 
 def check_mask(mask: Tensor) -> Tensor:

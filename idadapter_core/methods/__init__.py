@@ -1,0 +1,54 @@
+"""The methods by name, each with the same parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..types import Identity
+from . import idadapter, uniid
+
+Config = uniid.UniIDConfig | idadapter.IDAdapterConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is made of."""
+
+    title: str  # for people
+    config: type[Any]
+    encoder: Callable[[Any], nn.Module]  # makes identities
+    layers: Callable[[Any, Any], nn.Module]  # what acts in the UNet; (config, where its layers come from)
+    encode: Callable[..., Identity]  # (encoder, config, features, mix)
+    describe: Callable[[Any], list[str]]
+    layers_prefix: str  # what stands before the names of the layers' weights in a file
+    layers_head: str  # what the names of all layers' weights begin with in a file
+
+
+METHODS = {
+    uniid.METHOD: Method(
+        title="UniID",
+        config=uniid.UniIDConfig,
+        encoder=uniid.UniIDEncoder,
+        layers=lambda config, operations: uniid.SiteProjections(config),
+        encode=uniid.encode,
+        describe=uniid.describe,
+        layers_prefix="adapter_branch.",
+        layers_head="adapter_branch.adapter_modules.",
+    ),
+    idadapter.METHOD: Method(
+        title="IDAdapter",
+        config=idadapter.IDAdapterConfig,
+        encoder=idadapter.IDAdapterEncoder,
+        layers=idadapter.IDAdapterLayers,
+        encode=idadapter.encode,
+        describe=idadapter.describe,
+        layers_prefix="layers.",
+        layers_head="layers.",
+    ),
+}
+
+__all__ = ["METHODS", "Config", "Method"]

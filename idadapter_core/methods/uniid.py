@@ -19,6 +19,7 @@ from ..errors import InputError, MismatchError
 from ..faces.iresnet import STAGE_WIDTHS
 from ..mixing import concatenate_tokens, select_references, token_bias, weighted_mean
 from ..resampler import PerceiverAttention, feed_forward
+from ..sites import family_name
 from ..types import FaceFeatures, Identity, Mix
 
 METHOD = "uniid"
@@ -290,7 +291,7 @@ def encode(encoder: UniIDEncoder, config: UniIDConfig, features: FaceFeatures, m
         text_tokens=text,
         method=METHOD,
         recognizer=features.recognizer,
-        class_word=_class_word(chosen),
+        class_word=chosen.class_word,
     )
 
 
@@ -310,11 +311,31 @@ def require_stages(features: FaceFeatures, config: UniIDConfig) -> None:
         )
 
 
-def _class_word(features: FaceFeatures) -> str:
-    """ "man" or "woman" by majority of the faces whose sex is known, else ""."""
-    votes = [face.sex for face in features.faces if face.sex in ("M", "F")]
-    men, women = votes.count("M"), votes.count("F")
-    return "" if men == women else "man" if men > women else "woman"
+def branches(config: UniIDConfig) -> str:
+    """Which branches there are, in words."""
+    parts = [
+        name
+        for name, there in (("text", config.has_text_branch), ("adapter", config.has_adapter_branch))
+        if there
+    ]
+    return " and ".join(parts) + (" branches" if len(parts) > 1 else " branch")
+
+
+def describe(config: UniIDConfig) -> list[str]:
+    """What an adapter of these sizes is, in lines."""
+    lines = [branches(config)]
+    if config.has_adapter_branch:
+        family = family_name(len(config.site_widths), config.context_width)
+        lines.append(f"for {family}; {config.adapter_tokens} adapter tokens")
+    if config.has_text_branch:
+        widths = ", ".join(
+            f"{name} {width}" for name, width in zip(ENCODERS, config.text_widths, strict=False)
+        )
+        lines.append(f"{config.text_tokens} text tokens for the text encoders {widths}")
+    recognizer = (
+        config.recognizer or "not recorded in the file (the published weights use iResNet-100, Glint360K)"
+    )
+    return [*lines, f"face recogniser: {recognizer}"]
 
 
 def normalize_text_tokens(text_tokens: Mapping[str, Tensor], reference_norms: Mapping[str, Tensor]) -> Tensor:
@@ -343,6 +364,8 @@ __all__ = [
     "TextBranch",
     "UniIDConfig",
     "UniIDEncoder",
+    "branches",
+    "describe",
     "encode",
     "normalize_text_tokens",
     "require_stages",

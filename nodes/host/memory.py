@@ -35,10 +35,13 @@ class LoadedAdapter:
 
     adapter: Adapter
     patcher: Any
+    gates: Any = (
+        None  # ModelPatcher of IDAdapter's gated layers, which ComfyUI loads with the model they act in
+    )
 
     def get_models(self) -> list[Any]:
         """For ComfyUI's memory accounting of cached node outputs."""
-        return [self.patcher]
+        return [patcher for patcher in (self.patcher, self.gates) if patcher is not None]
 
     def encode(self, features: FaceFeatures, mix: Mix) -> Identity:
         """Make an identity on the device ComfyUI chose; the result is on the intermediate device."""
@@ -57,5 +60,6 @@ def move_identity(identity: Identity, device: Any) -> Identity:
         identity,
         adapter_tokens=moved(identity.adapter_tokens),
         adapter_tokens_uncond=moved(identity.adapter_tokens_uncond),
+        adapter_bias=moved(identity.adapter_bias),
         text_tokens={name: tokens.to(device) for name, tokens in identity.text_tokens.items()},
     )

@@ -3,8 +3,9 @@
 Three wrappers on the MODEL, all without state of their own:
 - OUTER_SAMPLE starts a `Run` and tags the run's own copies of the conditionings, by role name;
 - CALC_COND_BATCH gives the identity's text tokens the scale of the step;
-- APPLY_MODEL decides what acts in this call and binds one attention replacement per site, over whatever other packs have
-  installed by then: so the order of the nodes does not matter, and no slot is ever taken from another pack.
+- APPLY_MODEL decides what acts in this call and binds one attention replacement per site (UniID) or one middle patch (the
+  gated adapters of IDAdapter), over whatever other packs have installed by then: so the order of the nodes does not matter,
+  and no slot is ever taken from another pack.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
@@ -24,7 +24,9 @@ from torch import Tensor
 from ...idadapter_core.attention import add_identity, add_residual, sample_norm
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.sites import Site
+from .call import CALL, Acting, Call
 from .compilation import has_compile_wrapper, uncompiled
+from .gates import GatePatch, loaded_gates, remember_norm
 from .plan import KEY, Application, Plan
 from .run import Handle, Row, Rows, RowTags, Run, expand_rows, tile_rows
 
@@ -32,29 +34,8 @@ log = logging.getLogger(__name__)
 
 # Share of the text's norm below which another pack's residual counts as rounding and is not rescaled.
 FOREIGN_FLOOR = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
-CALL = f"{KEY}_call"  # in transformer_options, during one model call
 ATTACHED = f"{KEY}_attached"  # in a conditioning: identities of its own, as (Identity, role) pairs
 TEXT_POSITIONS = f"{KEY}_text"  # in a conditioning: the neighbouring positions of its identity text tokens
-
-
-@dataclass(frozen=True, eq=False)
-class Acting:
-    """One application in one model call."""
-
-    number: int  # in the plan
-    scale: Tensor  # 0-d, on the device: one value for all steps of a compiled graph to read
-    masked: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What the attention replacements of one model call need."""
-
-    run: Run
-    rows: tuple[Row, ...]
-    acting: tuple[Acting, ...]
-    normalized: bool
-    foreign_scale: Tensor | None  # not None: rescale what other packs' replacements add
 
 
 def install(model: Any) -> None:
@@ -185,18 +166,22 @@ def apply_model(
     call = _call(rows, bool(replacements), model, x, options)
     if call is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    if call.acting:
-        run.project(x.device, model.get_dtype_inference())
-    bound = dict(replacements)
-    for site in run.plan.sites:
-        previous = replacements.get(site.comfy, replacements.get(site.comfy[:2]))
-        if call.acting or previous is not None:
-            bound[site.comfy] = _chain(run, site, previous)
-    options = {
-        **options,
-        CALL: call,
-        "patches_replace": {**options.get("patches_replace", {}), "attn2": bound},
-    }
+    if call.acting or call.gated:
+        run.project(x.device, model.get_dtype_inference(), call.gates)
+    options = {**options, CALL: call}
+    if call.acting or call.foreign_scale is not None:
+        bound = dict(replacements)
+        for site in run.plan.sites:
+            previous = replacements.get(site.comfy, replacements.get(site.comfy[:2]))
+            if call.acting or previous is not None:
+                bound[site.comfy] = _chain(run, site, previous)
+        options["patches_replace"] = {**options.get("patches_replace", {}), "attn2": bound}
+    if call.gated:
+        patches = dict(options.get("patches", {}))
+        patches["middle_patch"] = [*patches.get("middle_patch", ()), _gate_patch(run)]
+        if call.gates_normalized:
+            patches["attn1_output_patch"] = [*patches.get("attn1_output_patch", ()), remember_norm]
+        options["patches"] = patches
     compiled = has_compile_wrapper(options) or run.has_compiled_modules(model.diffusion_model)
     with uncompiled() if compiled else nullcontext():
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -214,25 +199,31 @@ def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, A
     # The noise level decides what acts: the host waits for it here, once per model call, and in no layer.
     sigma = float(options["sigmas"].max()) if "sigmas" in options else 0.0
     scale = 1.0 if rescale is None else rescale.schedule.adapter_scale(run.step(sigma), run.steps)
-    acting = []
+    gates_normalized = rescale is not None and rescale.gated
+    acting: list[Acting] = []
+    gated: list[Acting] = []
     for number in present:
         application = plan.applications[number]
-        strength = application.weight * scale
+        strength = application.weight * (1.0 if application.gated and not gates_normalized else scale)
         if strength != 0 and run.in_window(number, model.model_sampling, sigma):
-            acting.append(
-                Acting(number, torch.full((), strength, device=x.device), application.mask is not None)
-            )
-    if not acting and not foreign:
+            kind = gated if application.gated else acting
+            on_device = torch.full((), strength, device=x.device)
+            kind.append(Acting(number, strength, on_device, application.mask is not None))
+    if not acting and not gated and not foreign:
         return None
     tiled = tile_rows(rows.rows, x.shape[0])
-    for masked in (a for a in acting if a.masked):
+    for masked in (a for a in (*acting, *gated) if a.masked):
         _require_whole_pictures(run, rows.rows, x, plan.applications[masked.number])
     return Call(
         run=run,
         rows=tiled,
         acting=tuple(acting),
+        gated=tuple(gated),
         normalized=rescale is not None,
+        gates_normalized=gates_normalized,
         foreign_scale=torch.full((), scale, device=x.device) if foreign else None,
+        gates=loaded_gates(model, plan) if gated else {},
+        owns_stream=not options.get("patches", {}).get("middle_patch"),
     )
 
 
@@ -248,6 +239,14 @@ def _require_whole_pictures(run: Run, rows: tuple[Row, ...], x: Tensor, applicat
             "attn_mask cannot follow the tiles or windows that another node cuts this model call into; sample without them, or "
             "without the mask."
         )
+
+
+def _gate_patch(run: Run) -> GatePatch:
+    # The same object in every step, so that a compiled graph stays valid.
+    if GatePatch not in run.chains:
+        run.chains[GatePatch] = GatePatch(run.plan.sites)
+    patch: GatePatch = run.chains[GatePatch]
+    return patch
 
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]

@@ -34,18 +34,29 @@ class Application(_Shared):
     mask: Tensor | None  # (B, H, W) in 0..1
 
     @property
-    def acts(self) -> bool:
-        """Whether it can change anything at all."""
+    def switched_on(self) -> bool:
+        """Whether the user lets it change anything."""
         masked_out = self.mask is not None and not self.mask.any()
         return self.weight != 0 and self.start_percent < self.end_percent and not masked_out
+
+    @property
+    def gated(self) -> bool:
+        """Whether it acts between self-attention and cross-attention, not inside cross-attention."""
+        return bool(self.adapter.gates)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it can change anything at all while sampling: gates that training never opened cannot."""
+        return self.switched_on and (not self.gated or any(any(pair) for pair in self.adapter.gates.values()))
 
 
 @dataclass(frozen=True)
 class Rescale:
-    """Normalized Identity Rescaling: its schedule, and whether it covers other packs' attention patches."""
+    """Normalized Identity Rescaling: its schedule, and whether it covers other packs' attention patches and gated adapters."""
 
     schedule: RescaleSchedule
     every_patch: bool = False
+    gated: bool = False
 
 
 @dataclass(frozen=True, eq=False)

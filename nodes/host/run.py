@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ...idadapter_core import Adapter
 from ...idadapter_core.attention import BlockKeysValues, KeysValues, prepare_identity
 from ...idadapter_core.errors import InputError
+from ...idadapter_core.methods.idadapter import GateIdentity
 from ...idadapter_core.schedule import step_index
 from ...idadapter_core.sites import Site
 from .compilation import has_compiled_modules
@@ -26,6 +27,7 @@ class Handle:
 
     adapter: Adapter
     tokens: Tensor  # (1, T, D)
+    bias: Tensor | None = None  # (1, T), see `Identity.adapter_bias`
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ class Segment:
     start: int
     stop: int
     handles: tuple[Handle, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring rows in which the same identities act, with the number of the application of each."""
+
+    start: int
+    stop: int
+    handles: tuple[tuple[int, Handle], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +119,9 @@ class Run:
     _compiled: dict[Any, bool] = field(default_factory=dict)
     _projected: dict[Any, dict[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _prepared: dict[Any, KeysValues | BlockKeysValues] = field(default_factory=dict)
+    _gated: dict[Any, GateIdentity] = field(default_factory=dict)
     _segments: dict[Any, tuple[Segment, ...]] = field(default_factory=dict)
+    _spans: dict[Any, tuple[Span, ...]] = field(default_factory=dict)
     _masks: dict[Any, Tensor] = field(default_factory=dict)
     chains: dict[Any, Any] = field(default_factory=dict)
 
@@ -120,7 +133,9 @@ class Run:
             self._compiled,
             self._projected,
             self._prepared,
+            self._gated,
             self._segments,
+            self._spans,
             self._masks,
             self.chains,
         ):
@@ -140,7 +155,8 @@ class Run:
             return None
         key = (id(application), id(identity), negative)
         if key not in self._handles:
-            self._handles[key] = Handle(application.adapter, tokens)
+            bias = None if negative else identity.adapter_bias
+            self._handles[key] = Handle(application.adapter, tokens, bias)
         return self._handles[key]
 
     def segments(self, rows: tuple[Row, ...], application: int) -> tuple[Segment, ...]:
@@ -149,6 +165,13 @@ class Run:
         if handles not in self._segments:
             self._segments[handles] = _segments(handles)
         return self._segments[handles]
+
+    def spans(self, rows: tuple[Row, ...], applications: tuple[int, ...]) -> tuple[Span, ...]:
+        """The rows in which any of these applications acts, neighbours with the same identities together."""
+        combinations = tuple(tuple((n, row.handles[n]) for n in applications) for row in rows)
+        if combinations not in self._spans:
+            self._spans[combinations] = _spans(combinations)
+        return self._spans[combinations]
 
     def in_window(self, application: int, model_sampling: Any, sigma: float) -> bool:
         """Whether an application acts at this noise level.
@@ -169,13 +192,17 @@ class Run:
             self._compiled[unet] = has_compiled_modules(unet)
         return self._compiled[unet]
 
-    def project(self, device: torch.device, dtype: torch.dtype) -> None:
+    def project(
+        self, device: torch.device, dtype: torch.dtype, gates: Mapping[Adapter, Any] | None = None
+    ) -> None:
         """Project K and V of every identity of the run at every site, once per device and dtype.
 
-        Adapter weights are only passed through the device, one site at a time, for all identities together.
+        UniID's weights are only passed through the device, one site at a time, for all identities together. Gated layers
+        (`gates`, by adapter) are where ComfyUI has loaded them, and only those with an open attention gate are asked.
         """
         if (device, dtype) in self._projected:
             return
+        gates = gates or {}
         groups: dict[Any, list[Handle]] = {}
         for handle in self._handles.values():
             groups.setdefault((handle.adapter, handle.tokens.shape[1]), []).append(handle)
@@ -183,7 +210,12 @@ class Run:
         for (adapter, _), handles in groups.items():
             tokens = torch.cat([handle.tokens for handle in handles]).to(device)
             for site in self.plan.sites:
-                keys, values = (part.to(dtype) for part in adapter.projections.project(site.index, tokens))
+                if not adapter.gates:
+                    keys, values = (part.to(dtype) for part in adapter.layers.project(site.index, tokens))
+                elif adapter.gates[site.index][0]:
+                    keys, values = gates[adapter][str(site.index)].project(tokens.to(dtype))
+                else:
+                    keys = values = tokens.new_zeros(len(handles), 0, 0, dtype=dtype)
                 for row, handle in enumerate(handles):
                     projected[site.index, handle] = (keys[row : row + 1], values[row : row + 1])
         self._projected[device, dtype] = projected
@@ -199,6 +231,17 @@ class Run:
             keys, values = (torch.cat(parts) for parts in zip(*pairs, strict=True))
             self._prepared[key] = prepare_identity(keys, values, heads)
         return self._prepared[key]
+
+    def gate_identity(
+        self, site: Site, handle: Handle, device: torch.device, dtype: torch.dtype
+    ) -> GateIdentity:
+        """K and V of one identity at a gated adapter, projected by `project`."""
+        key = (site.index, handle, device, dtype)
+        if key not in self._gated:
+            keys, values = self._projected[device, dtype][site.index, handle]
+            bias = None if handle.bias is None else handle.bias[0].to(device, dtype)
+            self._gated[key] = GateIdentity(keys, values, bias)
+        return self._gated[key]
 
     def mask(
         self,
@@ -251,6 +294,20 @@ def _segments(handles: tuple[Handle | None, ...]) -> tuple[Segment, ...]:
         else:
             merged.append(run)
     return tuple(merged)
+
+
+def _spans(combinations: tuple[tuple[tuple[int, Handle | None], ...], ...]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for position, combination in enumerate(combinations):
+        handles = tuple((number, handle) for number, handle in combination if handle is not None)
+        last = spans[-1] if spans else None
+        if not handles:
+            continue
+        if last is not None and last.stop == position and last.handles == handles:
+            spans[-1] = Span(last.start, position + 1, handles)
+        else:
+            spans.append(Span(position, position + 1, handles))
+    return tuple(spans)
 
 
 def _can_join(left: Segment, right: Segment) -> bool:

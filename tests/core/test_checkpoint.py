@@ -106,7 +106,7 @@ def test_half_precision_files(adapter: Adapter, tmp_path: Path, dtype: torch.dty
     assert half.digest != adapter.digest
     assert str(dtype).removeprefix("torch.") in half.info
     assert {p.dtype for p in half.encoder.parameters()} == {torch.float32}
-    assert {p.dtype for p in half.projections.parameters()} == {dtype}
+    assert {p.dtype for p in half.layers.parameters()} == {dtype}
     save_adapter(half, tmp_path / "again.safetensors")
     assert load_adapter(tmp_path / "again.safetensors").digest == half.digest
     one, other = (a.encode(face_features(1)).adapter_tokens for a in (adapter, half))

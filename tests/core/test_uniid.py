@@ -254,21 +254,21 @@ def test_keys_and_values_are_not_swapped(tiny: Adapter, tmp_path: Path) -> None:
     changed = load_adapter(*write_published(tmp_path, state))
     tokens = recipe.value(1, "tokens", (2, 25, 64))
     for index in range(1, 15, 2):
-        keys, values = tiny.projections.project(index, tokens)
-        changed_keys, changed_values = changed.projections.project(index, tokens)
+        keys, values = tiny.layers.project(index, tokens)
+        changed_keys, changed_values = changed.layers.project(index, tokens)
         assert torch.equal(changed_keys, keys)
         assert torch.equal(changed_values, 2 * values if index == 3 else values)
     weight = branch(state, "adapter")["adapter_branch.adapter_modules.3.to_k_ip.weight"]
-    torch.testing.assert_close(tiny.projections.project(3, tokens)[0], tokens @ weight.T)
+    torch.testing.assert_close(tiny.layers.project(3, tokens)[0], tokens @ weight.T)
 
 
 def test_projections_of_half_precision_weights_are_float32(tmp_path: Path) -> None:
     state = {key: tensor.half() for key, tensor in uniid_state(TINY_SD15).items()}
     adapter = load_adapter(*write_published(tmp_path, state))
     tokens = recipe.value(1, "tokens", (1, 25, 64))
-    keys, _ = adapter.projections.project(1, tokens.half())
+    keys, _ = adapter.layers.project(1, tokens.half())
     assert keys.dtype == torch.float32
-    assert adapter.projections.adapter_modules["1"].to_k_ip.weight.dtype == torch.float16
+    assert adapter.layers.adapter_modules["1"].to_k_ip.weight.dtype == torch.float16
 
 
 def test_normalizing_forgets_the_magnitude() -> None:

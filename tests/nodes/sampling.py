@@ -319,7 +319,7 @@ def identity_part(kind: str, call: ModelCall, block: Block, tokens: Tensor) -> T
 
     sites = attention_sites(unet(kind).model_state_dict())
     index = next(site.index for site in sites if site.comfy == block)
-    projection = adapter(kind).adapter.projections.adapter_modules[str(index)]
+    projection = adapter(kind).adapter.layers.adapter_modules[str(index)]
     keys = F.linear(tokens, projection.to_k_ip.weight)
     values = F.linear(tokens, projection.to_v_ip.weight)
     return call.sites[block].attention(keys, values)

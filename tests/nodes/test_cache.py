@@ -35,7 +35,7 @@ def projected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The sites that have been projected, by kind of adapter, as it happens."""
     seen: list[tuple[str, int]] = []
     for kind in ("sdxl", "sd15"):
-        projections = adapter(kind).adapter.projections
+        projections = adapter(kind).adapter.layers
         original: Callable[..., Any] = projections.project
 
         def spy(index: int, tokens: Tensor, kind: str = kind, original: Callable[..., Any] = original) -> Any:

@@ -57,4 +57,4 @@ def test_adapter_weights(dtype: torch.dtype, tmp_path: Path) -> None:
     identity = replace(person(kind), adapter=loaded.adapter.digest)
     model = node("IDAdapterApply", unet(kind), loaded, identity, 1.0, 0.0, 1.0, None)
     assert difference(draw(model, kind), draw(apply(unet(kind), kind, person(kind)), kind)) < 0.02
-    assert next(loaded.adapter.projections.parameters()).dtype == dtype
+    assert next(loaded.adapter.layers.parameters()).dtype == dtype

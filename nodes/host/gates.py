@@ -1,0 +1,168 @@
+"""IDAdapter in ComfyUI's UNet: gated adapters as a middle patch, K/V deltas as weight patches, weights in ComfyUI's hands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from comfy.ldm.modules import attention as comfy_attention
+from torch import Tensor
+
+from ...idadapter_core import Adapter
+from ...idadapter_core.attention import rescale_factor, sample_norm
+from ...idadapter_core.checkpoint import identical
+from ...idadapter_core.errors import MismatchError
+from ...idadapter_core.methods.idadapter import GateIdentity
+from ...idadapter_core.sites import Site
+from .call import CALL, Acting, Call
+from .memory import LoadedAdapter
+from .plan import KEY, Application, Plan
+from .run import Row, expand_rows
+
+SELF_NORM = f"{KEY}_self_norm"  # in a block's options: norm of its self-attention's output, per row
+
+
+def load_with(model: Any, adapter: LoadedAdapter) -> None:
+    """Have ComfyUI load an adapter's gated layers whenever it loads this MODEL (a clone of ours)."""
+    if adapter.gates is None:
+        return
+    loaded = list(model.additional_models.get(KEY, []))
+    if all(patcher.model is not adapter.gates.model for patcher in loaded):
+        model.set_additional_models(KEY, [*loaded, adapter.gates])
+
+
+def loaded_gates(model: Any, plan: Plan) -> dict[Adapter, Any]:
+    """The gated layers of each adapter of a plan, where a BaseModel that is sampled has them."""
+    patcher = getattr(model, "current_patcher", None)
+    patchers = [] if patcher is None else patcher.get_additional_models_with_key(KEY)
+    by_digest = {loaded.model.adapter_digest: loaded.model for loaded in patchers}
+    adapters = {application.adapter for application in plan.applications if application.gated}
+    return {adapter: by_digest.get(adapter.digest, adapter.layers.gates) for adapter in adapters}
+
+
+def delta_strength(applications: Sequence[Application], adapter: Adapter) -> float:
+    """How strongly an adapter's K/V deltas act on a MODEL.
+
+    Weights are shared by all rows of a model call, so they follow the strength alone, not masks or windows. One identity
+    applied several times counts with the sum of its strengths; of several people the strongest decides, because each of them
+    wants the deltas once.
+    """
+    people: list[tuple[Any, float]] = []
+    for application in applications:
+        if application.adapter.digest != adapter.digest or not application.switched_on:
+            continue
+        for number, (person, strength) in enumerate(people):
+            if identical(person, application.identity):
+                people[number] = (person, strength + application.weight)
+                break
+        else:
+            people.append((application.identity, application.weight))
+    return max((strength for _, strength in people), key=abs, default=0.0)
+
+
+def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after: float) -> None:
+    """Bring the K/V deltas of an adapter on a MODEL (a clone of ours) from one strength to another.
+
+    Raises:
+        MismatchError: the model has no such weights.
+    """
+    if not adapter.deltas or before == after:
+        return
+    modules = {site.index: site.comfy_module for site in plan.sites}
+    patches = {
+        f"diffusion_model.{modules[number]}.{name}.weight": ("diff", (delta,))
+        for number, pair in adapter.deltas.items()
+        for name, delta in zip(("to_k", "to_v"), pair, strict=True)
+    }
+    # Differences add up to what one patch of the new strength would do, whatever lies between them.
+    applied = model.add_patches(patches, after - before)
+    if missing := sorted(set(patches) - set(applied)):
+        raise MismatchError(
+            f"{adapter.name} changes weights that this model has not: {', '.join(missing[:3])}. Load a model of the adapter's "
+            f"family ({adapter.family})."
+        )
+
+
+def remember_norm(n: Tensor, extra: dict[str, Any]) -> Tensor:
+    """An attn1_output_patch: what the gated residual of this block is measured against."""
+    extra[SELF_NORM] = sample_norm(n)
+    return n
+
+
+class GatePatch:
+    """The middle patch of all sites: what the gated adapters add to the image tokens of each row."""
+
+    def __init__(self, sites: Sequence[Site]):
+        self.sites = {site.comfy: site for site in sites}
+
+    def __call__(self, x: Tensor, extra: dict[str, Any]) -> Tensor:
+        call: Call = extra[CALL]
+        site = self.sites[extra["block"][0], extra["block"][1], extra["block_index"]]
+        groups: dict[Adapter, list[Acting]] = {}
+        for acting in call.gated:
+            adapter = call.run.plan.applications[acting.number].adapter
+            if any(adapter.gates[site.index]):
+                groups.setdefault(adapter, []).append(acting)
+        if not groups:
+            return x
+        rows = expand_rows(call.rows, extra, x.shape[0])
+        # Adapters stand side by side: none sees what another adds, so their order does not matter. One alone may write
+        # into the stream.
+        alone = len(groups) == 1 and not call.gates_normalized and not x.requires_grad
+        out = x if alone and call.owns_stream else x.clone()
+        for adapter, group in groups.items():
+            by_number = {acting.number: acting for acting in group}
+            gate = _Gate(call, adapter, site, extra)
+            for span in call.run.spans(rows, tuple(by_number)):
+                part = slice(span.start, span.stop)
+                people = [
+                    (call.run.gate_identity(site, handle, x.device, x.dtype), by_number[number])
+                    for number, handle in span.handles
+                ]
+                masks = [gate.mask(acting, rows[part], x) for _, acting in people]
+                if call.gates_normalized:
+                    for (identity, acting), mask in zip(people, masks, strict=True):
+                        residual = gate(x[part], [identity]) - x[part]
+                        factor = rescale_factor(extra[SELF_NORM][part], residual, acting.strength)
+                        out[part] += residual * (factor if mask is None else factor * mask)
+                    continue
+                identities = [
+                    replace(identity, strength=acting.strength if mask is None else mask * acting.strength)
+                    for (identity, acting), mask in zip(people, masks, strict=True)
+                ]
+                if alone:
+                    gate(out[part], identities, inplace=True)
+                else:
+                    out[part] += gate(x[part], identities) - x[part]
+        return out
+
+
+class _Gate:
+    """The gated adapter of one site in one model call."""
+
+    def __init__(self, call: Call, adapter: Adapter, site: Site, extra: dict[str, Any]):
+        self.call = call
+        self.module = call.gates[adapter][str(site.index)]
+        self.values = adapter.gates[site.index]
+        self.extra = extra
+
+    def __call__(self, x: Tensor, identities: list[GateIdentity], inplace: bool = False) -> Tensor:
+        out: Tensor = self.module(
+            x, identities, gates=self.values, attention=self._attention, inplace=inplace
+        )
+        return out
+
+    def mask(self, acting: Acting, rows: tuple[Row, ...], x: Tensor) -> Tensor | None:
+        """The mask of an application for these rows, (1 or rows, N, 1)."""
+        if not acting.masked:
+            return None
+        size = tuple(self.extra["activations_shape"][-2:])
+        return self.call.run.mask(acting.number, rows, size, x.device, x.dtype)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        # Without the options: other packs' overrides of attention expect ComfyUI's own layers.
+        out: Tensor = comfy_attention.optimized_attention(
+            q, k, v, heads, attn_precision=self.extra.get("attn_precision")
+        )
+        return out
