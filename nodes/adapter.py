@@ -58,7 +58,8 @@ class LoadIDAdapter(io.ComfyNode):
             display_name="Load ID Adapter",
             category=CATEGORY,
             description=(
-                "Loads the trained weights of an identity adapter. What a file is, is read from its contents: names do not matter."
+                "Loads the trained weights of an identity adapter, UniID or IDAdapter. What a file is, is read from its contents: "
+                "names do not matter."
             ),
             search_aliases=["uniid", "face adapter", "ipadapter model loader"],
             inputs=[
@@ -102,8 +103,8 @@ class ApplyIDAdapter(io.ComfyNode):
             display_name="Apply ID Adapter",
             category=CATEGORY,
             description=(
-                "Makes a model draw this person. For several people use one node each, with masks. "
-                "The positive prompts get the identity, the negative ones its unconditional counterpart."
+                "Makes a model draw this person. For several people use one node each, with masks. The positive prompts get "
+                "the identity, the negative ones its unconditional counterpart (UniID) or no adapter at all (IDAdapter)."
             ),
             search_aliases=["apply uniid", "faceid", "identity", "ipadapter face"],
             inputs=[
@@ -120,7 +121,7 @@ class ApplyIDAdapter(io.ComfyNode):
                     max=3.0,
                     step=0.05,
                     tooltip="Strength of the identity. 0 is exactly the plain model. With Normalized Identity Rescaling it "
-                    "multiplies the adapter scales.",
+                    "multiplies the adapter scales. IDAdapter: its changed K/V weights follow it too.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -141,7 +142,8 @@ class ApplyIDAdapter(io.ComfyNode):
                 io.Mask.Input(
                     "attn_mask",
                     optional=True,
-                    tooltip="Where in the picture the identity acts (white). Any size; a batch of masks goes with the batch of latents.",
+                    tooltip="Where in the picture the identity acts (white). Any size; a batch of masks goes with the batch of latents. "
+                    "IDAdapter's changed K/V weights have no place or time and stay outside masks and percents.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
@@ -213,7 +215,8 @@ class NormalizedRescaling(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Balances identity against the prompt by the lengths of both (UniID): in each layer the adapter's part is set to "
-                "a multiple of the text's. Low early scales let the prompt lay out the picture, higher late ones bring the person."
+                "a multiple of the text's. Low early scales let the prompt lay out the picture, higher late ones bring the person. "
+                "IDAdapter does not need it; see `gated`."
             ),
             search_aliases=["uniid rescale", "prompt control", "identity strength schedule"],
             inputs=[
@@ -253,6 +256,13 @@ class NormalizedRescaling(io.ComfyNode):
                     tooltip="every attention patch: what IPAdapter, InstantID or PuLID add in the model's cross-attention is "
                     "rescaled in the same way.",
                 ),
+                io.Boolean.Input(
+                    "gated",
+                    default=False,
+                    optional=True,
+                    tooltip="IDAdapter only, an extension of ours: what its gated layers add is set to a multiple of the length of the "
+                    "layer's self-attention. Off: they act as trained, times the weight.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
         )
@@ -268,7 +278,8 @@ class NormalizedRescaling(io.ComfyNode):
         text_late: float,
         early_fraction: float,
         scope: str,
+        gated: bool = False,
     ) -> io.NodeOutput:
         schedule = RescaleSchedule(adapter_early, adapter_late, text_early, text_late, early_fraction)
-        rescale = Rescale(schedule, every_patch=scope == SCOPES[1]) if mode == RESCALE_MODES[0] else None
+        rescale = Rescale(schedule, scope == SCOPES[1], gated) if mode == RESCALE_MODES[0] else None
         return io.NodeOutput(with_plan(model, rescale=rescale))

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..idadapter_core import Identity
 from ..idadapter_core.errors import InputError
-from .host.text import CLASS_WORD, encode_prompt
+from .host.text import CLASS_WORD, complete_prompt, encode_prompt
 from .sockets import CATEGORY, IdentitySocket
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,9 @@ class IDPrompt(io.ComfyNode):
             display_name="ID Prompt",
             category=CATEGORY,
             description=(
-                "A positive prompt with the identity's text tokens in it. Write <class word> where the person's noun belongs: "
-                '"portrait photo of a <class word> reading in a cafe". The negative prompt stays an ordinary CLIP Text Encode.'
+                "A positive prompt with the identity in it. Write <class word> where the person's noun belongs: "
+                '"portrait photo of a <class word> reading in a cafe". An IDAdapter identity is the word sks: where the text has '
+                'none, ", <class word> is sks" is added. The negative prompt stays an ordinary CLIP Text Encode.'
             ),
             search_aliases=["uniid prompt", "identity prompt", "text encode identity"],
             inputs=[
@@ -53,8 +54,8 @@ class IDPrompt(io.ComfyNode):
                     min=0.0,
                     max=3.0,
                     step=0.05,
-                    tooltip="Length of the identity's text tokens, as a multiple of a well-known name's. Normalized Identity "
-                    "Rescaling multiplies it by its text scales.",
+                    tooltip="How much the identity counts in the prompt. UniID: length of its tokens, as a multiple of a well-known "
+                    "name's; Normalized Identity Rescaling multiplies it by its text scales. IDAdapter: prompt weight of the word.",
                 ),
             ],
             outputs=[
@@ -69,14 +70,15 @@ class IDPrompt(io.ComfyNode):
     def execute(
         cls, clip: Any, identity: Identity, text: str, class_word: str, token_weight: float
     ) -> io.NodeOutput:
+        if clip is None:
+            raise InputError(
+                "ID Prompt got no CLIP: this checkpoint holds no text encoder. Load one with a CLIP loader and wire it to `clip`."
+            )
         if not identity.text_tokens:
             log.warning(
                 "ID Prompt: the adapter of this identity has no text branch, so the prompt is encoded without identity tokens"
             )
         word = (identity.class_word or "person") if class_word == AUTO else class_word
         prompt = re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
-        if clip is None:
-            raise InputError(
-                "ID Prompt got no CLIP: this checkpoint holds no text encoder. Load one with a CLIP loader and wire it to `clip`."
-            )
+        prompt = complete_prompt(clip, prompt, identity, word)
         return io.NodeOutput(encode_prompt(clip, prompt, identity, token_weight), prompt)

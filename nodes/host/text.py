@@ -1,7 +1,8 @@
-"""Identity text tokens in ComfyUI's conditioning: their reference length, and where they stand."""
+"""Identities in prompts: UniID's tokens in the text encoder's output, IDAdapter's word in its input."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ... import idadapter_core
 from ...idadapter_core.errors import MismatchError
+from ...idadapter_core.methods import idadapter
 from ...idadapter_core.methods.uniid import ENCODERS, normalize_text_tokens
 from ...idadapter_core.types import Identity
 from .patching import TEXT_POSITIONS
@@ -96,17 +98,78 @@ def _measure_norms(clip: Any, count: int) -> dict[str, Tensor]:
     return {encoder: part.norm(dim=-1).cpu() for encoder, part in zip(widths, parts, strict=True)}
 
 
+def complete_prompt(clip: Any, text: str, identity: Identity, class_word: str) -> str:
+    """The text as it will be encoded: IDAdapter's identity word must be in it, and is added at the end where it is not."""
+    if identity.method != idadapter.METHOD or not identity.text_tokens:
+        return text
+    require_text_encoders(clip, identity)
+    tokens = clip.tokenize(text)
+    if any(_word_positions(clip, encoder, tokens[encoder]) for encoder in identity.text_tokens):
+        return text
+    return idadapter.with_identity_clause(text, class_word)
+
+
 def encode_prompt(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
-    """The text's conditioning with the identity's text tokens after BOS, at their reference length.
+    """The text's conditioning with the identity in it. `token_weight` is how much its tokens count."""
+    if not identity.text_tokens:
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    require_text_encoders(clip, identity)
+    if identity.method == idadapter.METHOD:
+        return _encode_with_word(clip, text, identity, token_weight)
+    return _encode_with_tokens(clip, text, identity, token_weight)
+
+
+def _encode_with_word(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
+    """IDAdapter: wherever the identifier stands, the text encoder reads the identity's embeddings instead of the word's own.
+
+    They take the place of tokens, so the tokenizer has seen to the length of rows, and a prompt weight on the word holds for
+    them. `token_weight` is a prompt weight, too, and multiplies it.
+    """
+    count = next(t.shape[1] for t in identity.text_tokens.values())
+    if count > 1:  # as many words as there are embeddings, so that the tokenizer makes room for them
+        word = rf"(?<!\w){idadapter.IDENTIFIER}(?!\w)"
+        text = re.sub(word, " ".join([idadapter.IDENTIFIER] * count), text, flags=re.IGNORECASE)
+    tokens = clip.tokenize(text)
+    for encoder, embeddings in identity.text_tokens.items():
+        rows = [list(row) for row in tokens[encoder]]
+        previous, number = None, 0
+        for row, position in _word_positions(clip, encoder, rows):
+            number = (number + 1) % count if previous == (row, position - 1) else 0
+            weight = rows[row][position][1] * token_weight
+            rows[row][position] = (embeddings[0, number].float().cpu(), weight)
+            previous = (row, position)
+        tokens[encoder] = rows
+    return clip.encode_from_tokens_scheduled(tokens)
+
+
+def _word_positions(clip: Any, encoder: str, rows: list[Any]) -> list[tuple[int, int]]:
+    """(row, position) of each identifier among tokens. The end of a longer word has the same token and is none."""
+    tokenizer = getattr(clip.tokenizer, f"clip_{encoder}")
+    identifier = tokenizer.tokenizer(idadapter.IDENTIFIER)["input_ids"][1]
+
+    def ends_a_word(entry: Any) -> bool:
+        if isinstance(entry, int) and entry not in (tokenizer.start_token, tokenizer.end_token):
+            return str(tokenizer.inv_vocab.get(entry, "</w>")).endswith("</w>")
+        return True
+
+    return [
+        (number, position)
+        for number, row in enumerate(rows)
+        for position, (entry, *_) in enumerate(row)
+        if isinstance(entry, int)
+        and entry == identifier
+        and (position == 0 or ends_a_word(row[position - 1][0]))
+    ]
+
+
+def _encode_with_tokens(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
+    """UniID: the identity's text tokens after BOS, at their reference length.
 
     The prompt's tokens move right and padding drops off the end, so the length stays a multiple of 77 and nothing that was
     written is lost: where there is too little padding, the text gets another chunk of 77 first.
     """
     tokens = clip.tokenize(text)
-    count = next((t.shape[1] for t in identity.text_tokens.values()), 0)
-    if count == 0:
-        return clip.encode_from_tokens_scheduled(tokens)
-    require_text_encoders(clip, identity)
+    count = next(t.shape[1] for t in identity.text_tokens.values())
     if min(_padding(clip, encoder, rows[-1]) for encoder, rows in tokens.items()) < count:
         empty = clip.tokenize("")
         tokens = {encoder: [*rows, *empty[encoder]] for encoder, rows in tokens.items()}
