@@ -64,6 +64,7 @@ def outer_sample(
     plan: Plan = guider.model_options["transformer_options"][KEY]
     height, width = noise.shape[-2:]
     run = Run(plan, tuple(sigmas.tolist()), (height, width), noise.shape[0])
+    _warn_of_idle_rescaling(plan)
     for role, conditionings in guider.conds.items():
         for conditioning in conditionings:
             _tag(run, role, conditioning)
@@ -71,6 +72,17 @@ def outer_sample(
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
         run.clear()
+
+
+def _warn_of_idle_rescaling(plan: Plan) -> None:
+    rescale = plan.rescale
+    if rescale is None or rescale.gated or rescale.every_patch or not plan.applications:
+        return
+    if all(application.gated for application in plan.applications):
+        log.warning(
+            "Normalized Identity Rescaling has nothing to rescale: every adapter on this model is an IDAdapter. Switch `gated` on "
+            "to rescale its gated layers, or remove the node."
+        )
 
 
 def _tag(run: Run, role: str, conditioning: dict[str, Any]) -> None:

@@ -15,19 +15,39 @@ from tests.harness.comfy import REPOSITORY
 from tests.harness.server import PACK_NAME, ComfyServer
 from tests.harness.workflow import Workflow
 from tests.tiny.checkpoints import CHECKPOINT_NAMES
-from tests.tiny.files import ADAPTER, PACKAGE, PERSON, RECOGNIZER, TEXT_BRANCH
+from tests.tiny.files import ADAPTER, CLIP_VISION, PACKAGE, PERSON, PHOTOS, RECOGNIZER, TEXT_BRANCH
+from tests.tiny.idadapter import FILE_NAMES
 
 WORKFLOWS = {path.stem: path for path in sorted((REPOSITORY / "workflows").glob("*.json"))}
 TITLE_HEIGHT = 30
 
 # Inputs that name a file: the folder it belongs into, and the tiny file that stands for it.
-FILES = {
-    ("CheckpointLoaderSimple", "ckpt_name"): ("models/checkpoints", CHECKPOINT_NAMES["sdxl"]),
+Stand = tuple[str, str]
+EVERYWHERE: dict[tuple[str, str], Stand] = {
     ("LoadImage", "image"): ("input", PERSON),
-    ("IDAdapterLoadAdapter", "adapter"): ("models/idadapter", ADAPTER),
-    ("IDAdapterLoadAdapter", "text_branch"): ("models/idadapter", TEXT_BRANCH),
-    ("IDAdapterLoadFaceAnalyzer", "recognizer"): ("models/idadapter/recognizers", RECOGNIZER),
+    ("CLIPVisionLoader", "clip_name"): ("models/clip_vision", CLIP_VISION),
     ("IDAdapterLoadFaceAnalyzer", "package"): ("models/insightface/models", PACKAGE),
+}
+
+
+def checkpoint(kind: str) -> dict[tuple[str, str], Stand]:
+    return {("CheckpointLoaderSimple", "ckpt_name"): ("models/checkpoints", CHECKPOINT_NAMES[kind])}
+
+
+def idadapter(kind: str) -> dict[tuple[str, str], Stand]:
+    return {("IDAdapterLoadAdapter", "adapter"): ("models/idadapter", FILE_NAMES[kind]), **checkpoint(kind)}
+
+
+FILES: dict[str, dict[tuple[str, str], Stand]] = {
+    "uniid_sdxl": {
+        ("IDAdapterLoadAdapter", "adapter"): ("models/idadapter", ADAPTER),
+        ("IDAdapterLoadAdapter", "text_branch"): ("models/idadapter", TEXT_BRANCH),
+        ("IDAdapterLoadFaceAnalyzer", "recognizer"): ("models/idadapter/recognizers", RECOGNIZER),
+        **checkpoint("sdxl"),
+    },
+    "idadapter_sd15": idadapter("sd15"),
+    "idadapter_sdxl": idadapter("sdxl"),
+    "four_photos_one_person": idadapter("sd15"),
 }
 # Kept small, so that a run takes seconds on a CPU.
 SMALL = {"EmptyLatentImage": {"width": 64, "height": 64}, "KSampler": {"steps": 4}}
@@ -54,12 +74,13 @@ def read(name: str) -> dict[str, Any]:
     return workflow
 
 
-def named_files(prompt: Workflow) -> list[tuple[dict[str, Any], str, str, str]]:
+def named_files(name: str, prompt: Workflow) -> list[tuple[dict[str, Any], str, str, str]]:
     """The inputs of each node, the name of one that names a file, the file's folder and its stand-in."""
+    photos = iter(PHOTOS)
     return [
-        (node["inputs"], field, folder, stand_in)
+        (node["inputs"], field, folder, next(photos) if class_type == "LoadImage" else stand_in)
         for node in prompt.values()
-        for (class_type, field), (folder, stand_in) in FILES.items()
+        for (class_type, field), (folder, stand_in) in {**EVERYWHERE, **FILES[name]}.items()
         if node["class_type"] == class_type
     ]
 
@@ -74,7 +95,7 @@ def opened(server: ComfyServer) -> dict[str, Opened]:
             nodes, prompt = browser.nodes(), browser.graph_to_prompt()
             missing = [
                 path
-                for inputs, field, folder, _ in named_files(prompt)
+                for inputs, field, folder, _ in named_files(name, prompt)
                 if not (path := server.base / folder / inputs[field]).exists()
             ]
             try:
@@ -114,7 +135,7 @@ def test_it_opens_without_a_complaint_once_the_files_are_there(opened: dict[str,
 @needs_browser
 def test_it_runs_to_a_picture(server: ComfyServer, opened: dict[str, Opened], name: str) -> None:
     prompt: Workflow = json.loads(json.dumps(opened[name].prompt))
-    for inputs, field, _, stand_in in named_files(prompt):
+    for inputs, field, _, stand_in in named_files(name, prompt):
         inputs[field] = stand_in
     for node in prompt.values():
         node["inputs"] |= SMALL.get(node["class_type"], {})
