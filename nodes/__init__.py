@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .adapter import ApplyIDAdapter, LoadIDAdapter, NormalizedRescaling
-from .faces import ExtractFaces, LoadFaceAnalyzer
+from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
 from .host import paths
 from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
@@ -19,6 +19,7 @@ class IDAdapterExtension(ComfyExtension):
         return [
             LoadFaceAnalyzer,
             ExtractFaces,
+            EnrichPhotos,
             LoadIDAdapter,
             MixFeatures,
             ApplyIDAdapter,

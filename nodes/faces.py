@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..idadapter_core.faces.align import square_crop
 from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
+from ..idadapter_core.faces.enrich import MAX_COLOUR, MAX_ROTATION, enrich
 from ..idadapter_core.faces.features import ON_MISSING, extract_features
 from ..idadapter_core.faces.iresnet import digest, load_iresnet
 from ..idadapter_core.faces.packages import find_packages, resolve_package
@@ -216,3 +217,77 @@ class ExtractFaces(io.ComfyNode):
             images.to_image(previews),
             extraction.report,
         )
+
+
+class EnrichPhotos(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterEnrich",
+            display_name="Enrich Photos",
+            category=CATEGORY,
+            description=(
+                "Makes more photos of the few there are of a person: mirrored, turned a little, in slightly other colours. "
+                "IDAdapter was trained on four photos of a person; without this node one photo is repeated, which is the "
+                "default way and works."
+            ),
+            search_aliases=["augment references", "augmentation", "more photos", "flip rotate"],
+            inputs=[
+                io.Image.Input("image", tooltip="One photo, or a batch of photos of one person."),
+                io.Int.Input(
+                    "count",
+                    default=4,
+                    min=1,
+                    max=16,
+                    tooltip="Photos to reach, the given ones included. A batch of that size or larger passes unchanged.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Other variants for another seed. Keep it fixed: a new seed is a new identity, so faces are looked "
+                    "for again.",
+                ),
+                io.Boolean.Input(
+                    "flip",
+                    default=True,
+                    tooltip="Mirror every other variant by chance. Off where the two sides of a face differ, as with a scar or "
+                    "a parting.",
+                ),
+                io.Float.Input(
+                    "rotation",
+                    default=10.0,
+                    min=0.0,
+                    max=MAX_ROTATION,
+                    step=1.0,
+                    tooltip="Turn variants by up to this many degrees, either way.",
+                ),
+                io.Float.Input(
+                    "colour",
+                    default=0.15,
+                    min=0.0,
+                    max=MAX_COLOUR,
+                    step=0.05,
+                    tooltip="Change brightness, contrast and saturation of variants by up to this share: 0.15 is 15 %.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "image",
+                    display_name="image",
+                    tooltip="The photos as they were, then the variants. For Extract Face Features.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, count: int, seed: int, flip: bool, rotation: float, colour: float
+    ) -> io.NodeOutput:
+        pictures = images.photos(image)
+        if len(pictures) >= count:
+            return io.NodeOutput(image)
+        enriched = enrich(pictures, count, seed, flip=flip, rotation=rotation, colour=colour)
+        return io.NodeOutput(images.to_image(enriched))

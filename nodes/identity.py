@@ -11,7 +11,8 @@ from comfy_api.latest import io
 from ..idadapter_core import FaceFeatures, Identity, Mix
 from ..idadapter_core.checkpoint import identical, load_identity, save_identity
 from ..idadapter_core.errors import InputError
-from ..idadapter_core.types import MODES
+from ..idadapter_core.mixing import mix_report, mix_warnings
+from ..idadapter_core.types import MODES, OUTLIERS
 from .host import paths
 from .host.memory import LoadedAdapter
 from .host.patching import ATTACHED
@@ -55,31 +56,60 @@ class MixFeatures(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default="auto",
-                    tooltip="How several photos become one identity. auto is the adapter's best way (UniID: concatenate). "
-                    "concatenate lets the adapter look at all photos, mean averages them, learned needs an IDAdapter.",
+                    tooltip="How several photos become one identity. auto is the adapter's best way (UniID: concatenate, "
+                    "IDAdapter: learned). concatenate lets the adapter look at all photos, mean averages them, learned needs an "
+                    "IDAdapter. Which photos take part is decided before, by the inputs below.",
                 ),
                 io.Int.Input(
                     "references",
                     default=0,
                     min=0,
                     max=16,
-                    tooltip="Use at most this many faces: those of the largest weight, then of the best detector score. "
-                    "0 is the adapter's own number (UniID: all).",
+                    tooltip="Use at most this many faces: those of the largest weight; among equals a choice of good photos that "
+                    "differ from each other. 0 is the adapter's own number (UniID: all, IDAdapter: as many as in its training).",
                 ),
                 io.String.Input(
                     "weights",
                     default="",
                     tooltip="Empty: all photos count alike. Or one number per face, for example 1, 0.5, 0 (0 leaves a face out).",
                 ),
+                io.Combo.Input(
+                    "outliers",
+                    options=list(OUTLIERS),
+                    default="reject",
+                    optional=True,
+                    tooltip="reject: from three photos on, one that disagrees with the others, probably another person, is left "
+                    "out; with `weights` the choice is yours and nothing is rejected. keep: it takes part. The report names it "
+                    "in any case.",
+                ),
             ],
-            outputs=[IdentitySocket.Output(tooltip="For Apply ID Adapter, ID Prompt and Save Identity.")],
+            outputs=[
+                IdentitySocket.Output(tooltip="For Apply ID Adapter, ID Prompt and Save Identity."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Which photos took part, with what weight, and which were left out and why.",
+                ),
+            ],
         )
 
     @classmethod
     def execute(
-        cls, adapter: LoadedAdapter, faces: FaceFeatures, mode: str, references: int, weights: str
+        cls,
+        adapter: LoadedAdapter,
+        faces: FaceFeatures,
+        mode: str,
+        references: int,
+        weights: str,
+        outliers: str = "reject",
     ) -> io.NodeOutput:
-        return io.NodeOutput(adapter.encode(faces, Mix(mode, references, parse_weights(weights))))
+        # The adapter's own number is put in here, so that the report tells of the same choice.
+        own_number = getattr(adapter.adapter.config, "references", 0)
+        mix = Mix(mode, references or own_number, parse_weights(weights), outliers)
+        identity = adapter.encode(faces, mix)
+        for warning in mix_warnings(faces, mix):
+            log.warning("Mix Face Features: %s", warning)
+        return io.NodeOutput(identity, mix_report(faces, mix))
 
 
 def identity_file(name: str) -> str:

@@ -22,6 +22,7 @@ TEXTS = REPOSITORY / "locales" / "en" / "nodeDefs.json"
 NODES = (
     "IDAdapterLoadFaceAnalyzer",
     "IDAdapterExtractFaces",
+    "IDAdapterEnrich",
     "IDAdapterLoadAdapter",
     "IDAdapterMixFeatures",
     "IDAdapterApply",

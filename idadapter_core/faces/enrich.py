@@ -1,0 +1,87 @@
+"""A few photos of a person become more, by changes that leave the person alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image as PILImage, ImageEnhance
+
+from ..errors import InputError
+from .images import Image, check_image
+
+MAX_ROTATION = 45.0  # degrees; beyond it detectors lose the face
+MAX_COLOUR = 0.9  # of the original; at 1 a photo can turn black
+_MARGIN = 2  # pixels that bicubic interpolation looks past the border
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+def enrich(
+    images: Sequence[Image],
+    count: int,
+    seed: int,
+    *,
+    flip: bool = True,
+    rotation: float = 10.0,
+    colour: float = 0.15,
+) -> list[Image]:
+    """max(K, count) photos from K photos (H, W, 3), RGB uint8: the photos themselves, then variants of them in turn.
+
+    A variant has its photo's size. It is mirrored in half of the cases (`flip`), turned by up to `rotation` degrees either way,
+    with the picture mirrored at its borders, and its brightness, contrast and saturation are each changed by up to the share
+    `colour`. Variant number v depends on its photo, `seed` and v only: asking for more leaves the first ones as they are, and
+    what is switched off does not change how the rest turns out.
+
+    The photos may differ in size, and are not changed: those that are uint8 RGB already are the very arrays given.
+
+    Source: IDAdapter (arXiv 2403.13535) learns from several photos of each person and enriches the few at hand by flips,
+    rotations and colour changes. The amounts are ours.
+
+    Raises:
+        InputError: no photos, one that is no image, or a value out of its range: count at least 1, seed at least 0, rotation
+            0..45, colour 0..0.9.
+    """
+    if not images:
+        raise InputError("no photos were given to enrich; connect at least one photo of the person")
+    if count < 1:
+        raise InputError(f"count must be at least 1, the number of photos to reach, got {count}")
+    if seed < 0:
+        raise InputError(f"seed must be 0 or more, got {seed}")
+    if not 0 <= rotation <= MAX_ROTATION:
+        raise InputError(f"rotation must be between 0 and {MAX_ROTATION:g} degrees, got {rotation}")
+    if not 0 <= colour <= MAX_COLOUR:
+        raise InputError(
+            f"colour must be between 0 and {MAX_COLOUR:g}, a share of the original, got {colour}"
+        )
+    photos = [check_image(image, index, len(images)) for index, image in enumerate(images)]
+    variants = [
+        _variant(photos[number % len(photos)], np.random.default_rng([seed, number]), flip, rotation, colour)
+        for number in range(count - len(photos))
+    ]
+    return photos + variants
+
+
+def _variant(photo: Image, random: np.random.Generator, flip: bool, rotation: float, colour: float) -> Image:
+    # All is drawn in any case, so that one switch does not change what the others do.
+    mirrored = random.random() < 0.5
+    angle = random.uniform(-1, 1) * rotation
+    factors = 1 + random.uniform(-1, 1, len(_ENHANCERS)) * colour
+    if flip and mirrored:
+        photo = np.ascontiguousarray(photo[:, ::-1])
+    picture = PILImage.fromarray(_turn(photo, angle) if angle else photo)
+    for enhancer, factor in zip(_ENHANCERS, factors, strict=True):
+        picture = enhancer(picture).enhance(float(factor))
+    return np.array(picture, dtype=np.uint8)
+
+
+def _turn(photo: Image, angle: float) -> Image:
+    """Turned counter-clockwise about the centre, at the same size; corners show the picture mirrored at its border."""
+    height, width = photo.shape[:2]
+    sine, cosine = abs(math.sin(math.radians(angle))), abs(math.cos(math.radians(angle)))
+    # Half of what the turned frame is larger than the photo, on either side.
+    across = max(0, math.ceil((width * cosine + height * sine - width) / 2)) + _MARGIN
+    down = max(0, math.ceil((height * cosine + width * sine - height) / 2)) + _MARGIN
+    wide = np.pad(photo, ((down, down), (across, across), (0, 0)), mode="symmetric")
+    turned = PILImage.fromarray(wide).rotate(angle, resample=PILImage.Resampling.BICUBIC)
+    return np.array(turned, dtype=np.uint8)[down : down + height, across : across + width]
