@@ -216,7 +216,9 @@ def test_four_times_the_same_photo_is_that_photo(server: ComfyServer, with_ident
 def test_a_photo_of_weight_zero_is_left_out(server: ComfyServer, with_identity: np.ndarray) -> None:
     graph, nodes = uniid_graph((PERSON, STRANGER))
     graph.workflow[nodes["identity"].id]["inputs"]["weights"] = "1, 0"
-    assert np.array_equal(picture(server.run(graph.workflow)), with_identity)
+    # Not bit-equal everywhere: a face network's rounding may depend on how many photos it sees at once.
+    levels = np.abs(picture(server.run(graph.workflow)) - with_identity)
+    assert levels.max() <= 1
 
 
 def test_an_sd15_adapter_on_sd15(server: ComfyServer) -> None:
