@@ -194,7 +194,9 @@ def build_adapter(
             )
         module.load_state_dict(weights, strict=True, assign=True)
         module.requires_grad_(False).eval()
-    notes = _notes(config)
+    gates = layers.gate_values() if isinstance(layers, idadapter.IDAdapterLayers) else {}
+    deltas = layers.key_value_deltas() if isinstance(layers, idadapter.IDAdapterLayers) else {}
+    notes = _notes(config, acts=bool(deltas) or any(map(any, gates.values())))
     return Adapter(
         name=source,
         digest=state_digest(state, progress),
@@ -204,24 +206,40 @@ def build_adapter(
         layers=layers,
         info=_describe(source, method, state, config, notes),
         notes=notes,
-        gates=layers.gate_values() if isinstance(layers, idadapter.IDAdapterLayers) else {},
-        deltas=layers.key_value_deltas() if isinstance(layers, idadapter.IDAdapterLayers) else {},
+        gates=gates,
+        deltas=deltas,
     )
 
 
-def initial_adapter(config: idadapter.IDAdapterConfig, name: str, seed: int = 0) -> Adapter:
-    """An untrained IDAdapter, the start of a training: it leaves the model exactly as it is."""
-    encoder, layers = idadapter.IDAdapterEncoder(config), idadapter.IDAdapterLayers(config)
+def initial_adapter(
+    config: idadapter.IDAdapterConfig, name: str, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Adapter:
+    """An untrained IDAdapter, the start of a training: it leaves the model exactly as it is.
+
+    Args:
+        name: what to call it in messages.
+        dtype: of the layers, and what the encoder's values are rounded to. No more memory than this needs is taken: SDXL has
+            2.1 G parameters.
+    """
+    with torch.device("meta"):
+        encoder, layers = idadapter.IDAdapterEncoder(config), idadapter.IDAdapterLayers(config)
+    for module in (encoder, layers):
+        module.to(dtype).to_empty(device="cpu")
     idadapter.initialise(encoder, layers, config, seed)
     prefix = METHODS[idadapter.METHOD].layers_prefix
     state = {**encoder.state_dict(), **{prefix + key: t for key, t in layers.state_dict().items()}}
     return build_adapter(idadapter.METHOD, config, state, name)
 
 
-def _notes(config: Config) -> tuple[str, ...]:
-    """What the user should know before using it."""
+def _notes(config: Config, acts: bool) -> tuple[str, ...]:
+    """What the user should know before using it. `acts`: whether an IDAdapter changes anything in the UNet."""
     if isinstance(config, idadapter.IDAdapterConfig):
-        return ()
+        if acts:
+            return ()
+        return (
+            "it is untrained: all gates are closed and no K/V weights changed, so Apply ID Adapter leaves the model as it is. "
+            "It is the start of a training; choose a trained file to put a person into pictures.",
+        )
     if not config.has_text_branch:
         return (
             "it has no text branch: identity acts through attention only, and ID Prompt adds no identity tokens. "
@@ -368,14 +386,14 @@ def load_identity(path: str | Path) -> Identity:
     odd = [
         key
         for key, t in tensors.items()
-        if key not in known or t.ndim != (2 if key == "adapter_bias" else 3) or t.shape[0] != 1
+        if key != "adapter_bias" and (key not in known or t.ndim != 3 or t.shape[0] != 1)
     ]
-    if bias is not None and (tokens is None or bias.shape[:2] != tokens.shape[:2]):
+    if bias is not None and (tokens is None or bias.shape != tokens.shape[:2]):
         odd.append("adapter_bias")
     if odd or not tensors:
         raise CheckpointError(
-            f"{path.name}: an identity holds tokens of shape (1, tokens, width); this file has {some(odd) or 'none'}. "
-            "Make the identity again from the photos."
+            f"{path.name}: an identity holds tokens of shape (1, tokens, width), and perhaps a bias of shape (1, tokens); "
+            f"this file has {some(odd) or 'none'}. Make the identity again from the photos."
         )
     return Identity(
         adapter_tokens=tensors.get("adapter_tokens"),

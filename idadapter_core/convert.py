@@ -1,4 +1,5 @@
-"""`python -m idadapter_core.convert`: says what a checkpoint is, and writes it in the project's own format."""
+"""`python -m idadapter_core.convert`: says what a checkpoint is, and writes it in the project's own format; or writes an untrained
+IDAdapter, the start of a training."""
 
 from __future__ import annotations
 
@@ -7,53 +8,133 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .checkpoint import load_adapter, save_adapter
+from .checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
 from .errors import IDAdapterError
 from .faces.iresnet import digest, load_iresnet
+from .methods import idadapter
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_SEED = 2**64 - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m idadapter_core.convert",
-        description="Print what an adapter checkpoint is; with an output file, write it as .safetensors with its config inside.",
-    )
-    parser.add_argument("input", type=Path, help="a checkpoint file, or a published folder")
-    parser.add_argument("output", type=Path, nargs="?", help="the .safetensors file to write")
-    parser.add_argument("--text-branch", type=Path, help="a second checkpoint whose text branch is added")
-    parser.add_argument("--dtype", choices=DTYPES, default="keep", help="precision of the written weights")
-    parser.add_argument(
-        "--recognizer",
-        type=Path,
-        help="the face network's file that the adapter was trained with: it is recorded, and any other is refused from then on",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
-    options = parser.parse_args(arguments)
-    if options.recognizer is not None and options.output is None:
-        parser.error("--recognizer records a digest in the output file; name one")
-    if options.output is not None:
-        if options.output.suffix != ".safetensors":
-            parser.error(f"the output must end in .safetensors, got {options.output.name}")
-        if options.output.exists() and not options.overwrite:
-            parser.error(f"{options.output} exists; choose another name or add --overwrite")
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    output = _check(parser, options)
     try:
-        adapter = load_adapter(options.input, options.text_branch)
-        if options.recognizer is not None:
-            recorded = digest(load_iresnet(options.recognizer))
-            adapter = replace(adapter, config=replace(adapter.config, recognizer=recorded))
-        sys.stdout.write(f"{adapter.info}\ndigest {adapter.digest}\n")
-        if options.output is not None:
-            save_adapter(adapter, options.output, DTYPES[options.dtype])
-            sys.stdout.write(f"wrote {options.output} ({options.output.stat().st_size:,} bytes)\n")
+        recognizer = "" if options.recognizer is None else digest(load_iresnet(options.recognizer))
+        if options.init is None:
+            adapter = load_adapter(options.files[0], options.text_branch)
+            if recognizer:
+                adapter = replace(adapter, config=replace(adapter.config, recognizer=recognizer))
+        else:
+            config = replace(idadapter.PRESETS[options.init], recognizer=recognizer, **_new_settings(options))
+            dtype = DTYPES[options.dtype] or torch.float32
+            adapter = initial_adapter(config, options.files[0].name, options.seed or 0, dtype)
+        sys.stdout.write(f"{adapter.info}\n{_counts(adapter)}digest {adapter.digest}\n")
+        if output is not None:
+            save_adapter(adapter, output, DTYPES[options.dtype])
+            sys.stdout.write(f"wrote {output} ({output.stat().st_size:,} bytes)\n")
     except IDAdapterError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m idadapter_core.convert",
+        usage="%(prog)s [options] INPUT [OUTPUT]\n       %(prog)s [options] --init PRESET OUTPUT",
+        description="Print what an adapter checkpoint is; with an output file, write it as .safetensors with its config inside. "
+        "With --init, write an untrained IDAdapter instead: the start of a training.",
+    )
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="INPUT, a checkpoint file or a published folder, and OUTPUT, the .safetensors file to write; with --init OUTPUT alone",
+    )
+    parser.add_argument("--text-branch", type=Path, help="a second checkpoint whose text branch is added")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="keep",
+        help="precision of the written weights (default: the input's; fp32 with --init)",
+    )
+    parser.add_argument(
+        "--recognizer",
+        type=Path,
+        help="the face network's file that the adapter was (or will be) trained with: it is recorded, and any other is refused "
+        "from then on",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    new = parser.add_argument_group("a new adapter")
+    new.add_argument("--init", choices=idadapter.PRESETS, help="the UNet family it is for")
+    new.add_argument("--references", type=int, help="photos of a person in training, N (default: 4)")
+    new.add_argument(
+        "--tokens",
+        type=int,
+        help="identity tokens kept: 0 all of them, else a learned resampling to this many (default: 0)",
+    )
+    new.add_argument(
+        "--unconditional",
+        choices=idadapter.UNCONDITIONAL,
+        help="what the adapter does on negative prompts: nothing, or the tokens of zeroed features (default: skip)",
+    )
+    new.add_argument("--seed", type=int, help="of the random weights (default: 0)")
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path | None:
+    """The output file, where one is to be written. Options that contradict each other end the program with a message."""
+    files: list[Path] = options.files
+    if options.init is None:
+        for name in ("references", "tokens", "unconditional", "seed"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is for a new adapter; add --init PRESET, or leave it out")
+        if not files:
+            parser.error("name the checkpoint to read, or add --init PRESET to write an untrained IDAdapter")
+        if len(files) > 2:
+            parser.error(f"an input and an output at most, got {len(files)} files")
+        if options.recognizer is not None and len(files) < 2:
+            parser.error("--recognizer records a digest in the output file; name one")
+    else:
+        if not files:
+            parser.error("--init writes an untrained adapter; name the .safetensors file to write")
+        if len(files) > 1:
+            parser.error(f"--init reads no checkpoint; name the output alone, got {len(files)} files")
+        if options.text_branch is not None:
+            parser.error("--init writes an IDAdapter, which has no second file; leave --text-branch out")
+        if options.seed is not None and not 0 <= options.seed <= MAX_SEED:
+            parser.error(f"--seed must be between 0 and {MAX_SEED}, got {options.seed}")
+    if options.init is None and len(files) < 2:
+        return None
+    output = files[-1]
+    if output.suffix != ".safetensors":
+        parser.error(f"the output must end in .safetensors, got {output.name}")
+    if output.exists() and not options.overwrite:
+        parser.error(f"{output} exists; choose another name or add --overwrite")
+    return output
+
+
+def _new_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a preset that were given."""
+    given = {name: getattr(options, name) for name in ("references", "tokens", "unconditional")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _counts(adapter: Adapter) -> str:
+    """A line with the parameters of each part of an IDAdapter; nothing for a method of one part."""
+    if not isinstance(adapter.config, idadapter.IDAdapterConfig):
+        return ""
+    parts = idadapter.parameter_counts(adapter.config).items()
+    return f"parameters in M: {', '.join(f'{name} {count / 1e6:.2f}' for name, count in parts if count)}\n"
 
 
 if __name__ == "__main__":

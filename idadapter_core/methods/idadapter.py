@@ -26,6 +26,7 @@ from ..types import FaceFeatures, Identity, Mix
 METHOD = "idadapter"
 IDENTIFIER = "sks"  # the word of the prompt whose input embedding the identity replaces
 UNCONDITIONAL = ("skip", "zeros")
+ENCODERS = ("l", "g", "h")  # text encoders, by ComfyUI's names
 
 _SD_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
 _SDXL_WIDTHS = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
@@ -60,15 +61,38 @@ class IDAdapterConfig:
     recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
 
     def __post_init__(self) -> None:
-        for name in ("references", "vision_width", "vision_patches", "embedding_width", "mixer_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = (
+            "references",
+            "vision_width",
+            "vision_patches",
+            "embedding_width",
+            "mixer_heads",
+            "context_width",
+        )
+        counts = ("mixer_depth", "tokens", "resampler_depth")
+        for least, names in ((1, sizes), (0, counts)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.tokens and not self.resampler_depth:
+            raise InputError(
+                f"resampler_depth must be at least 1 where E_r is resampled (to {self.tokens} tokens), got 0: the tokens would "
+                "not depend on the photos"
+            )
         if len(self.text_encoders) != len(self.text_widths):
             raise InputError(
                 f"text_encoders {self.text_encoders} and text_widths {self.text_widths} must be as many"
             )
-        if self.text_encoders and self.text_tokens < 1:
-            raise InputError(f"text_tokens must be at least 1, got {self.text_tokens}")
+        if len(set(self.text_encoders)) < len(self.text_encoders) or set(self.text_encoders) - set(ENCODERS):
+            raise InputError(
+                f"text_encoders must be different ones of {', '.join(ENCODERS)}, got {self.text_encoders}"
+            )
+        for name in ("text_tokens", "text_hidden"):
+            if self.text_encoders and getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("text_widths", "site_widths"):
+            if any(width < 1 for width in getattr(self, name)):
+                raise InputError(f"{name} must be at least 1 each, got {getattr(self, name)}")
         if not self.site_widths or len(self.site_widths) != len(self.site_heads):
             raise InputError(
                 f"site_widths ({len(self.site_widths)}) and site_heads ({len(self.site_heads)}) must be as many, at least one"
@@ -365,7 +389,9 @@ class IDAdapterLayers(nn.Module):
         values: dict[int, tuple[float, float]] = {}
         for number, gate in self.gates.items():
             assert isinstance(gate, GatedAdapter)
-            attend, feed = (float(g.float().tanh()) for g in (gate.gate_attention, gate.gate_feed_forward))
+            attend, feed = (
+                float(g.detach().float().tanh()) for g in (gate.gate_attention, gate.gate_feed_forward)
+            )
             values[int(number)] = (attend, feed)
         return values
 
@@ -385,7 +411,8 @@ def initialise(
 ) -> None:
     """The start of a training: small random weights, gates and K/V deltas at exactly 0.
 
-    The identity word starts at the length of a usual word's embedding.
+    The identity word starts at the length of a usual word's embedding. Values are drawn in fp32 and rounded to the dtype of the
+    parameters, one parameter after the other.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -396,9 +423,11 @@ def initialise(
                 elif parameter.ndim == 1:
                     parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                 else:
-                    parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+                    drawn = torch.empty(parameter.shape)
+                    parameter.copy_(drawn.normal_(std=parameter.shape[-1] ** -0.5, generator=generator))
         for project in encoder.word.encoders.values():
-            assert isinstance(project, nn.Sequential) and isinstance(project[-1], nn.Linear)
+            assert isinstance(project, nn.Sequential)
+            assert isinstance(project[-1], nn.Linear)
             # After GELU a unit normal has a root mean square of 0.65; CLIP's word embeddings have one of about 0.014.
             project[-1].weight.mul_(0.014 / 0.65)
 
@@ -515,7 +544,8 @@ def describe(config: IDAdapterConfig) -> list[str]:
         widths = ", ".join(
             f"{name} {width}" for name, width in zip(config.text_encoders, config.text_widths, strict=True)
         )
-        lines.append(f"identity word ({config.text_tokens} embedding) for the text encoders {widths}")
+        embeddings = f"{config.text_tokens} embedding{'s' if config.text_tokens > 1 else ''}"
+        lines.append(f"identity word ({embeddings}) for the text encoders {widths}")
     else:
         lines.append("no identity word")
     negative = (
@@ -532,7 +562,7 @@ def identity_clause(class_word: str) -> str:
 
 def with_identity_clause(text: str, class_word: str) -> str:
     """The prompt with the clause at its end, as in training."""
-    stripped = text.rstrip().rstrip(",.;")
+    stripped = text.rstrip(" \t\r\n,.;")
     return f"{stripped}, {identity_clause(class_word)}" if stripped else identity_clause(class_word)
 
 
