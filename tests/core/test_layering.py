@@ -30,6 +30,7 @@ HEAVY = (
 # From the top down: a module imports from lines below its own only.
 LAYERS = (
     ("__init__", "convert"),
+    ("unet",),
     ("checkpoint",),
     ("formats",),
     ("methods",),
@@ -88,7 +89,9 @@ def test_the_table_notices_an_upward_import() -> None:
     assert RANK["checkpoint"] < RANK["types"]
 
 
-@pytest.mark.parametrize("module", ["idadapter_core", "idadapter_core.convert", "idadapter_core.faces"])
+@pytest.mark.parametrize(
+    "module", ["idadapter_core", "idadapter_core.convert", "idadapter_core.faces", "idadapter_core.unet"]
+)
 def test_importing_the_core_loads_no_host_and_no_face_library(module: str) -> None:
     code = f"import {module}, json, sys; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
     environment = {**os.environ, "PYTHONPATH": str(CORE.parent)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
-import importlib.util
 import os
 import shutil
 import sys
@@ -14,12 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.harness.shim import import_file, run_shim
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK_MODULE = "ComfyUI_IDAdapter"
 """Name under which `load_pack` registers the pack: import parts of it as `ComfyUI_IDAdapter.nodes.faces`."""
 
 _CACHED_COMFYUI = REPOSITORY / ".cache" / "ComfyUI-0.30.0"
-_SHIM = REPOSITORY / "tests" / "shim"
 
 
 def comfyui_path() -> Path | None:
@@ -39,17 +39,6 @@ def comfyui_path() -> Path | None:
     return path
 
 
-def shim_path() -> Path | None:
-    """The folder that lets ComfyUI start where torchvision or torchaudio do not fit the installed torch.
-
-    It is tests/shim, which leaves alone what works. `IDADAPTER_SHIM` names another one; empty, it means none.
-    """
-    named = os.environ.get("IDADAPTER_SHIM")
-    if named is None:
-        return _SHIM
-    return Path(named).resolve() if named else None
-
-
 def import_comfy(path: Path | None = None) -> None:
     """Make `import comfy` and ComfyUI's other modules work in this process, on the CPU. Doing it twice is harmless.
 
@@ -66,10 +55,7 @@ def import_comfy(path: Path | None = None) -> None:
     base = Path(tempfile.mkdtemp(prefix="comfyui-in-process-"))
     atexit.register(shutil.rmtree, base, ignore_errors=True)
 
-    shim = shim_path()
-    # Python runs the shim by itself only in processes that start with its folder on PYTHONPATH.
-    if shim is not None and not _is_running(shim / "sitecustomize.py"):
-        _import_file("comfyui_shim", shim / "sitecustomize.py")
+    run_shim()
     # Before the repository: ComfyUI's nodes.py must win over the folder nodes/ of the pack.
     sys.path.insert(0, str(path.resolve()))
 
@@ -91,7 +77,7 @@ def import_comfy(path: Path | None = None) -> None:
 def load_pack() -> ModuleType:
     """The pack, imported by path as ComfyUI's custom node loader does, under the name `PACK_MODULE`."""
     import_comfy()
-    return _import_file(PACK_MODULE, REPOSITORY / "__init__.py")
+    return import_file(PACK_MODULE, REPOSITORY / "__init__.py")
 
 
 @functools.cache
@@ -104,22 +90,3 @@ def pack_nodes() -> dict[str, Any]:
         return list(await extension.get_node_list())
 
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(collect())}
-
-
-def _is_running(sitecustomize: Path) -> bool:
-    file = getattr(sys.modules.get("sitecustomize"), "__file__", None)
-    return file is not None and Path(file).resolve() == sitecustomize
-
-
-def _import_file(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

@@ -25,7 +25,8 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-from tests.harness.comfy import REPOSITORY, comfyui_path, shim_path
+from tests.harness.comfy import REPOSITORY, comfyui_path
+from tests.harness.shim import shim_path
 from tests.harness.workflow import Graph, Workflow
 
 PACK_NAME = "ComfyUI-IDAdapter"

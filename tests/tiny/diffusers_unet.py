@@ -1,0 +1,72 @@
+"""The tiny UNets of `tests/tiny/checkpoints.py` as diffusers has them. Needs diffusers, and no ComfyUI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.golden import recipe
+from tests.harness.shim import run_shim
+
+_SMALL: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "cross_attention_dim": 64,
+}
+# `attention_head_dim` is what diffusers calls the number of heads.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {**_SMALL, "attention_head_dim": 4},
+    "sd21": {
+        **_SMALL,
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    "sdxl": {
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 1, 2),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 128,
+        "attention_head_dim": (2, 4, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 64 + 6 * 256,
+    },
+}
+"""By the kinds of `tests/tiny/checkpoints.py`."""
+
+
+def diffusers_unet(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A UNet2DConditionModel of that kind with random weights, for evaluation; `changes` of its configuration."""
+    run_shim()
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(**{**CONFIGS[kind], **changes}).requires_grad_(False).eval()
+    recipe.fill(model, seed, "diffusers.")
+    return model
+
+
+def inputs(kind: str, rows: int = 2, size: int = 8, length: int = 7) -> dict[str, Any]:
+    """What such a UNet is called with, different for each row."""
+
+    def value(name: str, *shape: int) -> Tensor:
+        return recipe.value(0, f"diffusers.{name}", (rows, *shape))
+
+    given: dict[str, Any] = {
+        "sample": value("sample", 4, size, size),
+        "timestep": torch.tensor([981, 1, 500, 250])[:rows],
+        "encoder_hidden_states": value("text", length, CONFIGS[kind]["cross_attention_dim"]),
+    }
+    if kind == "sdxl":
+        given["added_cond_kwargs"] = {
+            "text_embeds": value("pooled", 64),
+            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(rows, -1),
+        }
+    return given
