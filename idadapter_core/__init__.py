@@ -3,11 +3,12 @@
 This package knows nothing of ComfyUI; the nodes of the pack and the trainer call it.
 """
 
-from .attention import decoupled_attention, normalized_rescale
+from .attention import decoupled_attention, gated_self_attention, normalized_rescale
 from .checkpoint import Adapter, load_adapter, load_identity, save_adapter, save_identity
 from .errors import IDAdapterError
 from .sites import Site, attention_sites
 from .types import Face, FaceFeatures, Identity, Mix
+from .unet import eject, inject
 
 __all__ = [
     "Adapter",
@@ -19,6 +20,9 @@ __all__ = [
     "Site",
     "attention_sites",
     "decoupled_attention",
+    "eject",
+    "gated_self_attention",
+    "inject",
     "load_adapter",
     "load_identity",
     "normalized_rescale",
