@@ -14,6 +14,8 @@ from tests.tiny.files import (
     bring_adapters,
     bring_clip_vision,
     bring_face_package,
+    bring_idadapters,
+    bring_loras,
     bring_photos,
     bring_recognizer,
 )
@@ -21,7 +23,9 @@ from tests.tiny.files import (
 # Run on the base directory of the shared server before it starts: append here what brings further models or inputs.
 SERVER_FILES: list[Writer] = [
     bring_tiny_checkpoints,
+    bring_loras,
     bring_adapters,
+    bring_idadapters,
     bring_clip_vision,
     bring_recognizer,
     bring_face_package,

@@ -21,6 +21,12 @@ from .patching import TEXT_POSITIONS
 CLASS_WORD = "<class word>"  # in a prompt, the place of man, woman or another noun
 Conditioning = list[list[Any]]
 
+# The identifier as the tokenizer sees words: letters go on with one, digits and underscores do not, and 's is one of its own.
+# The name of an embedding file comes first, because it is no text.
+_IDENTIFIER = re.compile(
+    rf"((?<![^\s()])embedding:[^\s()<\[]+)|(?<!')(?<![^\W\d_])(?i:{idadapter.IDENTIFIER})(?![^\W\d_])"
+)
+
 _reference_norms: WeakKeyDictionary[Any, dict[Any, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
@@ -127,39 +133,41 @@ def _encode_with_word(clip: Any, text: str, identity: Identity, token_weight: fl
     """
     count = next(t.shape[1] for t in identity.text_tokens.values())
     if count > 1:  # as many words as there are embeddings, so that the tokenizer makes room for them
-        word = rf"(?<!\w){idadapter.IDENTIFIER}(?!\w)"
-        text = re.sub(word, " ".join([idadapter.IDENTIFIER] * count), text, flags=re.IGNORECASE)
+        words = " ".join([idadapter.IDENTIFIER] * count)
+        text = _IDENTIFIER.sub(lambda found: found[1] or words, text)
     tokens = clip.tokenize(text)
     for encoder, embeddings in identity.text_tokens.items():
         rows = [list(row) for row in tokens[encoder]]
-        previous, number = None, 0
-        for row, position in _word_positions(clip, encoder, rows):
-            number = (number + 1) % count if previous == (row, position - 1) else 0
+        for row, position, number in _word_positions(clip, encoder, rows):
             weight = rows[row][position][1] * token_weight
-            rows[row][position] = (embeddings[0, number].float().cpu(), weight)
-            previous = (row, position)
+            rows[row][position] = (embeddings[0, number % count].float().cpu(), weight)
         tokens[encoder] = rows
     return clip.encode_from_tokens_scheduled(tokens)
 
 
-def _word_positions(clip: Any, encoder: str, rows: list[Any]) -> list[tuple[int, int]]:
-    """(row, position) of each identifier among tokens. The end of a longer word has the same token and is none."""
+def _word_positions(clip: Any, encoder: str, rows: list[Any]) -> list[tuple[int, int, int]]:
+    """(row, position, how many stand directly before it) of each identifier among tokens.
+
+    The end of a longer word has the same token and is none. Words, and words side by side, may go on in the next row.
+    """
     tokenizer = getattr(clip.tokenizer, f"clip_{encoder}")
     identifier = tokenizer.tokenizer(idadapter.IDENTIFIER)["input_ids"][1]
-
-    def ends_a_word(entry: Any) -> bool:
-        if isinstance(entry, int) and entry not in (tokenizer.start_token, tokenizer.end_token):
-            return str(tokenizer.inv_vocab.get(entry, "</w>")).endswith("</w>")
-        return True
-
-    return [
-        (number, position)
-        for number, row in enumerate(rows)
-        for position, (entry, *_) in enumerate(row)
-        if isinstance(entry, int)
-        and entry == identifier
-        and (position == 0 or ends_a_word(row[position - 1][0]))
-    ]
+    found = []
+    word_begins, before = True, 0
+    for number, row in enumerate(rows):
+        for position, (entry, *_) in enumerate(row):
+            token = entry if isinstance(entry, int) else None  # an embedding is a vector
+            if token == tokenizer.start_token:
+                continue
+            if token == tokenizer.end_token:
+                break  # the rest is padding
+            if token == identifier and word_begins:
+                found.append((number, position, before))
+                before += 1
+            else:
+                before = 0
+            word_begins = token is None or str(tokenizer.inv_vocab.get(token, "</w>")).endswith("</w>")
+    return found
 
 
 def _encode_with_tokens(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:

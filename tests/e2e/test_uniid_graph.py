@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.harness.server import ComfyServer, RunResult
+from tests.harness.results import difference, picture, pictures, text_of
+from tests.harness.server import ComfyServer
 from tests.harness.uniid_graph import (
     NONE,
     add_apply,
@@ -26,27 +27,6 @@ from tests.tiny.files import ADAPTER_SD15, ADAPTER_SDXL, ASTRONAUT, PERSON, PHOT
 
 pytestmark = pytest.mark.server
 SDXL = CHECKPOINT_NAMES["sdxl"]
-
-
-def picture(result: RunResult) -> np.ndarray:
-    """The one saved picture of a run, (H, W, 3)."""
-    (image,) = result.check().images
-    assert image.format == "PNG"
-    return np.asarray(image, dtype=np.int16)
-
-
-def pictures(result: RunResult) -> list[np.ndarray]:
-    return [np.asarray(image, dtype=np.int16) for image in result.check().images]
-
-
-def text_of(result: RunResult, node: str) -> str:
-    """What a `PreviewAny` showed."""
-    return "".join(result.outputs[node]["text"])
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference of two pictures, in levels of 255."""
-    return float(np.abs(one - other).mean())
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""UniID's workflow in pieces, with the nodes and files of the test server."""
+"""The workflow of both methods in pieces, and UniID's as a whole, with the nodes and files of the test server."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ def add_extract(
     image: Node,
     analyzer: Node,
     *,
+    clip_vision: Node | None = None,
     select: str = "largest",
     index: int = 0,
     on_missing: str = "error",
 ) -> Node:
-    return graph.add(
+    faces = graph.add(
         "IDAdapterExtractFaces",
         image=image,
         analyzer=analyzer,
@@ -51,6 +52,9 @@ def add_extract(
         index=index,
         on_missing=on_missing,
     )
+    if clip_vision is not None:
+        rewire(graph, faces, clip_vision=clip_vision)
+    return faces
 
 
 def add_adapter(graph: Graph, adapter: str = ADAPTER, text_branch: str = TEXT_BRANCH) -> Node:

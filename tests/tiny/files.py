@@ -1,4 +1,4 @@
-"""The files that graphs need beside the checkpoints: adapters, CLIP vision, a face network, a face package and photos."""
+"""The files that graphs need beside the checkpoints: adapters, LoRAs, CLIP vision, a face network, a face package and photos."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from PIL import Image
 
 from idadapter_core.faces.iresnet import IResNet, save_iresnet
 from tests.golden import recipe
+from tests.tiny.idadapter import write_tiny_idadapters
+from tests.tiny.lora import write_tiny_loras
 from tests.tiny.uniid import write_tiny_adapters
 from tests.tiny.vision import FILE_NAMES, NARROW_WIDTH, WIDTH, write_tiny_clip_vision
 
@@ -46,6 +48,16 @@ ASTRONAUT_LANDMARKS = np.array(
 def bring_adapters(base: Path) -> None:
     """A `Writer`: the tiny adapters."""
     write_tiny_adapters(base / "models")
+
+
+def bring_idadapters(base: Path) -> None:
+    """A `Writer`: the tiny IDAdapters."""
+    write_tiny_idadapters(base / "models")
+
+
+def bring_loras(base: Path) -> None:
+    """A `Writer`: a LoRA for each tiny checkpoint, which must be there already."""
+    write_tiny_loras(base / "models")
 
 
 def bring_clip_vision(base: Path) -> None:

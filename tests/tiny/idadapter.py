@@ -1,4 +1,5 @@
-"""Tiny IDAdapters with random weights: open gates, changed K/V weights, for the tiny checkpoints and the tiny CLIP vision."""
+"""Tiny IDAdapters for the tiny checkpoints and the tiny CLIP vision: random weights, open gates, changed K/V weights, and
+untrained ones."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from idadapter_core.checkpoint import Adapter, build_adapter, save_adapter
+from idadapter_core.checkpoint import Adapter, build_adapter, initial_adapter, save_adapter
 from idadapter_core.methods.idadapter import METHOD, IDAdapterConfig, IDAdapterEncoder, IDAdapterLayers
 from idadapter_core.types import FaceFeatures
 from tests.golden import recipe
@@ -39,7 +40,13 @@ CONFIGS = {
 }
 """By the kinds of `tests/tiny/checkpoints.py`."""
 
+RESAMPLED_CONFIG = replace(CONFIGS["sdxl"], tokens=8)
+
 FILE_NAMES = {kind: f"idadapter_tiny_{kind}.safetensors" for kind in CONFIGS}
+FRESH_NAMES = {kind: f"idadapter_fresh_{kind}.safetensors" for kind in CONFIGS}
+"""Untrained: gates and K/V deltas of exactly 0."""
+RESAMPLED_NAME = "idadapter_resampled_sdxl.safetensors"
+"""Whose identities have 8 tokens, however many photos there are."""
 
 
 def idadapter_state(
@@ -79,6 +86,9 @@ def vision_features(seed: int, count: int = 1, **facts: object) -> FaceFeatures:
 
 
 def write_tiny_idadapters(models_dir: Path) -> None:
-    """Write an adapter for each tiny checkpoint below `models_dir`/idadapter."""
+    """Write the adapters named above below `models_dir`/idadapter."""
+    folder = models_dir / "idadapter"
     for kind, config in CONFIGS.items():
-        save_adapter(tiny_idadapter(config), models_dir / "idadapter" / FILE_NAMES[kind])
+        save_adapter(tiny_idadapter(config), folder / FILE_NAMES[kind])
+        save_adapter(initial_adapter(config, f"fresh {kind}"), folder / FRESH_NAMES[kind])
+    save_adapter(tiny_idadapter(RESAMPLED_CONFIG), folder / RESAMPLED_NAME)
