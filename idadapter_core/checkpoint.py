@@ -187,11 +187,20 @@ def build_adapter(
         for key, tensor in state.items()
         if key.startswith(parts.layers_head)
     }
+    expected = {
+        **encoder.state_dict(),
+        **{parts.layers_prefix + key: t for key, t in layers.state_dict().items()},
+    }
+    if problems := key_problems(expected, state):
+        raise CheckpointError(
+            f"{source}: not a complete {parts.title} file: {problems}. Download or export the file again."
+        )
+    if broken := [key for key, tensor in state.items() if not _is_finite(tensor)]:
+        raise CheckpointError(
+            f"{source}: {len(broken)} weights hold values that are not finite ({some(broken)}). The training that wrote it "
+            "failed, or the file is damaged; choose an earlier one or download it again."
+        )
     for module, weights in ((encoder, encoder_state), (layers, layers_state)):
-        if problems := key_problems(module.state_dict(), weights):
-            raise CheckpointError(
-                f"{source}: not a complete {parts.title} adapter: {problems}. Download or export the file again."
-            )
         module.load_state_dict(weights, strict=True, assign=True)
         module.requires_grad_(False).eval()
     gates = layers.gate_values() if isinstance(layers, idadapter.IDAdapterLayers) else {}
@@ -209,6 +218,11 @@ def build_adapter(
         gates=gates,
         deltas=deltas,
     )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # There is no such test for floats of one byte.
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def initial_adapter(

@@ -21,6 +21,11 @@ _ADAPTER_HEADS = re.compile(r"^(?:latents$|adapter_resampler\.|adapter_modules\.
 # What a file is, when it is not ours: (a key that only this kind has, what people call it, what to do with it).
 _FOREIGN = (
     (
+        r"^layers\.(?:gates|deltas)\.\d",
+        "an IDAdapter without its config, which stands in the metadata of the .safetensors file",
+        "export or copy the original file again, without converting it",
+    ),
+    (
         r"^(?:image_proj(?:_model)?|ip_adapter|adapter_modules)\.",
         "an IP-Adapter or InstantID file",
         "load it with the nodes of those packs",

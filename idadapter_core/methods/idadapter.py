@@ -364,6 +364,10 @@ class _KeyValueDelta(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
 
 
+class IDAdapterGates(nn.ModuleDict):
+    """The gated adapters by site number, with a name that hosts can show."""
+
+
 class IDAdapterLayers(nn.Module):
     """What acts in the UNet, per cross-attention site, numbered as in checkpoints: the gated adapters, and what training added
     to the K and V weights of the cross-attention."""
@@ -371,7 +375,7 @@ class IDAdapterLayers(nn.Module):
     def __init__(self, config: IDAdapterConfig, operations: Any = nn):
         super().__init__()
         numbers = [str(2 * rank + 1) for rank in range(len(config.site_widths))]
-        self.gates = nn.ModuleDict(
+        self.gates = IDAdapterGates(
             {
                 number: GatedAdapter(config.vision_width, width, heads, operations)
                 for number, width, heads in zip(numbers, config.site_widths, config.site_heads, strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from comfy.ldm.modules import attention as comfy_attention
 from torch import Tensor
 
@@ -17,18 +18,20 @@ from ...idadapter_core.methods.idadapter import GateIdentity
 from ...idadapter_core.sites import Site
 from .call import CALL, Acting, Call
 from .memory import LoadedAdapter
-from .plan import KEY, Application, Plan
+from .plan import KEY, Application, Plan, plan_of
 from .run import Row, expand_rows
 
 SELF_NORM = f"{KEY}_self_norm"  # in a block's options: norm of its self-attention's output, per row
 
 
 def load_with(model: Any, adapter: LoadedAdapter) -> None:
-    """Have ComfyUI load an adapter's gated layers whenever it loads this MODEL (a clone of ours)."""
-    if adapter.gates is None:
+    """Have ComfyUI load an adapter's gated layers whenever it loads this MODEL (a clone of ours), if any of them can act on it."""
+    digest = adapter.adapter.digest
+    acts = any(a.acts and a.adapter.digest == digest for a in plan_of(model).applications)
+    if adapter.gates is None or not acts:
         return
     loaded = list(model.additional_models.get(KEY, []))
-    if all(patcher.model is not adapter.gates.model for patcher in loaded):
+    if all(patcher.model.adapter_digest != digest for patcher in loaded):
         model.set_additional_models(KEY, [*loaded, adapter.gates])
 
 
@@ -44,21 +47,32 @@ def loaded_gates(model: Any, plan: Plan) -> dict[Adapter, Any]:
 def delta_strength(applications: Sequence[Application], adapter: Adapter) -> float:
     """How strongly an adapter's K/V deltas act on a MODEL.
 
-    Weights are shared by all rows of a model call, so they follow the strength alone, not masks or windows. One identity
-    applied several times counts with the sum of its strengths; of several people the strongest decides, because each of them
-    wants the deltas once.
+    Weights are shared by all rows of a model call, so they follow the strength alone, not masks or windows. One identity applied
+    several times at the same place and time counts with the sum of its strengths. Of several people, places or times the
+    strongest decides, because each of them wants the deltas once. Of two that are as strong with opposite signs it is the
+    positive, whatever their order.
     """
-    people: list[tuple[Any, float]] = []
+    groups: list[list[Application]] = []
     for application in applications:
         if application.adapter.digest != adapter.digest or not application.switched_on:
             continue
-        for number, (person, strength) in enumerate(people):
-            if identical(person, application.identity):
-                people[number] = (person, strength + application.weight)
-                break
+        group = next((g for g in groups if _same_but_strength(g[0], application)), None)
+        if group is None:
+            groups.append([application])
         else:
-            people.append((application.identity, application.weight))
-    return max((strength for _, strength in people), key=abs, default=0.0)
+            group.append(application)
+    strengths = [sum(application.weight for application in group) for group in groups]
+    return max(strengths, key=lambda strength: (abs(strength), strength), default=0.0)
+
+
+def _same_but_strength(one: Application, other: Application) -> bool:
+    """Whether two applications of one adapter put the same person at the same place and time."""
+    windows = [(a.start_percent, a.end_percent) for a in (one, other)]
+    if windows[0] != windows[1] or (one.mask is None) != (other.mask is None):
+        return False
+    if one.mask is not None and other.mask is not None and not torch.equal(one.mask, other.mask):
+        return False
+    return identical(one.identity, other.identity)
 
 
 def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after: float) -> None:
@@ -99,11 +113,11 @@ class GatePatch:
     def __call__(self, x: Tensor, extra: dict[str, Any]) -> Tensor:
         call: Call = extra[CALL]
         site = self.sites[extra["block"][0], extra["block"][1], extra["block_index"]]
-        groups: dict[Adapter, list[Acting]] = {}
+        groups: dict[str, list[Acting]] = {}  # by digest: one file loaded twice is one adapter
         for acting in call.gated:
             adapter = call.run.plan.applications[acting.number].adapter
             if any(adapter.gates[site.index]):
-                groups.setdefault(adapter, []).append(acting)
+                groups.setdefault(adapter.digest, []).append(acting)
         if not groups:
             return x
         rows = expand_rows(call.rows, extra, x.shape[0])
@@ -111,7 +125,8 @@ class GatePatch:
         # into the stream.
         alone = len(groups) == 1 and not call.gates_normalized and not x.requires_grad
         out = x if alone and call.owns_stream else x.clone()
-        for adapter, group in groups.items():
+        for group in groups.values():
+            adapter = call.run.plan.applications[group[0].number].adapter
             by_number = {acting.number: acting for acting in group}
             gate = _Gate(call, adapter, site, extra)
             for span in call.run.spans(rows, tuple(by_number)):

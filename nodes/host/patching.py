@@ -234,7 +234,7 @@ def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, A
         normalized=rescale is not None,
         gates_normalized=gates_normalized,
         foreign_scale=torch.full((), scale, device=x.device) if foreign else None,
-        gates=loaded_gates(model, plan) if gated else {},
+        gates=loaded_gates(model, plan),
         owns_stream=not options.get("patches", {}).get("middle_patch"),
     )
 

@@ -62,7 +62,7 @@ def require_text_encoders(clip: Any, identity: Identity) -> None:
         )
         raise MismatchError(
             f"the identity's text tokens are for text encoders of widths {there}, this CLIP has {here}. "
-            "Use the CLIP of the model that the adapter was made for (SDXL's checkpoint loader gives l 768, g 1280)."
+            "Use the CLIP of the model that the adapter was made for (SD1.5 has l 768; SD2.1 h 1024; SDXL l 768, g 1280)."
         )
 
 

@@ -343,7 +343,7 @@ NORM = "text_branch.norm_1.weight"
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({V3: None}, "1 missing (adapter_modules.3.to_v_ip.weight)"),
+        ({V3: None}, "1 missing (adapter_branch.adapter_modules.3.to_v_ip.weight)"),
         ({K3: None}, "adapter_modules must be numbered 1, 3, 5, … without a gap; missing [3]"),
         ({K3: None, V3: None}, "missing [3]"),
         ({LATENTS: None}, "adapter_branch.latents is missing"),
@@ -352,7 +352,7 @@ NORM = "text_branch.norm_1.weight"
         ({"text_branch.extra.weight": (3,)}, "1 unexpected (text_branch.extra.weight)"),
         (
             {V3: (64, 32)},
-            "1 of another shape (adapter_modules.3.to_v_ip.weight is (64, 32) instead of (64, 64))",
+            "1 of another shape (adapter_branch.adapter_modules.3.to_v_ip.weight is (64, 32) instead of (64, 64))",
         ),
         (
             {"text_branch.norm_1.bias": (7,)},
@@ -381,7 +381,9 @@ def test_incomplete_weights_are_named(
 
 def test_many_missing_keys_are_counted_and_three_are_named(state: State, tmp_path: Path) -> None:
     changed = {key: tensor for key, tensor in state.items() if ".to_v_ip." not in key}
-    with pytest.raises(CheckpointError, match=r"7 missing \(adapter_modules\.1\.[^,]*, [^,]*, [^,]*, …\)"):
+    with pytest.raises(
+        CheckpointError, match=r"7 missing \(adapter_branch\.adapter_modules\.1\.[^,]*, [^,]*, [^,]*, …\)"
+    ):
         load_adapter(write(tmp_path / "odd.bin", changed))
 
 

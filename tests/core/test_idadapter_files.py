@@ -193,13 +193,13 @@ def test_settings_that_cannot_be(
     [
         ({"vision_width": 128}, "of another shape"),
         ({"embedding_width": 256}, "mixer.embedding_projection.weight is (64, 512) instead of (64, 256)"),
-        ({"context_width": 128}, "deltas.1.to_k.weight is (32, 64) instead of (32, 128)"),
+        ({"context_width": 128}, "layers.deltas.1.to_k.weight is (32, 64) instead of (32, 128)"),
         ({"mixer_depth": 1}, "12 unexpected (mixer.blocks.1"),
         ({"mixer_depth": 3}, "12 missing (mixer.blocks.2"),
         ({"tokens": 6}, "missing (mixer.resampler.latents"),
         ({"text_encoders": ["g"]}, "6 missing (word.encoders.g.0.weight"),
         ({"text_encoders": [], "text_widths": []}, "6 unexpected (word.encoders.l.0"),
-        ({"site_widths": [32, 64], "site_heads": [4, 4]}, "unexpected (deltas.11"),
+        ({"site_widths": [32, 64], "site_heads": [4, 4]}, "unexpected (layers.deltas.11"),
     ],
 )
 def test_settings_of_another_adapter(
@@ -208,26 +208,26 @@ def test_settings_of_another_adapter(
     path = changed_file(adapter, tmp_path / "own.safetensors", **settings)
     with pytest.raises(CheckpointError, match=re.escape(text)) as caught:
         load_adapter(path)
-    assert str(caught.value).startswith("own.safetensors: not a complete IDAdapter adapter: ")
+    assert str(caught.value).startswith("own.safetensors: not a complete IDAdapter file: ")
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"layers.gates.3.gate_attention": None}, "1 missing (gates.3.gate_attention)"),
-        ({"layers.deltas.5.to_v.weight": None}, "1 missing (deltas.5.to_v.weight)"),
+        ({"layers.gates.3.gate_attention": None}, "1 missing (layers.gates.3.gate_attention)"),
+        ({"layers.deltas.5.to_v.weight": None}, "1 missing (layers.deltas.5.to_v.weight)"),
         ({"mixer.embedding_projection.bias": None}, "1 missing (mixer.embedding_projection.bias)"),
         ({"word.encoders.l.3.weight": None}, "1 missing (word.encoders.l.3.weight)"),
-        ({"layers.gates.15.gate_attention": ()}, "1 unexpected (gates.15.gate_attention)"),
+        ({"layers.gates.15.gate_attention": ()}, "1 unexpected (layers.gates.15.gate_attention)"),
         ({"mixer.extra": (3,)}, "1 unexpected (mixer.extra)"),
         (
             {"layers.deltas.1.to_k.weight": (32, 128), "layers.deltas.1.to_v.weight": (32, 128)},
-            "2 of another shape (deltas.1.to_k.weight is (32, 128) instead of (32, 64), "
-            "deltas.1.to_v.weight is (32, 128) instead of (32, 64))",
+            "2 of another shape (layers.deltas.1.to_k.weight is (32, 128) instead of (32, 64), "
+            "layers.deltas.1.to_v.weight is (32, 128) instead of (32, 64))",
         ),
         (
             {"layers.gates.3.gate_attention": (1,)},
-            "1 of another shape (gates.3.gate_attention is (1,) instead of ())",
+            "1 of another shape (layers.gates.3.gate_attention is (1,) instead of ())",
         ),
         (
             {"mixer.blocks.0.to_qkv.weight": (64, 64)},
@@ -246,7 +246,7 @@ def test_weights_that_do_not_fit_are_named(
     save_file(tensors, path, metadata)
     with pytest.raises(CheckpointError, match=re.escape(text)) as caught:
         load_adapter(path)
-    assert str(caught.value).startswith("odd.safetensors: not a complete IDAdapter adapter: ")
+    assert str(caught.value).startswith("odd.safetensors: not a complete IDAdapter file: ")
 
 
 def test_an_idadapter_has_no_second_file(adapter: Adapter, tmp_path: Path) -> None:
@@ -339,3 +339,20 @@ def test_an_identity_of_the_other_method_is_refused(
         )
         with pytest.raises(MismatchError, match=text):
             refusing.require_identity(refused, "person")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    state = idadapter_state(CONFIGS["sd15"])
+    state["layers.gates.3.to_out.bias"][0] = value
+    with pytest.raises(
+        CheckpointError, match=r"1 weights hold .* not finite \(layers\.gates\.3\.to_out\.bias\)"
+    ):
+        build_adapter(METHOD, CONFIGS["sd15"], state, "broken")
+
+
+def test_weights_without_their_config_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "bare.safetensors"
+    save_file(idadapter_state(CONFIGS["sd15"]), path)
+    with pytest.raises(CheckpointError, match="this is an IDAdapter without its config"):
+        load_adapter(path)

@@ -343,6 +343,8 @@ class ComfyServer:
 def server_environment() -> dict[str, str]:
     """Environment of a process that runs ComfyUI: this one's, with the shim on the Python path where needed."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+    # Tiny models gain nothing from threads, and on a busy machine threads that wait for each other cost tenfold.
+    environment.setdefault("OMP_NUM_THREADS", "1")
     shim = shim_path()
     if shim is not None:
         inherited = environment.get("PYTHONPATH")
