@@ -235,7 +235,6 @@ def build_gated_variants(
     from ComfyUI_IDAdapter.idadapter_core.checkpoint import Adapter
     from ComfyUI_IDAdapter.idadapter_core.methods.idadapter import PRESETS, IDAdapterLayers
     from ComfyUI_IDAdapter.idadapter_core.types import Identity
-    from ComfyUI_IDAdapter.nodes.host.gates import GatePatch  # noqa: F401 - timed by count_our_time
     from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, plan_of, with_plan
     from ComfyUI_IDAdapter.nodes.host.run import Row, Rows, Run
 

@@ -178,6 +178,8 @@ def build_adapter(
     parts = METHODS[method]
     with torch.device("meta"):
         encoder, layers = parts.encoder(config), parts.layers(config, operations)
+        # A host's layers may have no weights before they are loaded, so names and shapes come from plain ones.
+        plain = parts.layers(config, torch.nn)
     # The encoder runs once per identity, in fp32 whatever the file holds; the layers keep the file's dtype.
     encoder_state = {
         key: tensor.float() for key, tensor in state.items() if not key.startswith(parts.layers_head)
@@ -189,7 +191,7 @@ def build_adapter(
     }
     expected = {
         **encoder.state_dict(),
-        **{parts.layers_prefix + key: t for key, t in layers.state_dict().items()},
+        **{parts.layers_prefix + key: t for key, t in plain.state_dict().items()},
     }
     if problems := key_problems(expected, state):
         raise CheckpointError(

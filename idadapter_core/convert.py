@@ -15,6 +15,7 @@ import torch
 from .checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
 from .errors import IDAdapterError
 from .faces.iresnet import digest, load_iresnet
+from .files import file_digest
 from .methods import idadapter
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,12 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     output = _check(parser, options)
     try:
-        recognizer = "" if options.recognizer is None else digest(load_iresnet(options.recognizer))
         if options.init is None:
             adapter = load_adapter(options.files[0], options.text_branch)
-            if recognizer:
+            if recognizer := _recognizer(options.recognizer, adapter.method):
                 adapter = replace(adapter, config=replace(adapter.config, recognizer=recognizer))
         else:
+            recognizer = _recognizer(options.recognizer, idadapter.METHOD)
             config = replace(idadapter.PRESETS[options.init], recognizer=recognizer, **_new_settings(options))
             dtype = DTYPES[options.dtype] or torch.float32
             adapter = initial_adapter(config, options.files[0].name, options.seed or 0, dtype)
@@ -44,6 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
+
+
+def _recognizer(path: Path | None, method: str) -> str:
+    """What names a face network in the features of Extract Face Features; empty for none.
+
+    IDAdapter reads the embedding alone, so it takes the recogniser of a face package: an .onnx file, named by its bytes. UniID
+    reads the inner stages of a torch network, named by its weights, whatever file they come from.
+    """
+    if path is None:
+        return ""
+    if method == idadapter.METHOD and path.suffix == ".onnx":
+        return file_digest(path)
+    return digest(load_iresnet(path))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=DTYPES,
         default="keep",
-        help="precision of the written weights (default: the input's; fp32 with --init)",
+        help="precision of the written weights (default: the input's, the encoder's being fp32; fp32 with --init)",
     )
     parser.add_argument(
         "--recognizer",
         type=Path,
         help="the face network's file that the adapter was (or will be) trained with: it is recorded, and any other is refused "
-        "from then on",
+        "from then on. For an IDAdapter, an .onnx file is the recogniser of a face package (w600k_r50.onnx of buffalo_l)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     new = parser.add_argument_group("a new adapter")

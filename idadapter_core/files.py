@@ -119,6 +119,22 @@ def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path
             temporary.unlink(missing_ok=True)
 
 
+def file_digest(path: Path) -> str:
+    """First 16 hex digits of the SHA-256 of a file's bytes.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); name another file.") from error
+    return digest.hexdigest()[:16]
+
+
 def state_digest(state: Mapping[str, Tensor], progress: Callable[[float], None] | None = None) -> str:
     """First 16 hex digits of a SHA-256 over names, shapes and fp32 values: the same for one network in any file format."""
     digest = hashlib.sha256()

@@ -66,7 +66,11 @@ def select_references(features: FaceFeatures, mix: Mix) -> tuple[FaceFeatures, T
         dtype=torch.float32,
         device=features.embedding.device,
     )
-    return features.pick(list(choice.chosen)), kept / kept.sum()
+    heard = [
+        number for number, weight in enumerate(kept.tolist()) if weight > 0
+    ]  # the rest is below fp32's range
+    kept = kept[heard]
+    return features.pick([choice.chosen[number] for number in heard]), kept / kept.sum()
 
 
 def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:

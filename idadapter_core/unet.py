@@ -9,7 +9,7 @@ Everything is done by hooks: no module is replaced, no forward function copied, 
 not import diffusers; it goes by the names of modules.
 
 In each transformer block x is the block's input, n the output of its self-attention, and the block goes on with y = x + n. The
-output of the self-attention becomes n + (gate(y) - y), so the block goes on with gate(y), Eq. 7 of arXiv 2403.13535. The K and V
+output of the self-attention becomes n + r with r the gate's residual at y, so the block goes on with Eq. 7 of arXiv 2403.13535. The K and V
 projections of the cross-attention get the product of their input with the trained deltas added. Gates and deltas are read from
 the parameters of the layers at each call, so an optimiser's steps show at once and gradients reach all of them, and the tokens.
 """
@@ -265,7 +265,7 @@ class _SiteHooks:
         y = y.to(dtype)
         keys, values = self.gate.project(tokens.to(dtype))
         identity = GateIdentity(keys, values, setting.bias, setting.strength)
-        residual = (self.gate(y, [identity]) - y).to(n.dtype)
+        residual = self.gate.residual(y, [identity]).to(n.dtype)
         return n + residual if setting.kept is None else n.index_add(0, setting.kept, residual)
 
     def _after_to_k(self, linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

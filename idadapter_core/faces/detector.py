@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import FaceError, FacePackageError, InputError
+from ..files import file_digest
 from ..types import Face
 from .align import MIN_EYE_DISTANCE
 from .images import Image, to_bgr_uint8
@@ -96,12 +96,8 @@ class FaceAnalyzer:
 
     @cached_property
     def recognizer_digest(self) -> str:
-        """The first 16 hex digits of the SHA-256 of the package's recognition file."""
-        sha = hashlib.sha256()
-        with self._path(RECOGNITION).open("rb") as file:
-            while block := file.read(1 << 20):
-                sha.update(block)
-        return sha.hexdigest()[:16]
+        """What names the package's recogniser in features and adapters."""
+        return file_digest(self._path(RECOGNITION))
 
     def detect(
         self, image: Image, image_index: int = 0, check: Callable[[], None] = lambda: None

@@ -7,7 +7,7 @@ self-attention (arXiv 2301.07093), from which the paper takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from ..mixing import concatenate_tokens, select_references, token_bias, weighted
 from ..resampler import PerceiverAttention, feed_forward
 from ..sites import family_name
 from ..types import FaceFeatures, Identity, Mix
+
+Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 METHOD = "idadapter"
 IDENTIFIER = "sks"  # the word of the prompt whose input embedding the identity replaces
@@ -295,7 +297,11 @@ class GatedAdapter(nn.Module):
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, T, width) of E_r (B, T, token width). They do not depend on the image: once per run is enough."""
-        _, keys, values = self.to_qkv(self.norm1(self.linear(tokens))).chunk(3, dim=-1)
+        projected = self.to_qkv(self.norm1(self.linear(tokens)))
+        width = projected.shape[-1] // 3
+        keys, values = (
+            projected[..., width:].clone().chunk(2, dim=-1)
+        )  # does not keep the queries' share alive
         return keys, values
 
     def forward(
@@ -304,7 +310,7 @@ class GatedAdapter(nn.Module):
         identities: Sequence[GateIdentity],
         *,
         gates: tuple[float, float] | None = None,
-        attention: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None,
+        attention: Attention | None = None,
         inplace: bool = False,
     ) -> Tensor:
         """y + beta * tanh(gamma) * S([y, E_r]), and the same with a feed-forward: (B, N, C) -> (B, N, C).
@@ -318,34 +324,65 @@ class GatedAdapter(nn.Module):
                 parameters.
             attention: see `attention.gated_self_attention`.
         """
-        if gates is None:
-            gate_attention: float | Tensor = self.gate_attention.float().tanh()
-            gate_feed_forward: float | Tensor = self.gate_feed_forward.float().tanh()
-        else:
-            gate_attention, gate_feed_forward = gates
-        total: float | Tensor = sum((i.strength for i in identities), start=0.0)
-        if _acts(gate_attention):
-            query, keys, values = self.to_qkv(self.norm1(x)).chunk(3, dim=-1)
-            for identity in identities:
-                mixed = gated_self_attention(
-                    query,
-                    keys,
-                    values,
-                    identity.keys,
-                    identity.values,
-                    self.heads,
-                    bias=identity.bias,
-                    attention=attention,
-                )
-                factor = _factor(identity.strength, gate_attention, x)
-                x = add_residual(x, self.to_out(mixed), factor, inplace)
+        attend, feed = self._gates(gates)
+        if _acts(attend):
+            for mixed, strength in self._attend(x, identities, attention):
+                x = add_residual(x, mixed, _factor(strength, attend, x), inplace)
                 inplace = not x.requires_grad  # from here on it is ours
-        if _acts(gate_feed_forward):
-            value, gate = self.ff_in(self.norm2(x)).chunk(2, dim=-1)
-            gate = F.gelu(gate)
-            gate = gate * value if gate.requires_grad else gate.mul_(value)
-            x = add_residual(x, self.ff_out(gate), _factor(total, gate_feed_forward, x), inplace)
+        if _acts(feed):
+            x = add_residual(x, self._feed(x), _factor(_total(identities), feed, x), inplace)
         return x
+
+    def residual(
+        self,
+        x: Tensor,
+        identities: Sequence[GateIdentity],
+        *,
+        gates: tuple[float, float] | None = None,
+        attention: Attention | None = None,
+    ) -> Tensor:
+        """What `forward` adds to x, (B, N, C). Subtracting x from its result would lose a small residual in the rounding of x."""
+        attend, feed = self._gates(gates)
+        added = torch.zeros_like(x)
+        if _acts(attend):
+            for mixed, strength in self._attend(x, identities, attention):
+                added = add_residual(added, mixed, _factor(strength, attend, x))
+        if _acts(feed):
+            added = add_residual(added, self._feed(x + added), _factor(_total(identities), feed, x))
+        return added
+
+    def _gates(self, known: tuple[float, float] | None) -> tuple[float | Tensor, float | Tensor]:
+        if known is not None:
+            return known
+        return self.gate_attention.float().tanh(), self.gate_feed_forward.float().tanh()
+
+    def _attend(
+        self, x: Tensor, identities: Sequence[GateIdentity], attention: Attention | None
+    ) -> Iterator[tuple[Tensor, float | Tensor]]:
+        """What each identity adds by attention, and its strength. All of them see x as it is now."""
+        query, keys, values = self.to_qkv(self.norm1(x)).chunk(3, dim=-1)
+        for identity in identities:
+            mixed = gated_self_attention(
+                query,
+                keys,
+                values,
+                identity.keys,
+                identity.values,
+                self.heads,
+                bias=identity.bias,
+                attention=attention,
+            )
+            yield self.to_out(mixed), identity.strength
+
+    def _feed(self, x: Tensor) -> Tensor:
+        value, gate = self.ff_in(self.norm2(x)).chunk(2, dim=-1)
+        gate = F.gelu(gate)
+        fed: Tensor = self.ff_out(gate * value if gate.requires_grad else gate.mul_(value))
+        return fed
+
+
+def _total(identities: Sequence[GateIdentity]) -> float | Tensor:
+    return sum((identity.strength for identity in identities), start=0.0)
 
 
 def _acts(gate: float | Tensor) -> bool:
@@ -556,7 +593,10 @@ def describe(config: IDAdapterConfig) -> list[str]:
         "without the adapters" if config.unconditional == "skip" else "with the tokens of zeroed features"
     )
     lines.append(f"negative prompts: {negative}")
-    return [*lines, f"face recogniser: {config.recognizer or 'not recorded in the file'}"]
+    unknown = (
+        "not recorded in the file; use the very face package it was trained with, others draw somebody else"
+    )
+    return [*lines, f"face recogniser: {config.recognizer or unknown}"]
 
 
 def identity_clause(class_word: str) -> str:

@@ -138,7 +138,7 @@ class GatePatch:
                 masks = [gate.mask(acting, rows[part], x) for _, acting in people]
                 if call.gates_normalized:
                     for (identity, acting), mask in zip(people, masks, strict=True):
-                        residual = gate(x[part], [identity]) - x[part]
+                        residual = gate.residual(x[part], [identity])
                         factor = rescale_factor(extra[SELF_NORM][part], residual, acting.strength)
                         out[part] += residual * (factor if mask is None else factor * mask)
                     continue
@@ -147,9 +147,9 @@ class GatePatch:
                     for (identity, acting), mask in zip(people, masks, strict=True)
                 ]
                 if alone:
-                    gate(out[part], identities, inplace=True)
+                    gate.add(out[part], identities)
                 else:
-                    out[part] += gate(x[part], identities) - x[part]
+                    out[part] += gate.residual(x[part], identities)
         return out
 
 
@@ -162,11 +162,14 @@ class _Gate:
         self.values = adapter.gates[site.index]
         self.extra = extra
 
-    def __call__(self, x: Tensor, identities: list[GateIdentity], inplace: bool = False) -> Tensor:
-        out: Tensor = self.module(
-            x, identities, gates=self.values, attention=self._attention, inplace=inplace
-        )
-        return out
+    def add(self, x: Tensor, identities: list[GateIdentity]) -> None:
+        """Let identities act on image tokens in place."""
+        self.module(x, identities, gates=self.values, attention=self._attention, inplace=True)
+
+    def residual(self, x: Tensor, identities: list[GateIdentity]) -> Tensor:
+        """What identities add to image tokens."""
+        added: Tensor = self.module.residual(x, identities, gates=self.values, attention=self._attention)
+        return added
 
     def mask(self, acting: Acting, rows: tuple[Row, ...], x: Tensor) -> Tensor | None:
         """The mask of an application for these rows, (1 or rows, N, 1)."""

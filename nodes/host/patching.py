@@ -255,9 +255,9 @@ def _require_whole_pictures(run: Run, rows: tuple[Row, ...], x: Tensor, applicat
 
 def _gate_patch(run: Run) -> GatePatch:
     # The same object in every step, so that a compiled graph stays valid.
-    if GatePatch not in run.chains:
-        run.chains[GatePatch] = GatePatch(run.plan.sites)
-    patch: GatePatch = run.chains[GatePatch]
+    if run.gate_patch is None:
+        run.gate_patch = GatePatch(run.plan.sites)
+    patch: GatePatch = run.gate_patch
     return patch
 
 

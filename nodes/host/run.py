@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...idadapter_core import Adapter
-from ...idadapter_core.attention import BlockKeysValues, KeysValues, prepare_identity
+from ...idadapter_core.attention import BlockKeysValues, KeysValues, prepare_identity, repeat_copies
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.methods.idadapter import GateIdentity
 from ...idadapter_core.schedule import step_index
@@ -124,6 +124,7 @@ class Run:
     _spans: dict[Any, tuple[Span, ...]] = field(default_factory=dict)
     _masks: dict[Any, Tensor] = field(default_factory=dict)
     chains: dict[Any, Any] = field(default_factory=dict)
+    gate_patch: Any = None
 
     def clear(self) -> None:
         """Free everything that was computed; a finished run may still be referenced by a sampler's leftovers."""
@@ -153,7 +154,7 @@ class Run:
         tokens = identity.adapter_tokens_uncond if negative else identity.adapter_tokens
         if tokens is None or not application.acts:
             return None
-        key = (id(application), id(identity), negative)
+        key = (application.adapter.digest, id(identity), negative)
         if key not in self._handles:
             bias = None if negative else identity.adapter_bias
             self._handles[key] = Handle(application.adapter, tokens, bias)
@@ -239,8 +240,10 @@ class Run:
         key = (site.index, handle, device, dtype)
         if key not in self._gated:
             keys, values = self._projected[device, dtype][site.index, handle]
-            bias = None if handle.bias is None else handle.bias[0].to(device, dtype)
-            self._gated[key] = GateIdentity(keys, values, bias)
+            bias = None if handle.bias is None else handle.bias[0]
+            if bias is not None and device.type != "cpu":
+                keys, values, bias = repeat_copies(keys, values, bias)
+            self._gated[key] = GateIdentity(keys, values, None if bias is None else bias.to(device, dtype))
         return self._gated[key]
 
     def mask(

@@ -18,7 +18,8 @@ def encode_heads(clip_vision: Any, heads: Sequence[Image]) -> tuple[Tensor, Tens
 
     Returns:
         patch tokens (F, P, d) of the last layer but one, without the class token, as IP-Adapter's image encoders read them;
-        class embedding (F, d): the class token of the last layer, before CLIP's projection. Both fp32 on the CPU.
+        class embedding (F, d): the class token of the last layer, before CLIP's final norm and projection (transformers:
+        `last_hidden_state[:, 0]`). Both fp32 on the CPU.
     """
     patches, classes = [], []
     for head in heads:

@@ -15,8 +15,10 @@ from safetensors import safe_open
 from idadapter_core.checkpoint import load_adapter, save_adapter
 from idadapter_core.convert import main
 from idadapter_core.errors import MismatchError
+from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.iresnet import IResNet, digest, save_iresnet
 from idadapter_core.methods.idadapter import PRESETS, parameter_counts
+from tests.tiny.face_package import write_package
 from tests.tiny.features import face_features
 from tests.tiny.idadapter import CONFIGS, tiny_idadapter, vision_features
 from tests.tiny.uniid import TINY_SD15, tiny_adapter, uniid_state, write_published
@@ -154,6 +156,22 @@ def test_an_idadapter_is_written_in_another_precision(tmp_path: Path) -> None:
     assert all(
         torch.equal(t.half(), half.state_dict()[key].half()) for key, t in adapter.state_dict().items()
     )
+
+
+def test_an_idadapter_knows_the_recogniser_of_a_face_package(tmp_path: Path) -> None:
+    """It reads the embedding alone, which a package's own network gives; features name that network by its file."""
+    package = write_package(tmp_path / "package")
+    analyzer = open_analyzer(package, "cpu", recognition=True)
+    (onnx,) = [path for path in package.glob("*.onnx") if "w600k" in path.name or "glint" in path.name]
+    source, output = tmp_path / "source.safetensors", tmp_path / "known.safetensors"
+    save_adapter(tiny_idadapter(CONFIGS["sd15"]), source)
+    assert main([str(source), str(output), "--recognizer", str(onnx)]) == 0
+    adapter = load_adapter(output)
+    assert adapter.config.recognizer == analyzer.recognizer_digest
+    features = vision_features(1)
+    assert adapter.encode(replace(features, recognizer=analyzer.recognizer_digest)).adapter == adapter.digest
+    with pytest.raises(MismatchError, match="was trained with the face recogniser"):
+        adapter.encode(replace(features, recognizer="another"))
 
 
 def test_a_start_of_a_training_is_written(tmp_path: Path) -> None:

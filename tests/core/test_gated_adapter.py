@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idadapter_core.attention import gated_self_attention
+from idadapter_core.attention import gated_self_attention, repeat_copies
 from idadapter_core.checkpoint import initial_adapter
 from idadapter_core.methods.idadapter import (
     GatedAdapter,
@@ -480,3 +480,63 @@ def test_untrained_adapters_say_so() -> None:
     for strengths in ({}, {"gate": 0.0}, {"delta": 0.0}):
         assert tiny_idadapter(config, **strengths).notes == ()
     assert tiny_idadapter(config, gate=0.0, delta=0.0).notes == (note,)
+
+
+# --- residuals and copies --------------------------------------------------------------------------------------------
+
+
+def two_identities(gate: GatedAdapter, dtype: torch.dtype) -> list[GateIdentity]:
+    pairs = [gate.project(draw(f"e_r {n}", 1, TOKENS, TOKEN_WIDTH).to(dtype)) for n in range(2)]
+    mask = draw("mask", 1, LENGTH, 1).sigmoid().to(dtype)
+    return [GateIdentity(*pairs[0], strength=0.6), GateIdentity(*pairs[1], strength=mask)]
+
+
+@pytest.mark.parametrize("gates", [(0.5, -0.3), (0.5, 0.0), (0.0, -0.3), (0.0, 0.0)])
+def test_the_residual_is_what_is_added(gates: tuple[float, float]) -> None:
+    gate, x = opened().float(), draw("y", 2, LENGTH, CHANNELS)
+    with torch.no_grad():
+        people = two_identities(gate, torch.float32)
+        added = gate.residual(x, people, gates=gates)
+        torch.testing.assert_close(x + added, gate(x, people, gates=gates))
+        torch.testing.assert_close(gate.residual(x, people), gate(x, people) - x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_small_residual_is_not_lost_in_the_rounding_of_the_stream(dtype: torch.dtype) -> None:
+    """Normalized rescaling brings it to full size, and would bring the rounding to full size with it."""
+    gate, x, closed = opened().float(), 3 * draw("y", 2, LENGTH, CHANNELS), (0.01, 0.01)
+    with torch.no_grad():
+        exact = gate.residual(x, two_identities(gate, torch.float32), gates=closed)
+        half = gate.to(dtype)
+        people = two_identities(half, dtype)
+        found = half.residual(x.to(dtype), people, gates=closed).float()
+        lost = (half(x.to(dtype), people, gates=closed) - x.to(dtype)).float()
+    error, careless = ((r - exact).norm() / exact.norm() for r in (found, lost))
+    assert error < 0.03
+    assert careless > 3 * error
+
+
+def test_keys_and_values_do_not_keep_the_queries_alive() -> None:
+    keys, values = opened().float().project(draw("e_r", 1, TOKENS, TOKEN_WIDTH))
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (keys, values)}
+    assert sum(held.values()) == 4 * (keys.numel() + values.numel())
+
+
+def test_whole_copies_are_repeated_instead_of_a_bias() -> None:
+    y = [draw(name, 2, LENGTH, CHANNELS) for name in ("q", "k", "v")]
+    keys, values = (draw(f"identity {name}", 1, TOKENS, CHANNELS) for name in ("k", "v"))
+    copies = torch.tensor([4.0] * (TOKENS - 1) + [1.0])
+    more_keys, more_values, bias = repeat_copies(keys, values, copies.log())
+    assert bias is None
+    assert more_keys.shape[1] == more_values.shape[1] == 4 * (TOKENS - 1) + 1
+    torch.testing.assert_close(
+        gated_self_attention(*y, more_keys, more_values, HEADS),
+        gated_self_attention(*y, keys, values, HEADS, bias=copies.log()),
+    )
+
+
+@pytest.mark.parametrize("copies", [4 / 3, 0.5, 0.2])
+def test_parts_of_copies_stay_a_bias(copies: float) -> None:
+    keys, values = (draw(name, 1, TOKENS, CHANNELS) for name in ("k", "v"))
+    logs = torch.full((TOKENS,), copies).log()
+    assert repeat_copies(keys, values, logs) == (keys, values, logs)

@@ -18,6 +18,7 @@ from idadapter_core.types import OUTLIERS, Face, FaceFeatures, Mix
 from tests.golden import recipe
 from tests.tiny.face_package import MarkedFace
 from tests.tiny.features import face_features
+from tests.tiny.idadapter import vision_features
 from tests.tiny.uniid import TINY_SD15, tiny_adapter
 
 WIDTH = 512
@@ -412,3 +413,9 @@ def test_the_report_refuses_what_the_choice_refuses() -> None:
             explain(photos_of("A").pick([]), Mix())
         with pytest.raises(InputError, match="2 weights were given for 1 face"):
             explain(photos_of("A"), Mix(weights=(1, 1)))
+
+
+def test_a_weight_below_the_range_of_fp32_is_none() -> None:
+    chosen, weights = select_references(vision_features(1, 3), Mix(weights=(1.0, 1e-60, 0.5)))
+    assert len(chosen) == 2
+    torch.testing.assert_close(weights, torch.tensor([2 / 3, 1 / 3]))

@@ -17,6 +17,7 @@ from tests.nodes.idadapter_sampling import (
     KINDS,
     Made,
     adapter,
+    adapter_file,
     apply,
     assert_gates,
     at_work,
@@ -222,11 +223,11 @@ def test_base_weights(kind: str, dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("gated", [False, True])
-def test_layers_in_half_precision(dtype: torch.dtype, gated: bool) -> None:
+@pytest.mark.parametrize(("gated", "gate"), [(False, 0.5), (True, 0.5), (True, 0.02)])
+def test_layers_in_half_precision(dtype: torch.dtype, gated: bool, gate: float) -> None:
     """As on a GPU: the UNet itself works in half precision, whatever the adapter's file holds."""
     kind = "sdxl"
-    made = Made(kind)
+    made = Made(kind, gate=gate)
 
     def ours(model: Any) -> Any:
         applied = apply(model, made, person(made, photos=2), mask=torch.ones(1, 8, 8))
@@ -259,3 +260,26 @@ def test_adapter_weights(dtype: torch.dtype) -> None:
         at_work(apply(unet(kind), full, person(full))),
     )
     assert all(difference(left[key], right[key]) < 0.01 for key in left)
+
+
+def test_a_file_loads_where_layers_get_their_weights_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dynamic VRAM, ComfyUI's default on NVIDIA, its layers have no weights before a state dict brings them."""
+    import comfy.memory_management
+    import comfy.ops
+    from ComfyUI_IDAdapter.nodes.adapter import load
+
+    if not hasattr(comfy.memory_management, "aimdo_enabled"):
+        pytest.skip("this ComfyUI is older than dynamic VRAM")
+    made = Made("sd15")
+    usual = load(adapter_file(made), None)
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    assert comfy.ops.manual_cast.Linear(2, 2).weight is None
+    late = load(adapter_file(made), None)
+    assert late.adapter.digest == usual.adapter.digest
+    tokens = person(made).adapter_tokens
+    for one, other in zip(
+        usual.adapter.layers.gates["3"].project(tokens),
+        late.adapter.layers.gates["3"].project(tokens),
+        strict=True,
+    ):
+        assert torch.equal(one, other)

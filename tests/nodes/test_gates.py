@@ -195,7 +195,8 @@ def test_window_in_the_middle(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_two_windows_that_meet_are_one(kind: str) -> None:
-    made = Made(kind, delta=0.0)  # K/V weights have no windows: the two strengths would add up in them
+    """In the gates and in the K/V weights, which have no windows and are wanted once."""
+    made = Made(kind)
     identity = person(made)
     first = apply(unet(kind), made, identity, 1.0, 0.0, 0.4)
     both = draw(apply(first, made, identity, 1.0, 0.4, 1.0), kind, steps=4)
@@ -229,7 +230,10 @@ def test_given_tensors_are_left_alone_where_others_may_hold_them() -> None:
     made = Made("sd15")
     base = unet("sd15").clone()
     base.set_model_patch(keep, "middle_patch")
-    draw(apply(base, made, person(made)), "sd15")
-    assert len(kept) == 2 * SITE_COUNT["sd15"]
-    for out, copy in kept:
+    model, calls = record_gates(apply(base, made, person(made)))
+    draw(model, "sd15")
+    given = [site.before for call in calls for _, site in call.gates]
+    assert len(kept) == len(given) == 2 * SITE_COUNT["sd15"]
+    for (out, copy), before in zip(kept, given, strict=True):
         assert torch.equal(out, copy)
+        assert torch.equal(before, copy), "ours did not come after theirs"
