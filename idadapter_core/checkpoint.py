@@ -37,13 +37,13 @@ class Adapter:
     digest: str  # of all weights
     method: str
     config: Config
-    encoder: Any  # uniid.UniIDEncoder or idadapter.IDAdapterEncoder
-    layers: Any  # uniid.SiteProjections or idadapter.IDAdapterLayers
+    encoder: Any = field(repr=False)  # uniid.UniIDEncoder or idadapter.IDAdapterEncoder
+    layers: Any = field(repr=False)  # uniid.SiteProjections or idadapter.IDAdapterLayers
     info: str = ""  # what was read from where
     notes: tuple[str, ...] = field(default=())  # what the user should know before using it
-    gates: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    gates: Mapping[int, tuple[float, float]] = field(default_factory=dict, repr=False)
     """IDAdapter: tanh of both gates by site number, known on the host so that a closed gate costs nothing."""
-    deltas: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    deltas: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """IDAdapter: what training added to the K and V weights, by the number of each site that it changed."""
 
     @property

@@ -138,7 +138,7 @@ def test_info_tells_what_was_read(adapter: Adapter) -> None:
         "CLIP vision of width 64 with 16 patches",
         "identity word (1 embedding) for the text encoders l 64",
         "negative prompts: without the adapters",
-        "face recogniser: not recorded in the file",
+        "face recogniser: not recorded in the file; use the very face package it was trained with, others draw somebody else",
     ]
 
 

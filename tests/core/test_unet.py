@@ -117,7 +117,9 @@ def test_a_fresh_adapter_can_open_at_every_site(kind: str) -> None:
     assert len(moved) == 4 * len(attention_sites(unet.state_dict()))
 
 
-def test_each_gate_sits_between_self_attention_and_cross_attention(kind: str) -> None:
+def test_each_gate_sits_between_self_attention_and_cross_attention(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is given what the block would go on with, and the block goes on with what it gives."""
     unet, adapter = diffusers_unet(kind), tiny_idadapter(CONFIGS[kind])
     sites = attention_sites(unet.state_dict())
@@ -126,8 +128,12 @@ def test_each_gate_sits_between_self_attention_and_cross_attention(kind: str) ->
     went_on: dict[int, Tensor] = {}
 
     def note(number: int) -> tuple[Any, Any]:
-        def gate(module: nn.Module, args: Any, out: Tensor) -> None:
-            given[number], gave[number] = args[0].clone(), out.clone()
+        residual = adapter.layers.gates[str(number)].residual
+
+        def gate(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            added: Tensor = residual(y, *args, **kwargs)
+            given[number], gave[number] = y.clone(), y + added
+            return added
 
         def norm(module: nn.Module, args: Any) -> None:
             went_on[number] = args[0].clone()
@@ -136,7 +142,7 @@ def test_each_gate_sits_between_self_attention_and_cross_attention(kind: str) ->
 
     for site in sites:
         at_gate, at_norm = note(site.index)
-        adapter.layers.gates[str(site.index)].register_forward_hook(at_gate)
+        monkeypatch.setattr(adapter.layers.gates[str(site.index)], "residual", at_gate)
         block = unet.get_submodule(site.diffusers_module.removesuffix(".attn2"))
         block.norm2.register_forward_pre_hook(at_norm)
     injected = inject(unet, adapter)
