@@ -27,6 +27,10 @@ class CheckpointError(IDAdapterError):
     """An adapter or identity file cannot be read as what it should be."""
 
 
+class ConfigError(IDAdapterError):
+    """A configuration file says something that is unknown, of the wrong kind, or impossible."""
+
+
 class MismatchError(IDAdapterError):
     """Two parts that are each fine do not belong together (adapter and model, identity and adapter, ...)."""
 

@@ -29,7 +29,7 @@ HEAVY = (
 
 # From the top down: a module imports from lines below its own only.
 LAYERS = (
-    ("__init__", "convert"),
+    ("__init__", "convert", "training"),
     ("unet",),
     ("checkpoint",),
     ("formats",),
@@ -41,7 +41,7 @@ LAYERS = (
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SIBLINGS = {"methods", "faces"}  # folders, whose files may import each other
+SIBLINGS = {"methods", "faces", "training"}  # folders, whose files may import each other
 
 
 def modules() -> list[Path]:

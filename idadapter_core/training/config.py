@@ -1,0 +1,315 @@
+"""The configuration of a training run: TOML into dataclasses that check themselves.
+
+Every key has a default, so a configuration names only what differs. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ConfigError
+from ..methods import METHODS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+FAMILIES = ("sd15", "sd21", "sdxl")
+PREDICTIONS = ("auto", "epsilon", "v_prediction")
+BRANCHES = ("adapter", "text")
+ALIGNMENTS = ("target", "detector")
+GATES = ("noise", "detector")
+SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("no", "bf16")
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The frozen models around the adapter. Paths on disk; nothing is fetched."""
+
+    path: str = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint
+    family: str = "sd15"  # sd15, sd21 or sdxl
+    prediction: str = (
+        "auto"  # what the UNet predicts; auto: as the folder's scheduler says, epsilon for a single file
+    )
+    vae: str = ""  # another VAE; empty: the base's own
+    vision: str = ""  # CLIP vision for IDAdapter: a folder of transformers
+    recognizer: str = ""  # face network: a torch IResNet (.pth, .safetensors, .onnx)
+
+    def __post_init__(self) -> None:
+        _one_of("base.family", self.family, FAMILIES)
+        _one_of("base.prediction", self.prediction, PREDICTIONS)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    index: str = ""  # written by `python -m idadapter_core.data scan`
+    cache: str = ""  # folder of latents, crops and features; empty: computed when they are needed
+    resolution: int = 512  # side of the square pictures, pixels
+    references: int = 4  # N photos of a person in a sample (IDAdapter)
+    min_photos: int = 1  # people with fewer usable photos are left out
+    flip: bool = True  # half of the targets are mirrored
+    max_bad_share: float = 0.05  # of rows that the scan found unusable; above it a run stops
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least("data.resolution", self.resolution, 8)
+        if self.resolution % 8:
+            raise ConfigError(
+                f"data.resolution must be a multiple of 8 (a latent is 8 pixels), got {self.resolution}"
+            )
+        _at_least("data.references", self.references, 1)
+        _at_least("data.min_photos", self.min_photos, 1)
+        _at_least("data.workers", self.workers, 0)
+        _within("data.max_bad_share", self.max_bad_share, 0, 1)
+
+
+@dataclass(frozen=True)
+class AdapterSection:
+    """What is trained."""
+
+    method: str = "idadapter"
+    start: str = ""  # an adapter file to go on from; empty: a fresh adapter of the family's preset
+    branch: str = "adapter"  # UniID trains one branch in a run
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method's own config, over the preset
+
+    def __post_init__(self) -> None:
+        _one_of("adapter.method", self.method, tuple(METHODS))
+        _one_of("adapter.branch", self.branch, BRANCHES)
+        known = {entry.name for entry in dataclasses.fields(METHODS[self.method].config)}
+        for name in self.settings:
+            if name not in known:
+                raise ConfigError(
+                    f"adapter.settings.{name} is no setting of {self.method}{_nearest(name, known)}"
+                )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """L = L_SD + F(x0_hat) * lambda * L_id (IDAdapter, Eq. 8 and 9)."""
+
+    identity: float = 0.1  # lambda; 0 switches L_id off
+    align: str = (
+        "target"  # where the face of x0_hat is: as in the target image, or as a detector sees it (the paper)
+    )
+    gate: str = "noise"  # F: by noise level, or 1 where a detector finds a face (the paper)
+    gate_alpha: float = 0.5  # smallest alpha-bar at which L_id counts
+    min_snr: float = 0.0  # gamma of min-SNR weighting; 0: off, as in both papers
+
+    def __post_init__(self) -> None:
+        _one_of("loss.align", self.align, ALIGNMENTS)
+        _one_of("loss.gate", self.gate, GATES)
+        _at_least("loss.identity", self.identity, 0)
+        _within("loss.gate_alpha", self.gate_alpha, 0, 1)
+        _at_least("loss.min_snr", self.min_snr, 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained."""
+
+    steps: int = 50_000
+    batch: int = 4  # samples of a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches of a step
+    lr: float = 3e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup: int = 0  # steps
+    clip: float = 0.0  # largest norm of the gradient; 0: off
+    ema: float = 0.0  # decay of the average of the weights; 0: off
+    drop_identity: float = 0.1  # share of samples without the identity, as negative prompts are used
+    drop_text: float = 0.0  # share of samples with an empty prompt
+    precision: str = "no"  # bf16: autocast over fp32 master weights
+    checkpointing: bool = False  # of the UNet's blocks: less memory for more time
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("train.schedule", self.schedule, SCHEDULES)
+        _one_of("train.precision", self.precision, PRECISIONS)
+        for name in ("steps", "batch", "accumulate"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        if not self.lr > 0:
+            raise ConfigError(f"train.lr must be above 0, got {self.lr}")
+        for name in ("weight_decay", "warmup", "clip"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("ema", "drop_identity", "drop_text"):
+            _within(f"train.{name}", getattr(self, name), 0, 1)
+        for beta in self.betas:
+            _within("train.betas", beta, 0, 1)
+        if self.drop_identity + self.drop_text > 1:
+            raise ConfigError(
+                f"train.drop_identity ({self.drop_identity}) and train.drop_text ({self.drop_text}) must not add up to more than 1"
+            )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where it goes."""
+
+    folder: str = "runs/adapter"
+    save_every: int = 1000  # steps
+    keep_last: int = 3  # checkpoints
+    keep_every: int = 10_000  # checkpoints of these steps stay; 0: none
+    log_every: int = 10  # steps
+    sample_every: int = 0  # steps between sample grids; 0: none
+    sample_steps: int = 20
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "keep_last", "log_every", "sample_steps"):
+            _at_least(f"output.{name}", getattr(self, name), 1)
+        for name in ("keep_every", "sample_every"):
+            _at_least(f"output.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a TOML file, with `section.key=value` overrides on top (values as TOML writes them, quotes may be
+    left out around a text).
+
+    Raises:
+        ConfigError: no such file, broken TOML, an unknown key, a value of another type or outside its range.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; name the TOML file of the run.")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid TOML: {error}. Correct that line.") from error
+    for override in overrides:
+        _override(content, override)
+    return parse_config(RunConfig, content)
+
+
+def parse_config(kind: type[T], content: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from a table, strictly: only known keys, each of its own type.
+
+    Raises:
+        ConfigError: names the key, what it should be and what it is.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {entry.name: hints[entry.name] for entry in dataclasses.fields(typing.cast(Any, kind))}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{where}{key}"
+        if key not in known:
+            raise ConfigError(f"unknown setting {name}{_nearest(key, known)}")
+        expected = known[key]
+        if dataclasses.is_dataclass(expected):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name} is a section, write it as [{name}], got {value!r}")
+            values[key] = parse_config(typing.cast(Any, expected), value, f"{name}.")
+        else:
+            values[key] = _value(name, value, expected)
+    return kind(**values)
+
+
+def config_toml(config: Any) -> str:
+    """A configuration as TOML, every value written out, which `parse_config` reads back as it was."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        tables: list[str] = []
+        for entry in dataclasses.fields(getattr(config, section.name)):
+            value = getattr(getattr(config, section.name), entry.name)
+            if isinstance(value, Mapping):
+                tables += [
+                    f"[{section.name}.{entry.name}]",
+                    *(f"{k} = {_literal(v)}" for k, v in value.items()),
+                ]
+            else:
+                lines.append(f"{entry.name} = {_literal(value)}")
+        lines += [*tables, ""]
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False)  # TOML writes numbers, booleans and texts in the same way
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    path = [part.strip() for part in name.split(".")]
+    if not equals or len(path) < 2 or not all(path):
+        raise ConfigError(f"--set takes section.key=value, for example train.lr=1e-5, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a text without quotes
+    table = content
+    for part in path[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+    table[path[-1]] = value
+
+
+def _value(name: str, value: Any, expected: Any) -> Any:
+    origin = typing.get_origin(expected)
+    if origin is tuple:
+        kinds = typing.get_args(expected)
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list, got {value!r}")
+        if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+            raise ConfigError(f"{name} must have {len(kinds)} entries, got {value!r}")
+        return tuple(_value(name, entry, kinds[0]) for entry in value)
+    if origin is not None:  # a table of settings
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a table, got {value!r}")
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        raise ConfigError(f"{name} must be {words[expected]}, got {value!r}")
+    return value
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(names)}"
+
+
+def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(options)}, got {value!r}{_nearest(value, options)}"
+        )
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least or value == float("inf"):
+        raise ConfigError(f"{name} must be a finite number of at least {least}, got {value}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must be between {low} and {high}, got {value}")

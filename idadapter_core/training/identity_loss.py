@@ -1,0 +1,93 @@
+"""L_id: how far the person in a predicted image is from the person wanted, differentiable up to the prediction.
+
+The face is brought to the recogniser's 112 x 112 by a similarity transform from landmarks. Landmarks are constants: nothing is
+differentiated through a detector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..faces.align import TEMPLATE, TEMPLATE_SIZE
+
+
+def similarity(source: Tensor, target: Tensor) -> Tensor:
+    """The similarity transforms (B, 2, 3) that map points `source` (B, P, 2) onto `target` (B or 1, P, 2) with least squares.
+
+    In complex numbers, with both sets centred, rotation and scale are a = sum(conj(z) w) / sum(|z|^2): Umeyama's solution in the
+    plane without an SVD.
+    """
+    z, w = (torch.view_as_complex(p.double().contiguous()) for p in (source, target.expand_as(source)))
+    z_mean, w_mean = z.mean(1, keepdim=True), w.mean(1, keepdim=True)
+    z, w = z - z_mean, w - w_mean
+    a = (z.conj() * w).sum(1) / (z.abs() ** 2).sum(1)
+    shift = w_mean[:, 0] - a * z_mean[:, 0]
+    rows = [torch.stack([a.real, -a.imag, shift.real], 1), torch.stack([a.imag, a.real, shift.imag], 1)]
+    return torch.stack(rows, 1).to(source.dtype)
+
+
+def align_faces(images: Tensor, landmarks: Tensor) -> Tensor:
+    """Aligned faces (B, 3, 112, 112) of images (B, 3, H, W), differentiable with respect to the images.
+
+    Args:
+        landmarks: (B, 5, 2), x and y in pixels of the image, pixel centres at whole numbers, as `faces.align` has them.
+
+    Where a face is more than twice as large as the crop, the image is averaged down first: sampling it at 112 points a side
+    would leave most pixels without a gradient.
+    """
+    template = torch.as_tensor(TEMPLATE, dtype=landmarks.dtype, device=landmarks.device)[None]
+    to_crop = similarity(landmarks, template)
+    faces = []
+    for image, points, matrix in zip(images, landmarks, to_crop, strict=True):
+        scale = float(torch.linalg.det(matrix[:, :2].double()).abs().sqrt())
+        factor = max(1, int(1 / max(scale, 1e-6)))
+        if factor > 1:
+            image = F.avg_pool2d(image[None], factor, ceil_mode=True, count_include_pad=False)[0]
+            points = (points + 0.5) / factor - 0.5
+        faces.append(_warp(image[None], similarity(template, points[None])))
+    return torch.cat(faces)
+
+
+def _warp(image: Tensor, crop_to_image: Tensor) -> Tensor:
+    """(1, 3, H, W) sampled at the pixels of a crop; black outside."""
+    height, width = image.shape[-2:]
+    axis = torch.arange(TEMPLATE_SIZE, device=image.device, dtype=torch.float32)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    points = torch.stack([x, y, torch.ones_like(x)], -1) @ crop_to_image[0].float().T
+    size = points.new_tensor([width, height])
+    grid = (2 * points + 1) / size - 1  # grid_sample counts from the edges of pixels
+    # Black is -1 in an image of -1..1: shift so that what lies outside is black, too.
+    return F.grid_sample(image.float() + 1, grid[None], mode="bilinear", align_corners=False) - 1
+
+
+def identity_loss(
+    images: Tensor,
+    landmarks: Tensor,
+    wanted: Tensor,
+    recognizer: Callable[[Tensor], tuple[Tensor, object]],
+    gate: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """F * (1 - cos(R(x0_hat), f_a)), averaged over the samples whose gate is open (IDAdapter, Eq. 9).
+
+    Args:
+        images: (B, 3, H, W) predicted images, RGB in -1..1.
+        landmarks: (B, 5, 2), see `align_faces`.
+        wanted: (B, 512) embeddings of the person.
+        recognizer: frozen face network: (B, 3, 112, 112) RGB in -1..1 -> embedding, stages.
+        gate: (B,) bool. A mean over closed gates would make the loss look as if it fell.
+
+    Returns:
+        the loss, 0 where no gate is open, and the cosine (B,) of each sample, NaN where its gate is closed.
+    """
+    cosines = torch.full((len(images),), float("nan"), device=images.device)
+    if not bool(gate.any()):
+        return images.sum() * 0, cosines
+    faces = align_faces(images[gate], landmarks[gate])
+    embedding, _ = recognizer(faces)
+    cosine = F.cosine_similarity(embedding.float(), wanted[gate].float(), dim=-1)
+    cosines[gate] = cosine.detach()
+    return (1 - cosine).mean(), cosines

@@ -1,0 +1,106 @@
+"""Configurations of training runs: read strictly, refused by name, written back as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from idadapter_core.errors import ConfigError
+from idadapter_core.training.config import RunConfig, config_toml, parse_config, read_config
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_empty_file_is_the_default_run(tmp_path: Path) -> None:
+    assert read_config(write(tmp_path, "")) == RunConfig()
+
+
+def test_values_and_overrides(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[train]\nlr = 1e-4\nbetas = [0.8, 0.99]\n[output]\nprompts = ["a man", "a woman"]\n[adapter.settings]\ntokens = 16\n',
+    )
+    config = read_config(
+        path, ["train.steps=20", "base.family = sdxl", 'output.folder="runs/a=b"', "data.flip=false"]
+    )
+    assert config.train.lr == 1e-4
+    assert config.train.betas == (0.8, 0.99)
+    assert config.output.prompts == ("a man", "a woman")
+    assert config.adapter.settings == {"tokens": 16}
+    assert (config.train.steps, config.base.family, config.output.folder) == (20, "sdxl", "runs/a=b")
+    assert config.data.flip is False
+
+
+def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path, "[train]\nlr = 1\n"))
+    assert config.train.lr == 1.0
+    assert type(config.train.lr) is float
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [
+            "train.lr=1e-7",
+            "adapter.settings.tokens=64",
+            'output.prompts=["x \\" y", "ü"]',
+            "base.path='C:\\x'",
+        ],
+    ],
+)
+def test_what_is_written_reads_back_as_it_was(tmp_path: Path, overrides: list[str]) -> None:
+    config = read_config(write(tmp_path, ""), overrides)
+    assert read_config(write(tmp_path, config_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nlearning_rate = 1", r"unknown setting train\.learning_rate; known are .*lr"),
+        ("[train]\nstep = 1", r"unknown setting train\.step; did you mean steps\?"),
+        ("[trian]\nlr = 1", r"unknown setting trian; did you mean train\?"),
+        ("train = 3", r"train is a section, write it as \[train\], got 3"),
+        ("[train]\nsteps = 1.5", r"train\.steps must be a whole number, got 1\.5"),
+        ("[train]\nsteps = true", r"train\.steps must be a whole number, got True"),
+        ("[data]\nflip = 1", r"data\.flip must be true or false, got 1"),
+        ("[base]\npath = 3", r"base\.path must be a text, got 3"),
+        ("[train]\nbetas = [0.9]", r"train\.betas must have 2 entries"),
+        ("[output]\nprompts = 'x'", r"output\.prompts must be a list"),
+        ("[base]\nfamily = 'sd3'", r"base\.family must be one of sd15, sd21, sdxl, got 'sd3'"),
+        ("[train]\nlr = 0", r"train\.lr must be above 0"),
+        ("[train]\nlr = nan", r"train\.lr must be above 0"),
+        ("[train]\nema = 1.5", r"train\.ema must be between 0 and 1"),
+        ("[train]\nclip = inf", r"train\.clip must be a finite number"),
+        ("[train]\ndrop_identity = 0.7\ndrop_text = 0.7", "must not add up to more than 1"),
+        ("[data]\nresolution = 500", r"data\.resolution must be a multiple of 8"),
+        (
+            "[adapter]\nsettings = { token = 3 }",
+            r"adapter\.settings\.token is no setting of idadapter; did you mean tokens\?",
+        ),
+        ("[train", r"no valid TOML"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("override", ["lr", "lr=1", "=1", "train.=1", "train.lr"])
+def test_overrides_that_name_nothing(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set takes section\.key=value"):
+        read_config(write(tmp_path, ""), [override])
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        read_config(tmp_path / "absent.toml")
+
+
+def test_any_dataclass_can_be_read() -> None:
+    assert parse_config(RunConfig, {"train": {"seed": 3}}).train.seed == 3

@@ -1,0 +1,128 @@
+"""L_id: the alignment it differentiates through, its gate, and that descending it brings the person nearer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idadapter_core.faces.align import TEMPLATE, align_face, similarity_transform
+from idadapter_core.faces.iresnet import IResNet
+from idadapter_core.training.identity_loss import align_faces, identity_loss, similarity
+from tests.golden import recipe
+from tests.tiny.face_package import MarkedFace, synthesize
+
+POINTS = torch.tensor(TEMPLATE, dtype=torch.float32)
+
+
+def landmarks(scale: float = 2.0, angle: float = 0.3, x: float = 150.0, y: float = 120.0) -> Tensor:
+    """Five points of a face that lies scaled, turned and shifted in a picture."""
+    turn = torch.tensor(
+        [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=torch.float32
+    )
+    return (POINTS - 56) @ turn.T * scale + torch.tensor([x, y])
+
+
+def picture(size: int = 300) -> Tensor:
+    """A smooth picture (1, 3, size, size) in -1..1."""
+    noise = recipe.value(2, "picture", (1, 3, 12, 12)).tanh()
+    return F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=True).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def recognizer() -> IResNet:
+    network = IResNet((1, 1, 1, 1))
+    recipe.fill(network, 0, "iresnet.")
+    return network.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("angle", [-1.2, 0.0, 0.4, 3.0])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
+def test_the_transform_is_found_exactly_where_there_is_one(scale: float, angle: float) -> None:
+    source = landmarks(scale, angle)[None]
+    matrix = similarity(source, POINTS[None])
+    mapped = source @ matrix[0, :, :2].T + matrix[0, :, 2]
+    torch.testing.assert_close(mapped[0], POINTS, atol=2e-4, rtol=1e-4)
+
+
+def test_the_transform_is_that_of_the_analyzer() -> None:
+    points = landmarks() + recipe.value(1, "jitter", (5, 2))
+    expected = similarity_transform([tuple(point) for point in points.tolist()])
+    found = similarity(points[None].double(), POINTS[None].double())[0]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0, 1.8])
+def test_the_crop_is_that_of_the_analyzer(scale: float) -> None:
+    """Up to the analyzer's rounding to whole levels."""
+    points = landmarks(scale)
+    image = picture()
+    levels = ((image[0].movedim(0, -1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    expected = align_face(levels, [tuple(point) for point in points.tolist()])
+    found = ((align_faces(image, points[None])[0].movedim(0, -1) + 1) * 127.5).numpy()
+    assert np.abs(found - expected).mean() < 1.0
+
+
+def test_outside_the_picture_it_is_black() -> None:
+    crop = align_faces(torch.ones(1, 3, 200, 200), landmarks(x=0.0, y=0.0)[None])
+    assert crop[0, :, :20, :20].max() == -1
+    assert crop[0, :, -20:, -20:].min() > 0.99
+
+
+def test_every_pixel_of_a_large_face_has_a_gradient() -> None:
+    """Sampled at 112 points a side without averaging, most pixels of a face of 600 would not count."""
+    image = picture(700).requires_grad_()
+    align_faces(image, landmarks(6.0, 0.0, 350.0, 350.0)[None]).square().sum().backward()
+    assert image.grad is not None
+    inside = image.grad[0, :, 150:550, 150:550].abs().sum(0)
+    assert (inside > 0).float().mean() > 0.95
+
+
+def test_closed_gates_count_nothing(recognizer: IResNet) -> None:
+    images = picture().repeat(3, 1, 1, 1).requires_grad_()
+    points = landmarks()[None].expand(3, -1, -1)
+    wanted = recipe.value(1, "wanted", (3, 512))
+    gate = torch.tensor([True, False, True])
+    loss, cosines = identity_loss(images, points, wanted, recognizer, gate)
+    alone = [
+        identity_loss(images[i : i + 1], points[:1], wanted[i : i + 1], recognizer, gate[:1]) for i in (0, 2)
+    ]
+    torch.testing.assert_close(loss, (alone[0][0] + alone[1][0]) / 2)
+    assert cosines.isnan().tolist() == [False, True, False]
+    loss.backward()
+    assert images.grad is not None
+    assert images.grad[1].abs().max() == 0
+    assert images.grad[0].abs().max() > 0
+
+
+def test_no_open_gate_is_a_zero_that_can_be_differentiated(recognizer: IResNet) -> None:
+    images = picture().requires_grad_()
+    loss, cosines = identity_loss(
+        images, landmarks()[None], torch.ones(1, 512), recognizer, torch.tensor([False])
+    )
+    assert loss == 0
+    loss.backward()
+    assert images.grad is not None
+    assert images.grad.abs().max() == 0
+    assert cosines.isnan().all()
+
+
+def test_descending_it_raises_the_cosine(recognizer: IResNet) -> None:
+    """The gradient goes through the alignment and points the right way."""
+    person = torch.from_numpy(synthesize(faces=[MarkedFace(320, 300, 90, identity=1)])).float() / 127.5 - 1
+    points = landmarks(1.5, 0.1)[None]
+    wanted, _ = recognizer(align_faces(person.movedim(-1, 0)[None], points + 150))
+    image = picture().requires_grad_()
+    gate = torch.tensor([True])
+    first, before = identity_loss(image, points, wanted, recognizer, gate)
+    optimizer = torch.optim.Adam([image], lr=0.02)
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss, _ = identity_loss(image, points, wanted, recognizer, gate)
+        loss.backward()
+        optimizer.step()
+    last, after = identity_loss(image, points, wanted, recognizer, gate)
+    assert last < first
+    assert after > before + 0.05
