@@ -268,12 +268,11 @@ def test_a_file_loads_where_layers_get_their_weights_late(monkeypatch: pytest.Mo
     import comfy.ops
     from ComfyUI_IDAdapter.nodes.adapter import load
 
-    if not hasattr(comfy.memory_management, "aimdo_enabled"):
-        pytest.skip("this ComfyUI is older than dynamic VRAM")
     made = Made("sd15")
     usual = load(adapter_file(made), None)
-    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
-    assert comfy.ops.manual_cast.Linear(2, 2).weight is None
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True, raising=False)
+    if comfy.ops.manual_cast.Linear(2, 2).weight is not None:
+        pytest.skip("this ComfyUI is older than layers without weights")
     late = load(adapter_file(made), None)
     assert late.adapter.digest == usual.adapter.digest
     tokens = person(made).adapter_tokens
