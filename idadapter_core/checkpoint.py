@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import formats
 from .errors import CheckpointError, InputError, MismatchError
@@ -108,9 +108,12 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights under the names they have in files; UniID's are the published ones."""
-        prefix = METHODS[self.method].layers_prefix
-        layers = {prefix + key: tensor for key, tensor in self.layers.state_dict().items()}
-        return {**self.encoder.state_dict(), **layers}
+        return _file_state(self.method, self.encoder, self.layers)
+
+
+def _file_state(method: str, encoder: nn.Module, layers: nn.Module) -> dict[str, Tensor]:
+    prefix = METHODS[method].layers_prefix
+    return {**encoder.state_dict(), **{prefix + key: t for key, t in layers.state_dict().items()}}
 
 
 def load_adapter(
@@ -189,11 +192,7 @@ def build_adapter(
         for key, tensor in state.items()
         if key.startswith(parts.layers_head)
     }
-    expected = {
-        **encoder.state_dict(),
-        **{parts.layers_prefix + key: t for key, t in plain.state_dict().items()},
-    }
-    if problems := key_problems(expected, state):
+    if problems := key_problems(_file_state(method, encoder, plain), state):
         raise CheckpointError(
             f"{source}: not a complete {parts.title} file: {problems}. Download or export the file again."
         )
@@ -242,9 +241,7 @@ def initial_adapter(
     for module in (encoder, layers):
         module.to(dtype).to_empty(device="cpu")
     idadapter.initialise(encoder, layers, config, seed)
-    prefix = METHODS[idadapter.METHOD].layers_prefix
-    state = {**encoder.state_dict(), **{prefix + key: t for key, t in layers.state_dict().items()}}
-    return build_adapter(idadapter.METHOD, config, state, name)
+    return build_adapter(idadapter.METHOD, config, _file_state(idadapter.METHOD, encoder, layers), name)
 
 
 def _notes(config: Config, acts: bool) -> tuple[str, ...]:

@@ -117,9 +117,8 @@ class Run:
     _handles: dict[Any, Handle] = field(default_factory=dict)
     _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
     _compiled: dict[Any, bool] = field(default_factory=dict)
-    _projected: dict[Any, dict[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _projected: dict[Any, dict[Any, Any]] = field(default_factory=dict)
     _prepared: dict[Any, KeysValues | BlockKeysValues] = field(default_factory=dict)
-    _gated: dict[Any, GateIdentity] = field(default_factory=dict)
     _segments: dict[Any, tuple[Segment, ...]] = field(default_factory=dict)
     _spans: dict[Any, tuple[Span, ...]] = field(default_factory=dict)
     _masks: dict[Any, Tensor] = field(default_factory=dict)
@@ -134,7 +133,6 @@ class Run:
             self._compiled,
             self._projected,
             self._prepared,
-            self._gated,
             self._segments,
             self._spans,
             self._masks,
@@ -203,23 +201,42 @@ class Run:
         """
         if (device, dtype) in self._projected:
             return
-        gates = gates or {}
         groups: dict[Any, list[Handle]] = {}
         for handle in self._handles.values():
             groups.setdefault((handle.adapter, handle.tokens.shape[1]), []).append(handle)
-        projected: dict[Any, tuple[Tensor, Tensor]] = {}
+        projected: dict[Any, Any] = {}
         for (adapter, _), handles in groups.items():
             tokens = torch.cat([handle.tokens for handle in handles]).to(device)
+            if adapter.gates:
+                assert (
+                    gates is not None
+                )  # a call in which any identity of a plan acts brings the gated layers of all
+                projected |= self._project_gates(handles, tokens.to(dtype), gates[adapter])
+                continue
             for site in self.plan.sites:
-                if not adapter.gates:
-                    keys, values = (part.to(dtype) for part in adapter.layers.project(site.index, tokens))
-                elif adapter.gates[site.index][0]:
-                    keys, values = gates[adapter][str(site.index)].project(tokens.to(dtype))
-                else:
-                    keys = values = tokens.new_zeros(len(handles), 0, 0, dtype=dtype)
+                keys, values = (part.to(dtype) for part in adapter.layers.project(site.index, tokens))
                 for row, handle in enumerate(handles):
                     projected[site.index, handle] = (keys[row : row + 1], values[row : row + 1])
         self._projected[device, dtype] = projected
+
+    def _project_gates(self, handles: list[Handle], tokens: Tensor, gates: Any) -> dict[Any, GateIdentity]:
+        """What identities (tokens (H, T, D), one for each handle) bring to each gated adapter with an open attention gate."""
+        found: dict[Any, GateIdentity] = {}
+        for site in self.plan.sites:
+            if not handles[0].adapter.gates[site.index][0]:
+                nothing = tokens.new_zeros(1, 0, 0)
+                found |= {(site.index, handle): GateIdentity(nothing, nothing) for handle in handles}
+                continue
+            keys, values = gates[str(site.index)].project(tokens)
+            for row, handle in enumerate(handles):
+                own_keys, own_values = keys[row : row + 1], values[row : row + 1]
+                bias = None if handle.bias is None else handle.bias[0]
+                if bias is not None and tokens.device.type != "cpu":
+                    own_keys, own_values, bias = repeat_copies(own_keys, own_values, bias)
+                found[site.index, handle] = GateIdentity(
+                    own_keys, own_values, None if bias is None else bias.to(tokens)
+                )
+        return found
 
     def keys_values(
         self, site: Site, handles: tuple[Handle, ...], heads: int, device: torch.device, dtype: torch.dtype
@@ -236,15 +253,9 @@ class Run:
     def gate_identity(
         self, site: Site, handle: Handle, device: torch.device, dtype: torch.dtype
     ) -> GateIdentity:
-        """K and V of one identity at a gated adapter, projected by `project`."""
-        key = (site.index, handle, device, dtype)
-        if key not in self._gated:
-            keys, values = self._projected[device, dtype][site.index, handle]
-            bias = None if handle.bias is None else handle.bias[0]
-            if bias is not None and device.type != "cpu":
-                keys, values, bias = repeat_copies(keys, values, bias)
-            self._gated[key] = GateIdentity(keys, values, None if bias is None else bias.to(device, dtype))
-        return self._gated[key]
+        """What one identity brings to a gated adapter, as `project` made it."""
+        found: GateIdentity = self._projected[device, dtype][site.index, handle]
+        return found
 
     def mask(
         self,
