@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from tests.harness.idadapter_graph import idadapter_graph
-from tests.harness.results import difference, largest_difference, picture, pictures, text_of
+from tests.harness.results import difference, largest_difference, picture, picture_halves, pictures, text_of
 from tests.harness.server import ComfyServer
 from tests.harness.uniid_graph import (
     add_adapter,
     add_analyzer,
     add_apply,
+    add_attach,
     add_extract,
     add_half_mask,
     add_mix,
@@ -242,24 +243,12 @@ def halves(server: ComfyServer, left: str, right: str) -> tuple[np.ndarray, np.n
     One step, and each half decoded by itself, so that nothing carries over from one to the other.
     """
     graph, nodes = idadapter_graph(id_prompt=False, size=128, steps=1)
-    regions = []
-    for photo, x in ((left, 0), (right, 64)):
-        identity = add_person(graph, nodes, photo)
-        text = add_prompt(graph, nodes["checkpoint"], identity, "a photo")
-        text = graph.add("IDAdapterAttach", conditioning=text, identity=identity, role="positive")
-        regions.append(
-            graph.add("ConditioningSetArea", conditioning=text, width=64, height=128, x=x, y=0, strength=1.0)
-        )
-    both = graph.add("ConditioningCombine", conditioning_1=regions[0], conditioning_2=regions[1])
-    rewire(graph, nodes["sampler"], positive=both)
-    saved = []
-    for x in (0, 64):
-        latent = graph.add("LatentCrop", samples=nodes["sampler"], width=64, height=128, x=x, y=0)
-        decoded = graph.add("VAEDecode", samples=latent, vae=nodes["checkpoint"][2])
-        saved.append(graph.add("SaveImage", images=decoded, filename_prefix="half"))
-    result = server.run(graph.workflow).check()
-    one, other = (np.asarray(result.images_by_node[node.id][0], dtype=np.int16) for node in saved)
-    return one, other
+    people = [add_person(graph, nodes, photo) for photo in (left, right)]
+    prompts = [
+        add_attach(graph, add_prompt(graph, nodes["checkpoint"], identity, "a photo"), identity)
+        for identity in people
+    ]
+    return picture_halves(server, graph, nodes, prompts)
 
 
 def test_in_an_area_acts_who_its_prompt_names(server: ComfyServer) -> None:

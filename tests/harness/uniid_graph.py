@@ -96,6 +96,11 @@ def add_prompt(
     )
 
 
+def add_attach(graph: Graph, prompt: Node, identity: Node) -> Node:
+    """A prompt with an identity of its own."""
+    return graph.add("IDAdapterAttach", conditioning=prompt, identity=identity, role="positive")
+
+
 def add_text(graph: Graph, source: Node, slot: int) -> Node:
     """Show a STRING output, so that it is among the results of the run."""
     return graph.add("PreviewAny", source=source[slot])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -96,10 +96,9 @@ def cached(run: Any) -> int:
     return sum(len(store) for store in stores)
 
 
-def test_caches_are_freed_when_the_run_is_interrupted() -> None:
+def assert_freed_when_interrupted(model: Any, calls: Sequence[ModelCall]) -> None:
+    """Cancel a run of an SD1.5 model after its first step. `calls` records the model's calls."""
     import comfy.model_management as memory
-
-    model, calls = record(apply(unet("sd15"), "sd15", person("sd15")))
 
     def stop(step: int, *_: Any) -> None:
         assert cached(calls[0].own.run) > 0
@@ -112,6 +111,10 @@ def test_caches_are_freed_when_the_run_is_interrupted() -> None:
     assert cached(calls[0].own.run) == 0
     # And the next run works.
     assert draw(model, "sd15", steps=1).isfinite().all()
+
+
+def test_caches_are_freed_when_the_run_is_interrupted() -> None:
+    assert_freed_when_interrupted(*record(apply(unet("sd15"), "sd15", person("sd15"))))
 
 
 class NoWaiting(TorchDispatchMode):

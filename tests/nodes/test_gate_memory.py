@@ -27,7 +27,7 @@ from tests.nodes.idadapter_sampling import (
     sites,
 )
 from tests.nodes.sampling import SITE_COUNT, difference, draw, noise, prompt, rescale, sample, unet
-from tests.nodes.test_cache import NoWaiting, cached
+from tests.nodes.test_cache import NoWaiting, assert_freed_when_interrupted, cached
 from tests.tiny.checkpoints import tiny_unet
 
 
@@ -159,21 +159,8 @@ def test_caches_are_freed_after_the_run() -> None:
 
 
 def test_caches_are_freed_when_the_run_is_interrupted() -> None:
-    import comfy.model_management as memory
-
     made = Made("sd15")
-    model, calls = record_gates(apply(unet("sd15"), made, person(made)))
-
-    def stop(step: int, *_: Any) -> None:
-        assert cached(calls[0].own.run) > 0
-        memory.interrupt_current_processing()
-        memory.throw_exception_if_processing_interrupted()
-
-    with pytest.raises(memory.InterruptProcessingException):
-        draw(model, "sd15", steps=3, callback=stop)
-    assert len(calls) == 1
-    assert cached(calls[0].own.run) == 0
-    assert draw(model, "sd15", steps=1).isfinite().all()
+    assert_freed_when_interrupted(*record_gates(apply(unet("sd15"), made, person(made))))
 
 
 @pytest.mark.parametrize("gated", [False, True])
