@@ -42,6 +42,7 @@ RECORD = (
 )  # which steps of the set-up are done; also marks .venv as made by this file
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 SHIM = ROOT / "tests" / "shim"
+REQUIREMENTS = [ROOT / f"requirements{part}.txt" for part in ("", "-train", "-dev")]
 
 PACK_NAME = "ComfyUI-IDAdapter"  # the folder name under which ComfyUI sees the pack
 TYPED_NAME = "comfyui_idadapter"  # the package name under which mypy sees it
@@ -176,7 +177,7 @@ def set_up() -> Path:
     CACHE.mkdir(exist_ok=True)
     comfyui = comfyui_folder()
     torch_index = os.environ.get("TORCH_INDEX_URL", "")
-    pack_files = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt", ROOT / "install.py"]
+    pack_files = [*REQUIREMENTS, ROOT / "install.py"]
 
     setup = Setup()
     setup.step("Python environment in .venv", [sys.version, str(VENV)], make_environment)
@@ -240,7 +241,7 @@ def install_torch(log: Path, index: str) -> None:
 
 
 def install_pack(log: Path) -> None:
-    pip_constrained(log, "-r", str(ROOT / "requirements.txt"), "-r", str(ROOT / "requirements-dev.txt"))
+    pip_constrained(log, *(part for path in REQUIREMENTS for part in ("-r", str(path))))
     run_quietly([PYTHON, ROOT / "install.py"], log)
 
 

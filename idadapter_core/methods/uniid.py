@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -338,6 +340,13 @@ def describe(config: UniIDConfig) -> list[str]:
     return [*lines, f"face recogniser: {recognizer}"]
 
 
+@cache
+def reference_names() -> tuple[str, ...]:
+    """Well-known names, whose text states set the length of identity tokens."""
+    lines = Path(__file__).with_name("reference_names.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
 def normalize_text_tokens(text_tokens: Mapping[str, Tensor], reference_norms: Mapping[str, Tensor]) -> Tensor:
     """Identity text tokens at the length a text encoder gives well-known names: (B, n, sum of widths), scale s_t = 1.
 
@@ -368,5 +377,6 @@ __all__ = [
     "describe",
     "encode",
     "normalize_text_tokens",
+    "reference_names",
     "require_stages",
 ]

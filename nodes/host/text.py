@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from functools import cache
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ... import idadapter_core
 from ...idadapter_core.errors import MismatchError
 from ...idadapter_core.methods import idadapter
-from ...idadapter_core.methods.uniid import ENCODERS, normalize_text_tokens
+from ...idadapter_core.methods.uniid import ENCODERS, normalize_text_tokens, reference_names
 from ...idadapter_core.types import Identity
 from .patching import TEXT_POSITIONS
 
@@ -28,14 +25,6 @@ _IDENTIFIER = re.compile(
 )
 
 _reference_norms: WeakKeyDictionary[Any, dict[Any, dict[str, Tensor]]] = WeakKeyDictionary()
-
-
-@cache
-def reference_names() -> tuple[str, ...]:
-    """Well-known names, whose text states set the length of identity tokens."""
-    path = Path(idadapter_core.__file__).parent / "data" / "reference_names.txt"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
 def encoder_widths(clip: Any) -> dict[str, int]:

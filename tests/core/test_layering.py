@@ -29,7 +29,10 @@ HEAVY = (
 
 # From the top down: a module imports from lines below its own only.
 LAYERS = (
-    ("__init__", "convert", "training"),
+    ("__init__", "convert", "train", "cache", "export", "evaluate"),
+    ("evaluation",),
+    ("training",),
+    ("data",),
     ("unet",),
     ("checkpoint",),
     ("formats",),
@@ -41,7 +44,7 @@ LAYERS = (
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SIBLINGS = {"methods", "faces", "training"}  # folders, whose files may import each other
+SIBLINGS = {"methods", "faces", "data", "training", "evaluation"}  # folders, whose files may import each other
 
 
 def modules() -> list[Path]:

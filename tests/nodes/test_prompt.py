@@ -77,7 +77,7 @@ def test_tokens_stand_after_the_start_at_reference_length(kind: str) -> None:
 
 def test_reference_is_the_length_of_a_name() -> None:
     """Within the range of what the encoder gives the tokens of names themselves."""
-    from ComfyUI_IDAdapter.nodes.host.text import reference_names
+    from ComfyUI_IDAdapter.idadapter_core.methods.uniid import reference_names
 
     lengths = torch.stack([plain("sd15", name)[0, 1:3].norm(dim=-1) for name in reference_names()[:20]])
     reference = norms("sd15")["l"]
