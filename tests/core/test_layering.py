@@ -39,12 +39,12 @@ LAYERS = (
     ("methods",),
     ("faces",),
     ("mixing", "resampler", "schedule"),
-    ("attention", "sites", "metrics", "files"),
+    ("attention", "sites", "metrics", "files", "extra"),
     ("types",),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SIBLINGS = {"methods", "faces", "data", "training", "evaluation"}  # folders, whose files may import each other
+SIBLINGS = {"methods", "faces", "data", "training", "evaluation"}
 
 
 def modules() -> list[Path]:
