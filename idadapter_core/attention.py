@@ -117,7 +117,7 @@ def identity_attention(query: Tensor, identity: KeysValues) -> Tensor:
 
 
 def sample_norm(x: Tensor) -> Tensor:
-    """Frobenius norm over tokens and channels of each sample: (B, N, C) -> (B,), fp32.
+    """Frobenius norm over tokens and channels of each sample: (B, N, C) -> (B,), fp32, or double as `x`.
 
     In two stages, each token's in the dtype of `x` and then fp32 over tokens: one pass over the large tensor, and for
     bf16 three times faster than a single fp32 reduction. The norm of a token can exceed the range of fp16, so there the
@@ -125,7 +125,8 @@ def sample_norm(x: Tensor) -> Tensor:
     """
     token_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     token_norms = torch.linalg.vector_norm(x, dim=-1, dtype=token_dtype)
-    norm: Tensor = torch.linalg.vector_norm(token_norms, dim=-1, dtype=torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(token_norms, dim=-1, dtype=dtype)
     return norm
 
 

@@ -153,6 +153,11 @@ def load_adapter(
             )
         if config.has_text_branch:
             raise InputError(f"{source} already holds a text branch; set text_branch to 'none'.")
+        if config.head_width != second_config.head_width:
+            raise MismatchError(
+                f"the attention heads of {source} are {config.head_width} wide, those of {second_source} {second_config.head_width}; "
+                "choose two branches that were made for each other."
+            )
         state |= wanted
         digests = {c.recognizer for c in (config, second_config)} - {""}
         if len(digests) > 1:
@@ -160,7 +165,8 @@ def load_adapter(
                 f"{source} and {second_source} were trained with different face recognisers ({', '.join(sorted(digests))}) "
                 "and cannot work together."
             )
-        config = dataclasses.replace(formats.uniid_config(state, source), recognizer="".join(digests))
+        of_text = {name: getattr(second_config, name) for name in uniid.TEXT_SIZES}
+        config = dataclasses.replace(config, **of_text, recognizer="".join(digests))
         source = f"{source} + {second_source}"
     return build_adapter(method, config, state, source, progress, operations)
 
@@ -226,22 +232,22 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
-def initial_adapter(
-    config: idadapter.IDAdapterConfig, name: str, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Adapter:
-    """An untrained IDAdapter, the start of a training: it leaves the model exactly as it is.
+def initial_adapter(config: Config, name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Adapter:
+    """An untrained adapter, the start of a training: what it does in the UNet leaves the model exactly as it is.
 
     Args:
         name: what to call it in messages.
-        dtype: of the layers, and what the encoder's values are rounded to. No more memory than this needs is taken: SDXL has
-            2.1 G parameters.
+        dtype: of the layers, and what the encoder's values are rounded to. No more memory than this needs is taken: an IDAdapter
+            for SDXL has 2.1 G parameters.
     """
+    method = next(method for method, parts in METHODS.items() if isinstance(config, parts.config))
+    parts = METHODS[method]
     with torch.device("meta"):
-        encoder, layers = idadapter.IDAdapterEncoder(config), idadapter.IDAdapterLayers(config)
+        encoder, layers = parts.encoder(config), parts.layers(config, torch.nn)
     for module in (encoder, layers):
         module.to(dtype).to_empty(device="cpu")
-    idadapter.initialise(encoder, layers, config, seed)
-    return build_adapter(idadapter.METHOD, config, _file_state(idadapter.METHOD, encoder, layers), name)
+    parts.initialise(encoder, layers, config, seed)
+    return build_adapter(method, config, _file_state(method, encoder, layers), name)
 
 
 def _notes(config: Config, acts: bool) -> tuple[str, ...]:
@@ -328,7 +334,7 @@ def _own_config(metadata: Mapping[str, str], source: str) -> tuple[str, Config]:
                 f"{source}: unknown settings {unknown} in its config; update ComfyUI-IDAdapter."
             )
         for key, value in values.items():
-            if not _is_setting(value, defaults[key]):
+            if not is_setting(value, defaults[key]):
                 raise ValueError(f"{key} is {value!r}, the published value is {defaults[key]!r}")
         config: Config = config_class(**values)
     except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, InputError) as error:
@@ -338,12 +344,12 @@ def _own_config(metadata: Mapping[str, str], source: str) -> tuple[str, Config]:
     return name, config
 
 
-def _is_setting(value: object, default: object) -> bool:
+def is_setting(value: object, default: object) -> bool:
     """Whether a value of a config is of its setting's kind: a text, a size, or several of one of them."""
     if type(value) is not type(default):
         return False
     if isinstance(value, tuple) and isinstance(default, tuple):
-        return all(_is_setting(entry, default[0]) for entry in value)
+        return all(is_setting(entry, default[0]) for entry in value)
     return isinstance(value, str) or (type(value) is int and value >= 0)
 
 

@@ -106,12 +106,15 @@ class IResNet(nn.Module):
         return f"layers={self.layers}"
 
 
-def load_iresnet(path: str | Path, layers: Sequence[int] | None = None) -> IResNet:
+def load_iresnet(
+    path: str | Path, layers: Sequence[int] | None = None, *, any_layers: bool = False
+) -> IResNet:
     """Read a recogniser from a pickle (weights only), .safetensors or .onnx, in float32, eval mode, frozen.
 
     `layers`: the block counts the file must have. By default those of IResNet-100, the network UniID was
     trained on, because another IResNet has the same output shapes and would give meaningless features without an
     error. A .safetensors file written by `save_iresnet` declares its own counts, which are then accepted.
+    `any_layers`: take the counts that the file has, where no trained adapter depends on them.
 
     Raises RecognizerError when the file cannot be read, is no IResNet, or is another one.
     """
@@ -124,7 +127,7 @@ def load_iresnet(path: str | Path, layers: Sequence[int] | None = None) -> IResN
             f"'layer1.0.conv1.weight' (it has {some(state)}). UniID needs the IResNet-100 of arcface_torch."
         )
     required = tuple(layers) if layers is not None else declared or IRESNET100_LAYERS
-    if found != required:
+    if found != required and not any_layers:
         hint = " It looks like IResNet-50 (for instance w600k_r50)." if found == (3, 4, 14, 3) else ""
         raise RecognizerError(
             f"{path.name} has {_counts(found)} blocks in its four stages, but {_counts(required)} are needed "

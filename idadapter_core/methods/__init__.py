@@ -22,6 +22,9 @@ class Method:
     config: type[Any]
     encoder: Callable[[Any], nn.Module]  # makes identities
     layers: Callable[[Any, Any], nn.Module]  # what acts in the UNet; (config, where its layers come from)
+    initialise: Callable[
+        [Any, Any, Any, int], None
+    ]  # (encoder, layers, config, seed): the start of a training
     encode: Callable[..., Identity]  # (encoder, config, features, mix)
     describe: Callable[[Any], list[str]]
     layers_prefix: str  # what stands before the names of the layers' weights in a file
@@ -34,6 +37,7 @@ METHODS = {
         config=uniid.UniIDConfig,
         encoder=uniid.UniIDEncoder,
         layers=lambda config, operations: uniid.SiteProjections(config),
+        initialise=uniid.initialise,
         encode=uniid.encode,
         describe=uniid.describe,
         layers_prefix="adapter_branch.",
@@ -44,6 +48,7 @@ METHODS = {
         config=idadapter.IDAdapterConfig,
         encoder=idadapter.IDAdapterEncoder,
         layers=idadapter.IDAdapterLayers,
+        initialise=idadapter.initialise,
         encode=idadapter.encode,
         describe=idadapter.describe,
         layers_prefix="layers.",

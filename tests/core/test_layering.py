@@ -35,7 +35,7 @@ LAYERS = (
     ("data",),
     ("unet",),
     ("checkpoint",),
-    ("formats",),
+    ("formats", "recognizer"),
     ("methods",),
     ("faces",),
     ("mixing", "resampler", "schedule"),
@@ -44,7 +44,7 @@ LAYERS = (
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SIBLINGS = {"methods", "faces", "data", "training", "evaluation"}
+SIBLINGS = {"methods", "faces", "unet", "data", "training", "evaluation"}
 
 
 def modules() -> list[Path]:

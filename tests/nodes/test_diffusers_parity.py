@@ -1,4 +1,4 @@
-"""IDAdapter in a diffusers UNet, where it is trained, and in ComfyUI, where it is used: one and the same model."""
+"""Adapters in a diffusers UNet, where they are trained, and in ComfyUI, where they are used: one and the same model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from idadapter_core.checkpoint import load_adapter, save_adapter
 from idadapter_core.types import Mix
 from idadapter_core.unet import inject
 from tests.golden.compare import TOLERANCE, assert_published
-from tests.nodes.sampling import KINDS, node, noise, prompt, same_states, sample
+from tests.nodes.sampling import KINDS, node, noise, prompt, rescale, same_states, sample
 from tests.tiny.checkpoints import tiny_unet
 from tests.tiny.diffusers_unet import diffusers_unet
+from tests.tiny.features import face_features
 from tests.tiny.idadapter import CONFIGS, tiny_idadapter, vision_features
+from tests.tiny.uniid import CONFIGS as UNIID_CONFIGS, tiny_uniid
 
 STEPS = 2
 
@@ -107,7 +109,7 @@ def test_the_base_models_agree(kind: str, model: Any, unet: Any) -> None:
 
 
 @pytest.mark.parametrize("case", ["as trained", "half, two photos", "resampled"])
-def test_the_adapter_does_the_same_in_both(
+def test_an_idadapter_does_the_same_in_both(
     case: str, kind: str, model: Any, unet: Any, tmp_path: Path
 ) -> None:
     from ComfyUI_IDAdapter.nodes.adapter import load
@@ -141,4 +143,39 @@ def test_the_adapter_does_the_same_in_both(
             assert gates > 100 * TOLERANCE, "the gates change nothing"
     finally:
         injected.eject()
+    assert all(torch.equal(predict(unet, call), plain) for call, plain in zip(calls, bare, strict=True))
+
+
+@pytest.mark.parametrize("case", ["as trained", "half", "rescaled"])
+def test_a_uniid_adapter_does_the_same_in_both(
+    case: str, kind: str, model: Any, unet: Any, tmp_path: Path
+) -> None:
+    """Positive rows with the person's tokens, negative ones with those of zeroed features."""
+    from ComfyUI_IDAdapter.nodes.adapter import load
+
+    weight = 1.0 if case == "as trained" else 0.5
+    file = tmp_path / "adapter.safetensors"
+    save_adapter(tiny_uniid(UNIID_CONFIGS[kind]), file)
+    loaded = load(str(file), None)
+    identity = loaded.adapter.encode(face_features(3), Mix())
+    applied = node("IDAdapterApply", model, loaded, identity, weight, 0.0, 1.0, None)
+    scales = [1.0, 1.0]
+    if case == "rescaled":
+        scales = [0.8, 1.6]  # of the first and the second step
+        applied = rescale(applied, adapter_early=scales[0], adapter_late=scales[1])
+    calls = run(applied, kind)
+
+    bare = [predict(unet, call) for call in calls]
+    with inject(unet, load_adapter(file)) as injected:
+        for step, call in enumerate(calls):
+            tokens = torch.where(
+                call.positive[:, None, None], identity.adapter_tokens, identity.adapter_tokens_uncond
+            )
+            with injected.identity(tokens, weight * scales[step], rescale=case == "rescaled"):
+                out = predict(unet, call)
+            assert_published(f"{kind}, UniID, {case}, step {step}", out, call.out)
+            for row in (0, 1):
+                assert (out[row] - bare[step][row]).abs().max() > 100 * TOLERANCE, (
+                    "the adapter changes nothing"
+                )
     assert all(torch.equal(predict(unet, call), plain) for call, plain in zip(calls, bare, strict=True))

@@ -70,3 +70,37 @@ def inputs(kind: str, rows: int = 2, size: int = 8, length: int = 7) -> dict[str
             "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(rows, -1),
         }
     return given
+
+
+def predict(unet: Any, kind: str = "sd15", rows: int = 2, **changes: Any) -> Tensor:
+    """What such a UNet gives for `inputs`, without gradients."""
+    with torch.no_grad():
+        out: Tensor = unet(**inputs(kind, rows), **changes).sample
+    return out
+
+
+def loss_of(unet: Any, kind: str = "sd15") -> Tensor:
+    """A number that depends on all that the UNet gives."""
+    out: Tensor = unet(**inputs(kind)).sample
+    return (out * recipe.value(0, "unet.target", out.shape).to(out)).sum()
+
+
+def traces(unet: Any) -> list[Any]:
+    """All that a hook or an attribute could leave on the modules of a UNet."""
+    found = []
+    for name, module in unet.named_modules():
+        hooks = {key: dict(value) for key, value in vars(module).items() if "hook" in key and value}
+        found.append((name, sorted(vars(module)), hooks))
+    return found
+
+
+def in_double(given: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` in double precision."""
+    return {
+        key: in_double(value)
+        if isinstance(value, dict)
+        else value.double()
+        if value.is_floating_point()
+        else value
+        for key, value in given.items()
+    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from idadapter_core.checkpoint import Adapter, load_adapter, save_adapter
-from idadapter_core.methods.uniid import SiteProjections, UniIDConfig, UniIDEncoder
+from idadapter_core.checkpoint import Adapter, build_adapter, load_adapter, save_adapter
+from idadapter_core.methods.uniid import METHOD, SiteProjections, UniIDConfig, UniIDEncoder
 from tests.golden import recipe
 
 GOLDEN = UniIDConfig(text_widths=(128, 192), adapter_width=128, context_width=320, site_widths=(64,) * 17)
@@ -29,6 +30,9 @@ TINY_SD15 = UniIDConfig(
     context_width=64,
     site_widths=(32, 64, 64, 64, 32, 32, 64),
 )
+# UniID names the text encoders l and g only, so an adapter for SD2.1 has no text branch.
+CONFIGS = {"sd15": TINY_SD15, "sd21": replace(TINY_SD15, text_widths=()), "sdxl": TINY_SDXL}
+"""By the kinds of `tests/tiny/checkpoints.py`."""
 
 
 def uniid_state(config: UniIDConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -59,6 +63,11 @@ def write_published(folder: Path, state: dict[str, torch.Tensor]) -> tuple[Path,
 def tiny_adapter(config: UniIDConfig, folder: Path, seed: int = 0) -> Adapter:
     """An adapter that went through the published layout on disk."""
     return load_adapter(*write_published(folder, uniid_state(config, seed)))
+
+
+def tiny_uniid(config: UniIDConfig, seed: int = 0) -> Adapter:
+    """The same adapter in memory."""
+    return build_adapter(METHOD, config, uniid_state(config, seed), f"tiny {seed}")
 
 
 def write_tiny_adapters(models_dir: Path) -> None:

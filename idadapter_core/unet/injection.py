@@ -1,0 +1,205 @@
+"""What the injections of all methods share: what acts travels with a call of the UNet to hooks at each transformer block."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Adapter
+from ..errors import InputError, MismatchError
+from ..sites import Site
+from .blocks import ARGUMENT, argument_position, fitting_blocks
+
+# Our entry in ARGUMENT. What acts travels with the call: gradient checkpointing keeps a block's arguments and runs the block again
+# with them, whatever is set by then.
+ENTRY = "idadapter"
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What acts in a call of the UNet."""
+
+    tokens: Tensor | None = None  # (1 or B, T, width)
+    rows: int | None = None  # how many rows the call must have; None: any number
+
+
+S = TypeVar("S", bound=Setting)
+
+
+class Injected(ABC):
+    """An adapter at work in a UNet. Made by `inject`; used in a `with`, it is ejected at the end."""
+
+    idle: ClassVar[Setting]  # what acts while no identity is set
+
+    def __init__(self, unet: Any, adapter: Adapter):
+        self.unet = unet
+        self.layers: Any = adapter.layers
+        self.setting = self.idle
+        self._position = argument_position(unet)
+        self._handles: list[Any] = []
+        hooks = [self._hooks(site, block) for site, block in fitting_blocks(unet, adapter).items()]
+        # Only now that nothing can fail any more is the UNet changed.
+        self._handles = [handle for some in hooks for handle in some.register()]
+        self._handles.append(unet.register_forward_pre_hook(self._send, with_kwargs=True))
+
+    @abstractmethod
+    def _hooks(self, site: Site, block: Any) -> SiteHooks[Any]:
+        """What hooks into a transformer block."""
+
+    @property
+    @abstractmethod
+    def token_width(self) -> int:
+        """Width of the identity tokens that the layers read."""
+
+    @abstractmethod
+    def set_identity(self, *args: Any, **kwargs: Any) -> None:
+        """What acts in the calls of the UNet from now on; each method has its own arguments.
+
+        A call keeps what was set when it began, also where gradient checkpointing repeats parts of it in the backward pass.
+        """
+
+    @contextmanager
+    def identity(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """`set_identity` for the calls inside a `with`. After it there is no identity, and the strength is 1."""
+        self.set_identity(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.setting = self.idle
+
+    def eject(self) -> None:
+        """Leave the UNet as it was before. Doing it twice is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.setting = self.idle
+
+    def __enter__(self) -> Injected:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.eject()
+
+    def _require_injected(self) -> None:
+        if not self._handles:
+            raise InputError("this adapter was ejected; inject it again before an identity is set.")
+
+    def _require_tokens(self, tokens: Tensor) -> None:
+        if tokens.ndim != 3 or not tokens.is_floating_point() or not tokens.numel():
+            raise InputError(
+                f"tokens must be floating point of shape (1 or batch, tokens, width), got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}"
+            )
+        if tokens.shape[2] != self.token_width:
+            raise MismatchError(
+                f"the identity tokens are {tokens.shape[2]} wide, the adapter reads tokens of width {self.token_width}. Make them "
+                "with the adapter's own encoder."
+            )
+
+    def _send(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = _argument(args, kwargs, self._position)
+        return _with_argument(args, kwargs, self._position, {**given, ENTRY: self.setting})
+
+
+class SiteHooks(ABC, Generic[S]):
+    """The hooks of one transformer block, and what they know of each other during a call of it."""
+
+    hooked: ClassVar[tuple[str, ...]]  # the modules of a block that must run for the adapter to act
+
+    def __init__(self, injected: Injected, site: Site, block: Any):
+        self.injected = injected
+        self.block = block
+        self.name = site.diffusers_module.removesuffix(".attn2")
+        self.setting: S | None = None
+        self.seen: set[str] = set()
+        self._position = argument_position(block)
+
+    def register(self) -> list[Any]:
+        """Put the hooks in place; what removes them."""
+        return [
+            self.block.register_forward_pre_hook(self._enter, with_kwargs=True),
+            # Also after an exception, so that nothing of a failed call is kept.
+            self.block.register_forward_hook(self._leave, always_call=True),
+            *self.register_own(),
+        ]
+
+    @abstractmethod
+    def register_own(self) -> list[Any]:
+        """Put the method's own hooks in place; what removes them."""
+
+    @abstractmethod
+    def keep(self, x: Tensor | None) -> None:
+        """A call of the block begins with x (B, N, C), or ends (None): nothing of it may be kept."""
+
+    def _enter(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = _argument(args, kwargs, self._position)
+        # A block that is called without its UNet goes by what is set now.
+        setting = given.pop(ENTRY, self.injected.setting)
+        x = args[0] if args else kwargs["hidden_states"]
+        if setting.rows not in (None, x.shape[0]):
+            raise InputError(
+                f"the identity was set for {setting.rows} rows, but the UNet is called with {x.shape[0]}. Give one entry for each "
+                "row of the batch as the UNet sees it (with classifier-free guidance both halves count)."
+            )
+        self.setting = setting
+        self.keep(x)
+        self.seen.clear()
+        return _with_argument(args, kwargs, self._position, given)
+
+    def _leave(self, block: Any, args: tuple[Any, ...], output: Tensor | None) -> None:
+        self.setting = None
+        self.keep(None)
+        missing = [name for name in self.hooked if name not in self.seen]
+        if missing and output is not None:  # there is none after an exception
+            raise MismatchError(
+                f"{self.name} ran without calling {', '.join(missing)}, so the injected adapter could not act there (attention "
+                f"processor: {type(block.attn2.processor).__name__}). Unfuse the projections (unet.unfuse_qkv_projections), or use "
+                "the stock processors (unet.set_default_attn_processor)."
+            )
+
+    def require_device(self, x: Tensor, weight: Tensor) -> None:
+        """Raise MismatchError where the UNet and the adapter's layers are on different devices."""
+        if x.device != weight.device:
+            raise MismatchError(
+                f"{self.name}: the UNet computes on {x.device}, the adapter's layers are on {weight.device}. Move the layers "
+                f"(injected.layers.to({str(x.device)!r}))."
+            )
+
+
+def injected_into(unet: Any) -> Injected | None:
+    """What is injected into a UNet. Its own hook is the record of it, so a copy of the UNet has one of its own."""
+    owners = [getattr(hook, "__self__", None) for hook in getattr(unet, "_forward_pre_hooks", {}).values()]
+    return next((owner for owner in owners if isinstance(owner, Injected)), None)
+
+
+def require_finite(strength: float | Tensor) -> None:
+    """Raise InputError where a strength is no number."""
+    finite = bool(torch.isfinite(strength).all()) if isinstance(strength, Tensor) else math.isfinite(strength)
+    if not finite:
+        raise InputError(f"strength must be a finite number, got {strength}")
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> dict[str, Any]:
+    """A copy of the value of `ARGUMENT` in a call."""
+    return dict((args[position] if len(args) > position else kwargs.get(ARGUMENT)) or {})
+
+
+def _with_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, value: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, ARGUMENT: value}
