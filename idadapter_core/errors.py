@@ -31,6 +31,14 @@ class ConfigError(IDAdapterError):
     """A configuration file says something that is unknown, of the wrong kind, or impossible."""
 
 
+class TrainingError(IDAdapterError):
+    """A training cannot go on: its numbers went wrong, or another of its processes failed."""
+
+
+class NotFiniteError(TrainingError):
+    """A loss or a gradient is NaN or infinite."""
+
+
 class MismatchError(IDAdapterError):
     """Two parts that are each fine do not belong together (adapter and model, identity and adapter, ...)."""
 

@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+ADAPTER, EMA, OPTIMIZER = "adapter.safetensors", "ema.safetensors", "optimizer.pt"
 _NAME = re.compile(r"step-(\d{8})")
 _UNFINISHED = re.compile(r"\.step-\d{8}\.[0-9]+\.tmp")
 

@@ -40,12 +40,15 @@ class BaseConfig:
 
     path: str = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint
     family: str = "sd15"  # sd15, sd21 or sdxl
-    prediction: str = (
-        "auto"  # what the UNet predicts; auto: as the folder's scheduler says, epsilon for a single file
+    prediction: str = "auto"  # what the UNet predicts; auto: as the folder's scheduler says, or as ComfyUI tells it from a file
+    config: str = (
+        ""  # for a single file of other sizes than published: a folder with diffusers configurations
     )
+    tokenizer: str = ""  # for a single file: a folder with CLIP's vocab.json and merges.txt
     vae: str = ""  # another VAE; empty: the base's own
-    vision: str = ""  # CLIP vision for IDAdapter: a folder of transformers
+    vision: str = ""  # CLIP vision for IDAdapter: a folder of transformers, or a file of weights
     recognizer: str = ""  # face network: a torch IResNet (.pth, .safetensors, .onnx)
+    face_package: str = ""  # folder of an insightface package; only for a detector in L_id
 
     def __post_init__(self) -> None:
         _one_of("base.family", self.family, FAMILIES)
@@ -59,9 +62,17 @@ class DataConfig:
     index: str = ""  # written by `python -m idadapter_core.data scan`
     cache: str = ""  # folder of latents, crops and features; empty: computed when they are needed
     resolution: int = 512  # side of the square pictures, pixels
-    references: int = 4  # N photos of a person in a sample (IDAdapter)
+    references: int = (
+        4  # N photos of a person in a sample (IDAdapter; UniID always has one, the target itself)
+    )
     min_photos: int = 1  # people with fewer usable photos are left out
+    prompt: str = (
+        ""  # for all samples, with <caption> and <class word>; empty: the method's own (see `prompts`)
+    )
     flip: bool = True  # half of the targets are mirrored
+    cache_features: bool = (
+        True  # the cache holds what CLIP vision and the face network's stages give, not only crops
+    )
     max_bad_share: float = 0.05  # of rows that the scan found unusable; above it a run stops
     workers: int = 2
 
@@ -131,8 +142,9 @@ class TrainConfig:
     warmup: int = 0  # steps
     clip: float = 0.0  # largest norm of the gradient; 0: off
     ema: float = 0.0  # decay of the average of the weights; 0: off
-    drop_identity: float = 0.1  # share of samples without the identity, as negative prompts are used
-    drop_text: float = 0.0  # share of samples with an empty prompt
+    drop_identity: float = 0.05  # share of samples without the identity
+    drop_text: float = 0.05  # share of samples without the rest of the prompt
+    drop_both: float = 0.05  # share of samples with neither, as negative prompts are used
     precision: str = "no"  # bf16: autocast over fp32 master weights
     checkpointing: bool = False  # of the UNet's blocks: less memory for more time
     seed: int = 0
@@ -146,13 +158,14 @@ class TrainConfig:
             raise ConfigError(f"train.lr must be above 0, got {self.lr}")
         for name in ("weight_decay", "warmup", "clip"):
             _at_least(f"train.{name}", getattr(self, name), 0)
-        for name in ("ema", "drop_identity", "drop_text"):
+        for name in ("ema", "drop_identity", "drop_text", "drop_both"):
             _within(f"train.{name}", getattr(self, name), 0, 1)
         for beta in self.betas:
             _within("train.betas", beta, 0, 1)
-        if self.drop_identity + self.drop_text > 1:
+        dropped = self.drop_identity + self.drop_text + self.drop_both
+        if dropped > 1:
             raise ConfigError(
-                f"train.drop_identity ({self.drop_identity}) and train.drop_text ({self.drop_text}) must not add up to more than 1"
+                f"train.drop_identity, drop_text and drop_both must not add up to more than 1, they are {dropped:g}"
             )
 
 
@@ -165,14 +178,26 @@ class OutputConfig:
     keep_last: int = 3  # checkpoints
     keep_every: int = 10_000  # checkpoints of these steps stay; 0: none
     log_every: int = 10  # steps
+    validate_every: int = 0  # steps between measurements of the loss on test people; 0: none
+    validate_samples: int = 64
     sample_every: int = 0  # steps between sample grids; 0: none
     sample_steps: int = 20
-    prompts: tuple[str, ...] = ()
+    sample_cfg: float = 5.0
+    sample_people: int = 2  # test people in a grid
+    prompts: tuple[str, ...] = ("a photo of a <class word>", "a painting of a <class word> in a garden")
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep_last", "log_every", "sample_steps"):
+        for name in (
+            "save_every",
+            "keep_last",
+            "log_every",
+            "validate_samples",
+            "sample_steps",
+            "sample_people",
+        ):
             _at_least(f"output.{name}", getattr(self, name), 1)
-        for name in ("keep_every", "sample_every"):
+        for name in ("keep_every", "validate_every", "sample_every", "sample_cfg"):
             _at_least(f"output.{name}", getattr(self, name), 0)
 
 
@@ -188,22 +213,62 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
+# What a run of a method has where its file says nothing: as published, where that differs from the defaults above.
+METHOD_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "idadapter": {},
+    "uniid": {
+        "data": {"flip": False},
+        "loss": {"identity": 0.0},
+        "train": {
+            "lr": 1e-5,
+            "weight_decay": 0.01,
+            "drop_identity": 0.1,
+            "drop_text": 0.0,
+            "drop_both": 0.0,
+        },
+    },
+}
+_UNIID_TEXT_LR = 1e-4
+
+
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in a TOML file, with `section.key=value` overrides on top (values as TOML writes them, quotes may be
-    left out around a text).
+    left out around a text). What neither says is as the method was published.
 
     Raises:
         ConfigError: no such file, broken TOML, an unknown key, a value of another type or outside its range.
     """
+    return parse_config(RunConfig, _with_method_defaults(read_toml(path, overrides)))
+
+
+def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a TOML file, with `section.key=value` overrides on top.
+
+    Raises:
+        ConfigError: no such file, broken TOML, or an override that names nothing.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; name the TOML file of the run.")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no valid TOML: {error}. Correct that line.") from error
     for override in overrides:
         _override(content, override)
-    return parse_config(RunConfig, content)
+    return content
+
+
+def _with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    adapter = content.get("adapter", {})
+    adapter = adapter if isinstance(adapter, Mapping) else {}
+    merged: dict[str, Any] = dict(content)
+    for section, values in METHOD_DEFAULTS.get(str(adapter.get("method", "")), {}).items():
+        given = content.get(section, {})
+        if isinstance(given, Mapping):
+            merged[section] = {**values, **given}
+            if section == "train" and adapter.get("branch") == "text" and "lr" not in given:
+                merged[section]["lr"] = _UNIID_TEXT_LR
+    return merged
 
 
 def parse_config(kind: type[T], content: Mapping[str, Any], where: str = "") -> T:
@@ -220,12 +285,9 @@ def parse_config(kind: type[T], content: Mapping[str, Any], where: str = "") -> 
         if key not in known:
             raise ConfigError(f"unknown setting {name}{_nearest(key, known)}")
         expected = known[key]
-        if dataclasses.is_dataclass(expected):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{name} is a section, write it as [{name}], got {value!r}")
-            values[key] = parse_config(typing.cast(Any, expected), value, f"{name}.")
-        else:
-            values[key] = _value(name, value, expected)
+        if dataclasses.is_dataclass(expected) and not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is a section, write it as [{name}], got {value!r}")
+        values[key] = _value(name, value, expected)
     return kind(**values)
 
 
@@ -233,19 +295,28 @@ def config_toml(config: Any) -> str:
     """A configuration as TOML, every value written out, which `parse_config` reads back as it was."""
     lines: list[str] = []
     for section in dataclasses.fields(config):
-        lines.append(f"[{section.name}]")
-        tables: list[str] = []
-        for entry in dataclasses.fields(getattr(config, section.name)):
-            value = getattr(getattr(config, section.name), entry.name)
-            if isinstance(value, Mapping):
-                tables += [
-                    f"[{section.name}.{entry.name}]",
-                    *(f"{k} = {_literal(v)}" for k, v in value.items()),
-                ]
-            else:
-                lines.append(f"{entry.name} = {_literal(value)}")
-        lines += [*tables, ""]
+        content = getattr(config, section.name)
+        if isinstance(content, tuple):
+            for table in content:
+                lines += [f"[[{section.name}]]", *_table(table, section.name), ""]
+        else:
+            lines += [f"[{section.name}]", *_table(content, section.name), ""]
     return "\n".join(lines)
+
+
+def _table(table: Any, name: str) -> list[str]:
+    lines: list[str] = []
+    tables: list[str] = []
+    for entry in dataclasses.fields(table):
+        value = getattr(table, entry.name)
+        if isinstance(value, Mapping):
+            tables += [
+                f"[{name}.{entry.name}]",
+                *(f"{_literal(k)} = {_literal(v)}" for k, v in value.items()),
+            ]
+        else:
+            lines.append(f"{entry.name} = {_literal(value)}")
+    return lines + tables
 
 
 def _literal(value: Any) -> str:
@@ -267,11 +338,17 @@ def _override(content: dict[str, Any], override: str) -> None:
     for part in path[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+            raise ConfigError(
+                f"--set {override}: {part} is no section of single values; change it in the file"
+            )
     table[path[-1]] = value
 
 
 def _value(name: str, value: Any, expected: Any) -> Any:
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is a table, got {value!r}")
+        return parse_config(typing.cast(Any, expected), value, f"{name}.")
     origin = typing.get_origin(expected)
     if origin is tuple:
         kinds = typing.get_args(expected)
@@ -279,7 +356,11 @@ def _value(name: str, value: Any, expected: Any) -> Any:
             raise ConfigError(f"{name} must be a list, got {value!r}")
         if kinds[-1] is not Ellipsis and len(value) != len(kinds):
             raise ConfigError(f"{name} must have {len(kinds)} entries, got {value!r}")
-        return tuple(_value(name, entry, kinds[0]) for entry in value)
+        of_tables = dataclasses.is_dataclass(kinds[0])
+        return tuple(
+            _value(f"{name}[{number}]" if of_tables else name, entry, kinds[0])
+            for number, entry in enumerate(value)
+        )
     if origin is not None:  # a table of settings
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a table, got {value!r}")

@@ -64,30 +64,19 @@ def _warp(image: Tensor, crop_to_image: Tensor) -> Tensor:
     return F.grid_sample(image.float() + 1, grid[None], mode="bilinear", align_corners=False) - 1
 
 
-def identity_loss(
+def identity_cosines(
     images: Tensor,
     landmarks: Tensor,
     wanted: Tensor,
     recognizer: Callable[[Tensor], tuple[Tensor, object]],
-    gate: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """F * (1 - cos(R(x0_hat), f_a)), averaged over the samples whose gate is open (IDAdapter, Eq. 9).
+) -> Tensor:
+    """cos(R(x0_hat), f_a) of each predicted image (B,); L_id is 1 - that (IDAdapter, Eq. 9).
 
     Args:
-        images: (B, 3, H, W) predicted images, RGB in -1..1.
+        images: (B, 3, H, W) RGB in -1..1.
         landmarks: (B, 5, 2), see `align_faces`.
         wanted: (B, 512) embeddings of the person.
         recognizer: frozen face network: (B, 3, 112, 112) RGB in -1..1 -> embedding, stages.
-        gate: (B,) bool. A mean over closed gates would make the loss look as if it fell.
-
-    Returns:
-        the loss, 0 where no gate is open, and the cosine (B,) of each sample, NaN where its gate is closed.
     """
-    cosines = torch.full((len(images),), float("nan"), device=images.device)
-    if not bool(gate.any()):
-        return images.sum() * 0, cosines
-    faces = align_faces(images[gate], landmarks[gate])
-    embedding, _ = recognizer(faces)
-    cosine = F.cosine_similarity(embedding.float(), wanted[gate].float(), dim=-1)
-    cosines[gate] = cosine.detach()
-    return (1 - cosine).mean(), cosines
+    embedding, _ = recognizer(align_faces(images, landmarks))
+    return F.cosine_similarity(embedding.float(), wanted.float(), dim=-1)

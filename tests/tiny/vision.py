@@ -51,7 +51,7 @@ PATCHES = (TINY_VISION["image_size"] // TINY_VISION["patch_size"]) ** 2
 
 def vision_state(width: int = WIDTH) -> dict[str, torch.Tensor]:
     """All weights of the model of this width, fp32, under the names of published CLIP vision files."""
-    return {name: recipe.weight(0, name, shape) for name, shape in _shapes(_config(width)).items()}
+    return {name: recipe.weight(0, name, shape) for name, shape in shapes(_config(width)).items()}
 
 
 def tiny_clip_vision(width: int = WIDTH) -> ClipVisionModel:
@@ -73,7 +73,8 @@ def write_tiny_clip_vision(models_dir: Path) -> dict[int, Path]:
     return paths
 
 
-def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a configuration, by published name."""
     width, inner, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "vision_model.embeddings.class_embedding": (width,),

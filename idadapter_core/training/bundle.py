@@ -1,0 +1,302 @@
+"""One step's forward pass: the frozen networks, the adapter, and the losses.
+
+    L = L_SD + F(x0_hat) * lambda * (1 - cos(R(x0_hat), f_a))        (arXiv 2403.13535, Eq. 8 and 9; lambda = 0 for UniID)
+
+Both terms are means over the batch, F being 0 for a sample that does not count in the second. So it makes no difference to the
+gradient how a batch is divided among processes and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..checkpoint import Adapter
+from ..faces.align import TEMPLATE, TEMPLATE_SIZE
+from ..faces.detector import FaceAnalyzer, select_faces
+from ..faces.iresnet import IResNet
+from ..methods import idadapter, uniid
+from ..unet import inject
+from .bases import Base
+from .config import RunConfig
+from .identity_loss import identity_cosines, similarity
+from .samples import STAGE_NAMES, Batch
+from .text import Conditioning, insert_tokens
+from .vision import VisionEncoder
+
+BORDER = 4  # latents around a face that its pixels depend on
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """What is frozen beside the base models."""
+
+    recognizer: IResNet
+    vision: VisionEncoder | None = None  # for IDAdapter
+    detector: FaceAnalyzer | None = None  # for L_id by the detector
+
+
+@torch.no_grad()
+def recognize(recognizer: IResNet, crops: Tensor, with_stages: bool) -> dict[str, Tensor]:
+    """`embedding` (F, 512) of crops (F, 3, 112, 112) and, for UniID, its four stages, the first three at the size at which they
+    are fused: resizing them again changes nothing."""
+    embedding, stages = recognizer(crops)
+    features = {"embedding": embedding}
+    if with_stages:
+        size = (uniid.FUSED_SIDE, uniid.FUSED_SIDE)
+        shallow = [
+            F.interpolate(stage, size=size, mode="bilinear", align_corners=False) for stage in stages[:3]
+        ]
+        features |= dict(zip(STAGE_NAMES, [*shallow, stages[3]], strict=True))
+    return features
+
+
+@torch.no_grad()
+def see(vision: VisionEncoder, heads: Tensor) -> dict[str, Tensor]:
+    """`patch_tokens` (F, P, d) and `class_embedding` (F, d) of heads (F, 3, S, S)."""
+    patches, classes = vision(heads)
+    return {"patch_tokens": patches.float(), "class_embedding": classes.float()}
+
+
+class Bundle(nn.Module):
+    """Everything that a batch passes through. Only the adapter's parameters have gradients."""
+
+    def __init__(self, base: Base, adapter: Adapter, networks: Networks, config: RunConfig) -> None:
+        super().__init__()
+        self._base, self._networks, self._config = base, networks, config
+        self.encoder, self.layers = adapter.encoder, adapter.layers
+        # Modules of their own, so that one call moves all of it to a device.
+        self.unet, self.vae, self.text = base.unet, base.vae, base.text
+        self.recognizer, self.vision = networks.recognizer, networks.vision
+        self._adapter_config = adapter.config
+        self._has_adapter_branch = adapter.config.has_adapter_branch
+        self.injected = inject(base.unet, adapter) if self._has_adapter_branch else None
+        self._states: dict[str, Conditioning] = {}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss` (); for the log `mse` (B,) and `cosine` (B,), NaN where L_id does not count; `counts` (B,) bool: where it does."""
+        batch = self.complete(batch)
+        schedule = self._base.schedule
+        latents = self._latents(batch)
+        noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
+        with self._autocast(latents.device):
+            prediction = self._predict(batch, noisy).float()
+        target = schedule.target(latents, batch.noise, batch.timesteps)
+        mse = (prediction - target).square().mean(dim=(1, 2, 3))
+        loss = (mse * schedule.min_snr_weight(batch.timesteps, self._config.loss.min_snr)).mean()
+        cosine, counts = torch.full_like(mse, float("nan")), torch.zeros_like(mse, dtype=torch.bool)
+        if self._config.loss.identity > 0:
+            term, cosine, counts = self._identity_term(
+                batch, schedule.clean(noisy, prediction, batch.timesteps)
+            )
+            loss = loss + self._config.loss.identity * term
+        return {"loss": loss, "mse": mse.detach(), "cosine": cosine, "counts": counts}
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Denoising error (B,) with the adapter and of the base model alone, for the same noise."""
+        batch = self.complete(batch)
+        schedule = self._base.schedule
+        latents = self._latents(batch)
+        noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
+        target = schedule.target(latents, batch.noise, batch.timesteps)
+        errors = []
+        for acts in (True, False):
+            with self._autocast(latents.device):
+                prediction = self._predict(batch, noisy, acts).float()
+            errors.append((prediction - target).square().mean(dim=(1, 2, 3)))
+        return errors[0], errors[1]
+
+    def complete(self, batch: Batch) -> Batch:
+        """A batch with all features; those that no cache gave are computed."""
+        is_uniid = self._config.adapter.method == uniid.METHOD
+        if batch.embedding is None or (is_uniid and not batch.stages):
+            assert batch.crops is not None
+            rows = len(batch)
+            found = recognize(self.recognizer, batch.crops.flatten(0, 1), with_stages=is_uniid)
+            batch = replace(batch, embedding=rearrange(found.pop("embedding"), "(b n) c -> b n c", b=rows))
+            if is_uniid:
+                batch = replace(batch, stages=tuple(found[name] for name in STAGE_NAMES))
+        if not is_uniid and batch.patch_tokens is None:
+            assert batch.heads is not None
+            assert self.vision is not None
+            seen = see(self.vision, batch.heads.flatten(0, 1))
+            patches, classes = (rearrange(t, "(b n) ... -> b n ...", b=len(batch)) for t in seen.values())
+            batch = replace(batch, patch_tokens=patches, class_embedding=classes)
+        return batch
+
+    @torch.no_grad()
+    def _latents(self, batch: Batch) -> Tensor:
+        moments = batch.moments
+        if moments is None:
+            assert batch.pictures is not None
+            moments = self._base.vae.moments(batch.pictures)
+        mean, deviation = moments.float().chunk(2, dim=1)
+        return mean + deviation * batch.posterior
+
+    def _predict(self, batch: Batch, noisy: Tensor, acts: bool = True) -> Tensor:
+        if not acts:
+            conditioning, setting = self._plain(list(batch.prompts)), {"tokens": None, "strength": 0.0}
+        elif self._config.adapter.method == idadapter.METHOD:
+            conditioning, setting = self._with_word(batch)
+        else:
+            conditioning, setting = self._with_features(batch)
+        given: dict[str, Any] = {"encoder_hidden_states": conditioning.states}
+        if conditioning.pooled is not None:
+            given["added_cond_kwargs"] = {"text_embeds": conditioning.pooled, "time_ids": batch.sizes}
+        if self.injected is not None:
+            self.injected.set_identity(**setting)
+        dtype = next(self.unet.parameters()).dtype
+        given["encoder_hidden_states"] = conditioning.states.to(dtype)
+        prediction: Tensor = self.unet(noisy.to(dtype), batch.timesteps, **given).sample
+        return prediction
+
+    def _with_word(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
+        """IDAdapter: the identity word in the prompts, E_r for the gates; both only where the identity is not dropped."""
+        assert batch.embedding is not None
+        assert batch.patch_tokens is not None
+        assert batch.class_embedding is not None
+        references = batch.embedding[:, :-1]
+        shares = torch.full((references.shape[1],), 1 / references.shape[1], device=references.device)
+        feature = torch.cat([idadapter.face_feature(one, shares) for one in references])
+        tokens, word = self.encoder(
+            batch.patch_tokens.flatten(1, 2), feature, batch.class_embedding.mean(dim=1)
+        )
+        setting = {"tokens": tokens, "rows": batch.identity}
+        kept = [number for number, keep in enumerate(batch.identity.tolist()) if keep]
+        prompts = list(batch.prompts)
+        if not word or not kept:
+            return self._plain(prompts), setting
+        for number in kept:
+            prompts[number] = idadapter.with_identity_clause(prompts[number], batch.class_nouns[number])
+        with_word = self._base.text.encode(
+            [prompts[number] for number in kept], {name: t[kept] for name, t in word.items()}
+        )
+        if len(kept) == len(prompts):
+            return with_word, setting
+        return _filled_in(self._plain(prompts, kept), with_word, kept), setting
+
+    def _with_features(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
+        """UniID: features of zeros where the identity is dropped; text tokens are not rescaled in training."""
+        assert batch.embedding is not None
+        keep = batch.identity.to(batch.embedding)
+        embedding = batch.embedding[:, -1] * keep[:, None]
+        stages = tuple(stage * keep[:, None, None, None] for stage in batch.stages)
+        text, tokens = self.encoder(embedding, stages)
+        conditioning = self._plain(list(batch.prompts))
+        if text:
+            identity = torch.cat([text[name] for name in uniid.ENCODERS if name in text], dim=-1)
+            conditioning = replace(conditioning, states=insert_tokens(conditioning.states, identity))
+        return conditioning, {"tokens": tokens}
+
+    @torch.no_grad()
+    def _plain(self, prompts: list[str], skipped: list[int] | None = None) -> Conditioning:
+        """Prompts as they are, each encoded once in a run where there are few of them; `skipped` ones are left empty."""
+        prompts = ["" if number in (skipped or ()) else prompt for number, prompt in enumerate(prompts)]
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]:
+            if len(self._states) > _KEPT_PROMPTS:
+                self._states.clear()
+                missing = list(dict.fromkeys(prompts))
+            made = self._base.text.encode(missing)
+            for number, prompt in enumerate(missing):
+                pooled = None if made.pooled is None else made.pooled[number : number + 1]
+                self._states[prompt] = Conditioning(made.states[number : number + 1], pooled)
+        rows = [self._states[prompt] for prompt in prompts]
+        pooled_rows = [row.pooled for row in rows if row.pooled is not None]
+        return Conditioning(
+            torch.cat([row.states for row in rows]), torch.cat(pooled_rows) if pooled_rows else None
+        )
+
+    def _identity_term(self, batch: Batch, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean over the batch of F * (1 - cos), the cosines (B,) for the log, and F (B,)."""
+        assert batch.embedding is not None
+        loss = self._config.loss
+        cosines = torch.full((len(batch),), float("nan"), device=clean.device)
+        gate = torch.zeros(len(batch), dtype=torch.bool, device=clean.device)
+        counts = batch.identity.clone()
+        if loss.gate == "noise":
+            counts &= (self._base.schedule.alphas[batch.timesteps.cpu()] >= loss.gate_alpha).cpu()
+        chosen = counts.nonzero()[:, 0].tolist()
+        if not chosen:
+            return clean.sum() * 0, cosines, gate
+        with torch.autocast(clean.device.type, enabled=False):
+            clean, landmarks = clean[chosen].float(), batch.landmarks[chosen]
+            if "detector" in (loss.gate, loss.align):
+                images, landmarks, seen = self._detected(clean, landmarks)
+                chosen = [number for number, found in zip(chosen, seen, strict=True) if found]
+                if not chosen:
+                    return clean.sum() * 0, cosines, gate
+            else:
+                images, landmarks = decode_faces(self._base.vae, clean, landmarks)
+            cosine = identity_cosines(images, landmarks, batch.embedding[chosen, -1], self.recognizer)
+        cosines[chosen], gate[chosen] = cosine.detach(), True
+        return (1 - cosine).sum() / len(batch), cosines, gate
+
+    def _detected(self, clean: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
+        """Pictures of predicted latents, landmarks in them, and in which the detector finds a face (the paper's F)."""
+        assert self._networks.detector is not None
+        images = self._base.vae.decode(clean)
+        levels = ((images.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        points, seen = [], []
+        for number, picture in enumerate(levels.movedim(1, -1).cpu().numpy()):
+            faces = self._networks.detector.detect(picture)
+            seen.append(bool(faces) or self._config.loss.gate == "noise")
+            if faces and self._config.loss.align == "detector":
+                points.append(torch.tensor(select_faces(faces)[0].landmarks).to(landmarks))
+            else:
+                points.append(landmarks[number])
+        return images[seen], torch.stack(points)[seen], seen
+
+    @contextmanager
+    def _autocast(self, device: torch.device) -> Iterator[None]:
+        is_narrow = self._config.train.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16) if is_narrow else nullcontext():
+            yield
+
+
+_KEPT_PROMPTS = 1000
+
+
+def _filled_in(plain: Conditioning, special: Conditioning, places: list[int]) -> Conditioning:
+    """The rows of one conditioning at some places of another."""
+    index = torch.tensor(places, device=plain.states.device)
+    states = plain.states.to(special.states.dtype).index_copy(0, index, special.states)
+    if plain.pooled is None or special.pooled is None:
+        return Conditioning(states, None)
+    return Conditioning(states, plain.pooled.to(special.pooled.dtype).index_copy(0, index, special.pooled))
+
+
+def decode_faces(vae: Any, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of pictures around faces, (G, 3, S, S), and the landmarks (G, 5, 2) in them.
+
+    Only a window of the latents (G, 4, h, w) is decoded, as large as the largest face needs: the decoder is most of the cost of
+    L_id. Its attention and its norms then see the window alone, so pixels differ a little from those of the whole picture.
+    """
+    height, width = latents.shape[-2:]
+    last = TEMPLATE_SIZE - 1
+    corners = torch.tensor([[0, 0, 1], [last, 0, 1], [0, last, 1], [last, last, 1]], dtype=torch.float64)
+    template = torch.as_tensor(TEMPLATE)[None]
+    windows = []
+    for points in landmarks.detach().double().cpu():
+        matrix = similarity(template, points[None])[0]
+        reached = (corners @ matrix.T) / vae.factor
+        low, high = reached.amin(0).floor() - BORDER, reached.amax(0).ceil() + BORDER
+        windows.append((low, high))
+    side = min(max(int((high - low).max()) for low, high in windows), height, width)
+    parts, shifts = [], []
+    for latent, (low, high) in zip(latents, windows, strict=True):
+        middle = (low + high - side) / 2
+        left, top = (
+            int(middle[axis].round().clamp(0, size - side)) for axis, size in ((0, width), (1, height))
+        )
+        parts.append(latent[:, top : top + side, left : left + side])
+        shifts.append([left * vae.factor, top * vae.factor])
+    images = vae.decode(torch.stack(parts))
+    return images, landmarks - torch.tensor(shifts).to(landmarks)[:, None]

@@ -1,0 +1,307 @@
+"""A cache of what training would compute again and again: latents of the targets, faces and features of the photos.
+
+    <data.cache>/
+      latents-<digest>/   facts.json   part-<key>.safetensors ...
+      photos-<digest>/    facts.json   part-<key>.safetensors ...
+
+The digest in a folder's name is that of everything its content depends on beside the photos: networks, sizes, and the version of
+these computations. An entry's name is a digest of the photo's bytes and of where in it the face is. So a changed photo, scan or
+network is never answered by an old entry; it is missing, and built. Parts are written whole or not at all, so building goes on
+where it was cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.index import Index, Row
+from ..errors import ConfigError
+from ..files import write_safetensors
+from ..methods import uniid
+from .bundle import recognize, see
+from .config import RunConfig
+from .parts import Parts
+from .samples import (
+    STAGE_NAMES,
+    Photo,
+    Preprocess,
+    photo_tensors,
+    photos_of_variants,
+    place,
+    target_picture,
+)
+
+VERSION = 1  # of the computations below; a change makes all entries new ones
+PART = 128  # entries of a part
+BATCH = 16  # entries that go through the networks together
+KEYS = "keys"  # in the metadata of a part
+FACTS = "facts.json"
+_OPEN_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to be computed: the latents of a target, or the features of a photo."""
+
+    key: str
+    photo: Photo
+    mirrored: bool = False  # of a target
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the two folders."""
+
+    name: str  # "latents" or "photos"
+    facts: Mapping[str, Any]
+    entries: tuple[Entry, ...] = field(repr=False)
+
+    def folder(self, root: Path) -> Path:
+        digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12]
+        return root / f"{self.name}-{digest}"
+
+
+def latents_key(row: Row, mirrored: bool) -> str:
+    square = place(row, 1, mirrored)
+    return _digest(row.sha256, square.left, square.top, square.side, mirrored)
+
+
+def photo_key(photo: Photo) -> str:
+    return _digest(photo.row.sha256, photo.row.box, photo.row.landmarks, photo.variant)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def kinds(parts: Parts, config: RunConfig) -> tuple[Kind, Kind]:
+    """What a run needs."""
+    splits = (parts.train_rows, parts.test_rows)
+    rows = [row for split in splits for row in split]
+    is_uniid = config.adapter.method == uniid.METHOD
+    turns = (False, True) if config.data.flip else (False,)
+    latents = [Entry(latents_key(row, turn), Photo(row), turn) for row in rows for turn in turns]
+    photos = [Photo(row) for row in rows]
+    if not is_uniid:
+        photos = [p for split in splits for p in photos_of_variants(split, config.data.references)]
+    latent_facts = {"version": VERSION, "vae": parts.base.vae.digest, "resolution": config.data.resolution}
+    photo_facts = {"version": VERSION, "recognizer": parts.recognizer_digest, "stages": is_uniid}
+    photo_facts |= {"features": config.data.cache_features}
+    if not is_uniid:
+        assert parts.networks.vision is not None
+        photo_facts["vision"] = parts.networks.vision.digest
+    return (
+        Kind("latents", latent_facts, _without_copies(latents)),
+        Kind("photos", photo_facts, _without_copies([Entry(photo_key(photo), photo) for photo in photos])),
+    )
+
+
+def _without_copies(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+    return tuple({entry.key: entry for entry in entries}.values())
+
+
+class Folder:
+    """The entries of one kind that are on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places: dict[str, tuple[str, int]] = {}
+        for part in sorted(path.glob("part-*.safetensors")):
+            try:
+                with safetensors.safe_open(part, framework="pt") as file:
+                    keys = json.loads((file.metadata() or {})[KEYS])
+            except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+                raise ConfigError(
+                    f"{part}: no part of a cache ({error}). Delete it and run `python -m idadapter_core.cache build` again."
+                ) from error
+            self._places |= {key: (part.name, place) for place, key in enumerate(keys)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry. Only its own part of the file is read."""
+        name, number = self._places[key]
+        file = _open(self.path / name)
+        return {tensor: file.get_slice(tensor)[number] for tensor in file.keys()}  # noqa: SIM118
+
+
+@lru_cache(maxsize=_OPEN_PARTS)
+def _open(path: Path) -> Any:
+    return safetensors.safe_open(path, framework="pt")
+
+
+class Cache:
+    """The `samples.Store` of a run.
+
+    Raises:
+        ConfigError: an entry that the run needs is missing.
+    """
+
+    def __init__(self, root: Path, needed: Sequence[Kind]) -> None:
+        folders = [Folder(kind.folder(root)) for kind in needed]
+        for kind, folder in zip(needed, folders, strict=True):
+            missing = [entry for entry in kind.entries if entry.key not in folder]
+            if missing:
+                raise ConfigError(
+                    f"{folder.path}: {len(missing)} of {len(kind.entries)} {kind.name} are not in the cache, the first of "
+                    f"{missing[0].photo.row.source}. Run `python -m idadapter_core.cache build` with the run's configuration, or "
+                    "set data.cache to '' to do without."
+                )
+        self._latents, self._photos = folders
+
+    def latents(self, row: Row, mirrored: bool) -> Tensor:
+        return self._latents.read(latents_key(row, mirrored))["moments"]
+
+    def photo(self, photo: Photo) -> dict[str, Tensor]:
+        tensors = self._photos.read(photo_key(photo))
+        for name in ("crops", "heads"):
+            if name in tensors:
+                tensors[name] = _from_levels(tensors[name])
+        return tensors
+
+
+def build(
+    parts: Parts,
+    config: RunConfig,
+    *,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> dict[str, int]:
+    """Compute the entries that are missing; how many of each kind were. Processes share the work."""
+    root = Path(config.data.cache)
+    written = {}
+    for kind in kinds(parts, config):
+        folder = kind.folder(root)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FACTS).write_text(json.dumps(kind.facts, indent=1), encoding="utf-8")
+        present = Folder(folder)
+        missing = [entry for entry in kind.entries if entry.key not in present][rank::world]
+        done = 0
+        for entries, tensors in _computed(kind, missing, parts, config, device):
+            keys = json.dumps([entry.key for entry in entries])
+            write_safetensors(tensors, {KEYS: keys}, folder / f"part-{entries[0].key}.safetensors")
+            done += len(entries)
+            progress(kind.name, done, len(missing))
+        written[kind.name] = done
+    return written
+
+
+def verify(
+    parts: Parts, config: RunConfig, count: int, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Compute `count` entries of each kind again: the largest relative difference to what the cache holds.
+
+    Raises:
+        ConfigError: an entry is missing.
+    """
+    needed = kinds(parts, config)
+    root = Path(config.data.cache)
+    Cache(root, needed)
+    differences = {}
+    for kind in needed:
+        chosen = kind.entries[:: max(1, len(kind.entries) // count)][:count]
+        folder = Folder(kind.folder(root))
+        worst = 0.0
+        for entries, tensors in _computed(kind, chosen, parts, config, device):
+            for number, entry in enumerate(entries):
+                for name, stored in folder.read(entry.key).items():
+                    fresh = tensors[name][number].float()
+                    scale = fresh.abs().max().clamp_min(1e-6)
+                    worst = max(worst, float((stored.float() - fresh).abs().max() / scale))
+        differences[kind.name] = worst
+    return differences
+
+
+class _Pixels(Dataset[dict[str, Tensor]]):
+    """What the networks read for each entry; made in the loader's workers."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        entries: Sequence[Entry],
+        index: Index,
+        resolution: int,
+        preprocess: Preprocess | None,
+    ) -> None:
+        self._kind, self._entries, self._index = kind.name, entries, index
+        self._resolution, self._preprocess = resolution, preprocess
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        entry = self._entries[number]
+        if self._kind == "latents":
+            return {
+                "pictures": target_picture(self._index, entry.photo.row, self._resolution, entry.mirrored)
+            }
+        return photo_tensors(self._index, entry.photo, self._preprocess)
+
+
+def _computed(
+    kind: Kind, entries: Sequence[Entry], parts: Parts, config: RunConfig, device: torch.device | str
+) -> Iterator[tuple[list[Entry], dict[str, Tensor]]]:
+    """Entries in groups of a part, with their tensors side by side."""
+    vision = parts.networks.vision
+    pixels = _Pixels(
+        kind, entries, parts.index, config.data.resolution, None if vision is None else vision.preprocess
+    )
+    loader = DataLoader(pixels, batch_size=BATCH, num_workers=config.data.workers)
+    group: list[dict[str, Tensor]] = []
+    first = 0
+    for batch in loader:
+        group.append(_compute(kind.name, batch, parts, config, device))
+        last = min(first + len(group) * BATCH, len(entries))
+        if len(group) * BATCH >= PART or last == len(entries):
+            joined = {name: torch.cat([tensors[name] for tensors in group]) for name in group[0]}
+            yield list(entries[first:last]), joined
+            first, group = last, []
+
+
+@torch.no_grad()
+def _compute(
+    kind: str, batch: Mapping[str, Tensor], parts: Parts, config: RunConfig, device: torch.device | str
+) -> dict[str, Tensor]:
+    given = {name: tensor.to(device) for name, tensor in batch.items()}
+    if kind == "latents":
+        return {"moments": parts.base.vae.moments(given["pictures"]).half().cpu()}
+    is_uniid = config.adapter.method == uniid.METHOD
+    tensors = recognize(parts.networks.recognizer, given["crops"], with_stages=is_uniid)
+    if not is_uniid or not config.data.cache_features:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in STAGE_NAMES}
+    if is_uniid and not config.data.cache_features:
+        tensors["crops"] = _to_levels(given["crops"])
+    if not is_uniid:
+        assert parts.networks.vision is not None
+        tensors |= (
+            see(parts.networks.vision, given["heads"])
+            if config.data.cache_features
+            else {"heads": given["heads"].half()}
+        )
+    narrow = {name for name in tensors if name not in ("embedding", "crops")}
+    return {name: (t.half() if name in narrow else t).cpu().contiguous() for name, t in tensors.items()}
+
+
+def _to_levels(pixels: Tensor) -> Tensor:
+    return ((pixels + 1) * 127.5).round().to(torch.uint8)
+
+
+def _from_levels(levels: Tensor) -> Tensor:
+    return levels.float() / 127.5 - 1 if levels.dtype == torch.uint8 else levels.float()

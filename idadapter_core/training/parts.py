@@ -1,0 +1,119 @@
+"""What a run needs from disk, beside the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import Adapter
+from ..data.index import Index, Row, read_index
+from ..errors import ConfigError
+from ..faces.detector import FaceAnalyzer, open_analyzer
+from ..faces.iresnet import load_iresnet
+from ..methods import uniid
+from ..recognizer import recorded_recognizer
+from .adapters import fresh_adapter, load_start
+from .bases import Base, load_base
+from .bundle import Networks
+from .config import BaseConfig, RunConfig
+from .samples import usable_rows
+from .vision import load_vision
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Frozen networks and the index of photos."""
+
+    base: Base
+    networks: Networks
+    recognizer_digest: str  # as the adapter's file records it
+    index: Index
+    train_rows: Sequence[Row]
+    test_rows: Sequence[Row]
+
+
+def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[Networks, str]:
+    """The networks that look at faces, and the recogniser's recorded name.
+
+    Raises:
+        ConfigError: one that the method needs is not named.
+    """
+    if not base.recognizer:
+        raise ConfigError(
+            "base.recognizer is empty; name the face network's file (UniID: iResNet-100 of Glint360K; IDAdapter: also the "
+            "recogniser .onnx of the face package that its users will have)"
+        )
+    path = Path(base.recognizer)
+    recognizer = load_iresnet(path, any_layers=path.suffix == ".onnx" and method != uniid.METHOD)
+    vision = None
+    if method != uniid.METHOD:
+        if not base.vision:
+            raise ConfigError(
+                "base.vision is empty; IDAdapter needs a CLIP vision model (ViT-L/14 in the paper)"
+            )
+        vision = load_vision(Path(base.vision))
+    detector: FaceAnalyzer | None = None
+    if needs_detector:
+        if not base.face_package:
+            raise ConfigError(
+                "loss.gate or loss.align is 'detector', so base.face_package must name the folder of a face package; or set "
+                "them to 'noise' and 'target'"
+            )
+        detector = open_analyzer(Path(base.face_package), "cpu")
+    return Networks(recognizer, vision, detector), recorded_recognizer(path, method)
+
+
+def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
+    """Everything that a configuration names.
+
+    Raises:
+        ConfigError: something is not named, not there, or does not fit.
+    """
+    if not config.data.index:
+        raise ConfigError(
+            "data.index is empty; make an index with `python -m idadapter_core.data scan` and name it there"
+        )
+    index = read_index(Path(config.data.index))
+    train_rows, test_rows = usable_rows(index, config, "train"), usable_rows(index, config, "test")
+    needs_detector = config.loss.identity > 0 and "detector" in (config.loss.gate, config.loss.align)
+    networks, digest = load_networks(config.base, config.adapter.method, needs_detector)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    base = load_base(config.base, device, dtype)
+    networks.recognizer.to(device)
+    if networks.vision is not None:
+        networks.vision.to(device)
+    return Parts(base, networks, digest, index, train_rows, test_rows)
+
+
+def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = None) -> Adapter:
+    """The adapter that a run trains: of a checkpoint of it, of the file it starts from, or a fresh one."""
+    section = config.adapter
+    vision = parts.networks.vision
+    facts: dict[str, Any] = {
+        "text_widths": parts.base.text.widths,
+        "vision": None if vision is None else (vision.width, vision.patches),
+        "recognizer": parts.recognizer_digest,
+        "branch": section.branch,
+        "settings": _settings(config),
+    }
+    start = checkpoint or (Path(section.start) if section.start else None)
+    if start is not None:
+        return load_start(start, parts.base.unet, method=section.method, **facts)
+    return fresh_adapter(section.method, parts.base.unet, seed=config.train.seed, **facts)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The adapter's settings; how many references an IDAdapter learns from is the data's."""
+    settings = dict(config.adapter.settings)
+    if config.adapter.method == uniid.METHOD:
+        return settings
+    references = config.data.references
+    if settings.setdefault("references", references) != references:
+        raise ConfigError(
+            f"adapter.settings.references is {settings['references']}, data.references is {references}; leave the first one out"
+        )
+    return settings

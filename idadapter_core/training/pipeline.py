@@ -1,0 +1,215 @@
+"""Pictures outside ComfyUI: a base model, an adapter, an identity, a prompt. What the trainer shows and evaluation measures.
+
+The same seed gives the picture that ComfyUI gives with KSampler (euler, simple) and the nodes of this pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Adapter
+from ..data.index import Index, Row
+from ..errors import InputError
+from ..faces.features import crops_to_tensor
+from ..methods import idadapter, uniid
+from ..schedule import RescaleSchedule
+from ..types import Face, FaceFeatures, Identity
+from ..unet import inject
+from .bases import Base
+from .bundle import Networks, see
+from .samples import CLASS_WORD, Photo, photo_pictures
+from .sampling import sample
+from .text import Conditioning, insert_tokens
+
+BeforeStep = Callable[[int, int], Conditioning | None]
+_SEX = {"man": "M", "woman": "F"}
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How an identity acts in a picture."""
+
+    adapter: float = 1.0  # as `weight` of Apply ID Adapter; 0: not in the UNet
+    text: float = (
+        1.0  # as `token_weight` of ID Prompt; 0: not in the prompt. IDAdapter's word is there (1) or not (0)
+    )
+    rescale: RescaleSchedule | None = (
+        None  # UniID: normalized rescaling, with scales of its own in place of both
+    )
+
+
+class Pipeline:
+    """A base model with an adapter in it.
+
+    Args:
+        adapter: its layers are moved to the base's device; None draws with the base alone.
+        injected: the adapter's injection, where it is in the UNet already.
+    """
+
+    def __init__(self, base: Base, adapter: Adapter | None = None, injected: Any = None) -> None:
+        self.base, self.adapter = base, adapter
+        self._device = next(base.unet.parameters()).device
+        self._owns = injected is None
+        self.injected = injected
+        if adapter is not None:
+            adapter.encoder.to(self._device)
+            if injected is None and adapter.config.has_adapter_branch:
+                adapter.layers.to(self._device)
+                self.injected = inject(base.unet, adapter)
+
+    def close(self) -> None:
+        """Leave the UNet as it was."""
+        if self._owns and self.injected is not None:
+            self.injected.eject()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str,
+        *,
+        identity: Identity | None = None,
+        seed: int = 0,
+        steps: int = 20,
+        cfg: float = 5.0,
+        width: int = 512,
+        height: int = 512,
+        negative: str = "",
+        acting: Acting | None = None,
+    ) -> Tensor:
+        """A picture (3, height, width), RGB in 0..1.
+
+        Args:
+            prompt: may hold `<class word>`. IDAdapter's identity word is added to it where it is missing.
+            identity: made by this adapter; None: nobody, and the adapter does nothing at all.
+
+        Raises:
+            InputError: an identity without an adapter, or a way of acting that the method has not.
+            MismatchError: the identity is of another adapter.
+        """
+        acting = acting or Acting()
+        negatives = None if cfg == 1 else self.base.text.encode([negative])
+        rows = torch.tensor([True] if negatives is None else [False, True])  # as `sample` calls the UNet
+        before_step: BeforeStep = _nothing
+        if identity is None:
+            positive = self.base.text.encode([prompt.replace(CLASS_WORD, "person")])
+            self._set(None, 0.0)
+        else:
+            if self.adapter is None:
+                raise InputError("an identity was given, but no adapter; give the adapter that made it")
+            self.adapter.require_identity(identity, "the identity")
+            text = prompt.replace(CLASS_WORD, identity.class_word or "person")
+            if self.adapter.method == idadapter.METHOD:
+                positive = self._with_word(text, identity, acting, rows)
+            else:
+                positive, before_step = self._with_tokens(text, identity, acting, rows)
+        latents = sample(
+            self.base,
+            positive,
+            negatives,
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            width=width,
+            height=height,
+            before_step=before_step,
+        )
+        self._set(None, 0.0)
+        picture = self.base.vae.decode(latents.float())[0]
+        return ((picture + 1) / 2).clamp(0, 1).cpu()
+
+    def _set(self, tokens: Tensor | None, strength: float, **more: Any) -> None:
+        if self.injected is not None:
+            self.injected.set_identity(tokens, strength=strength, **more)
+
+    def _with_word(self, text: str, identity: Identity, acting: Acting, rows: Tensor) -> Conditioning:
+        if acting.rescale is not None or acting.text not in (0, 1):
+            raise InputError(
+                f"an IDAdapter acts with text 0 or 1 and without rescaling, got text {acting.text} and rescale {acting.rescale}"
+            )
+        assert identity.adapter_tokens is not None
+        bias = None if identity.adapter_bias is None else identity.adapter_bias[0]
+        if identity.adapter_tokens_uncond is None:
+            self._set(identity.adapter_tokens, acting.adapter, bias=bias, rows=rows)
+        else:
+            self._set(_by_rows(identity, rows), acting.adapter, bias=bias)
+        if not acting.text or not identity.text_tokens:
+            return self.base.text.encode([text])
+        if not self.base.text.has_identifier(text):
+            text = idadapter.with_identity_clause(text, identity.class_word or "person")
+        return self.base.text.encode([text], identity.text_tokens)
+
+    def _with_tokens(
+        self, text: str, identity: Identity, acting: Acting, rows: Tensor
+    ) -> tuple[Conditioning, BeforeStep]:
+        plain = self.base.text.encode([text])
+        tokens: Tensor | None = None
+        if identity.adapter_tokens is not None:
+            tokens = _by_rows(identity, rows)
+        words: Tensor | None = None
+        if identity.text_tokens:
+            count = next(t.shape[1] for t in identity.text_tokens.values())
+            words = uniid.normalize_text_tokens(identity.text_tokens, self.base.text.reference_norms(count))
+
+        def scaled(scale: float) -> Conditioning:
+            if words is None or scale == 0:
+                return plain
+            return replace(plain, states=insert_tokens(plain.states, words * scale))
+
+        def before_step(step: int, steps: int) -> Conditioning | None:
+            schedule = acting.rescale
+            if schedule is None:
+                return None
+            self._set(tokens, acting.adapter * schedule.adapter_scale(step, steps), rescale=True)
+            return scaled(acting.text * schedule.text_scale(step, steps))
+
+        self._set(tokens, acting.adapter)
+        return scaled(acting.text), before_step
+
+
+def _nothing(step: int, steps: int) -> None:
+    return None
+
+
+def _by_rows(identity: Identity, rows: Tensor) -> Tensor:
+    """Tokens (rows, T, D): the identity's in positive rows, those of zeroed features in negative ones."""
+    assert identity.adapter_tokens is not None
+    assert identity.adapter_tokens_uncond is not None
+    parts = [identity.adapter_tokens if keep else identity.adapter_tokens_uncond for keep in rows.tolist()]
+    return torch.cat(parts)
+
+
+def features_of(
+    index: Index, rows: Sequence[Row], networks: Networks, recognizer: str, device: torch.device | str
+) -> FaceFeatures:
+    """The features of rows of one person, as Extract Face Features gives them. `recognizer` is the name on record."""
+    pictures = [photo_pictures(index, Photo(row)) for row in rows]
+    crops = crops_to_tensor([crop for crop, _ in pictures])
+    faces = tuple(
+        Face(
+            box=row.box or (0.0, 0.0, 0.0, 0.0),
+            landmarks=row.landmarks or (),
+            score=row.score,
+            image_size=(row.width, row.height),
+            sex=_SEX.get(row.class_noun),
+        )
+        for row in rows
+    )
+    with torch.no_grad():
+        embedding, stages = networks.recognizer(crops.to(device))
+    seen: dict[str, Tensor] = {}
+    if networks.vision is not None:
+        seen = see(networks.vision, networks.vision.preprocess([head for _, head in pictures]).to(device))
+    return FaceFeatures(
+        embedding=embedding.cpu(),
+        stages=tuple(stage.cpu() for stage in stages),
+        patch_tokens=seen["patch_tokens"].cpu() if seen else None,
+        class_embedding=seen["class_embedding"].cpu() if seen else None,
+        faces=faces,
+        recognizer=recognizer,
+        crops=crops,
+    )

@@ -1,0 +1,400 @@
+"""Samples: what one row of a batch is made of, drawn from the run's seed, the epoch and the row alone.
+
+A sample has a target picture and the photos by which its person is known: N references for IDAdapter, the target itself for
+UniID. Where a cache is given, latents and features come from it; else the pixels do, and the trainer computes the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ..data.index import Index, Row
+from ..errors import ConfigError, IDAdapterError
+from ..faces.align import align_face, square_crop
+from ..faces.enrich import variant
+from ..faces.features import crops_to_tensor
+from ..faces.images import Image
+from ..methods import idadapter, uniid
+from ..types import Face
+from .config import RunConfig
+from .randomness import generator, positions, seed_of
+
+CLASS_WORD, CAPTION = "<class word>", "<caption>"
+PROMPTS = {idadapter.METHOD: CAPTION, uniid.METHOD: f"a photo of a {CLASS_WORD}"}
+NO_CAPTION = f"a photo of a {CLASS_WORD}"
+VALIDATION = -1  # "epochs" from here down are of samples by which a run is measured: the same at every time
+_MIRRORED = [1, 0, 2, 4, 3]  # the five landmarks in a mirrored picture
+_LATENT_CHANNELS = 4
+
+Preprocess = Callable[[Sequence[Image]], Tensor]
+Key = tuple[int, int]  # epoch, place in the list of rows
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo of a person: a row as it is (0), or one of its variants (1, 2, ...)."""
+
+    row: Row
+    variant: int = 0
+
+
+class Store(Protocol):
+    """What a cache gives."""
+
+    def latents(self, row: Row, mirrored: bool) -> Tensor:
+        """(8, h, w): mean and standard deviation of the target's latents."""
+
+    def photo(self, photo: Photo) -> Mapping[str, Tensor]:
+        """What `photo_tensors` or the trainer's networks make of a photo, without the axis of photos."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The square of a picture that is trained on."""
+
+    left: int
+    top: int
+    side: int
+    resolution: int
+    mirrored: bool
+
+    def picture(self, image: Image) -> Image:
+        """The square (R, R, 3) of a picture (H, W, 3)."""
+        box = (self.left, self.top, self.left + self.side, self.top + self.side)
+        size = (self.resolution, self.resolution)
+        square = np.asarray(PILImage.fromarray(image).resize(size, PILImage.Resampling.LANCZOS, box=box))
+        return np.ascontiguousarray(square[:, ::-1]) if self.mirrored else square
+
+    def points(self, landmarks: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Where landmarks (5, 2) of the picture are in the square; pixel centres at whole numbers."""
+        scale = self.resolution / self.side
+        moved = (np.asarray(landmarks, np.float64) - [self.left, self.top] + 0.5) * scale - 0.5
+        if self.mirrored:
+            moved = moved[_MIRRORED]
+            moved[:, 0] = self.resolution - 1 - moved[:, 0]
+        return moved
+
+    def size_conditioning(self, row: Row) -> list[float]:
+        """SDXL's six numbers: height and width of the photo, top and left of the square at the trained scale, height, width."""
+        scale = self.resolution / self.side
+        side = float(self.resolution)
+        return [float(row.height), float(row.width), self.top * scale, self.left * scale, side, side]
+
+
+def place(row: Row, resolution: int, mirrored: bool) -> Placement:
+    """The largest square in a row's picture whose middle is as near to the face's as it can be. Nothing is stretched."""
+    side = min(row.width, row.height)
+    x1, y1, x2, y2 = row.box or (0, 0, row.width, row.height)
+    left = min(max(round((x1 + x2 - side) / 2), 0), row.width - side)
+    top = min(max(round((y1 + y2 - side) / 2), 0), row.height - side)
+    return Placement(left, top, side, resolution, mirrored)
+
+
+def target_picture(index: Index, row: Row, resolution: int, mirrored: bool) -> Tensor:
+    """The picture to be learned, (3, R, R), RGB in -1..1."""
+    pixels = place(row, resolution, mirrored).picture(index.load(row))
+    return torch.from_numpy(pixels.copy()).movedim(-1, 0).float() / 127.5 - 1
+
+
+def photo_pictures(index: Index, photo: Photo) -> tuple[Image, Image]:
+    """The aligned face (112, 112, 3) and the head (S, S, 3) of a photo, RGB uint8, as Extract Face Features makes them.
+
+    Variants depend on the photo alone, not on the run, so that runs can share a cache.
+    """
+    row = photo.row
+    image = index.load(row)
+    assert row.box is not None  # rows that are ok have a face
+    assert row.landmarks is not None
+    x1, y1, x2, y2 = row.box
+    points = np.array([*row.landmarks, ((x1 + x2) / 2, (y1 + y2) / 2)], np.float64)
+    if photo.variant:
+        image, points = variant(image, points, seed_of(row.sha256), photo.variant)
+    x, y = points[5].tolist()
+    half_width, half_height = (x2 - x1) / 2, (y2 - y1) / 2
+    face = Face(
+        box=(x - half_width, y - half_height, x + half_width, y + half_height),
+        landmarks=tuple((px, py) for px, py in points[:5].tolist()),
+        score=row.score,
+        image_size=(row.width, row.height),
+    )
+    return align_face(image, face.landmarks), square_crop(image, face)
+
+
+def photo_tensors(index: Index, photo: Photo, preprocess: Preprocess | None) -> dict[str, Tensor]:
+    """`crops` (3, 112, 112) in -1..1 and, for CLIP vision, `heads` (3, S, S) of a photo."""
+    crop, head = photo_pictures(index, photo)
+    tensors = {"crops": crops_to_tensor([crop])[0]}
+    if preprocess is not None:
+        tensors["heads"] = preprocess([head])[0]
+    return tensors
+
+
+def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
+    """Every photo that `references_for` may choose for the people of these rows."""
+    photos = [Photo(row) for row in rows]
+    for person in people(rows).values():
+        others = max(len(person) - 1, 1)
+        missing = references - (len(person) - 1 if len(person) > 1 else 1)
+        if missing > 0:
+            rounds = -(-missing // others)
+            photos += [Photo(row, number) for row in person for number in range(1, rounds + 1)]
+    return photos
+
+
+def references_for(target: Row, person: Sequence[Row], count: int, random: torch.Generator) -> list[Photo]:
+    """N photos by which a person is known in a sample: others than the target, in random order.
+
+    Where there are too few, variants of them fill up; a person of one photo is known by that and its variants.
+    """
+    others = [row for row in person if row.number != target.number] or [target]
+    order = torch.randperm(len(others), generator=random).tolist()
+    return [Photo(others[order[n % len(others)]], n // len(others)) for n in range(count)]
+
+
+def people(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each person, in their order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        # Whose person is not known is somebody of their own.
+        found.setdefault(f"i{row.identity}" if row.identity else f"r{row.number}", []).append(row)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B samples side by side. What a cache or its absence leaves out is None."""
+
+    rows: tuple[int, ...]  # numbers of the index
+    sources: tuple[str, ...]  # for messages
+    prompts: tuple[str, ...]  # without the identity
+    class_nouns: tuple[str, ...]
+    identity: Tensor  # (B,) bool: False where the identity is dropped
+    timesteps: Tensor  # (B,)
+    noise: Tensor  # (B, 4, h, w)
+    posterior: Tensor  # (B, 4, h, w) noise by which latents are drawn from the VAE's distribution
+    landmarks: Tensor  # (B, 5, 2) in the target picture
+    sizes: Tensor  # (B, 6), see Placement.size_conditioning
+    pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
+    moments: Tensor | None = None  # (B, 8, h, w)
+    crops: Tensor | None = (
+        None  # (B, N + 1, 3, 112, 112): the references' faces, then the target's; with UniID the target's
+    )
+    heads: Tensor | None = None  # (B, N, 3, S, S) for CLIP vision
+    embedding: Tensor | None = None  # (B, N + 1, 512) of the crops
+    stages: tuple[Tensor, ...] = ()  # four maps (B, C, side, side) of the target, the first three at 16 x 16
+    patch_tokens: Tensor | None = None  # (B, N, P, d)
+    class_embedding: Tensor | None = None  # (B, N, d)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device, in fp32 where a cache is narrower."""
+        moved: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "identity":
+                continue  # read on the host alone: it would have to wait for the device
+            if isinstance(value, Tensor):
+                moved[entry.name] = _moved(value, device)
+            elif entry.name == "stages":
+                moved[entry.name] = tuple(_moved(stage, device) for stage in value)
+        return replace(self, **moved)
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    tensor = tensor.to(device, non_blocking=True)
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+STAGE_NAMES = tuple(f"stage_{number}" for number in range(1, 5))
+
+
+class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
+    """The samples of a run by (epoch, place). Nothing else decides what a sample is.
+
+    A photo that cannot be read any more is an error in the place of its sample: raised in a worker, it would come out as a page
+    of traceback.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        rows: Sequence[Row],
+        config: RunConfig,
+        timesteps: int,
+        store: Store | None = None,
+        preprocess: Preprocess | None = None,
+    ) -> None:
+        self._index, self.rows, self._config = index, list(rows), config
+        self._timesteps, self._store, self._preprocess = timesteps, store, preprocess
+        self._people = people(rows)
+        self._person = {row.number: person for person in self._people.values() for row in person}
+        self._is_uniid = config.adapter.method == uniid.METHOD
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Key) -> dict[str, Any] | IDAdapterError:
+        try:
+            return self.sample(*key)
+        except IDAdapterError as error:
+            return error
+
+    def sample(self, epoch: int, number: int) -> dict[str, Any]:
+        """One sample, under the names of `Batch`."""
+        row = self.rows[number]
+        config = self._config
+        seed = config.train.seed
+        random = generator(seed, epoch, row.number, "draw")
+        # All is drawn in any case, so that one setting does not change what the others draw.
+        drop, mirror = torch.rand(2, generator=random).tolist()
+        timestep = int(torch.randint(self._timesteps, (), generator=random))
+        references = references_for(row, self._person[row.number], config.data.references, random)
+        is_measured = epoch <= VALIDATION
+        mirrored = config.data.flip and mirror < 0.5 and not is_measured
+        has_identity, has_text = (True, True) if is_measured else _kept(drop, config)
+        placement = place(row, config.data.resolution, mirrored)
+        side = config.data.resolution // 8
+        shape = (_LATENT_CHANNELS, side, side)
+        sample: dict[str, Any] = {
+            "rows": row.number,
+            "sources": row.source,
+            "prompts": prompt_of(row, config) if has_text else "",
+            "class_nouns": row.class_noun or "person",
+            "identity": torch.tensor(has_identity),
+            "timesteps": torch.tensor(timestep),
+            "noise": torch.randn(shape, generator=generator(seed, epoch, row.number, "noise")),
+            "posterior": torch.randn(shape, generator=generator(seed, epoch, row.number, "posterior")),
+            "landmarks": torch.from_numpy(placement.points(np.array(row.landmarks))).float(),
+            "sizes": torch.tensor(placement.size_conditioning(row)),
+        }
+        target = Photo(row)
+        known_by = [target] if self._is_uniid else [*references, target]
+        if self._store is None:
+            sample["pictures"] = target_picture(self._index, row, config.data.resolution, mirrored)
+            tensors = [photo_tensors(self._index, photo, self._preprocess) for photo in known_by]
+        else:
+            sample["moments"] = self._store.latents(row, mirrored)
+            tensors = [dict(self._store.photo(photo)) for photo in known_by]
+        return sample | _stacked(tensors, self._is_uniid)
+
+
+def _stacked(photos: list[dict[str, Tensor]], is_uniid: bool) -> dict[str, Any]:
+    """Tensors of photos, the target's last, in the shapes of `Batch` without its first axis."""
+    stacked: dict[str, Any] = {}
+    for name in photos[0]:
+        if name in STAGE_NAMES:
+            continue
+        # The target's face says who is wanted; for all else the references are looked at.
+        seen = photos if name in ("crops", "embedding") or is_uniid else photos[:-1]
+        stacked[name] = torch.stack([tensors[name] for tensors in seen])
+    if STAGE_NAMES[0] in photos[-1]:
+        stacked["stages"] = tuple(photos[-1][name] for name in STAGE_NAMES)
+    return stacked
+
+
+def _kept(draw: float, config: RunConfig) -> tuple[bool, bool]:
+    """Whether a sample keeps its identity and its text."""
+    train = config.train
+    if draw < train.drop_identity:
+        return False, True
+    if draw < train.drop_identity + train.drop_text:
+        return True, False
+    return (False, False) if draw < train.drop_identity + train.drop_text + train.drop_both else (True, True)
+
+
+def prompt_of(row: Row, config: RunConfig) -> str:
+    """The prompt of a row, without the identity word."""
+    template = config.data.prompt or PROMPTS[config.adapter.method]
+    if CAPTION in template:
+        template = template.replace(CAPTION, row.caption or NO_CAPTION)
+    return template.replace(CLASS_WORD, row.class_noun or "person")
+
+
+def collate(samples: Sequence[Mapping[str, Any] | IDAdapterError]) -> Batch | IDAdapterError:
+    """Samples side by side, or the first error among them."""
+    for sample in samples:
+        if isinstance(sample, IDAdapterError):
+            return sample
+    return join([sample for sample in samples if not isinstance(sample, IDAdapterError)])
+
+
+def join(samples: Sequence[Mapping[str, Any]]) -> Batch:
+    """Samples side by side."""
+    values: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        each = [sample[name] for sample in samples]
+        if isinstance(first, Tensor):
+            values[name] = torch.stack(each)
+        elif isinstance(first, tuple):
+            values[name] = tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+        else:
+            values[name] = tuple(each)
+    return Batch(**values)
+
+
+class MicroBatches(Sampler[list[Key]]):
+    """The samples of one process, micro-batch by micro-batch, from a step to another.
+
+    All processes together go through one sequence: step s has the positions from s * batch on, its first micro-batch the first
+    batch / accumulate of them, and of each the processes have equal parts side by side.
+    """
+
+    def __init__(self, config: RunConfig, count: int, start: int, *, rank: int = 0, world: int = 1) -> None:
+        share = world * config.train.accumulate
+        if config.train.batch % share:
+            raise ConfigError(
+                f"train.batch is {config.train.batch}, which {world} processes with train.accumulate = "
+                f"{config.train.accumulate} cannot share evenly; make it a multiple of {share}"
+            )
+        self._config, self._count, self._start = config, count, start
+        self._rank, self._world = rank, world
+        self.size = config.train.batch // share  # of a micro-batch of one process
+
+    def __len__(self) -> int:
+        return (self._config.train.steps - self._start) * self._config.train.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        train = self._config.train
+        for step in range(self._start, train.steps):
+            keys = positions(train.seed, step * train.batch, (step + 1) * train.batch, self._count)
+            for micro in range(train.accumulate):
+                first = (micro * self._world + self._rank) * self.size
+                yield keys[first : first + self.size]
+
+
+def usable_rows(index: Index, config: RunConfig, split: str) -> list[Row]:
+    """The rows that a run may learn from ("train") or is measured by ("test").
+
+    Raises:
+        ConfigError: too large a share of the photos is bad, or no row is left.
+    """
+    bad = index.bad_share()
+    if bad > config.data.max_bad_share:
+        worst = [row for row in index.rows if row.status not in ("ok", "duplicate")][:10]
+        listed = "\n".join(f"  {row.source}: {row.status}, {row.reason}" for row in worst)
+        raise ConfigError(
+            f"{index.path}: {bad:.1%} of its photos cannot be used, data.max_bad_share allows "
+            f"{config.data.max_bad_share:.1%}. Repair or remove them and scan again, or raise the limit. The first ones:\n{listed}"
+        )
+    grouped = people(index.usable(split))
+    numbers = {
+        row.number for person in grouped.values() if len(person) >= config.data.min_photos for row in person
+    }
+    rows = [row for row in index.usable(split) if row.number in numbers]
+    if not rows and split == "train":
+        raise ConfigError(
+            f"{index.path}: no photo is left to train on (data.min_photos = {config.data.min_photos}). See "
+            "`python -m idadapter_core.data stats` for what there is."
+        )
+    return rows

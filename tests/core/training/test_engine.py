@@ -1,0 +1,335 @@
+"""Runs: exact when they go on, whole when they are cut off, and plain about what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from idadapter_core.errors import CheckpointError, ConfigError, InputError, TrainingError
+from idadapter_core.training import checkpoints as checkpoint_files, engine
+from idadapter_core.training.checkpoints import ADAPTER, EMA, checkpoints, latest
+from idadapter_core.training.config import config_toml
+from idadapter_core.training.engine import STOPPED, train
+from idadapter_core.training.logs import read_log
+from tests.harness.shim import shim_path
+from tests.tiny.toy import Toy
+
+ROOT = Path(__file__).resolve().parents[3]
+METHODS = {
+    "idadapter": {},
+    "uniid adapter": {"adapter": {"method": "uniid"}},
+    "uniid text": {"adapter": {"method": "uniid", "branch": "text"}},
+}
+
+
+def weights(run: Path, step: int | None = None, name: str = ADAPTER) -> dict[str, torch.Tensor]:
+    found = [c for c in checkpoints(run) if step in (None, c.step)]
+    return load_file(found[-1].path / name)
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+
+class Process:
+    """A training in processes of its own."""
+
+    def __init__(
+        self, toy: Toy, folder: Path, *arguments: str, processes: int = 1, **sections: dict[str, Any]
+    ):
+        self.config = folder.parent / f"{folder.name}.toml"
+        self.config.write_text(config_toml(toy.config(folder, **sections)), encoding="utf-8")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        program = ["-m", "idadapter_core.train", "--config", str(self.config), *arguments]
+        path = os.pathsep.join(str(p) for p in (shim_path(), ROOT) if p)
+        self.log = (folder.parent / f"{folder.name}.log").open("wb+")
+        self.process = subprocess.Popen(
+            [sys.executable, *(launcher if processes > 1 else []), *program],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait(self) -> tuple[int, str]:
+        try:
+            code = self.process.wait(timeout=240)
+        finally:
+            self.kill()
+        self.log.seek(0)
+        return code, self.log.read().decode(errors="replace")
+
+    def kill(self) -> None:
+        """The process and all that it started, which the launcher puts into sessions of their own."""
+        for process in reversed(self.family()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def family(self) -> list[psutil.Process]:
+        if self.process.poll() is not None:
+            return []
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+
+def wait_for(condition: Any, process: Process) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.process.poll() is None, process.wait()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_went_on_equals_one_that_was_never_cut_off(toy: Toy, tmp_path: Path, method: str) -> None:
+    settings = {**METHODS[method], "train": {"steps": 4, "batch": 4, "lr": 1e-3, "ema": 0.9}}
+    assert train(toy.config(tmp_path / "whole", **settings)) == 0
+    first = {**settings, "train": {**settings["train"], "steps": 2}}
+    assert train(toy.config(tmp_path / "parts", **first)) == 0
+    assert train(toy.config(tmp_path / "parts", **settings), resume="auto") == 0
+    for name in (ADAPTER, EMA):
+        assert (
+            largest_difference(weights(tmp_path / "whole", 4, name), weights(tmp_path / "parts", 4, name))
+            == 0
+        )
+    assert largest_difference(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 2)) > 0
+
+
+def test_killed_and_resumed(toy: Toy, tmp_path: Path) -> None:
+    """20 steps; and 20 steps with a kill -9 after the tenth. The same bits."""
+    settings = {"train": {"steps": 20, "batch": 4, "lr": 1e-3}, "output": {"save_every": 10}}
+    whole = Process(toy, tmp_path / "whole", **settings)
+    assert whole.wait()[0] == 0
+    cut = Process(toy, tmp_path / "cut", **settings)
+    wait_for(lambda: latest(tmp_path / "cut") is not None, cut)
+    cut.kill()
+    assert [c.step for c in checkpoints(tmp_path / "cut")] == [10]
+    code, output = Process(toy, tmp_path / "cut", "--resume", "auto", **settings).wait()
+    assert code == 0, output
+    assert largest_difference(weights(tmp_path / "whole", 20), weights(tmp_path / "cut", 20)) == 0
+    assert [line["step"] for line in read_log(tmp_path / "cut")] == list(range(1, 21))
+
+
+def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
+    """Up to rounding, which Adam makes as large as a share of the learning rate where a gradient is nearly 0."""
+    settings = {"train": {"steps": 4, "batch": 4, "lr": 1e-5}}
+    alone = Process(toy, tmp_path / "alone", **settings)
+    assert alone.wait()[0] == 0
+    code, output = Process(toy, tmp_path / "two", processes=2, **settings).wait()
+    assert code == 0, output
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    assert largest_difference(weights(tmp_path / "alone"), weights(tmp_path / "two")) < 1e-6
+    logs = read_log(tmp_path / "alone"), read_log(tmp_path / "two")
+    assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], rel=1e-4)
+
+
+def test_micro_batches_learn_what_a_batch_does(toy: Toy, tmp_path: Path) -> None:
+    for parts in (1, 2):
+        train(toy.config(tmp_path / str(parts), train={"accumulate": parts, "lr": 1e-5}))
+    assert largest_difference(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-6
+
+
+def test_sigterm_writes_a_checkpoint_and_leaves(toy: Toy, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = Process(toy, run, train={"steps": 100_000})
+    wait_for(lambda: len(read_log(run)) >= 2, process)
+    process.process.send_signal(signal.SIGTERM)
+    code, output = process.wait()
+    assert code == STOPPED, output
+    found = latest(run)
+    assert found is not None
+    assert found.step == read_log(run)[-1]["step"]
+    assert "checkpoint" in output
+
+
+def test_one_process_dies(toy: Toy, tmp_path: Path) -> None:
+    """The other is ended by the launcher; the last checkpoint is whole, and the run goes on from it."""
+    run = tmp_path / "run"
+    settings = {"train": {"steps": 100_000}, "output": {"save_every": 2}}
+    process = Process(toy, run, processes=2, **settings)
+    wait_for(lambda: latest(run) is not None, process)
+    process.family()[-1].kill()
+    code, _ = process.wait()
+    assert code != 0
+    found = latest(run)
+    assert found is not None
+    settings["train"] = {"steps": found.step + 1}
+    assert train(toy.config(run, **settings), resume="auto") == 0
+    assert latest(run).step == found.step + 1  # type: ignore[union-attr]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(toy.config(tmp_path, train={"steps": 2}))
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left.*free some space and resume"):
+        train(toy.config(tmp_path, train={"steps": 3}), resume="auto")
+    monkeypatch.undo()
+    assert [c.step for c in checkpoints(tmp_path)] == [2]
+    assert {p.name for p in (tmp_path / checkpoint_files.FOLDER).iterdir()} == {"step-00000002"}
+    assert train(toy.config(tmp_path, train={"steps": 3}), resume="auto") == 0
+
+
+def test_killed_while_writing_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
+    """A process that ends between two files of a checkpoint leaves the one before."""
+    train(toy.config(tmp_path / "run", train={"steps": 2}))
+    code = (
+        "import os, signal, sys, torch\n"
+        "torch.save = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from idadapter_core.train import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    config = tmp_path / "run.toml"
+    config.write_text(config_toml(toy.config(tmp_path / "run", train={"steps": 3})), encoding="utf-8")
+    path = os.pathsep.join(str(p) for p in (shim_path(), ROOT) if p)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "--config", str(config), "--resume", "auto"],
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+        capture_output=True,
+        timeout=240,
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert [c.step for c in checkpoints(tmp_path / "run")] == [2]
+    assert train(toy.config(tmp_path / "run", train={"steps": 3}), resume="auto") == 0
+    assert [p.name for p in sorted((tmp_path / "run" / checkpoint_files.FOLDER).iterdir())] == [
+        "step-00000002",
+        "step-00000003",
+    ]
+
+
+def test_a_loss_that_is_not_finite_names_the_photo(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(toy.config(tmp_path, train={"steps": 2}))
+    forward = engine.Bundle.forward
+    named: list[str] = []
+
+    def broken(self: Any, batch: Any) -> dict[str, torch.Tensor]:
+        losses = forward(self, batch)
+        named.append(batch.sources[2])
+        losses["mse"][2] = float("nan")
+        return {**losses, "loss": losses["loss"] * float("nan")}
+
+    monkeypatch.setattr(engine.Bundle, "forward", broken)
+    with pytest.raises(TrainingError, match="step 3: the loss is not finite") as raised:
+        train(toy.config(tmp_path, train={"steps": 4}), resume="auto")
+    assert named[0] in str(raised.value)
+    assert str(raised.value).count(".png") == 1
+    assert [c.step for c in checkpoints(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_photo_that_broke_after_the_scan(toy: Toy, tmp_path: Path, workers: int) -> None:
+    """Nothing is lost: the steps before it are in a checkpoint, and with the photo back the run goes on."""
+    copy = Toy(tmp_path / "toy", toy.kind)
+    shutil.copytree(toy.folder, copy.folder)
+    photos = sorted((copy.folder / "photos").rglob("*.png"))
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {
+        "data": {"workers": workers},
+        "train": {"steps": 8},
+        "output": {"save_every": 8},
+    }
+    broken = photos[3]
+    content = broken.read_bytes()
+    broken.write_bytes(content[:1000])
+    with pytest.raises(
+        InputError, match=f"{broken.parent.name}/{broken.name}.*changed since the scan"
+    ) as raised:
+        train(copy.config(run, **settings))
+    assert "Traceback" not in str(raised.value)
+    done = len(read_log(run))
+    assert [c.step for c in checkpoints(run)] == ([done] if done else [])
+    broken.write_bytes(content)
+    assert train(copy.config(run, **settings), resume="auto") == 0
+
+
+def test_refusals(toy: Toy, tmp_path: Path) -> None:
+    train(toy.config(tmp_path, train={"steps": 1}))
+    with pytest.raises(ConfigError, match="holds a run already.*--resume auto"):
+        train(toy.config(tmp_path))
+    with pytest.raises(ConfigError, match="settings changed.*lr = 0.0001.*--allow-config-change"):
+        train(toy.config(tmp_path, train={"lr": 1e-5}), resume="auto")
+    assert (
+        train(toy.config(tmp_path, train={"lr": 1e-5, "steps": 2}), resume="auto", allow_config_change=True)
+        == 0
+    )
+    with pytest.raises(ConfigError, match="train.batch is 4.*a multiple of 3"):
+        train(toy.config(tmp_path / "other", train={"accumulate": 3}))
+
+
+def test_more_steps_and_other_outputs_are_the_same_run(toy: Toy, tmp_path: Path) -> None:
+    train(toy.config(tmp_path, train={"steps": 1}))
+    settings = {"train": {"steps": 2}, "data": {"workers": 1}, "output": {"log_every": 2}}
+    assert train(toy.config(tmp_path, **settings), resume="auto") == 0
+
+
+def test_what_a_run_tells(toy: Toy, tmp_path: Path) -> None:
+    """The log, validation, the picture grid, and facts by which it can be repeated."""
+    run = tmp_path / "run"
+    output = {
+        "validate_every": 2,
+        "validate_samples": 6,
+        "sample_every": 4,
+        "sample_steps": 2,
+        "sample_people": 1,
+        "tensorboard": True,
+        "prompts": ["a photo of a <class word>"],
+    }
+    train(toy.config(run, output=output, train={"lr": 1e-2, "batch": 8}))
+    lines = read_log(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "validation" in line] == [0, 2, 4]
+    last = steps[-1]
+    assert len(last["loss_by_decile"]) == 10
+    assert 0 <= last["data_wait_share"] <= 1
+    assert last["images_per_second"] > 0
+    assert 0 < last["identity"]["share"] <= 1
+    assert -1 <= last["identity"]["cosine"] <= 1
+    assert any(abs(value) > 1e-3 for pair in last["gates"].values() for value in pair)
+    assert steps[0]["gradient_norm"] > 0
+    assert list((run / "tensorboard").iterdir())
+    assert (run / "samples" / "step-00000004.png").is_file()
+    facts = json.loads((run / "run.json").read_text())
+    assert {"torch", "accelerate", "diffusers"} <= facts["versions"].keys()
+    assert facts["data"]["test"] == 4
+
+
+def test_bf16_and_gradient_checkpointing(toy: Toy, tmp_path: Path) -> None:
+    """Masters stay fp32, and what is recomputed is what was computed."""
+    for name, settings in {
+        "plain": {},
+        "checkpointing": {"checkpointing": True},
+        "bf16": {"precision": "bf16"},
+    }.items():
+        train(toy.config(tmp_path / name, train=settings))
+    plain = weights(tmp_path / "plain")
+    assert largest_difference(plain, weights(tmp_path / "checkpointing")) < 1e-6
+    narrow = weights(tmp_path / "bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in narrow.values())
+    assert 0 < largest_difference(plain, narrow) < 1e-3
+    losses = [read_log(tmp_path / name)[0]["loss"] for name in ("plain", "bf16")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
