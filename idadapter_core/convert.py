@@ -14,11 +14,10 @@ import torch
 
 from .checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
 from .errors import IDAdapterError
-from .faces.iresnet import digest, load_iresnet
-from .files import file_digest
+from .files import DTYPES
 from .methods import idadapter
+from .recognizer import recorded_recognizer
 
-DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_SEED = 2**64 - 1
 
 
@@ -30,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.init is None:
             adapter = load_adapter(options.files[0], options.text_branch)
-            if recognizer := _recognizer(options.recognizer, adapter.method):
+            if recognizer := recorded_recognizer(options.recognizer, adapter.method):
                 adapter = replace(adapter, config=replace(adapter.config, recognizer=recognizer))
         else:
-            recognizer = _recognizer(options.recognizer, idadapter.METHOD)
+            recognizer = recorded_recognizer(options.recognizer, idadapter.METHOD)
             config = replace(idadapter.PRESETS[options.init], recognizer=recognizer, **_new_settings(options))
             dtype = DTYPES[options.dtype] or torch.float32
             adapter = initial_adapter(config, options.files[0].name, options.seed or 0, dtype)
@@ -45,19 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
-
-
-def _recognizer(path: Path | None, method: str) -> str:
-    """What names a face network in the features of Extract Face Features; empty for none.
-
-    IDAdapter reads the embedding alone, so it takes the recogniser of a face package: an .onnx file, named by its bytes. UniID
-    reads the inner stages of a torch network, named by its weights, whatever file they come from.
-    """
-    if path is None:
-        return ""
-    if method == idadapter.METHOD and path.suffix == ".onnx":
-        return file_digest(path)
-    return digest(load_iresnet(path))
 
 
 def _parser() -> argparse.ArgumentParser:

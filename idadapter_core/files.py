@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
+DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What a program that writes weights may be asked for; keep: as they are."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # What torch says of a pickle that holds more than tensors.
 _OBJECT_REFUSED = re.compile(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage, ImageEnhance
 
 from ..errors import InputError
@@ -13,6 +15,9 @@ from .images import Image, check_image
 
 MAX_ROTATION = 45.0  # degrees; beyond it detectors lose the face
 MAX_COLOUR = 0.9  # of the original; at 1 a photo can turn black
+ROTATION = 10.0  # degrees, the usual amount
+COLOUR = 0.15  # of the original, the usual amount
+_MIRRORED_ORDER = [1, 0, 2, 4, 3]  # insightface's five landmarks in a mirrored photo
 _MARGIN = 2  # pixels that bicubic interpolation looks past the border
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
@@ -23,8 +28,8 @@ def enrich(
     seed: int,
     *,
     flip: bool = True,
-    rotation: float = 10.0,
-    colour: float = 0.15,
+    rotation: float = ROTATION,
+    colour: float = COLOUR,
 ) -> list[Image]:
     """max(K, count) photos from K photos (H, W, 3), RGB uint8: the photos themselves, then variants of them in turn.
 
@@ -56,22 +61,57 @@ def enrich(
         )
     photos = [check_image(image, index, len(images)) for index, image in enumerate(images)]
     variants = [
-        _variant(photos[number % len(photos)], np.random.default_rng([seed, number]), flip, rotation, colour)
+        _apply(
+            photos[number % len(photos)],
+            _draw(np.random.default_rng([seed, number]), flip, rotation, colour),
+        )
         for number in range(count - len(photos))
     ]
     return photos + variants
 
 
-def _variant(photo: Image, random: np.random.Generator, flip: bool, rotation: float, colour: float) -> Image:
+def variant(
+    photo: Image, points: NDArray[np.floating], seed: int, number: int
+) -> tuple[Image, NDArray[np.float64]]:
+    """A variant of a photo (H, W, 3), RGB uint8, with the usual amounts of change, and where points of it (P, 2) are then.
+
+    Args:
+        points: pixels, centres at whole numbers. The first five are a face's landmarks in insightface's order, of which left
+            and right change places in a mirrored photo; further ones only move.
+        number: variants of different numbers differ.
+    """
+    change = _draw(np.random.default_rng([seed, number]), True, ROTATION, COLOUR)
+    height, width = photo.shape[:2]
+    moved = np.array(points, dtype=np.float64)
+    if change.mirrored:
+        moved[:, 0] = width - 1 - moved[:, 0]
+        moved[:5] = moved[_MIRRORED_ORDER]
+    center = np.array([(width - 1) / 2, (height - 1) / 2])
+    sine, cosine = math.sin(math.radians(change.angle)), math.cos(math.radians(change.angle))
+    turned = (moved - center) @ np.array([[cosine, -sine], [sine, cosine]]) + center
+    return _apply(photo, change), turned
+
+
+class _Change(NamedTuple):
+    mirrored: bool
+    angle: float  # degrees, counter-clockwise
+    factors: tuple[float, ...]  # one for each of _ENHANCERS
+
+
+def _draw(random: np.random.Generator, flip: bool, rotation: float, colour: float) -> _Change:
     # All is drawn in any case, so that one switch does not change what the others do.
     mirrored = random.random() < 0.5
     angle = random.uniform(-1, 1) * rotation
     factors = 1 + random.uniform(-1, 1, len(_ENHANCERS)) * colour
-    if flip and mirrored:
+    return _Change(flip and mirrored, angle, tuple(float(factor) for factor in factors))
+
+
+def _apply(photo: Image, change: _Change) -> Image:
+    if change.mirrored:
         photo = np.ascontiguousarray(photo[:, ::-1])
-    picture = PILImage.fromarray(_turn(photo, angle) if angle else photo)
-    for enhancer, factor in zip(_ENHANCERS, factors, strict=True):
-        picture = enhancer(picture).enhance(float(factor))
+    picture = PILImage.fromarray(_turn(photo, change.angle) if change.angle else photo)
+    for enhancer, factor in zip(_ENHANCERS, change.factors, strict=True):
+        picture = enhancer(picture).enhance(factor)
     return np.array(picture, dtype=np.uint8)
 
 

@@ -1,0 +1,75 @@
+"""`python -m idadapter_core.cache build|verify --config run.toml`: latents and features of a run's photos, computed once.
+
+`build` goes on where it was cut off, and shares its work among the processes of `torchrun` or `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import ConfigError, IDAdapterError
+from .extra import require
+
+TOLERANCE = 0.02  # relative, between devices and after fp16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 an error or entries that differ."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idadapter_core.cache", description="Build or verify the cache of a training run."
+    )
+    parser.add_argument("command", choices=("build", "verify"))
+    parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting of the file"
+    )
+    parser.add_argument(
+        "--count", type=int, default=64, help="entries of each kind that verify computes again (default: 64)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except IDAdapterError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .training.cache import build, verify
+    from .training.config import read_config
+    from .training.parts import load_parts
+
+    config = read_config(options.config, options.set)
+    if not config.data.cache:
+        raise ConfigError("data.cache is empty; name the folder of the cache there")
+    state = require("accelerate").PartialState()
+    parts = load_parts(config, state.device)
+    if options.command == "verify":
+        differences = verify(parts, config, options.count, state.device)
+        for name, difference in differences.items():
+            sys.stdout.write(f"{name}: largest relative difference {difference:.2g}\n")
+        return int(max(differences.values()) > TOLERANCE)
+    bars: dict[str, object] = {}
+
+    def progress(name: str, done: int, total: int) -> None:
+        bar = bars.setdefault(name, require("tqdm").tqdm(total=total, desc=name, disable=None))
+        bar.update(done - bar.n)  # type: ignore[attr-defined]
+
+    written = build(
+        parts,
+        config,
+        device=state.device,
+        rank=state.process_index,
+        world=state.num_processes,
+        progress=progress,
+    )
+    for name, count in written.items():
+        sys.stdout.write(f"{name}: {count} entries written\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""`python -m idadapter_core.export RUN OUTPUT.safetensors`: the file that Load ID Adapter reads, from a run or a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkpoint import load_adapter, save_adapter
+from .errors import ConfigError, IDAdapterError
+from .files import DTYPES
+from .training.checkpoints import ADAPTER, EMA, checkpoints
+
+WEIGHTS = ("auto", "ema", "trained")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idadapter_core.export",
+        description="Write a trained adapter as one file for Load ID Adapter (models/idadapter).",
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("output", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="auto",
+        help="trained: as the last step left them; ema: averaged over the run; auto: ema where there are some (default)",
+    )
+    parser.add_argument(
+        "--text-branch", type=Path, help="UniID: the run of the other branch; both become one file"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="keep", help="precision of the weights (default: fp32, as trained)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
+    options = parser.parse_args(arguments)
+    if options.output.suffix != ".safetensors":
+        parser.error(f"the output must end in .safetensors, got {options.output.name}")
+    if options.output.exists() and not options.overwrite:
+        parser.error(f"{options.output} exists; choose another name or add --overwrite")
+    try:
+        files = [
+            adapter_file(run, options.weights, options.step if run == options.run else None)
+            for run in (options.run, options.text_branch)
+            if run is not None
+        ]
+        adapter = load_adapter(files[0], files[1] if len(files) > 1 else None)
+        save_adapter(adapter, options.output, DTYPES[options.dtype])
+        size = options.output.stat().st_size
+        sys.stdout.write(
+            f"{adapter.info}\nfrom {', '.join(map(str, files))}\nwrote {options.output} ({size:,} bytes)\n"
+        )
+    except IDAdapterError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+def adapter_file(run: Path, weights: str = "auto", step: int | None = None) -> Path:
+    """The adapter's file in a run or a checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = run
+    if not (folder / ADAPTER).is_file():
+        found = checkpoints(run)
+        chosen = [c for c in found if step is None or c.step == step]
+        if not chosen:
+            steps = ", ".join(str(c.step) for c in found) or "none"
+            raise ConfigError(
+                f"{run}: no checkpoint{'' if step is None else f' of step {step}'} (there are: {steps}). Name the folder of a run "
+                "(output.folder) or of a checkpoint."
+            )
+        folder = chosen[-1].path
+    averaged = folder / EMA
+    if weights == "ema" and not averaged.is_file():
+        raise ConfigError(f"{folder}: holds no averaged weights (train.ema was 0); use --weights trained")
+    return averaged if weights != "trained" and averaged.is_file() else folder / ADAPTER
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""`python -m idadapter_core.train --config run.toml`: trains an adapter.
+
+The same file runs on one machine or many: `accelerate launch -m idadapter_core.train --config run.toml`, or
+`torchrun --nproc-per-node 8 -m idadapter_core.train --config run.toml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import IDAdapterError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 an error, 143 stopped by SIGTERM after a checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idadapter_core.train", description="Train an IDAdapter or a branch of UniID."
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change a setting of the file; may be given several times",
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("never", "auto"),
+        default="never",
+        help="auto: go on from the newest checkpoint in output.folder, if there is one (default: never)",
+    )
+    parser.add_argument(
+        "--allow-config-change",
+        action="store_true",
+        help="go on although settings or data are others than when the checkpoint was written",
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        from .training.config import read_config
+        from .training.engine import train
+
+        config = read_config(options.config, options.set)
+        return train(config, resume=options.resume, allow_config_change=options.allow_config_change)
+    except IDAdapterError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
