@@ -51,8 +51,8 @@ class BaseConfig:
     face_package: str = ""  # folder of an insightface package; only for a detector in L_id
 
     def __post_init__(self) -> None:
-        _one_of("base.family", self.family, FAMILIES)
-        _one_of("base.prediction", self.prediction, PREDICTIONS)
+        one_of("base.family", self.family, FAMILIES)
+        one_of("base.prediction", self.prediction, PREDICTIONS)
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ class DataConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        _at_least("data.resolution", self.resolution, 8)
+        at_least("data.resolution", self.resolution, 8)
         if self.resolution % 8:
             raise ConfigError(
                 f"data.resolution must be a multiple of 8 (a latent is 8 pixels), got {self.resolution}"
             )
-        _at_least("data.references", self.references, 1)
-        _at_least("data.min_photos", self.min_photos, 1)
-        _at_least("data.workers", self.workers, 0)
-        _within("data.max_bad_share", self.max_bad_share, 0, 1)
+        at_least("data.references", self.references, 1)
+        at_least("data.min_photos", self.min_photos, 1)
+        at_least("data.workers", self.workers, 0)
+        within("data.max_bad_share", self.max_bad_share, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class AdapterSection:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method's own config, over the preset
 
     def __post_init__(self) -> None:
-        _one_of("adapter.method", self.method, tuple(METHODS))
-        _one_of("adapter.branch", self.branch, BRANCHES)
+        one_of("adapter.method", self.method, tuple(METHODS))
+        one_of("adapter.branch", self.branch, BRANCHES)
         known = {entry.name for entry in dataclasses.fields(METHODS[self.method].config)}
         for name in self.settings:
             if name not in known:
@@ -121,11 +121,11 @@ class LossConfig:
     min_snr: float = 0.0  # gamma of min-SNR weighting; 0: off, as in both papers
 
     def __post_init__(self) -> None:
-        _one_of("loss.align", self.align, ALIGNMENTS)
-        _one_of("loss.gate", self.gate, GATES)
-        _at_least("loss.identity", self.identity, 0)
-        _within("loss.gate_alpha", self.gate_alpha, 0, 1)
-        _at_least("loss.min_snr", self.min_snr, 0)
+        one_of("loss.align", self.align, ALIGNMENTS)
+        one_of("loss.gate", self.gate, GATES)
+        at_least("loss.identity", self.identity, 0)
+        within("loss.gate_alpha", self.gate_alpha, 0, 1)
+        at_least("loss.min_snr", self.min_snr, 0)
 
 
 @dataclass(frozen=True)
@@ -150,18 +150,18 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("train.schedule", self.schedule, SCHEDULES)
-        _one_of("train.precision", self.precision, PRECISIONS)
+        one_of("train.schedule", self.schedule, SCHEDULES)
+        one_of("train.precision", self.precision, PRECISIONS)
         for name in ("steps", "batch", "accumulate"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
+            at_least(f"train.{name}", getattr(self, name), 1)
         if not self.lr > 0:
             raise ConfigError(f"train.lr must be above 0, got {self.lr}")
         for name in ("weight_decay", "warmup", "clip"):
-            _at_least(f"train.{name}", getattr(self, name), 0)
+            at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("ema", "drop_identity", "drop_text", "drop_both"):
-            _within(f"train.{name}", getattr(self, name), 0, 1)
+            within(f"train.{name}", getattr(self, name), 0, 1)
         for beta in self.betas:
-            _within("train.betas", beta, 0, 1)
+            within("train.betas", beta, 0, 1)
         dropped = self.drop_identity + self.drop_text + self.drop_both
         if dropped > 1:
             raise ConfigError(
@@ -196,9 +196,9 @@ class OutputConfig:
             "sample_steps",
             "sample_people",
         ):
-            _at_least(f"output.{name}", getattr(self, name), 1)
+            at_least(f"output.{name}", getattr(self, name), 1)
         for name in ("keep_every", "validate_every", "sample_every", "sample_cfg"):
-            _at_least(f"output.{name}", getattr(self, name), 0)
+            at_least(f"output.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -379,18 +379,18 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(names)}"
 
 
-def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ConfigError(
             f"{name} must be one of {', '.join(options)}, got {value!r}{_nearest(value, options)}"
         )
 
 
-def _at_least(name: str, value: float, least: float) -> None:
+def at_least(name: str, value: float, least: float) -> None:
     if not value >= least or value == float("inf"):
         raise ConfigError(f"{name} must be a finite number of at least {least}, got {value}")
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
+def within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{name} must be between {low} and {high}, got {value}")

@@ -1,0 +1,85 @@
+"""`python -m idadapter_core.evaluate --config eval.toml`: measures adapters on people, prompts and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import IDAdapterError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 a requirement is not met, 2 an error."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        failures = _evaluate(options)
+    except IDAdapterError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    for line in failures:
+        sys.stderr.write(f"{line}\n")
+    return 1 if failures else 0
+
+
+def _evaluate(options: argparse.Namespace) -> list[str]:
+    """Run it; what is required and not reached, in lines."""
+    from .evaluation.config import read_evaluation, require_sound
+    from .evaluation.metrics import read_requirement
+    from .evaluation.presets import with_preset
+
+    overrides = [*options.set, *([f"preset.name={options.preset}"] if options.preset else [])]
+    config = with_preset(read_evaluation(options.config, overrides))
+    require_sound(config)
+    # All that can be wrong about the request shows before any model is loaded.
+    requirements = [read_requirement(text, config) for text in options.require]
+
+    from .data.index import read_index
+    from .evaluation.generate import PipelineGenerator
+    from .evaluation.observe import Observer
+    from .evaluation.run import evaluate
+
+    index = read_index(Path(config.data.index))
+    observer = Observer(config)
+    summary, generated = evaluate(config, index, PipelineGenerator(config, index), observer)
+    pictures = sum(len(row.pictures) for row in summary.rows)
+    sys.stdout.write(f"{pictures} pictures measured, {generated} of them generated now.\n")
+    for row in summary.rows:
+        found = row.metrics["id_sim"]
+        shown = "n/a" if found is None else f"{found.mean:.3f}"
+        sys.stdout.write(f"{row.title}: IDAdapter ID-Sim {shown}, {row.misses} misses\n")
+    sys.stdout.write(f"{Path(config.output.folder) / 'report.html'}\n")
+    return [line for requirement in requirements for line in requirement.failures(summary.adapters())]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m idadapter_core.evaluate",
+        description="Measure identity adapters: how much a person is kept, how well prompts are followed, how varied pictures are.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the evaluation's TOML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change a setting of the file; may be given several times",
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="rows of a paper's ablation: idadapter-table2 or uniid-ablation"
+    )
+    parser.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        metavar="'METRIC>=VALUE'",
+        help="exit with 1 unless every adapter reaches it at every scale; 'RUN/METRIC>=VALUE' for one run; may be given several times",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Pictures of people by a base model and its adapters: what an evaluation needs of them, and how the trainer's pipeline gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from ..checkpoint import Adapter, load_adapter
+from ..data.index import Index
+from ..errors import ConfigError
+from ..faces.images import Image
+from ..methods import METHODS, idadapter
+from ..schedule import RescaleSchedule
+from ..types import Identity, Mix
+from .config import EvaluationConfig, RunEntry, SamplingConfig
+from .people import Person, Photo
+from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from ..training.pipeline import Acting, Pipeline
+
+VERSION = 1  # of how pictures are drawn; another one draws all of them again
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What one picture shows and how it is made."""
+
+    run: RunEntry | None  # None: the base model alone
+    scale: float
+    person: Person
+    prompt: Prompt
+    seed: int
+
+    @property
+    def references(self) -> tuple[Photo, ...]:
+        """The photos that the adapter is given."""
+        if self.run is None:
+            return ()
+        return self.person.references[: self.run.references or None]
+
+
+class Generator(Protocol):
+    """What draws."""
+
+    def recipe(self, drawing: Drawing) -> dict[str, Any]:
+        """All that the picture depends on, in plain values."""
+
+    def generate(self, drawing: Drawing) -> Image:
+        """The picture (H, W, 3), RGB uint8."""
+
+    def recognizer(self, run: RunEntry) -> str:
+        """The digest of the face recogniser that the run's adapter was trained with; empty where it is not recorded."""
+
+
+def recipe_of(drawing: Drawing, sampling: SamplingConfig, digests: dict[str, str]) -> dict[str, Any]:
+    """The recipe of a drawing. `digests` names all models that take part."""
+    facts: dict[str, Any] = {
+        "version": VERSION,
+        "models": digests,
+        "prompt": drawing.prompt.words(drawing.person.class_word),
+        "negative": sampling.negative,
+        "seed": drawing.seed,
+        "steps": sampling.steps,
+        "cfg": sampling.cfg,
+        "size": sampling.size,
+        "precision": sampling.precision,
+    }
+    if drawing.run is not None:
+        facts |= {
+            "scale": drawing.scale,
+            "parts": drawing.run.parts,
+            "rescale": drawing.run.rescale,
+            "references": [photo.row.sha256 for photo in drawing.references],
+        }
+    return facts
+
+
+class PipelineGenerator:
+    """The trainer's own pipeline. One adapter at a time is in the UNet, and one identity is kept, so ask for the pictures of one
+    run after the other, and in a run of one person after the other."""
+
+    def __init__(self, config: EvaluationConfig, index: Index) -> None:
+        """
+        Raises:
+            IDAdapterError: a file is missing or unusable, or a run asks for what its adapter has not.
+        """
+        from ..training.bases import load_base
+        from ..training.parts import load_networks
+
+        self._sampling = config.sampling
+        self._index = index
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._adapters = _load_adapters(config.runs)
+        self._networks = {}
+        for method in sorted({adapter.method for adapter in self._adapters.values()}):
+            networks, digest = load_networks(config.base, method, needs_detector=False)
+            networks.recognizer.to(self._device)
+            if networks.vision is not None:
+                networks.vision.to(self._device)
+            self._networks[method] = networks, digest
+        dtype = torch.bfloat16 if config.sampling.precision == "bf16" else torch.float32
+        self._base = load_base(config.base, self._device, dtype)
+        self._pipeline: Pipeline | None = None
+        self._identity: tuple[tuple[str, ...], Identity] | None = None
+
+    def recipe(self, drawing: Drawing) -> dict[str, Any]:
+        digests = {"base": self._base.digest}
+        if drawing.run is not None:
+            adapter = self._adapters[drawing.run.name]
+            networks, digest = self._networks[adapter.method]
+            vision = "" if networks.vision is None else networks.vision.digest
+            digests |= {"adapter": adapter.digest, "recognizer": digest, "vision": vision}
+        return recipe_of(drawing, self._sampling, digests)
+
+    def recognizer(self, run: RunEntry) -> str:
+        return self._adapters[run.name].config.recognizer
+
+    def generate(self, drawing: Drawing) -> Image:
+        adapter = None if drawing.run is None else self._adapters[drawing.run.name]
+        sampling = self._sampling
+        picture = self._pipeline_of(adapter).generate(
+            _prompt(drawing, adapter),
+            identity=None if adapter is None else self._identity_of(drawing, adapter),
+            seed=drawing.seed,
+            steps=sampling.steps,
+            cfg=sampling.cfg,
+            width=sampling.size,
+            height=sampling.size,
+            negative=sampling.negative,
+            acting=None if adapter is None else _acting(drawing, adapter),
+        )
+        pixels = picture.float().clamp(0, 1).movedim(0, -1).cpu().numpy()
+        return np.asarray(np.rint(pixels * 255), np.uint8)
+
+    def _pipeline_of(self, adapter: Adapter | None) -> Pipeline:
+        from ..training.pipeline import Pipeline
+
+        if self._pipeline is None or self._pipeline.adapter is not adapter:
+            if self._pipeline is not None:
+                self._pipeline.close()
+                if self._pipeline.adapter is not None:  # make room for the next one
+                    self._pipeline.adapter.encoder.to("cpu")
+                    self._pipeline.adapter.layers.to("cpu")
+            self._pipeline = Pipeline(self._base, adapter)
+        return self._pipeline
+
+    def _identity_of(self, drawing: Drawing, adapter: Adapter) -> Identity:
+        from ..training.pipeline import features_of
+
+        rows = [photo.row for photo in drawing.references]
+        key = (adapter.digest, *(row.sha256 for row in rows))
+        if self._identity is None or self._identity[0] != key:
+            networks, digest = self._networks[adapter.method]
+            features = features_of(self._index, rows, networks, digest, self._device)
+            self._identity = key, adapter.encode(features, Mix(references=len(rows)))
+        return self._identity[1]
+
+
+def _load_adapters(runs: tuple[RunEntry, ...]) -> dict[str, Adapter]:
+    """By the runs' names; runs that name the same files share one."""
+    loaded: dict[tuple[str, str], Adapter] = {}
+    for run in runs:
+        key = (run.path, run.text_branch)
+        if key not in loaded:
+            loaded[key] = load_adapter(Path(run.path), Path(run.text_branch) if run.text_branch else None)
+        adapter = loaded[key]
+        has = {"text": adapter.config.has_text_branch, "adapter": adapter.config.has_adapter_branch}
+        if not has.get(run.parts, True):
+            raise ConfigError(
+                f"{run.name}: only the {run.parts} part is to act, but {adapter.name} has none; change parts, or name another file"
+            )
+        if run.rescale and adapter.method == idadapter.METHOD:
+            raise ConfigError(
+                f"{run.name}: normalized rescaling is UniID's, but {adapter.name} is an {METHODS[adapter.method].title}; "
+                "set rescale to false"
+            )
+    return {run.name: loaded[run.path, run.text_branch] for run in runs}
+
+
+def _prompt(drawing: Drawing, adapter: Adapter | None) -> str:
+    word = drawing.person.class_word
+    text = drawing.prompt.words(word)
+    if adapter is None or adapter.method != idadapter.METHOD or not _text_acts(drawing, adapter):
+        return text
+    return idadapter.with_identity_clause(text, word)
+
+
+def _text_acts(drawing: Drawing, adapter: Adapter) -> bool:
+    return drawing.run is not None and drawing.run.parts != "adapter" and adapter.config.has_text_branch
+
+
+def _acting(drawing: Drawing, adapter: Adapter) -> Acting:
+    from ..training.pipeline import Acting
+
+    assert drawing.run is not None
+    # IDAdapter's identity is a word of the prompt: it is there or not, and the scale is that of what acts in the UNet.
+    text_scale = 1.0 if adapter.method == idadapter.METHOD else drawing.scale
+    return Acting(
+        adapter=0.0 if drawing.run.parts == "text" else drawing.scale,
+        text=text_scale if _text_acts(drawing, adapter) else 0.0,
+        rescale=RescaleSchedule() if drawing.run.rescale else None,
+    )

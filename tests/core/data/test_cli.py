@@ -1,0 +1,111 @@
+"""`python -m idadapter_core.data`: what it prints and its exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from idadapter_core.data import __main__ as cli
+from idadapter_core.data.index import read_index
+from idadapter_core.data.stats import describe
+from tests.core.data.conftest import Scanned
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def scan(photos: Path, output: Path, package: Path, *more: object) -> int:
+    return run("scan", photos, output, "--face-package", package, "--provider", "cpu", "--workers", 0, *more)
+
+
+def test_from_photos_to_shards(scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = scanned.photos / "person_00"
+    assert scan(good, tmp_path / "i.jsonl", scanned.package) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("non-commercial research only") == 1
+    assert "3 ok" in printed
+    assert run("stats", tmp_path / "i.jsonl", "--references", 5) == 0
+    assert "with 5 references" in capsys.readouterr().out
+    assert run("dedupe", tmp_path / "i.jsonl", tmp_path / "d.jsonl", "--merge", "--threshold", 0.7) == 0
+    assert "0 photos are duplicates now" in capsys.readouterr().out
+    assert read_index(tmp_path / "d.jsonl").facts["dedupe"] == {"people": "merge", "threshold": 0.7}
+    assert run("shards", tmp_path / "d.jsonl", tmp_path / "s", "--photos", 2) == 0
+    assert "wrote 3 photos" in capsys.readouterr().out
+    assert len(read_index(tmp_path / "s" / "index.jsonl").usable()) == 3
+
+
+def test_too_many_bad_photos(scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = scan(scanned.photos, tmp_path / "i.jsonl", scanned.package)
+    printed = capsys.readouterr()
+    assert code == 3
+    assert "35.7% of the photos cannot be used, more than --max-bad-share 5.0%" in printed.err
+    assert "bad/tiny.png: 48x48 px" in printed.out
+    assert len(read_index(tmp_path / "i.jsonl").rows) == 14
+    assert (
+        scan(scanned.photos, tmp_path / "i.jsonl", scanned.package, "--overwrite", "--max-bad-share", 0.4)
+        == 0
+    )
+
+
+def test_limits_are_options(scanned: Scanned, tmp_path: Path) -> None:
+    photos = scanned.photos / "person_00"
+    assert scan(photos, tmp_path / "i.jsonl", scanned.package, "--min-side", 300, "--max-yaw", 1.5) == 3
+    index = read_index(tmp_path / "i.jsonl")
+    assert index.counts()["too_small"] == 3
+    assert index.facts["limits"]["max_yaw"] == 1.5
+
+
+def test_errors_go_to_stderr_with_code_1(
+    scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "i.jsonl"
+    output.touch()
+    for code, message in (
+        (scan(tmp_path / "absent", tmp_path / "o.jsonl", scanned.package), "no such folder"),
+        (scan(scanned.photos, tmp_path / "o.jsonl", tmp_path / "absent"), "does not exist"),
+        (scan(scanned.photos, output, scanned.package), "add --overwrite"),
+        (scan(scanned.photos, tmp_path / "o.csv", scanned.package), "must end in .jsonl"),
+        (scan(scanned.photos, tmp_path / "o.jsonl", scanned.package, "--test-share", 2), "share of test"),
+        (scan(scanned.photos, tmp_path / "o.jsonl", scanned.package, "--workers", -1), "--workers"),
+        (run("stats", output), "is empty"),
+        (run("dedupe", output, tmp_path / "o.jsonl"), "is empty"),
+        (run("shards", tmp_path / "absent.jsonl", tmp_path), "cannot be read"),
+    ):
+        assert code == 1, message
+    errors = capsys.readouterr().err
+    for message in ("no such folder", "does not exist", "add --overwrite", "must end in .jsonl", "--workers"):
+        assert message in errors
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_as_a_program(scanned: Scanned, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "idadapter_core.data", "stats", str(scanned.index.path)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == describe(scanned.index) + "\n"
+
+
+def test_stats_in_words(scanned: Scanned) -> None:
+    text = describe(scanned.index, references=4)
+    for line in (
+        "14 photos, 35.7% of them unusable",
+        "  ok                   9   64.3%",
+        "many_faces (1):\n  bad/two_faces.png: 2 faces, the second is 100% of the largest; below 50% is allowed",
+        "people: 3 with 9 usable photos; 0 photos of nobody known",
+        "  2 to 3               3  100.0%",
+        "  256 to 511           9  100.0%",
+        "captions: 9 of 9 usable photos have one",
+        "with 4 references of a person: 9 of 9 usable photos are of people with fewer photos; "
+        "9 references (25.0%) would be synthetic",
+    ):
+        assert line in text, line
+    assert "9 references" not in describe(scanned.index, references=3)

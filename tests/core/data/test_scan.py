@@ -1,0 +1,307 @@
+"""A scan sees every photo, goes on where it was cut off, and writes the same index whoever does the work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from idadapter_core.data import scan as scanning
+from idadapter_core.data.index import STATUSES, Index, read_index
+from idadapter_core.data.measure import Limits, Models
+from idadapter_core.data.scan import scan
+from idadapter_core.data.shards import write_shards
+from idadapter_core.data.sources import list_photos
+from idadapter_core.data.split import SplitSettings
+from idadapter_core.errors import ConfigError
+from idadapter_core.faces.align import align_face
+from idadapter_core.faces.features import crops_to_tensor
+from idadapter_core.faces.iresnet import IResNet, digest, save_iresnet
+from tests.core.data.conftest import Scanned
+from tests.golden import recipe
+from tests.tiny.face_package import write_package
+
+ROOT = Path(__file__).parents[3]
+
+# Scans in a process that kills itself without warning when so many photos are done.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from idadapter_core.data.scan import scan
+from idadapter_core.data.sources import list_photos
+
+def progress(done, total):
+    if done == int(sys.argv[5]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    photos, output, package = map(Path, sys.argv[1:4])
+    scan(list_photos(photos), output, package=package, provider="cpu", workers=int(sys.argv[4]), progress=progress)
+"""
+
+
+TOTAL = 3 * 3 + 5
+
+
+def again(scanned: Scanned, output: Path, **options: Any) -> Index:
+    """The same scan, of photos where they are, to a folder beside them."""
+    return run(scanned.photos, output, scanned.package, **options)
+
+
+def run(photos: Path, output: Path, package: Path, **options: Any) -> Index:
+    return scan(list_photos(photos), output, package=package, provider="cpu", **options)
+
+
+@pytest.fixture
+def beside(scanned: Scanned) -> Any:
+    """A path for another index of the same photos: in the same folder, so that it should have the same bytes."""
+    path = scanned.index.path.with_name("again.jsonl")
+    yield path
+    for left in path.parent.glob("again.*"):
+        left.unlink()
+
+
+def kill_after(photos: int, scanned: Scanned, output: Path, workers: int) -> None:
+    script = output.with_name("again.py")
+    script.write_text(KILLED)
+    arguments = [scanned.photos, output, scanned.package, workers, photos]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Workers that stayed would keep the pipes open, and this would not return.
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not output.exists()
+
+
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sources that are looked at from now on, in this process."""
+    seen: list[str] = []
+    measure = scanning.measure
+
+    def counted(photo: Any, root: Path, models: Models) -> Any:
+        seen.append(photo.source)
+        return measure(photo, root, models)
+
+    monkeypatch.setattr(scanning, "measure", counted)
+    return seen
+
+
+def test_every_photo_has_a_row_and_a_status(scanned: Scanned) -> None:
+    index = scanned.index
+    assert [row.source for row in index.rows] == sorted(
+        path.relative_to(scanned.photos).as_posix() for path in scanned.photos.rglob("*.png")
+    )
+    assert sum(index.counts().values()) == len(index.rows) == TOTAL
+    statuses = {row.source: row.status for row in index.rows if row.status != "ok"}
+    assert statuses == {
+        "bad/corrupt.png": "corrupt",
+        "bad/no_face.png": "no_face",
+        "bad/noise.png": "no_face",
+        "bad/tiny.png": "too_small",
+        "bad/two_faces.png": "many_faces",
+    }
+    assert index.bad_share() == pytest.approx(5 / TOTAL)
+    assert set(statuses.values()) <= set(STATUSES)
+
+
+def test_what_the_index_says(scanned: Scanned, models: Models) -> None:
+    index = read_index(scanned.index.path)
+    assert index.rows == scanned.index.rows
+    row = index.usable()[0]
+    assert (row.source, row.identity, row.class_noun) == ("person_00/0.png", "person_00", "man")
+    assert row.caption.startswith("a photo of a man in front of a ")
+    assert row.phash
+    assert index.facts["recognizer"] == models.analyzer.recognizer_digest
+    assert index.facts["limits"]["min_side"] == Limits().min_side
+    embeddings = index.embeddings()
+    found = torch.tensor([row.box is not None and row.status != "too_small" for row in index.rows])
+    assert embeddings[found].norm(dim=1).min() > 1
+    assert not embeddings[[row.faces == 0 for row in index.rows]].any()
+
+
+def test_the_number_of_workers_changes_nothing(scanned: Scanned, beside: Path) -> None:
+    index = again(scanned, beside, workers=2)
+    assert beside.read_bytes() == scanned.index.path.read_bytes()
+    torch.testing.assert_close(index.embeddings(), scanned.index.embeddings(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("killed", "done", "resumed"), [(0, 6, 0), (2, 3, 1)])
+def test_a_scan_that_was_killed_goes_on(
+    killed: int, done: int, resumed: int, scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By workers of another number, too; all give the same bytes."""
+    kill_after(done, scanned, beside, workers=killed)
+    seen = looked_at(monkeypatch)
+    steps: list[int] = []
+    index = again(scanned, beside, workers=resumed, progress=lambda so_far, total: steps.append(so_far))
+    assert steps == list(range(done, TOTAL + 1))
+    assert len(seen) == (0 if resumed else TOTAL - done)
+    assert beside.read_bytes() == scanned.index.path.read_bytes()
+    torch.testing.assert_close(index.embeddings(), scanned.index.embeddings(), rtol=0, atol=0)
+    assert not list(beside.parent.glob("*.progress"))
+
+
+def stop_after(done: int, photos: Path, output: Path, package: Path) -> Path:
+    """A scan that was interrupted; returns its progress file."""
+
+    def progress(so_far: int, total: int) -> None:
+        if so_far == done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, output, package, progress=progress)
+    return output.with_name(f"{output.name}.progress")
+
+
+def test_half_a_line_of_progress_is_forgotten(
+    scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = stop_after(6, scanned.photos, beside, scanned.package)
+    progress.write_bytes(progress.read_bytes()[:-100])
+    seen = looked_at(monkeypatch)
+    again(scanned, beside)
+    assert len(seen) == TOTAL - 5
+    assert beside.read_bytes() == scanned.index.path.read_bytes()
+
+
+def test_a_photo_that_changed_meanwhile_is_looked_at_again(
+    package: Path, few: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (few / "person_00" / "0.png").write_bytes(b"broken")
+    stop_after(5, few, tmp_path / "i.jsonl", package)
+    shutil.copy(few / "person_00" / "1.png", few / "person_00" / "0.png")
+    seen = looked_at(monkeypatch)
+    index = run(few, tmp_path / "i.jsonl", package)
+    assert seen == ["person_00/0.png", "person_01/2.png"]
+    assert index.rows[0].status == "ok"
+
+
+def test_progress_of_other_face_models_is_not_used(
+    package: Path,
+    few: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stop_after(2, few, tmp_path / "i.jsonl", package)
+    seen = looked_at(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        index = run(few, tmp_path / "i.jsonl", write_package(tmp_path / "other", seed=1))
+    assert "other face models" in caplog.text
+    assert len(seen) == len(index.rows) == 6
+
+
+def test_a_full_disk_keeps_what_was_found(
+    package: Path, few: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    write = scanning._Progress._write
+
+    def full(self: Any, content: Any) -> None:
+        if len(self.findings) == 4:
+            monkeypatch.setattr(self, "_file", open("/dev/full", "wb"))  # noqa: PTH123, SIM115
+        write(self, content)
+
+    monkeypatch.setattr(scanning._Progress, "_write", full)
+    with pytest.raises(ConfigError, match=r"No space left.*what was found so far is kept"):
+        run(few, tmp_path / "i.jsonl", package)
+    monkeypatch.undo()
+    seen = looked_at(monkeypatch)
+    index = run(few, tmp_path / "i.jsonl", package)
+    assert len(seen) == 6 - 3
+    assert index.counts()["ok"] == 6
+
+
+def test_somebody_else_in_a_persons_folder(package: Path, few: Path, tmp_path: Path) -> None:
+    shutil.copy(few / "person_01" / "0.png", few / "person_00" / "9.png")
+    shutil.rmtree(few / "person_01")
+    index = run(few, tmp_path / "i.jsonl", package)
+    wrong = [row for row in index.rows if row.status == "id_mismatch"]
+    assert [row.source for row in wrong] == ["person_00/9.png"]
+    assert "to the median of 4 photos of person_00" in wrong[0].reason
+    assert wrong[0].split == ""
+
+
+def test_two_photos_are_too_few_to_say_who_is_wrong(package: Path, few: Path, tmp_path: Path) -> None:
+    shutil.copy(few / "person_01" / "0.png", few / "person_00" / "0.png")
+    (few / "person_00" / "1.png").unlink()
+    index = run(few, tmp_path / "i.jsonl", package)
+    assert index.counts()["ok"] == 5
+
+
+def test_one_person_in_two_folders_is_on_one_side(package: Path, few: Path, tmp_path: Path) -> None:
+    """And not in a cluster with the other person, so the two sides are never empty."""
+    for person in ("person_00", "person_01"):
+        other = few / f"{person} again"
+        other.mkdir()
+        (few / person / "2.png").rename(other / "2.png")
+    index = run(few, tmp_path / "i.jsonl", package, split=SplitSettings(share=0.4))
+    sides = {row.identity: row.split for row in index.usable()}
+    assert sides["person_00"] == sides["person_00 again"] != sides["person_01"] == sides["person_01 again"]
+    assert index.facts["split"]["clusters"] == 2
+    assert index.facts["split"]["largest_cosine"] < 0.6
+
+
+def test_a_torch_recogniser_gives_the_embeddings(scanned: Scanned, tmp_path: Path) -> None:
+    network = IResNet((1, 1, 1, 1))
+    recipe.fill(network, 0, "iresnet.")
+    save_iresnet(network, tmp_path / "net.safetensors", torch.float32)
+    index = run(
+        scanned.photos / "person_00",
+        tmp_path / "i.jsonl",
+        scanned.package,
+        recognizer=tmp_path / "net.safetensors",
+    )
+    assert index.facts["recognizer"] == digest(network)
+    crop = align_face(index.load(index.rows[1]), index.rows[1].landmarks or ())
+    expected, _ = network(crops_to_tensor([crop]))
+    # Landmarks are rounded in the index.
+    assert torch.cosine_similarity(index.embeddings()[1], expected[0], dim=0) > 0.999
+
+
+def test_shards_and_what_is_left_of_a_damaged_one(scanned: Scanned, tmp_path: Path) -> None:
+    made = write_shards(scanned.index, tmp_path / "shards", photos=5)
+    whole, damaged = sorted((tmp_path / "shards").glob("*.tar"))
+    last = max(row.offset for row in made.usable() if row.source.startswith(damaged.name))
+    damaged.write_bytes(damaged.read_bytes()[: last + 100])
+    index = scan(
+        list_photos(tmp_path / "shards"), tmp_path / "i.jsonl", package=scanned.package, provider="cpu"
+    )
+    assert len(index.rows) == 5 + 3 + 1
+    assert [(row.source, row.status) for row in index.rows if row.status != "ok"] == [
+        (damaged.name, "corrupt")
+    ]
+    assert "3 whole samples" in index.rows[-1].reason
+    row = index.usable()[6]
+    assert row.source.startswith(f"{damaged.name}::")
+    twin = scanned.index.rows[int(row.source.partition("::")[2])]
+    assert (row.sha256, row.identity, row.caption, row.class_noun) == (
+        twin.sha256,
+        twin.identity,
+        twin.caption,
+        twin.class_noun,
+    )
+    np.testing.assert_array_equal(index.load(row), scanned.index.load(twin))
+    assert whole.exists()
+
+
+def test_a_list_may_name_a_photo_twice(scanned: Scanned, tmp_path: Path) -> None:
+    path = scanned.photos / "person_00" / "0.png"
+    (tmp_path / "list.txt").write_text(f"{path}\n{path}\n{path}.absent.png\n")
+    index = scan(
+        list_photos(tmp_path / "list.txt"), tmp_path / "i.jsonl", package=scanned.package, provider="cpu"
+    )
+    assert [row.status for row in index.rows] == ["ok", "ok", "corrupt"]
+    assert json.loads((tmp_path / "i.jsonl").read_bytes().splitlines()[1])["source"] == path.as_posix()
