@@ -4,6 +4,8 @@
     python tasks.py test [...]      lint, types and all tests; arguments are passed to pytest
     python tasks.py lint            ruff and mypy alone
     python tasks.py serve [...]     the real ComfyUI with this pack, to look at; arguments are passed to its main.py
+    python tasks.py python [...]    the Python of the set-up, for example `python tasks.py python -m idadapter_core.train --help`
+    python tasks.py lab [...]       drawn people and tiny models to try training with (docs/training.md)
     python tasks.py setup           only the set-up, which the commands above do by themselves
     python tasks.py clean           removes what the set-up made
 
@@ -447,6 +449,14 @@ def command_serve(arguments: list[str]) -> int:
     return run_openly([PYTHON, comfyui / "main.py", *options, *arguments], child_environment(comfyui))
 
 
+def command_python(arguments: list[str]) -> int:
+    return run_openly([PYTHON, *arguments], child_environment(set_up()))
+
+
+def command_lab(arguments: list[str]) -> int:
+    return command_python(["-m", "tests.lab", *arguments])
+
+
 def command_clean(_: list[str]) -> int:
     for path in [VENV, *(entry for entry in CACHE.glob("*") if entry.name != "serve")]:
         if path.exists():
@@ -461,6 +471,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "test": command_test,
     "lint": command_lint,
     "serve": command_serve,
+    "python": command_python,
+    "lab": command_lab,
     "clean": command_clean,
 }
 
@@ -470,7 +482,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on by demo, test and serve")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="passed on by all but setup, lint and clean"
+    )
     if len(sys.argv) == 1:
         parser.print_help()
         return 2

@@ -70,7 +70,7 @@ def list_photos(
     - captions: photos at any depth, whoever they show; or a table (.jsonl or .csv) that names the photos.
     - list: a text file with a path in each line (UniID).
     - ip-adapter: a JSON list of {"image_file", "text"}.
-    - webdataset: .tar shards, by a folder, a file, or a pattern with braces.
+    - webdataset: .tar shards: all below a folder, one file, or a pattern with braces.
 
     Without a caption in the layout, the first line of the .txt file beside the photo is taken, as kohya's scripts have it.
 
@@ -210,7 +210,7 @@ def _named(table: Path, root: Path, number: int, entry: Mapping[str, Any] | str,
 def _from_shards(text: str) -> Source:
     path = Path(text)
     if path.is_dir():
-        shards = sorted(entry for entry in path.iterdir() if entry.suffix == ".tar")
+        shards = sorted(path.rglob("*.tar"))
         root = path
     else:
         shards = [Path(name) for name in expand_braces(text)]

@@ -67,7 +67,7 @@ def clusters(means: Tensor, threshold: float) -> list[list[int]]:
     for row, column, cosines in _blocks(means):
         close = cosines > threshold
         for place in close.any(dim=1).nonzero()[:, 0].tolist():
-            joined = labels[column : column + close.shape[1]][close[place]]
+            joined = labels[column : column + close.shape[1]][close[place].cpu()]
             own = labels[row + place]
             if (joined != own).any():
                 joined = torch.cat([joined, own[None]])
@@ -128,6 +128,7 @@ def largest_cosine(first: Tensor, second: Tensor) -> float | None:
     """The largest cosine between the rows of two matrices of unit vectors; None where one is empty."""
     if not len(first) or not len(second):
         return None
+    first, second = first.to(_device()), second.to(_device())
     return max(
         float((first[row : row + _BLOCK] @ second[column : column + _BLOCK].T).max())
         for row in range(0, len(first), _BLOCK)
@@ -137,12 +138,18 @@ def largest_cosine(first: Tensor, second: Tensor) -> float | None:
 
 def _blocks(means: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """First row, first column and values of each block of the matrix of cosines, up to its diagonal; nobody is like himself."""
+    means = means.to(_device())
     for row in range(0, len(means), _BLOCK):
         for column in range(0, row + 1, _BLOCK):
             cosines = means[row : row + _BLOCK] @ means[column : column + _BLOCK].T
             if row == column:
                 cosines.fill_diagonal_(-2)
             yield row, column, cosines
+
+
+def _device() -> str:
+    """Millions of people are compared in minutes on a GPU, in days without."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def describe_split(facts: dict[str, Any]) -> str:

@@ -73,10 +73,13 @@ class _RawFace:
 class FaceAnalyzer:
     """The opened models of one package. Made by `open_analyzer`."""
 
-    def __init__(self, package: Package, libraries: _Libraries, providers: Sequence[str]) -> None:
+    def __init__(
+        self, package: Package, libraries: _Libraries, providers: Sequence[str], threads: int = 0
+    ) -> None:
         self.package = package
         self._libraries = libraries
         self._requested = tuple(providers)
+        self._threads = threads
         self._opened: dict[str, Any] = {}
         detector = self._model(DETECTION)
         detector.prepare(0, input_size=(640, 640), det_thresh=DETECTION_THRESHOLD)
@@ -134,7 +137,9 @@ class FaceAnalyzer:
     def _model(self, task: str) -> Any:
         if task not in self._opened:
             path = self._path(task)
-            self._opened[task] = _open_model(self._libraries, self.package, task, path, self._requested)
+            self._opened[task] = _open_model(
+                self._libraries, self.package, task, path, self._requested, self._threads
+            )
         return self._opened[task]
 
     def _attempts(
@@ -187,17 +192,20 @@ class FaceAnalyzer:
         )
 
 
-def open_analyzer(folder: Path, provider: str = "auto", recognition: bool = False) -> FaceAnalyzer:
+def open_analyzer(
+    folder: Path, provider: str = "auto", recognition: bool = False, threads: int = 0
+) -> FaceAnalyzer:
     """Open the detector of a package folder, its sex and age model if there is one, and on request its recogniser.
 
-    `provider` is "auto" (CUDA where torch and onnxruntime both have it, else the CPU) or a key of `PROVIDERS`. Nothing
-    is downloaded. The log says which provider the opened detector really runs on.
+    `provider` is "auto" (CUDA where torch and onnxruntime both have it, else the CPU) or a key of `PROVIDERS`. `threads` is
+    how many of the CPU's a model may use, 0 for the runtime's choice. Nothing is downloaded. The log says which provider the
+    opened detector really runs on.
 
     Raises FacePackageError when insightface, its runtime, the provider or a model is missing or unusable.
     """
     libraries = _import_libraries()
     providers = choose_providers(provider, libraries.onnxruntime.get_available_providers())
-    analyzer = FaceAnalyzer(read_package(Path(folder).absolute()), libraries, providers)
+    analyzer = FaceAnalyzer(read_package(Path(folder).absolute()), libraries, providers, threads)
     if recognition:
         analyzer.require_recognition()
     log.info("face models run on %s", _short(analyzer.provider))
@@ -287,9 +295,10 @@ def _short(provider: str) -> str:
 
 
 def _open_model(
-    libraries: _Libraries, package: Package, task: str, path: Path, providers: Sequence[str]
+    libraries: _Libraries, package: Package, task: str, path: Path, providers: Sequence[str], threads: int
 ) -> Any:
     options = libraries.onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     # Spinning worker threads of several sessions starve each other and torch.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors only: published models give pages of harmless warnings

@@ -251,6 +251,13 @@ class TestShards:
         assert [photo.source for photo in photos] == ["s-0.tar::1", "s-1.tar"]
         assert "No such file" in photos[1].problem
 
+    def test_shards_of_several_datasets(self, tmp_path: Path) -> None:
+        for name in ("ffhq", "celeba"):
+            (tmp_path / name).mkdir()
+            write_tar(tmp_path / name / "s-0.tar", {"1.jpg": b"photo"})
+        photos = list_photos(tmp_path, "webdataset").photos
+        assert [photo.source for photo in photos] == ["celeba/s-0.tar::1", "ffhq/s-0.tar::1"]
+
     def test_compressed_shards_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="not compressed"):
             list_photos(tmp_path / "s.tar.gz", "webdataset")

@@ -121,6 +121,18 @@ def test_the_largest_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest_cosine(first, second[:0]) is None
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    means = torch.nn.functional.normalize(
+        torch.randn(9000, 8, generator=torch.Generator().manual_seed(1)), dim=1
+    )
+    found = clusters(means, 0.9)
+    monkeypatch.setattr(splitting, "_device", lambda: "cpu")
+    assert clusters(means, 0.9) == found
+
+
 @pytest.mark.parametrize("settings", [{"share": 1.0}, {"share": -0.1}, {"threshold": 1.0}])
 def test_settings(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
