@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError, IDAdapterError
 from .extra import require
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--count", type=int, default=64, help="entries of each kind that verify computes again (default: 64)"
     )
     options = parser.parse_args(arguments)
+    if options.count < 1:
+        parser.error(f"--count must be at least 1, got {options.count}")
     try:
         return _run(options)
     except IDAdapterError as error:
@@ -40,23 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from .training.cache import build, verify
     from .training.config import read_config
+    from .training.engine import has_accelerator
     from .training.parts import load_parts
 
     config = read_config(options.config, options.set)
     if not config.data.cache:
         raise ConfigError("data.cache is empty; name the folder of the cache there")
-    state = require("accelerate").PartialState()
+    # Without `cpu`, each of several processes on a machine without accelerators is taken for the only one.
+    state = require("accelerate").PartialState(cpu=not has_accelerator())
     parts = load_parts(config, state.device)
     if options.command == "verify":
         differences = verify(parts, config, options.count, state.device)
         for name, difference in differences.items():
             sys.stdout.write(f"{name}: largest relative difference {difference:.2g}\n")
         return int(max(differences.values()) > TOLERANCE)
-    bars: dict[str, object] = {}
+    bars: dict[str, Any] = {}
 
     def progress(name: str, done: int, total: int) -> None:
-        bar = bars.setdefault(name, require("tqdm").tqdm(total=total, desc=name, disable=None))
-        bar.update(done - bar.n)  # type: ignore[attr-defined]
+        if name not in bars:
+            bars[name] = require("tqdm").tqdm(total=total, desc=name, disable=None)
+        bars[name].update(done - bars[name].n)
+        if done == total:
+            bars[name].close()
 
     written = build(
         parts,

@@ -353,17 +353,24 @@ def is_setting(value: object, default: object) -> bool:
     return isinstance(value, str) or (type(value) is int and value >= 0)
 
 
-def save_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write an adapter in the project's own format. The write is atomic: a failure leaves no file behind.
 
     Args:
         dtype: convert floating weights to it; None keeps the file's (layers) and fp32 (encoder).
+        weights: in place of the adapter's own, under the names of `Adapter.state_dict`.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     state = {
-        key: t.detach().cpu().to(dtype or t.dtype).contiguous() for key, t in adapter.state_dict().items()
+        key: t.detach().cpu().to(dtype or t.dtype).contiguous()
+        for key, t in (adapter.state_dict() if weights is None else weights).items()
     }
     metadata = {
         "format": FORMAT,

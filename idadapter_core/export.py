@@ -67,7 +67,12 @@ def adapter_file(run: Path, weights: str = "auto", step: int | None = None) -> P
         ConfigError: there is none.
     """
     folder = run
-    if not (folder / ADAPTER).is_file():
+    if (folder / ADAPTER).is_file():
+        if step is not None:
+            raise ConfigError(
+                f"{folder}: is one checkpoint; leave --step out, or name the folder of the run."
+            )
+    else:
         found = checkpoints(run)
         chosen = [c for c in found if step is None or c.step == step]
         if not chosen:

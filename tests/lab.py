@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from idadapter_core.evaluation.config import EvaluationConfig
 from idadapter_core.training.config import RunConfig, config_toml, parse_config
 from tests.harness.comfy import comfyui_path, import_comfy
 from tests.harness.idadapter_graph import idadapter_graph
@@ -119,7 +120,7 @@ def write_lab(folder: Path) -> Lab:
     }
     for name, config in configs.items():
         (lab.folder / f"{name}.toml").write_text(config_toml(config), encoding="utf-8")
-    (lab.folder / "eval.toml").write_text(_evaluation(lab), encoding="utf-8")
+    (lab.folder / "eval.toml").write_text(config_toml(_evaluation(lab)), encoding="utf-8")
     return lab
 
 
@@ -134,35 +135,23 @@ def bring_vision(lab: Lab) -> Writer:
     return write
 
 
-def _evaluation(lab: Lab) -> str:
-    base = "\n".join(f"{name} = {str(value)!r}" for name, value in lab.base().items())
-    return f"""[base]
-{base}
-
-[data]
-index = {str(lab.folder / "index.jsonl")!r}
-identities = 2
-references = 2
-
-[[runs]]
-name = "mine"
-path = {str(lab.trained)!r}
-scales = [0.5, 1.0]
-log = {str(lab.folder / "runs" / "idadapter")!r}
-
-[sampling]
-groups = ["plain", "scene"]
-steps = 4
-cfg = 3.0
-size = {RESOLUTION}
-
-[metrics]
-faces = {lab.base()["face_package"]!r}
-second = {lab.base()["recognizer"]!r}
-
-[output]
-folder = {str(lab.folder / "evaluation")!r}
-"""
+def _evaluation(lab: Lab) -> EvaluationConfig:
+    content = {
+        "base": lab.base(),
+        "data": {"index": str(lab.folder / "index.jsonl"), "identities": 2, "references": 2},
+        "runs": [
+            {
+                "name": "mine",
+                "path": str(lab.trained),
+                "scales": [0.5, 1.0],
+                "log": str(lab.folder / "runs" / "idadapter"),
+            }
+        ],
+        "sampling": {"groups": ["plain", "scene"], "steps": 4, "cfg": 3.0, "size": RESOLUTION},
+        "metrics": {"faces": lab.base()["face_package"], "second": lab.base()["recognizer"]},
+        "output": {"folder": str(lab.folder / "evaluation")},
+    }
+    return parse_config(EvaluationConfig, content)
 
 
 def draw(server: ComfyServer, photos: Sequence[str], adapter: str, **settings: Any) -> Any:

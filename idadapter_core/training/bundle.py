@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import Adapter
 from ..faces.align import TEMPLATE, TEMPLATE_SIZE
@@ -26,7 +27,7 @@ from ..methods import idadapter, uniid
 from ..unet import inject
 from .bases import Base
 from .config import RunConfig
-from .identity_loss import identity_cosines, similarity
+from .identity_loss import align_faces, identity_cosines, similarity
 from .samples import STAGE_NAMES, Batch
 from .text import Conditioning, insert_tokens
 from .vision import VisionEncoder
@@ -66,36 +67,38 @@ def see(vision: VisionEncoder, heads: Tensor) -> dict[str, Tensor]:
 
 
 class Bundle(nn.Module):
-    """Everything that a batch passes through. Only the adapter's parameters have gradients."""
+    """Everything that a batch passes through.
+
+    Its own modules are the adapter's alone. What is frozen stays outside, so that nothing compares or sends it among processes;
+    it must be on the adapter's device.
+    """
 
     def __init__(self, base: Base, adapter: Adapter, networks: Networks, config: RunConfig) -> None:
         super().__init__()
         self._base, self._networks, self._config = base, networks, config
         self.encoder, self.layers = adapter.encoder, adapter.layers
-        # Modules of their own, so that one call moves all of it to a device.
-        self.unet, self.vae, self.text = base.unet, base.vae, base.text
-        self.recognizer, self.vision = networks.recognizer, networks.vision
-        self._adapter_config = adapter.config
-        self._has_adapter_branch = adapter.config.has_adapter_branch
-        self.injected = inject(base.unet, adapter) if self._has_adapter_branch else None
+        self._adapter_config: Any = adapter.config
+        self.injected = inject(base.unet, adapter) if adapter.config.has_adapter_branch else None
+        inserts = adapter.method == uniid.METHOD and adapter.config.has_text_branch
+        self._inserted = adapter.config.text_tokens if inserts else 0  # for which prompts must leave place
         self._states: dict[str, Conditioning] = {}
+        self._alphas = base.schedule.alphas.cpu()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss` (); for the log `mse` (B,) and `cosine` (B,), NaN where L_id does not count; `counts` (B,) bool: where it does."""
         batch = self.complete(batch)
         schedule = self._base.schedule
         latents = self._latents(batch)
-        noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
+        timesteps = batch.timesteps.to(latents.device, non_blocking=True)
+        noisy = schedule.add_noise(latents, batch.noise, timesteps)
         with self._autocast(latents.device):
-            prediction = self._predict(batch, noisy).float()
-        target = schedule.target(latents, batch.noise, batch.timesteps)
+            prediction = self._predict(batch, noisy, timesteps).float()
+        target = schedule.target(latents, batch.noise, timesteps)
         mse = (prediction - target).square().mean(dim=(1, 2, 3))
-        loss = (mse * schedule.min_snr_weight(batch.timesteps, self._config.loss.min_snr)).mean()
+        loss = (mse * schedule.min_snr_weight(timesteps, self._config.loss.min_snr)).mean()
         cosine, counts = torch.full_like(mse, float("nan")), torch.zeros_like(mse, dtype=torch.bool)
         if self._config.loss.identity > 0:
-            term, cosine, counts = self._identity_term(
-                batch, schedule.clean(noisy, prediction, batch.timesteps)
-            )
+            term, cosine, counts = self._identity_term(batch, schedule.clean(noisy, prediction, timesteps))
             loss = loss + self._config.loss.identity * term
         return {"loss": loss, "mse": mse.detach(), "cosine": cosine, "counts": counts}
 
@@ -105,12 +108,13 @@ class Bundle(nn.Module):
         batch = self.complete(batch)
         schedule = self._base.schedule
         latents = self._latents(batch)
-        noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
-        target = schedule.target(latents, batch.noise, batch.timesteps)
+        timesteps = batch.timesteps.to(latents.device)
+        noisy = schedule.add_noise(latents, batch.noise, timesteps)
+        target = schedule.target(latents, batch.noise, timesteps)
         errors = []
         for acts in (True, False):
             with self._autocast(latents.device):
-                prediction = self._predict(batch, noisy, acts).float()
+                prediction = self._predict(batch, noisy, timesteps, acts).float()
             errors.append((prediction - target).square().mean(dim=(1, 2, 3)))
         return errors[0], errors[1]
 
@@ -120,14 +124,14 @@ class Bundle(nn.Module):
         if batch.embedding is None or (is_uniid and not batch.stages):
             assert batch.crops is not None
             rows = len(batch)
-            found = recognize(self.recognizer, batch.crops.flatten(0, 1), with_stages=is_uniid)
+            found = recognize(self._networks.recognizer, batch.crops.flatten(0, 1), with_stages=is_uniid)
             batch = replace(batch, embedding=rearrange(found.pop("embedding"), "(b n) c -> b n c", b=rows))
             if is_uniid:
                 batch = replace(batch, stages=tuple(found[name] for name in STAGE_NAMES))
         if not is_uniid and batch.patch_tokens is None:
             assert batch.heads is not None
-            assert self.vision is not None
-            seen = see(self.vision, batch.heads.flatten(0, 1))
+            assert self._networks.vision is not None
+            seen = see(self._networks.vision, batch.heads.flatten(0, 1))
             patches, classes = (rearrange(t, "(b n) ... -> b n ...", b=len(batch)) for t in seen.values())
             batch = replace(batch, patch_tokens=patches, class_embedding=classes)
         return batch
@@ -141,7 +145,7 @@ class Bundle(nn.Module):
         mean, deviation = moments.float().chunk(2, dim=1)
         return mean + deviation * batch.posterior
 
-    def _predict(self, batch: Batch, noisy: Tensor, acts: bool = True) -> Tensor:
+    def _predict(self, batch: Batch, noisy: Tensor, timesteps: Tensor, acts: bool = True) -> Tensor:
         if not acts:
             conditioning, setting = self._plain(list(batch.prompts)), {"tokens": None, "strength": 0.0}
         elif self._config.adapter.method == idadapter.METHOD:
@@ -153,35 +157,47 @@ class Bundle(nn.Module):
             given["added_cond_kwargs"] = {"text_embeds": conditioning.pooled, "time_ids": batch.sizes}
         if self.injected is not None:
             self.injected.set_identity(**setting)
-        dtype = next(self.unet.parameters()).dtype
+        dtype = self._base.unet.dtype
         given["encoder_hidden_states"] = conditioning.states.to(dtype)
-        prediction: Tensor = self.unet(noisy.to(dtype), batch.timesteps, **given).sample
+        prediction: Tensor = self._base.unet(noisy.to(dtype), timesteps, **given).sample
         return prediction
 
     def _with_word(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
-        """IDAdapter: the identity word in the prompts, E_r for the gates; both only where the identity is not dropped."""
+        """IDAdapter: the identity word in the prompts, E_r for the gates; both only where the identity is not dropped.
+
+        Where it is, the gates are skipped, or see the tokens of features of zeros: as the adapter's negative prompts will be.
+        """
         assert batch.embedding is not None
         assert batch.patch_tokens is not None
         assert batch.class_embedding is not None
         references = batch.embedding[:, :-1]
         shares = torch.full((references.shape[1],), 1 / references.shape[1], device=references.device)
         feature = torch.cat([idadapter.face_feature(one, shares) for one in references])
-        tokens, word = self.encoder(
-            batch.patch_tokens.flatten(1, 2), feature, batch.class_embedding.mean(dim=1)
-        )
-        setting = {"tokens": tokens, "rows": batch.identity}
+        patches = batch.patch_tokens.flatten(1, 2)
+        rows: Tensor | None = batch.identity
+        if self._adapter_config.unconditional == "zeros":
+            shown = batch.identity.to(feature)
+            feature, patches, rows = feature * shown[:, None], patches * shown[:, None, None], None
+        tokens, word = self.encoder(patches, feature, batch.class_embedding.mean(dim=1))
+        setting = {"tokens": tokens, "rows": rows}
         kept = [number for number, keep in enumerate(batch.identity.tolist()) if keep]
         prompts = list(batch.prompts)
         if not word or not kept:
             return self._plain(prompts), setting
         for number in kept:
-            prompts[number] = idadapter.with_identity_clause(prompts[number], batch.class_nouns[number])
+            prompts[number] = self._with_clause(prompts[number], batch.class_nouns[number])
         with_word = self._base.text.encode(
             [prompts[number] for number in kept], {name: t[kept] for name, t in word.items()}
         )
         if len(kept) == len(prompts):
             return with_word, setting
         return _filled_in(self._plain(prompts, kept), with_word, kept), setting
+
+    def _with_clause(self, prompt: str, noun: str) -> str:
+        """A prompt with the identity clause at its end; a caption that is too long for both loses its last words."""
+        text = self._base.text
+        room = text.length(f", {idadapter.identity_clause(noun)}") + self._adapter_config.text_tokens - 1
+        return idadapter.with_identity_clause(text.shortened(prompt, room), noun)
 
     def _with_features(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
         """UniID: features of zeros where the identity is dropped; text tokens are not rescaled in training."""
@@ -204,7 +220,8 @@ class Bundle(nn.Module):
             if len(self._states) > _KEPT_PROMPTS:
                 self._states.clear()
                 missing = list(dict.fromkeys(prompts))
-            made = self._base.text.encode(missing)
+            text = self._base.text
+            made = text.encode([text.shortened(prompt, self._inserted) for prompt in missing])
             for number, prompt in enumerate(missing):
                 pooled = None if made.pooled is None else made.pooled[number : number + 1]
                 self._states[prompt] = Conditioning(made.states[number : number + 1], pooled)
@@ -217,42 +234,49 @@ class Bundle(nn.Module):
     def _identity_term(self, batch: Batch, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean over the batch of F * (1 - cos), the cosines (B,) for the log, and F (B,)."""
         assert batch.embedding is not None
-        loss = self._config.loss
         cosines = torch.full((len(batch),), float("nan"), device=clean.device)
         gate = torch.zeros(len(batch), dtype=torch.bool, device=clean.device)
-        counts = batch.identity.clone()
-        if loss.gate == "noise":
-            counts &= (self._base.schedule.alphas[batch.timesteps.cpu()] >= loss.gate_alpha).cpu()
-        chosen = counts.nonzero()[:, 0].tolist()
-        if not chosen:
-            return clean.sum() * 0, cosines, gate
         with torch.autocast(clean.device.type, enabled=False):
-            clean, landmarks = clean[chosen].float(), batch.landmarks[chosen]
-            if "detector" in (loss.gate, loss.align):
-                images, landmarks, seen = self._detected(clean, landmarks)
-                chosen = [number for number, found in zip(chosen, seen, strict=True) if found]
-                if not chosen:
-                    return clean.sum() * 0, cosines, gate
-            else:
-                images, landmarks = decode_faces(self._base.vae, clean, landmarks)
-            cosine = identity_cosines(images, landmarks, batch.embedding[chosen, -1], self.recognizer)
+            faces, chosen = [], []
+            for number in self._candidates(batch):
+                landmarks = self._landmarks(clean[number].detach(), batch.landmarks[number])
+                if landmarks is not None:
+                    faces.append(align_faces(*self._decode(clean[number].float(), landmarks)))
+                    chosen.append(number)
+            if not faces:
+                return clean.sum() * 0, cosines, gate
+            wanted = batch.embedding[chosen, -1]
+            cosine = identity_cosines(torch.cat(faces), wanted, self._networks.recognizer)
         cosines[chosen], gate[chosen] = cosine.detach(), True
         return (1 - cosine).sum() / len(batch), cosines, gate
 
-    def _detected(self, clean: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
-        """Pictures of predicted latents, landmarks in them, and in which the detector finds a face (the paper's F)."""
+    def _candidates(self, batch: Batch) -> list[int]:
+        """Samples with an identity that count in L_id by their noise level; all of them where a detector decides."""
+        counts = batch.identity
+        if self._config.loss.gate == "noise":
+            counts = counts & (self._alphas[batch.timesteps] >= self._config.loss.gate_alpha)
+        return [number for number, does in enumerate(counts.tolist()) if does]
+
+    def _decode(self, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._config.train.checkpointing:
+            return decode_face(self._base.vae, latents, landmarks)
+        image, points = checkpoint(decode_face, self._base.vae, latents, landmarks, use_reentrant=False)
+        return image, points
+
+    def _landmarks(self, latents: Tensor, target: Tensor) -> Tensor | None:
+        """Where the face of a predicted picture is (5, 2), on the CPU: as in the target, or as the detector sees it (the paper).
+        None: the detector sees none, and decides (the paper's F)."""
+        loss = self._config.loss
+        if "detector" not in (loss.gate, loss.align):
+            return target
         assert self._networks.detector is not None
-        images = self._base.vae.decode(clean)
-        levels = ((images.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        points, seen = [], []
-        for number, picture in enumerate(levels.movedim(1, -1).cpu().numpy()):
-            faces = self._networks.detector.detect(picture)
-            seen.append(bool(faces) or self._config.loss.gate == "noise")
-            if faces and self._config.loss.align == "detector":
-                points.append(torch.tensor(select_faces(faces)[0].landmarks).to(landmarks))
-            else:
-                points.append(landmarks[number])
-        return images[seen], torch.stack(points)[seen], seen
+        with torch.no_grad():
+            image = self._base.vae.decode(latents.float()[None])[0]
+        levels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        faces = self._networks.detector.detect(levels.movedim(0, -1).cpu().numpy())
+        if not faces:
+            return None if loss.gate == "detector" else target
+        return torch.tensor(select_faces(faces)[0].landmarks) if loss.align == "detector" else target
 
     @contextmanager
     def _autocast(self, device: torch.device) -> Iterator[None]:
@@ -262,6 +286,7 @@ class Bundle(nn.Module):
 
 
 _KEPT_PROMPTS = 1000
+_WINDOW_STEP = 8  # latents
 
 
 def _filled_in(plain: Conditioning, special: Conditioning, places: list[int]) -> Conditioning:
@@ -273,30 +298,27 @@ def _filled_in(plain: Conditioning, special: Conditioning, places: list[int]) ->
     return Conditioning(states, plain.pooled.to(special.pooled.dtype).index_copy(0, index, special.pooled))
 
 
-def decode_faces(vae: Any, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
-    """The parts of pictures around faces, (G, 3, S, S), and the landmarks (G, 5, 2) in them.
+def decode_face(vae: Any, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a picture around its face, (1, 3, S, S), and the landmarks (1, 5, 2) in it.
 
-    Only a window of the latents (G, 4, h, w) is decoded, as large as the largest face needs: the decoder is most of the cost of
-    L_id. Its attention and its norms then see the window alone, so pixels differ a little from those of the whole picture.
+    Only a window of the latents (4, h, w) is decoded, as large as the aligned face and what its pixels depend on: the decoder is
+    most of the cost of L_id. Its attention and its norms then see the window alone, so pixels differ a little from those of the
+    whole picture. The window goes by its own face, so that neighbours in a batch make no difference.
+
+    Args:
+        landmarks: (5, 2) on the CPU, in pixels of the whole picture.
     """
     height, width = latents.shape[-2:]
     last = TEMPLATE_SIZE - 1
     corners = torch.tensor([[0, 0, 1], [last, 0, 1], [0, last, 1], [last, last, 1]], dtype=torch.float64)
-    template = torch.as_tensor(TEMPLATE)[None]
-    windows = []
-    for points in landmarks.detach().double().cpu():
-        matrix = similarity(template, points[None])[0]
-        reached = (corners @ matrix.T) / vae.factor
-        low, high = reached.amin(0).floor() - BORDER, reached.amax(0).ceil() + BORDER
-        windows.append((low, high))
-    side = min(max(int((high - low).max()) for low, high in windows), height, width)
-    parts, shifts = [], []
-    for latent, (low, high) in zip(latents, windows, strict=True):
-        middle = (low + high - side) / 2
-        left, top = (
-            int(middle[axis].round().clamp(0, size - side)) for axis, size in ((0, width), (1, height))
-        )
-        parts.append(latent[:, top : top + side, left : left + side])
-        shifts.append([left * vae.factor, top * vae.factor])
-    images = vae.decode(torch.stack(parts))
-    return images, landmarks - torch.tensor(shifts).to(landmarks)[:, None]
+    matrix = similarity(torch.as_tensor(TEMPLATE)[None], landmarks.double()[None])[0]
+    reached = (corners @ matrix.T) / vae.factor
+    low, high = reached.amin(0).floor() - BORDER, reached.amax(0).ceil() + BORDER
+    side = (
+        -(-int((high - low).max()) // _WINDOW_STEP) * _WINDOW_STEP
+    )  # few sizes: kernels are chosen for each
+    side = min(side, height, width)
+    middle = (low + high - side) / 2
+    left, top = (int(middle[axis].round().clamp(0, size - side)) for axis, size in ((0, width), (1, height)))
+    image = vae.decode(latents[None, :, top : top + side, left : left + side])
+    return image, (landmarks - torch.tensor([left, top]) * vae.factor)[None]

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.index import Index, Row
-from ..errors import ConfigError
+from ..data.index import Index, Row, write_lines
+from ..errors import ConfigError, IDAdapterError
 from ..files import write_safetensors
 from ..methods import uniid
 from .bundle import recognize, see
@@ -43,8 +43,9 @@ from .samples import (
 )
 
 VERSION = 1  # of the computations below; a change makes all entries new ones
-PART = 128  # entries of a part
-BATCH = 16  # entries that go through the networks together
+PART = 512  # entries of a part
+_PIXELS = 16 * 512**2  # of targets that go through the VAE together: some gigabytes in fp32
+_FACES = 16  # photos that go through the other networks together
 KEYS = "keys"  # in the metadata of a part
 FACTS = "facts.json"
 _OPEN_PARTS = 64
@@ -90,8 +91,9 @@ def kinds(parts: Parts, config: RunConfig) -> tuple[Kind, Kind]:
     splits = (parts.train_rows, parts.test_rows)
     rows = [row for split in splits for row in split]
     is_uniid = config.adapter.method == uniid.METHOD
-    turns = (False, True) if config.data.flip else (False,)
-    latents = [Entry(latents_key(row, turn), Photo(row), turn) for row in rows for turn in turns]
+    latents = [Entry(latents_key(row, False), Photo(row)) for row in rows]
+    if config.data.flip:  # of training; what a run is measured by is never mirrored
+        latents += [Entry(latents_key(row, True), Photo(row), True) for row in parts.train_rows]
     photos = [Photo(row) for row in rows]
     if not is_uniid:
         photos = [p for split in splits for p in photos_of_variants(split, config.data.references)]
@@ -115,6 +117,7 @@ class Folder:
     """The entries of one kind that are on the disk."""
 
     def __init__(self, path: Path) -> None:
+        _open.cache_clear()  # parts may have been deleted and written anew
         self.path = path
         self._places: dict[str, tuple[str, int]] = {}
         for part in sorted(path.glob("part-*.safetensors")):
@@ -190,9 +193,10 @@ def build(
     for kind in kinds(parts, config):
         folder = kind.folder(root)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FACTS).write_text(json.dumps(kind.facts, indent=1), encoding="utf-8")
+        write_lines(folder / FACTS, [json.dumps(kind.facts, indent=1).encode()])
         present = Folder(folder)
-        missing = [entry for entry in kind.entries if entry.key not in present][rank::world]
+        # Shared out before it is looked at what is there: the processes do not look at the same moment.
+        missing = [entry for entry in kind.entries[rank::world] if entry.key not in present]
         done = 0
         for entries, tensors in _computed(kind, missing, parts, config, device):
             keys = json.dumps([entry.key for entry in entries])
@@ -206,7 +210,7 @@ def build(
 def verify(
     parts: Parts, config: RunConfig, count: int, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Compute `count` entries of each kind again: the largest relative difference to what the cache holds.
+    """Compute `count` entries of each kind again: the largest relative difference to what the cache holds, infinite for NaN.
 
     Raises:
         ConfigError: an entry is missing.
@@ -224,13 +228,15 @@ def verify(
                 for name, stored in folder.read(entry.key).items():
                     fresh = tensors[name][number].float()
                     scale = fresh.abs().max().clamp_min(1e-6)
-                    worst = max(worst, float((stored.float() - fresh).abs().max() / scale))
+                    difference = float((stored.float() - fresh).abs().max() / scale)
+                    worst = max(worst, difference if difference == difference else float("inf"))
         differences[kind.name] = worst
     return differences
 
 
-class _Pixels(Dataset[dict[str, Tensor]]):
-    """What the networks read for each entry; made in the loader's workers."""
+class _Pixels(Dataset["dict[str, Tensor] | IDAdapterError"]):
+    """What the networks read for each entry; made in the loader's workers. A photo that cannot be read any more is an error in the
+    place of its entry, as in `samples.Samples`."""
 
     def __init__(
         self,
@@ -246,13 +252,24 @@ class _Pixels(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
+    def __getitem__(self, number: int) -> dict[str, Tensor] | IDAdapterError:
         entry = self._entries[number]
+        row = entry.photo.row
+        try:
+            image = self._index.load(row)
+        except IDAdapterError as error:
+            return error
         if self._kind == "latents":
-            return {
-                "pictures": target_picture(self._index, entry.photo.row, self._resolution, entry.mirrored)
-            }
-        return photo_tensors(self._index, entry.photo, self._preprocess)
+            return {"pictures": target_picture(image, row, self._resolution, entry.mirrored)}
+        return photo_tensors(image, entry.photo, self._preprocess)
+
+
+def _side_by_side(entries: Sequence[dict[str, Tensor] | IDAdapterError]) -> dict[str, Tensor]:
+    for entry in entries:
+        if isinstance(entry, IDAdapterError):
+            raise entry
+    whole = [entry for entry in entries if not isinstance(entry, IDAdapterError)]
+    return {name: torch.stack([entry[name] for entry in whole]) for name in whole[0]}
 
 
 def _computed(
@@ -263,13 +280,14 @@ def _computed(
     pixels = _Pixels(
         kind, entries, parts.index, config.data.resolution, None if vision is None else vision.preprocess
     )
-    loader = DataLoader(pixels, batch_size=BATCH, num_workers=config.data.workers)
+    size = max(1, _PIXELS // config.data.resolution**2) if kind.name == "latents" else _FACES
+    loader = DataLoader(pixels, batch_size=size, num_workers=config.data.workers, collate_fn=list)
     group: list[dict[str, Tensor]] = []
-    first = 0
+    first = last = 0
     for batch in loader:
-        group.append(_compute(kind.name, batch, parts, config, device))
-        last = min(first + len(group) * BATCH, len(entries))
-        if len(group) * BATCH >= PART or last == len(entries):
+        group.append(_compute(kind.name, _side_by_side(batch), parts, config, device))
+        last += len(batch)
+        if last - first >= PART or last == len(entries):
             joined = {name: torch.cat([tensors[name] for tensors in group]) for name in group[0]}
             yield list(entries[first:last]), joined
             first, group = last, []
@@ -281,7 +299,7 @@ def _compute(
 ) -> dict[str, Tensor]:
     given = {name: tensor.to(device) for name, tensor in batch.items()}
     if kind == "latents":
-        return {"moments": parts.base.vae.moments(given["pictures"]).half().cpu()}
+        return {"moments": parts.base.vae.moments(given["pictures"]).half().cpu().contiguous()}
     is_uniid = config.adapter.method == uniid.METHOD
     tensors = recognize(parts.networks.recognizer, given["crops"], with_stages=is_uniid)
     if not is_uniid or not config.data.cache_features:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, IDAdapterError
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -99,7 +99,13 @@ def write_checkpoint(
         else:
             temporary.rename(final)
         _flush(folder)
-    except OSError as error:
+    except IDAdapterError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch.save says of a full disk that its archive came out too short
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{final}: cannot be written ({error}). The earlier checkpoints are untouched; free some space and resume."
@@ -121,7 +127,7 @@ def _flush(path: Path) -> None:
     """Have the operating system write a file, or the list of a folder, to the disk now."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what it may write
     try:
         os.fsync(handle)
     finally:

@@ -161,7 +161,8 @@ class TrainConfig:
         for name in ("ema", "drop_identity", "drop_text", "drop_both"):
             within(f"train.{name}", getattr(self, name), 0, 1)
         for beta in self.betas:
-            within("train.betas", beta, 0, 1)
+            if not 0 <= beta < 1:
+                raise ConfigError(f"train.betas must be at least 0 and below 1, got {self.betas}")
         dropped = self.drop_identity + self.drop_text + self.drop_both
         if dropped > 1:
             raise ConfigError(
@@ -370,6 +371,8 @@ def _value(name: str, value: Any, expected: Any) -> Any:
     if type(value) is not expected:
         words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
         raise ConfigError(f"{name} must be {words[expected]}, got {value!r}")
+    if expected is str and value.startswith(("~/", "~\\")):
+        return str(Path(value).expanduser())
     return value
 
 

@@ -1,8 +1,8 @@
 """The engine: steps, processes, checkpoints. Devices, processes and reductions are accelerate's and torch.distributed's.
 
 What a step does depends on its number, the weights and the optimiser's state alone (see `randomness`), so a run that goes on
-from a checkpoint equals one that was never cut off. All processes agree before each update whether to go on: so none is left
-waiting in a reduction for another that stopped.
+from a checkpoint equals one that was never cut off. All processes agree before each update, and after all else that one of them
+may fail at, whether to go on: so none is left waiting in a reduction for another that stopped.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import pickle
 import platform
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -32,10 +35,11 @@ from .adapters import trainable
 from .bundle import Bundle
 from .cache import Cache, kinds
 from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, write_checkpoint
-from .config import RunConfig, config_toml
+from .config import RunConfig, TrainConfig, config_toml
 from .grids import sample_grid
-from .logs import RunLog, remaining
+from .logs import RunLog
 from .parts import load_parts, prepare_adapter
+from .randomness import epoch_order
 from .samples import VALIDATION, Batch, MicroBatches, Samples, collate, join
 
 log = logging.getLogger(__name__)
@@ -43,11 +47,20 @@ log = logging.getLogger(__name__)
 CONFIG, FACTS = "config.toml", "run.json"
 RESUME = ("never", "auto")
 STOPPED = 143  # exit code after SIGTERM, as of a program that the signal ended
-# What may differ in a run that goes on: none of it changes what a step does.
+# What may differ in a run that goes on: it changes nothing of a step, or is known by the digest of what the path leads to.
 _FREE = {
-    "train": ("steps", "accumulate", "checkpointing"),
-    "data": ("workers", "cache", "max_bad_share"),
+    "base": ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_package"),
+    "data": ("index", "workers", "cache", "max_bad_share"),
+    "adapter": ("start",),
+    "train": ("accumulate", "checkpointing"),
     "output": None,
+}
+_FACTS = {
+    "config": "settings",
+    "data": "the index of photos",
+    "base": "the base model",
+    "recognizer": "the face network",
+    "vision": "CLIP vision",
 }
 _LIBRARIES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "numpy")
 
@@ -67,12 +80,18 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
     """
     if resume not in RESUME:
         raise ConfigError(f"resume must be one of {', '.join(RESUME)}, got {resume!r}")
-    start = latest(Path(config.output.folder))
+    folder = Path(config.output.folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name the folder of the run as output.folder")
+    start = latest(folder)
     if start is not None and resume == "never":
         raise ConfigError(
             f"{config.output.folder} holds a run already (step {start.step}). Add `--resume auto` to go on with it, or set "
             "another output.folder."
         )
+    if start is not None and start.step >= config.train.steps:
+        sys.stderr.write(f"{folder}: all {start.step} steps are done; raise train.steps to go on.\n")
+        return 0
     run = _Run(config, start, allow_config_change)
     try:
         with _signals(run):
@@ -85,32 +104,46 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
 class _Interval:
     """What happened since the last line of the log. Tensors stay on the device until then."""
 
-    mse: list[Tensor]
-    cosine: list[Tensor]
-    counts: list[Tensor]
-    timesteps: list[Tensor]
-    started: float
-    waited: float = 0.0
+    losses: list[Tensor] = field(default_factory=list)
+    mse: list[Tensor] = field(default_factory=list)
+    cosine: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    timesteps: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0  # in steps, without what is done between them
+    waited: float = 0.0  # of these, for data
     steps: int = 0
     gradient: float = 0.0
+    norms: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # by site: of what is added, and to what
 
-    @classmethod
-    def fresh(cls) -> _Interval:
-        return cls([], [], [], [], time.perf_counter())
+    def add(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
+        """A micro-batch and what came of it."""
+        self.losses.append(losses["loss"].detach()[None])
+        self.mse.append(losses["mse"])
+        self.cosine.append(losses["cosine"])
+        self.counts.append(losses["counts"])
+        self.timesteps.append(batch.timesteps.to(losses["mse"].device))
 
 
 class _Run:
     def __init__(self, config: RunConfig, start: Checkpoint | None, allow_config_change: bool) -> None:
         accelerate = require("accelerate")
         kwargs = require("accelerate.utils").DistributedDataParallelKwargs(
-            find_unused_parameters=True,  # whose identity is dropped in a whole micro-batch
-            broadcast_buffers=False,  # all of them are frozen
+            find_unused_parameters=True,  # the identity may be dropped in all of a micro-batch
+            gradient_as_bucket_view=True,  # the gradients are not held twice
         )
         # Precision is ours: autocast over fp32 weights, and none around the face network. Without `cpu`, accelerate takes each of
         # several processes on a machine without accelerators for the only one.
         self.accelerator = accelerate.Accelerator(
             mixed_precision="no", cpu=not has_accelerator(), kwargs_handlers=[kwargs]
         )
+        kind = self.accelerator.distributed_type
+        if kind not in ("NO", "MULTI_CPU") and not kind.startswith("MULTI_"):
+            raise ConfigError(
+                f"accelerate is set up for {kind}, but this trainer shares work by DDP alone. Choose multi-GPU without FSDP or "
+                "DeepSpeed in `accelerate config`, or use torchrun."
+            )
         self.config = config
         self.folder = Path(config.output.folder)
         self.is_main = bool(self.accelerator.is_main_process)
@@ -118,11 +151,13 @@ class _Run:
         self.device = self.accelerator.device
         MicroBatches(config, 1, 0, rank=self.rank, world=self.world)  # refused before anything is loaded
         self.parts = load_parts(config, self.device)
-        self.digest = config_digest(config)
+        self.facts = self._what_it_depends_on()
         self.state = {} if start is None else start.state()
+        self._require_one_start(start)
         if start is not None:
             self._require_same(start, allow_config_change)
         self.step = 0 if start is None else start.step
+        self.position = int(self.state.get("position", 0))  # of the next sample in the sequence of all epochs
         self.adapter = prepare_adapter(config, self.parts, None if start is None else start.path / ADAPTER)
         self.parameters = trainable(self.adapter)
         bundle = Bundle(self.parts.base, self.adapter, self.parts.networks, config).to(self.device)
@@ -143,7 +178,9 @@ class _Run:
             self.parts.base.unet.enable_gradient_checkpointing()
         self.model: nn.Module = self.accelerator.prepare(bundle)
         self.store = Cache(Path(config.data.cache), kinds(self.parts, config)) if config.data.cache else None
-        self.stop_asked = self.save_asked = False
+        self.signals: set[str] = set()  # "stop" and "save", as this process alone has heard them
+        self.stops = self.saves = False  # as all processes agreed on
+        self.is_settled = False  # all processes know how the run ended
         self.saved = self.step if start is not None else -1
         self.log: RunLog | None = None
         if self.is_main:
@@ -157,103 +194,150 @@ class _Run:
     def go(self) -> int:
         config = self.config
         samples = self._samples(self.parts.train_rows)
-        keys = MicroBatches(config, len(samples), self.step, rank=self.rank, world=self.world)
+        keys = MicroBatches(
+            config, len(samples), self.step, position=self.position, rank=self.rank, world=self.world
+        )
         loader = DataLoader(
             samples,
             batch_sampler=keys,
             collate_fn=collate,
             num_workers=config.data.workers,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
-        interval = _Interval.fresh()
+        interval = _Interval()
         if self.step == 0 and config.output.validate_every:
             self._validate()
         while self.step < config.train.steps:
+            began = time.perf_counter()
+            self._observe(interval)
             self._one_step(batches, interval)
             interval.steps += 1
+            interval.seconds += time.perf_counter() - began
             self.step += 1
+            self.position += config.train.batch
             is_last = self.step == config.train.steps
             if self.step % config.output.log_every == 0 or is_last:
                 self._write_log(interval)
-                interval = _Interval.fresh()
-            elif self.log is not None:
+                interval = _Interval()
+            if self.log is not None:
                 self.log.advance()
             if _is_due(self.step, config.output.validate_every, is_last):
                 self._validate()
             if _is_due(self.step, config.output.sample_every, is_last):
                 self._sample()
-            if self.step % config.output.save_every == 0 or is_last or self.stop_asked or self.save_asked:
-                self.save_asked = False
+            if self.step % config.output.save_every == 0 or is_last or self.stops or self.saves:
+                self.saves = False
                 self._save()
-            if self.stop_asked and not is_last:
+            if self.stops and not is_last:
                 if self.is_main:
                     log.warning("stopped by a signal after step %d; the checkpoint is written", self.step)
+                self.is_settled = True
                 return STOPPED
+        self.is_settled = True
         return 0
+
+    def _observe(self, interval: _Interval) -> None:
+        """Have the adapter's share in each block measured, in a step that is logged."""
+        injected = self.bundle.injected
+        if injected is None:
+            return
+
+        def note(site: int, added: Tensor, base: Tensor) -> None:
+            interval.norms[site] = (added, base)
+
+        is_logged = (
+            self.step + 1
+        ) % self.config.output.log_every == 0 or self.step + 1 == self.config.train.steps
+        injected.observe(note if is_logged else None)
 
     def _one_step(self, batches: Iterator[Batch | IDAdapterError], interval: _Interval) -> None:
         train = self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        sources: list[str] = []
-        failure: IDAdapterError | None = None
+        done: list[tuple[Batch, dict[str, Tensor]]] = []
+        failure: Exception | None = None
         for micro in range(train.accumulate):
             is_last = micro == train.accumulate - 1
             before = time.perf_counter()
             try:
-                batch = next(batches)
-            except Exception as error:  # whatever a worker does; the other processes must hear of it
-                batch = TrainingError(f"step {self.step + 1}: the loader failed: {error}")
-            if isinstance(batch, IDAdapterError):
-                failure = batch
+                # With 2 or more processes, gradients are shared in the last backward pass alone.
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                    batch = self._next(batches)
+                    interval.waited += time.perf_counter() - before
+                    batch = batch.to(self.device)
+                    losses: dict[str, Tensor] = self.model(batch)
+                    done.append((batch, losses))
+                    if not is_last:
+                        torch.autograd.backward(losses["loss"] / train.accumulate)
+            except (
+                Exception
+            ) as error:  # whatever a photo, a worker or a device does: the others must hear of it
+                failure = error
                 break
-            interval.waited += time.perf_counter() - before
-            sources += batch.sources
-            batch = batch.to(self.device)
-            synchronized = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
-            with synchronized:
-                losses: dict[str, Tensor] = self.model(batch)
-                if not torch.isfinite(losses["loss"]):
-                    failure = _not_finite(self.step, batch, losses)
-                    break
-                if is_last:
-                    self._agree(None)
-                self.accelerator.backward(losses["loss"] / train.accumulate)
-            interval.mse.append(losses["mse"])
-            interval.cosine.append(losses["cosine"])
-            interval.counts.append(losses["counts"])
-            interval.timesteps.append(batch.timesteps)
-        if failure is not None:
-            self._agree(failure)
+        if failure is None:
+            failure = _not_finite(self.step, done)
+        self._agree(failure)
+        torch.autograd.backward(done[-1][1]["loss"] / train.accumulate)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or float("inf")))
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):  # the same in all processes, which have the same gradients now
+            self.is_settled = True
+            sources = ", ".join(source for batch, _ in done for source in batch.sources)
             raise NotFiniteError(
-                f"step {self.step + 1}: the gradient is not finite. Photos of that step: {', '.join(sources)}. Look at them, lower "
-                "train.lr, or set train.clip; then go on from the last checkpoint with --resume auto."
+                f"step {self.step + 1}: the gradient is not finite. Photos of that step: {sources}. Look at them, lower train.lr, "
+                "or set train.clip; then go on from the last checkpoint with --resume auto."
             )
+        for batch, losses in done:
+            interval.add(batch, losses)
         interval.gradient = norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
 
-    def _agree(self, failure: IDAdapterError | None) -> None:
-        """All processes hear of a failure or a signal in any of them, before the step's gradients are shared.
+    def _next(self, batches: Iterator[Batch | IDAdapterError]) -> Batch:
+        try:
+            batch = next(batches)
+        except Exception as error:
+            raise TrainingError(f"step {self.step + 1}: the loader failed: {error}") from error
+        if isinstance(batch, IDAdapterError):
+            raise batch
+        return batch
+
+    def _agree(self, failure: Exception | None) -> None:
+        """All processes hear of a failure or a signal in any of them.
 
         Raises:
-            the failure, or TrainingError in the processes that did not fail.
+            the failure, or TrainingError in the processes that did not fail. Where it was not the numbers that went wrong, the
+            steps before it are in a checkpoint then.
         """
         is_broken = isinstance(failure, NotFiniteError)
-        said = [failure is not None, is_broken, self.stop_asked, self.save_asked]
-        failed, is_broken, self.stop_asked, self.save_asked = self._any(said)
+        said = [failure is not None, is_broken, "stop" in self.signals, "save" in self.signals]
+        failed, is_broken, stops, saves = self._any(said)
+        self.signals.clear()
+        self.stops, self.saves = self.stops or stops, self.saves or saves
         if not failed:
             return
-        # Where the numbers went wrong the weights may have, too; where a photo cannot be read nothing is lost.
-        if self.step and not is_broken:
-            self._write()
+        if self.step and not is_broken and not isinstance(failure, CheckpointError):
+            with contextlib.suppress(CheckpointError):  # the failure is what must be told
+                self._write()
+        self._any(
+            [False]
+        )  # nobody leaves, and has the launcher end the others, before the checkpoint is written
+        self.is_settled = True
         if failure is None:
             raise TrainingError(f"step {self.step + 1}: another process failed; its own message says why.")
         raise failure
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Something that one process may fail at, and no collective is in: afterwards all of them agree."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self._agree(failure)
 
     def _any(self, said: list[bool]) -> list[bool]:
         """Each of these, true where it is so in any process."""
@@ -286,18 +370,31 @@ class _Run:
     def _write_log(self, interval: _Interval) -> None:
         together = [
             self.accelerator.gather(torch.cat(values))
-            for values in (interval.mse, interval.cosine, interval.counts, interval.timesteps)
+            for values in (
+                interval.losses,
+                interval.mse,
+                interval.cosine,
+                interval.counts,
+                interval.timesteps,
+            )
         ]
-        if self.log is None:
-            return
-        mse, cosine, counts, timesteps = (values.float().cpu() for values in together)
-        seconds = max(time.perf_counter() - interval.started, 1e-9)
+        with self._together():
+            if self.log is not None:
+                values = self._values(interval, [values.float().cpu() for values in together])
+                self.log.write(self.step, values)
+                self.log.show(
+                    self.step, *(values[name] for name in ("loss", "images_per_second", "seconds_left"))
+                )
+
+    def _values(self, interval: _Interval, together: list[Tensor]) -> dict[str, Any]:
+        """A line of the log."""
+        losses, mse, cosine, counts, timesteps = together
         seen = cosine[counts > 0]
         deciles = (timesteps * 10 / self.parts.base.schedule.steps).long()
-        speed = interval.steps / seconds
-        left = (self.config.train.steps - self.step) / speed
+        speed = interval.steps / max(interval.seconds, 1e-9)
         values: dict[str, Any] = {
-            "loss": float(mse.mean()),
+            "loss": float(losses.mean()),
+            "denoising": float(mse.mean()),
             "loss_by_decile": [float(mse[deciles == decile].mean()) for decile in range(10)],
             "identity": {
                 "cosine": float(seen.mean()) if len(seen) else None,
@@ -306,102 +403,88 @@ class _Run:
             "lr": learning_rate(self.config, self.step - 1),
             "gradient_norm": interval.gradient,
             "images_per_second": speed * self.config.train.batch,
-            "data_wait_share": interval.waited / seconds,
-            "seconds_left": left,
+            "data_wait_share": interval.waited / max(interval.seconds, 1e-9),
+            "seconds_left": (self.config.train.steps - self.step) / speed,
         }
         gates: dict[int, tuple[float, float]] = getattr(self.bundle.layers, "gate_values", dict)()
         if gates:
             values["gates"] = {str(site): list(pair) for site, pair in gates.items()}
-        self.log.write(self.step, values)
-        self.log.advance(loss=values["loss"], per_s=values["images_per_second"])
-        log.info("step %d: loss %.4g, %s left", self.step, values["loss"], remaining(left))
+        if interval.norms:
+            values["norm_ratios"] = {
+                str(site): float(added / base.clamp_min(1e-12))
+                for site, (added, base) in sorted(interval.norms.items())
+            }
+        return values
 
     @torch.no_grad()
     def _validate(self) -> None:
         """The denoising error on fixed samples of people who are not trained on, with the adapter and without it."""
         rows = self.parts.test_rows or self.parts.train_rows
         samples = self._samples(rows)
+        # Spread over the people: the order of the index goes from one to the next.
+        order = epoch_order(0, VALIDATION, len(rows)).tolist()
         count = self.config.output.validate_samples
-        keys = [(VALIDATION - number // len(rows), number % len(rows)) for number in range(count)]
+        keys = [(VALIDATION - number // len(rows), order[number % len(rows)]) for number in range(count)]
         mine = keys[self.rank :: self.world]
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        with self._averaged():
-            for first in range(0, len(mine), self.config.train.batch):
-                batch = join([samples.sample(*key) for key in mine[first : first + self.config.train.batch]])
+        size = max(self.config.train.batch // (self.world * self.config.train.accumulate), 1)
+        sums = torch.zeros(3)
+        with self._together(), self._averaged():
+            for first in range(0, len(mine), size):
+                batch = join([samples.sample(*key) for key in mine[first : first + size]])
                 with_adapter, alone = self.bundle.measure(batch.to(self.device))
                 sums += torch.stack(
-                    [with_adapter.double().sum(), alone.double().sum(), torch.full_like(sums[0], len(batch))]
+                    [with_adapter.sum().cpu(), alone.sum().cpu(), torch.tensor(float(len(batch)))]
                 )
-        sums = self.accelerator.reduce(sums, reduction="sum")
-        if self.log is not None:
-            error, alone, number = sums.tolist()
-            self.log.write(
-                self.step,
-                {
-                    "validation": {
-                        "loss": error / number,
-                        "loss_of_base": alone / number,
-                        "samples": number,
-                        "people": "test" if self.parts.test_rows else "train",
-                    }
-                },
-            )
+        error, alone, number = self.accelerator.reduce(sums.to(self.device), reduction="sum").tolist()
+        measured = {
+            "loss": error / number,
+            "loss_of_base": alone / number,
+            "samples": int(number),
+            "people": "test" if self.parts.test_rows else "train",
+        }
+        with self._together():
+            if self.log is not None:
+                self.log.write(self.step, {"validation": measured})
 
     def _sample(self) -> None:
-        if self.log is not None:
-            with self._averaged():
-                pixels = sample_grid(
-                    self.bundle, self.adapter, self.parts, self.config, self.folder, self.step
-                )
-            self.log.picture(self.step, "samples", pixels)
-        self.accelerator.wait_for_everyone()
+        with self._together():
+            if self.log is not None:
+                with self._averaged():
+                    pixels = sample_grid(
+                        self.bundle, self.adapter, self.parts, self.config, self.folder, self.step
+                    )
+                self.log.picture(self.step, "samples", pixels)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
         """The averaged weights in place of the trained ones, where there are any."""
-        if not self.ema:
-            yield
-            return
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        _exchange(self.ema, self.parameters)
         try:
-            _copy(self.ema, self.parameters)
             yield
         finally:
-            _copy(kept, self.parameters)
+            _exchange(self.ema, self.parameters)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
         """A checkpoint of this step. Every process takes part: all learn whether the write failed."""
-        error: CheckpointError | None = None
-        if self.is_main:
-            try:
-                self._write()
-            except CheckpointError as raised:
-                error = raised
-        (failed,) = self._any([error is not None])
-        if error is not None:
-            raise error
-        if failed:
-            raise TrainingError(f"step {self.step}: the main process could not write the checkpoint.")
+        with self._together():
+            self._write()
 
     def _write(self) -> None:
         if not self.is_main or self.saved == self.step:
             return
         state = {
             "step": self.step,
-            "position": self.step * self.config.train.batch,
-            "config": self.digest,
-            "data": self.parts.index.digest,
-            "base": self.parts.base.digest,
+            "position": self.position,
+            **self.facts,
         }
         output = self.config.output
 
         def write(folder: Path) -> None:
             save_adapter(self.adapter, folder / ADAPTER)
             if self.ema:
-                with self._averaged():
-                    save_adapter(self.adapter, folder / EMA)
+                save_adapter(self.adapter, folder / EMA, weights=self.ema)
             torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
             (folder / CONFIG).write_text(config_toml(self.config), encoding="utf-8")
 
@@ -413,29 +496,52 @@ class _Run:
     def _load(self, start: Checkpoint) -> None:
         """The optimiser's state and the averaged weights of a checkpoint."""
         try:
-            state = torch.load(start.path / OPTIMIZER, map_location="cpu", weights_only=True)
+            state = torch.load(start.path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
             self.optimizer.load_state_dict(state)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{start.path}: the optimiser's state cannot be read ({error}). Remove this checkpoint to go on from the one before."
             ) from error
+        for group in self.optimizer.param_groups:  # what the settings say, not what they said then
+            group.update(betas=self.config.train.betas, weight_decay=self.config.train.weight_decay)
         if self.ema and (start.path / EMA).is_file():
             averaged = prepare_adapter(self.config, self.parts, start.path / EMA)
             _copy({name: p.detach() for name, p in trainable(averaged).items()}, self.ema)
 
     def _require_same(self, start: Checkpoint, allowed: bool) -> None:
-        found = {
-            "config": self.digest,
-            "data": self.parts.index.digest,
-            "base": self.parts.base.digest,
-        }
-        changed = [name for name, digest in found.items() if self.state.get(name) != digest]
+        changed = [name for name, digest in self.facts.items() if self.state.get(name) != digest]
         if changed and not allowed:
-            what = {"config": "settings", "data": "the index of photos", "base": "the base model"}
             raise ConfigError(
-                f"{start.path}: {' and '.join(what[name] for name in changed)} changed since this checkpoint, so the run would not "
+                f"{start.path}: {' and '.join(_FACTS[name] for name in changed)} changed since this checkpoint, so the run would not "
                 f"be the same one. {self._difference(start)}Change it back, start anew in another output.folder, or add "
                 "--allow-config-change."
+            )
+
+    def _what_it_depends_on(self) -> dict[str, str]:
+        """Digests of all that changes what a step does."""
+        vision = self.parts.networks.vision
+        return {
+            "config": config_digest(self.config),
+            "data": self.parts.index.digest,
+            "base": self.parts.base.digest,
+            "recognizer": self.parts.recognizer_digest,
+            "vision": "" if vision is None else vision.digest,
+        }
+
+    def _require_one_start(self, start: Checkpoint | None) -> None:
+        """Raise TrainingError where the processes do not see the same files."""
+        if self.world == 1:
+            return
+        mine = (0 if start is None else start.step, self.facts)
+        seen: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(seen, mine)
+        if any(other != seen[0] for other in seen):
+            described = "; ".join(
+                f"process {rank}: step {step}, {facts}" for rank, (step, facts) in enumerate(seen)
+            )
+            raise TrainingError(
+                f"the processes of this run do not see the same files ({described}). output.folder, data and models must be on a "
+                "file system that all machines share, or be the same on each."
             )
 
     def _difference(self, start: Checkpoint) -> str:
@@ -471,7 +577,9 @@ class _Run:
             self.log.close()
         if self.bundle.injected is not None:
             self.bundle.injected.eject()
-        self.accelerator.end_training()
+        # Where the others do not know that this process is leaving, taking leave of them would wait for ever.
+        if self.is_settled:
+            self.accelerator.end_training()
 
 
 def has_accelerator() -> bool:
@@ -493,25 +601,30 @@ def learning_rate(config: RunConfig, step: int) -> float:
 def config_digest(config: RunConfig) -> str:
     """Of all settings that change what a step does."""
     kept = config
+    if config.train.schedule == "constant":  # another one depends on where the run ends
+        kept = replace(config, train=replace(config.train, steps=TrainConfig.steps))
     for section, names in _FREE.items():
         default = type(getattr(config, section))()
         free = {name: getattr(default, name) for name in names} if names is not None else None
-        value = default if free is None else replace(getattr(config, section), **free)
+        value = default if free is None else replace(getattr(kept, section), **free)
         kept = replace(kept, **{section: value})
     return sha256(config_toml(kept).encode()).hexdigest()[:16]
 
 
-def _not_finite(step: int, batch: Batch, losses: Mapping[str, Tensor]) -> NotFiniteError:
-    """What to say of a loss that is NaN or infinite: whose it is."""
-    broken = ~torch.isfinite(losses["mse"]) | (losses["counts"] & ~torch.isfinite(losses["cosine"]))
-    named = [source for source, bad in zip(batch.sources, broken.tolist(), strict=True) if bad]
-    at = [
-        f"{source} (timestep {int(t)})"
-        for source, t, bad in zip(batch.sources, batch.timesteps, broken, strict=True)
-        if bad
-    ]
+def _not_finite(step: int, done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> NotFiniteError | None:
+    """What to say of losses that are NaN or infinite, and whose they are; None where there are none."""
+    if all(torch.isfinite(torch.stack([losses["loss"] for _, losses in done])).tolist()):
+        return None
+    named: list[str] = []
+    others: list[str] = []
+    for batch, losses in done:
+        broken = ~torch.isfinite(losses["mse"]) | (losses["counts"] & ~torch.isfinite(losses["cosine"]))
+        for source, timestep, is_broken in zip(
+            batch.sources, batch.timesteps.tolist(), broken.tolist(), strict=True
+        ):
+            (named if is_broken else others).append(f"{source} (timestep {timestep})")
     return NotFiniteError(
-        f"step {step + 1}: the loss is not finite, from {', '.join(at) or ', '.join(batch.sources)}. Look at "
+        f"step {step + 1}: the loss is not finite, from {', '.join(named or others)}. Look at "
         f"{'this photo' if len(named) == 1 else 'these photos'}, lower train.lr, set train.clip, or train without bf16; the last "
         "good checkpoint is kept: go on from it with --resume auto."
     )
@@ -519,6 +632,15 @@ def _not_finite(step: int, batch: Batch, losses: Mapping[str, Tensor]) -> NotFin
 
 def _is_due(step: int, every: int, is_last: bool) -> bool:
     return bool(every) and (step % every == 0 or is_last)
+
+
+@torch.no_grad()
+def _exchange(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Each tensor of the first gets the values of the second and the other way round, one at a time."""
+    for name, tensor in one.items():
+        values = tensor.clone()
+        tensor.copy_(other[name])
+        other[name].copy_(values)
 
 
 def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -547,22 +669,27 @@ def _commit() -> str:
 def _signals(run: _Run) -> Iterator[None]:
     """SIGTERM: a checkpoint at the end of the step, then leave. SIGUSR1: a checkpoint, and go on."""
 
-    def stop(number: int, frame: object) -> None:
-        run.stop_asked = True
-
-    def save(number: int, frame: object) -> None:
-        run.save_asked = True
-
-    wanted = {"SIGTERM": stop, "SIGUSR1": save}
+    wanted = {"SIGTERM": "stop", "SIGUSR1": "save"}
     before: dict[int, Any] = {}
-    for name, handler in wanted.items():
+    for name, meaning in wanted.items():
         if hasattr(signal, name):  # Windows has no SIGUSR1
-            before[getattr(signal, name)] = signal.signal(getattr(signal, name), handler)
+
+            def note(number: int, frame: object, meaning: str = meaning) -> None:
+                run.signals.add(meaning)
+
+            before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal to all processes of a run must not end the loader's workers before the trainer's checkpoint is written."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 __all__ = ["STOPPED", "config_digest", "learning_rate", "train"]

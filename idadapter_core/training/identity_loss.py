@@ -34,7 +34,8 @@ def align_faces(images: Tensor, landmarks: Tensor) -> Tensor:
     """Aligned faces (B, 3, 112, 112) of images (B, 3, H, W), differentiable with respect to the images.
 
     Args:
-        landmarks: (B, 5, 2), x and y in pixels of the image, pixel centres at whole numbers, as `faces.align` has them.
+        landmarks: (B, 5, 2), x and y in pixels of the image, pixel centres at whole numbers, as `faces.align` has them. Best on
+            the CPU: then nothing waits for the images' device.
 
     Where a face is more than twice as large as the crop, the image is averaged down first: sampling it at 112 points a side
     would leave most pixels without a gradient.
@@ -57,7 +58,8 @@ def _warp(image: Tensor, crop_to_image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     axis = torch.arange(TEMPLATE_SIZE, device=image.device, dtype=torch.float32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    points = torch.stack([x, y, torch.ones_like(x)], -1) @ crop_to_image[0].float().T
+    matrix = crop_to_image[0].float().to(image.device, non_blocking=True)
+    points = torch.stack([x, y, torch.ones_like(x)], -1) @ matrix.T
     size = points.new_tensor([width, height])
     grid = (2 * points + 1) / size - 1  # grid_sample counts from the edges of pixels
     # Black is -1 in an image of -1..1: shift so that what lies outside is black, too.
@@ -65,18 +67,14 @@ def _warp(image: Tensor, crop_to_image: Tensor) -> Tensor:
 
 
 def identity_cosines(
-    images: Tensor,
-    landmarks: Tensor,
-    wanted: Tensor,
-    recognizer: Callable[[Tensor], tuple[Tensor, object]],
+    faces: Tensor, wanted: Tensor, recognizer: Callable[[Tensor], tuple[Tensor, object]]
 ) -> Tensor:
-    """cos(R(x0_hat), f_a) of each predicted image (B,); L_id is 1 - that (IDAdapter, Eq. 9).
+    """cos(R(x0_hat), f_a) of each predicted face (B,); L_id is 1 - that (IDAdapter, Eq. 9).
 
     Args:
-        images: (B, 3, H, W) RGB in -1..1.
-        landmarks: (B, 5, 2), see `align_faces`.
+        faces: (B, 3, 112, 112), see `align_faces`.
         wanted: (B, 512) embeddings of the person.
         recognizer: frozen face network: (B, 3, 112, 112) RGB in -1..1 -> embedding, stages.
     """
-    embedding, _ = recognizer(align_faces(images, landmarks))
+    embedding, _ = recognizer(faces)
     return F.cosine_similarity(embedding.float(), wanted.float(), dim=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..extra import require
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
+_BETWEEN_LINES = 60.0  # seconds
 
 
 class RunLog:
@@ -34,18 +36,25 @@ class RunLog:
             writer = require("torch.utils.tensorboard").SummaryWriter
             self._writer = writer(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
         bar = require("tqdm").tqdm
-        # Where nobody looks on, a bar would fill the log of the machine: one line a minute.
         self._bar = bar(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=None)
+        self._told = time.monotonic()
 
-    def advance(self, **shown: float) -> None:
+    def advance(self) -> None:
         """One step is done."""
         self._bar.update(1)
-        if shown:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+
+    def show(self, step: int, loss: float, images_per_second: float, seconds_left: float) -> None:
+        """The newest numbers beside the bar. Where nobody looks on there is no bar, but a line a minute for the machine's log."""
+        self._bar.set_postfix(loss=f"{loss:.4g}", images_per_s=f"{images_per_second:.4g}")
+        if self._bar.disable and time.monotonic() - self._told > _BETWEEN_LINES:
+            self._told = time.monotonic()
+            sys.stderr.write(
+                f"step {step} of {self._bar.total}: loss {loss:.4g}, {images_per_second:.4g} images/s, {remaining(seconds_left)} left\n"
+            )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers, and lists or tables of numbers, of a step (counted from 1)."""
-        line = {"step": step, "time": round(time.time(), 3), **values}
+        line = {"step": step, "time": int(time.time()), **values}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{_json(line)}\n")
         if self._writer is not None:
@@ -82,13 +91,13 @@ def _json(line: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: it becomes null."""
+    """JSON has no NaN: it becomes null. Eight digits tell all."""
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     if isinstance(value, float):
-        return round(value, 8) if math.isfinite(value) else None
+        return float(f"{value:.8g}") if math.isfinite(value) else None
     return value
 
 

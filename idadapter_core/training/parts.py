@@ -64,7 +64,7 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
                 "them to 'noise' and 'target'"
             )
         detector = open_analyzer(Path(base.face_package), "cpu")
-    return Networks(recognizer, vision, detector), recorded_recognizer(path, method)
+    return Networks(recognizer, vision, detector), recorded_recognizer(path, method, recognizer)
 
 
 def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:

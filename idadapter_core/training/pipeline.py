@@ -136,7 +136,7 @@ class Pipeline:
         if identity.adapter_tokens_uncond is None:
             self._set(identity.adapter_tokens, acting.adapter, bias=bias, rows=rows)
         else:
-            self._set(_by_rows(identity, rows), acting.adapter, bias=bias)
+            self._set(_by_rows(_aligned(identity, self.adapter), rows), acting.adapter, bias=bias)
         if not acting.text or not identity.text_tokens:
             return self.base.text.encode([text])
         if not self.base.text.has_identifier(text):
@@ -153,10 +153,14 @@ class Pipeline:
         words: Tensor | None = None
         if identity.text_tokens:
             count = next(t.shape[1] for t in identity.text_tokens.values())
+            if self.base.text.shortened(text, count) != text:
+                raise InputError(
+                    f"the prompt is too long for {count} identity tokens beside it; shorten it: {text}"
+                )
             words = uniid.normalize_text_tokens(identity.text_tokens, self.base.text.reference_norms(count))
 
         def scaled(scale: float) -> Conditioning:
-            if words is None or scale == 0:
+            if words is None or acting.text == 0:
                 return plain
             return replace(plain, states=insert_tokens(plain.states, words * scale))
 
@@ -175,6 +179,26 @@ def _nothing(step: int, steps: int) -> None:
     return None
 
 
+def _aligned(identity: Identity, adapter: Any) -> Identity:
+    """An IDAdapter's identity whose unconditional tokens are as many as its own, so that its bias holds for both.
+
+    Patch tokens of zeroed features are all alike, and the bias gives any number of photos the weight of N.
+    """
+    shown, zeroed = identity.adapter_tokens, identity.adapter_tokens_uncond
+    assert shown is not None
+    assert zeroed is not None
+    count = shown.shape[1]
+    if zeroed.shape[1] == count:
+        return identity
+    if adapter.config.tokens or (count - 1) % adapter.config.vision_patches:
+        raise InputError(
+            f"{adapter.name} has tokens for negative prompts, beside which only identities that were mixed in its own way can be drawn; "
+            "set mode to auto."
+        )
+    same = torch.cat([zeroed[:, :1].expand(-1, count - 1, -1), zeroed[:, -1:]], dim=1)
+    return replace(identity, adapter_tokens_uncond=same)
+
+
 def _by_rows(identity: Identity, rows: Tensor) -> Tensor:
     """Tokens (rows, T, D): the identity's in positive rows, those of zeroed features in negative ones."""
     assert identity.adapter_tokens is not None
@@ -187,7 +211,7 @@ def features_of(
     index: Index, rows: Sequence[Row], networks: Networks, recognizer: str, device: torch.device | str
 ) -> FaceFeatures:
     """The features of rows of one person, as Extract Face Features gives them. `recognizer` is the name on record."""
-    pictures = [photo_pictures(index, Photo(row)) for row in rows]
+    pictures = [photo_pictures(index.load(row), Photo(row)) for row in rows]
     crops = crops_to_tensor([crop for crop, _ in pictures])
     faces = tuple(
         Face(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def _whole(
 ) -> nn.Module:
     network: nn.Module
     try:
-        network, info = kind.from_pretrained(pretrained, output_loading_info=True, **options)
+        with _without_bars():
+            network, info = kind.from_pretrained(pretrained, output_loading_info=True, **options)
     except (
         Exception
     ) as error:  # whatever the two libraries raise for damage: OSError, ValueError, RuntimeError, KeyError …
@@ -118,6 +120,19 @@ def _whole(
             f"{name}: not the weights of this {kind.__name__}: {'; '.join(problems)}. Get the files again."
         )
     return network
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar for each network that it loads, one after the other."""
+    logs = require("transformers").utils.logging
+    was_on = logs.is_progress_bar_enabled()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logs.enable_progress_bar()
 
 
 def freeze(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

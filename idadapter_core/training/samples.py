@@ -7,6 +7,7 @@ UniID. Where a cache is given, latents and features come from it; else the pixel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..data.index import Index, Row
-from ..errors import ConfigError, IDAdapterError
+from ..errors import ConfigError, FaceError, IDAdapterError
 from ..faces.align import align_face, square_crop
 from ..faces.enrich import variant
 from ..faces.features import crops_to_tensor
@@ -87,7 +88,8 @@ class Placement:
         """SDXL's six numbers: height and width of the photo, top and left of the square at the trained scale, height, width."""
         scale = self.resolution / self.side
         side = float(self.resolution)
-        return [float(row.height), float(row.width), self.top * scale, self.left * scale, side, side]
+        left = row.width - self.side - self.left if self.mirrored else self.left  # in the photo as it is seen
+        return [float(row.height), float(row.width), self.top * scale, left * scale, side, side]
 
 
 def place(row: Row, resolution: int, mirrored: bool) -> Placement:
@@ -99,25 +101,36 @@ def place(row: Row, resolution: int, mirrored: bool) -> Placement:
     return Placement(left, top, side, resolution, mirrored)
 
 
-def target_picture(index: Index, row: Row, resolution: int, mirrored: bool) -> Tensor:
-    """The picture to be learned, (3, R, R), RGB in -1..1."""
-    pixels = place(row, resolution, mirrored).picture(index.load(row))
+def target_picture(image: Image, row: Row, resolution: int, mirrored: bool) -> Tensor:
+    """The picture to be learned, (3, R, R), RGB in -1..1, from the row's photo (H, W, 3)."""
+    pixels = place(row, resolution, mirrored).picture(image)
     return torch.from_numpy(pixels.copy()).movedim(-1, 0).float() / 127.5 - 1
 
 
-def photo_pictures(index: Index, photo: Photo) -> tuple[Image, Image]:
+def photo_pictures(image: Image, photo: Photo) -> tuple[Image, Image]:
     """The aligned face (112, 112, 3) and the head (S, S, 3) of a photo, RGB uint8, as Extract Face Features makes them.
 
-    Variants depend on the photo alone, not on the run, so that runs can share a cache.
+    Variants depend on the photo alone, not on the run, so that runs can share a cache. One in which the face is turned out of the
+    picture by more than half is the photo as it is.
+
+    Args:
+        image: the row's photo (H, W, 3), RGB uint8.
     """
     row = photo.row
-    image = index.load(row)
     assert row.box is not None  # rows that are ok have a face
     assert row.landmarks is not None
     x1, y1, x2, y2 = row.box
     points = np.array([*row.landmarks, ((x1 + x2) / 2, (y1 + y2) / 2)], np.float64)
     if photo.variant:
-        image, points = variant(image, points, seed_of(row.sha256), photo.variant)
+        with suppress(FaceError):
+            return _cut_out(*variant(image, points, seed_of(row.sha256), photo.variant), row)
+    return _cut_out(image, points, row)
+
+
+def _cut_out(image: Image, points: NDArray[np.float64], row: Row) -> tuple[Image, Image]:
+    """The aligned face and the head at six points (6, 2): the landmarks and the middle of the row's box."""
+    assert row.box is not None
+    x1, y1, x2, y2 = row.box
     x, y = points[5].tolist()
     half_width, half_height = (x2 - x1) / 2, (y2 - y1) / 2
     face = Face(
@@ -129,9 +142,9 @@ def photo_pictures(index: Index, photo: Photo) -> tuple[Image, Image]:
     return align_face(image, face.landmarks), square_crop(image, face)
 
 
-def photo_tensors(index: Index, photo: Photo, preprocess: Preprocess | None) -> dict[str, Tensor]:
-    """`crops` (3, 112, 112) in -1..1 and, for CLIP vision, `heads` (3, S, S) of a photo."""
-    crop, head = photo_pictures(index, photo)
+def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> dict[str, Tensor]:
+    """`crops` (3, 112, 112) in -1..1 and, for CLIP vision, `heads` (3, S, S) of a photo; `image` is the row's (H, W, 3)."""
+    crop, head = photo_pictures(image, photo)
     tensors = {"crops": crops_to_tensor([crop])[0]}
     if preprocess is not None:
         tensors["heads"] = preprocess([head])[0]
@@ -143,10 +156,8 @@ def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
     photos = [Photo(row) for row in rows]
     for person in people(rows).values():
         others = max(len(person) - 1, 1)
-        missing = references - (len(person) - 1 if len(person) > 1 else 1)
-        if missing > 0:
-            rounds = -(-missing // others)
-            photos += [Photo(row, number) for row in person for number in range(1, rounds + 1)]
+        last = (references - 1) // others
+        photos += [Photo(row, number) for row in person for number in range(1, last + 1)]
     return photos
 
 
@@ -197,18 +208,32 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def pin_memory(self) -> Batch:
+        """The same batch in memory from which a device can copy by itself. Called by the loader."""
+        pinned: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor):
+                pinned[entry.name] = value.pin_memory()
+            elif entry.name == "stages":
+                pinned[entry.name] = tuple(stage.pin_memory() for stage in value)
+        return replace(self, **pinned)
+
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device, in fp32 where a cache is narrower."""
+        """The same batch on a device, in fp32 where a cache is narrower. What decides what is computed stays on the CPU."""
         moved: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name == "identity":
-                continue  # read on the host alone: it would have to wait for the device
+            if entry.name in _ON_HOST:
+                continue
             if isinstance(value, Tensor):
                 moved[entry.name] = _moved(value, device)
             elif entry.name == "stages":
                 moved[entry.name] = tuple(_moved(stage, device) for stage in value)
         return replace(self, **moved)
+
+
+_ON_HOST = ("identity", "timesteps", "landmarks")  # read back from a device, they would have to be waited for
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -279,13 +304,17 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
             "sizes": torch.tensor(placement.size_conditioning(row)),
         }
         target = Photo(row)
-        known_by = [target] if self._is_uniid else [*references, target]
+        known_by = [] if self._is_uniid else references
         if self._store is None:
-            sample["pictures"] = target_picture(self._index, row, config.data.resolution, mirrored)
-            tensors = [photo_tensors(self._index, photo, self._preprocess) for photo in known_by]
+            image = self._index.load(row)
+            sample["pictures"] = target_picture(image, row, config.data.resolution, mirrored)
+            tensors = [
+                photo_tensors(self._index.load(photo.row), photo, self._preprocess) for photo in known_by
+            ]
+            tensors.append(photo_tensors(image, target, None))
         else:
             sample["moments"] = self._store.latents(row, mirrored)
-            tensors = [dict(self._store.photo(photo)) for photo in known_by]
+            tensors = [dict(self._store.photo(photo)) for photo in [*known_by, target]]
         return sample | _stacked(tensors, self._is_uniid)
 
 
@@ -346,11 +375,21 @@ def join(samples: Sequence[Mapping[str, Any]]) -> Batch:
 class MicroBatches(Sampler[list[Key]]):
     """The samples of one process, micro-batch by micro-batch, from a step to another.
 
-    All processes together go through one sequence: step s has the positions from s * batch on, its first micro-batch the first
-    batch / accumulate of them, and of each the processes have equal parts side by side.
+    All processes together go through one sequence. Step `start` begins at `position` of it (by default start * batch), each step
+    has the next `train.batch` samples, its first micro-batch the first batch / accumulate of them, and of each micro-batch the
+    processes have equal parts side by side.
     """
 
-    def __init__(self, config: RunConfig, count: int, start: int, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        count: int,
+        start: int,
+        *,
+        position: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         share = world * config.train.accumulate
         if config.train.batch % share:
             raise ConfigError(
@@ -358,6 +397,7 @@ class MicroBatches(Sampler[list[Key]]):
                 f"{config.train.accumulate} cannot share evenly; make it a multiple of {share}"
             )
         self._config, self._count, self._start = config, count, start
+        self._position = start * config.train.batch if position is None else position
         self._rank, self._world = rank, world
         self.size = config.train.batch // share  # of a micro-batch of one process
 
@@ -367,7 +407,8 @@ class MicroBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         train = self._config.train
         for step in range(self._start, train.steps):
-            keys = positions(train.seed, step * train.batch, (step + 1) * train.batch, self._count)
+            begin = self._position + (step - self._start) * train.batch
+            keys = positions(train.seed, begin, begin + train.batch, self._count)
             for micro in range(train.accumulate):
                 first = (micro * self._world + self._rank) * self.size
                 yield keys[first : first + self.size]

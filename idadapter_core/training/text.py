@@ -16,6 +16,7 @@ Prompts are plain text: parentheses and numbers are read as such, while ComfyUI 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,22 @@ class TextEncoders(nn.Module):
         name = next(iter(self.models))
         _, numbers = self._with_word(name, self._ids(name, prompt), 1)
         return any(number >= 0 for number in numbers)
+
+    def length(self, prompt: str) -> int:
+        """How many tokens a prompt is, begin and end aside; the most that an encoder makes of it."""
+        return max(len(self._ids(name, prompt)) for name in self.models)
+
+    def shortened(self, prompt: str, spare: int = 0) -> str:
+        """A prompt as it is, or as many of its first words as leave place for `spare` tokens more."""
+        room = LENGTH - 2 - spare
+        if self.length(prompt) <= room:
+            return prompt
+        words, space = prompt.split(), " "
+        if self.length(words[0]) > room:  # a script without spaces
+            words, space = list(prompt), ""
+        ends = range(1, len(words) + 1)
+        fitting = bisect_right(ends, room, key=lambda end: self.length(space.join(words[:end])))
+        return space.join(words[:fitting])
 
     def reference_norms(self, count: int) -> dict[str, Tensor]:
         """Length of the text states at positions 1..count for a well-known name: (count,) fp32 on the CPU, per encoder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +46,9 @@ class VisionEncoder(nn.Module):
         self.side: int = model.config.image_size
         self.patches = (self.side // model.config.patch_size) ** 2
         self.digest = weights_digest(published_names(model, _TOWER))
+        # Without the network, so that workers of a loader can have it.
+        self.preprocess = partial(preprocess, side=self.side)
         self.eval()
-
-    def preprocess(self, heads: Sequence[Image]) -> Tensor:
-        """What the network reads of square pictures (S, S, 3), RGB uint8, of any sizes: (F, 3, side, side), fp32 on the CPU.
-
-        Raises:
-            InputError: a picture is not square.
-        """
-        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
-        pixels = []
-        for head in heads:
-            if head.shape[0] != head.shape[1]:
-                raise InputError(f"expected a square picture of a head, got {head.shape[1]}x{head.shape[0]}")
-            # The layout in memory is that of ComfyUI's images, too: the resizing kernel goes by it.
-            picture = (torch.from_numpy(head)[None].float() / 255).movedim(-1, 1)
-            if picture.shape[2] != self.side:
-                picture = F.interpolate(picture, size=(self.side, self.side), mode="bicubic", antialias=True)
-            pixels.append(((255 * picture).clamp(0, 255).round() / 255 - mean) / deviation)
-        return torch.cat(pixels)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,6 +61,25 @@ class VisionEncoder(nn.Module):
         """
         output = self.model(pixel_values=pixels, output_hidden_states=True)
         return output.hidden_states[-2][:, 1:], output.last_hidden_state[:, 0]
+
+
+def preprocess(heads: Sequence[Image], side: int) -> Tensor:
+    """What the network reads of square pictures (S, S, 3), RGB uint8, of any sizes: (F, 3, side, side), fp32 on the CPU.
+
+    Raises:
+        InputError: a picture is not square.
+    """
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
+    pixels = []
+    for head in heads:
+        if head.shape[0] != head.shape[1]:
+            raise InputError(f"expected a square picture of a head, got {head.shape[1]}x{head.shape[0]}")
+        # The layout in memory is that of ComfyUI's images, too: the resizing kernel goes by it.
+        picture = (torch.from_numpy(head)[None].float() / 255).movedim(-1, 1)
+        if picture.shape[2] != side:
+            picture = F.interpolate(picture, size=(side, side), mode="bicubic", antialias=True)
+        pixels.append(((255 * picture).clamp(0, 255).round() / 255 - mean) / deviation)
+    return torch.cat(pixels)
 
 
 def load_vision(

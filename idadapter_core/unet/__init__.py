@@ -20,7 +20,7 @@ from ..methods import Config, idadapter, uniid
 from . import gated, projected
 from .blocks import fitting_blocks, transformer_blocks
 from .gated import InjectedIDAdapter
-from .injection import Injected, injected_into
+from .injection import Injected, Observer, injected_into
 from .projected import InjectedUniID
 
 _KINDS: dict[str, type[InjectedIDAdapter | InjectedUniID]] = {
@@ -79,6 +79,7 @@ __all__ = [
     "Injected",
     "InjectedIDAdapter",
     "InjectedUniID",
+    "Observer",
     "eject",
     "fitting_blocks",
     "inject",

@@ -138,10 +138,13 @@ class _GateHooks(SiteHooks[GateSetting]):
         self._x = x
 
     def _after_self_attention(self, attention: Any, args: tuple[Any, ...], n: Tensor) -> Tensor | None:
-        setting, x = self.setting, self._x
+        call, x = self.call, self._x
         self._x = None
         self.seen.add("attn1")
-        if setting is None or x is None or setting.tokens is None or setting.strength == 0:
+        if call is None or x is None:
+            return None
+        setting = call.setting
+        if setting.tokens is None or setting.strength == 0:
             return None
         y, tokens = x + n, setting.tokens
         if setting.kept is not None:
@@ -152,6 +155,7 @@ class _GateHooks(SiteHooks[GateSetting]):
         keys, values = self.gate.project(tokens.to(dtype))
         identity = GateIdentity(keys, values, setting.bias, setting.strength)
         residual = self.gate.residual(y, [identity]).to(n.dtype)
+        call.tell(self.index, residual, y)
         return n + residual if setting.kept is None else n.index_add(0, setting.kept, residual)
 
     def _after_to_k(self, linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -162,16 +166,17 @@ class _GateHooks(SiteHooks[GateSetting]):
 
     def _with_delta(self, name: str, context: Tensor, output: Tensor) -> Tensor | None:
         self.seen.add(f"attn2.{name}")
-        if self.setting is None or self.setting.strength == 0:
+        if self.call is None or self.call.setting.strength == 0:
             return None
         weight = getattr(self.delta, name).weight
         added = F.linear(context.to(self._dtype(context, weight)), weight)
-        return torch.add(output, added.to(output.dtype), alpha=self.setting.strength)
+        return torch.add(output, added.to(output.dtype), alpha=self.call.setting.strength)
 
     def _dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
         """In which dtype x meets the adapter's weights."""
         self.require_device(x, weight)
-        if torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return x.dtype
         dtype = torch.promote_types(x.dtype, weight.dtype)
         if dtype != weight.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..attention import sample_norm
 from ..checkpoint import Adapter
 from ..errors import InputError, MismatchError
 from ..sites import Site
@@ -21,6 +22,9 @@ from .blocks import ARGUMENT, argument_position, fitting_blocks
 # Our entry in ARGUMENT. What acts travels with the call: gradient checkpointing keeps a block's arguments and runs the block again
 # with them, whatever is set by then.
 ENTRY = "idadapter"
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Is told a site's number, the norm of what is added there, and the norm of what it is added to; see `Injected.observe`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,26 @@ class Setting:
 S = TypeVar("S", bound=Setting)
 
 
+class Call(Generic[S]):
+    """A call of the UNet: what acts in it, and who is told how strongly."""
+
+    def __init__(self, setting: S, observer: Observer | None):
+        self.setting = setting
+        self._observer = observer
+        self._told: set[int] = set()
+
+    def is_observed(self, site: int) -> bool:
+        """Whether somebody wants to know of a site, and has not been told: checkpointed blocks run a second time."""
+        return self._observer is not None and site not in self._told
+
+    @torch.no_grad()
+    def tell(self, site: int, added: Tensor, base: Tensor) -> None:
+        """Report what is added, (B, N, C), and what it is added to, (B, N, C)."""
+        if self._observer is not None and self.is_observed(site):
+            self._told.add(site)
+            self._observer(site, *(sample_norm(part.detach()).float().norm() for part in (added, base)))
+
+
 class Injected(ABC):
     """An adapter at work in a UNet. Made by `inject`; used in a `with`, it is ejected at the end."""
 
@@ -43,9 +67,12 @@ class Injected(ABC):
         self.unet = unet
         self.layers: Any = adapter.layers
         self.setting = self.idle
+        self._observer: Observer | None = None
         self._position = argument_position(unet)
         self._handles: list[Any] = []
-        hooks = [self._hooks(site, block) for site, block in fitting_blocks(unet, adapter).items()]
+        blocks = fitting_blocks(unet, adapter)
+        self.sites = tuple(site.index for site in blocks)
+        hooks = [self._hooks(site, block) for site, block in blocks.items()]
         # Only now that nothing can fail any more is the UNet changed.
         self._handles = [handle for some in hooks for handle in some.register()]
         self._handles.append(unet.register_forward_pre_hook(self._send, with_kwargs=True))
@@ -66,6 +93,25 @@ class Injected(ABC):
         A call keeps what was set when it began, also where gradient checkpointing repeats parts of it in the backward pass.
         """
 
+    def observe(self, observer: Observer | None) -> None:
+        """Tell `observer` how strongly the adapter acts in the calls of the UNet from now on; None, as at first: tell nobody.
+
+        It is called as `observer(site, added, base)` where an identity acts, once for each site (one of `sites`) and call of the
+        UNet, also where gradient checkpointing repeats the block in the backward pass. `added` is the norm of what the adapter
+        adds, `base` that of what it is added to, both over all rows with the identity: () fp32, without gradients and on the
+        UNet's device, for which nothing waits until they are read. For an IDAdapter that is the residual of the gate against the
+        stream y (K/V deltas do not count), for UniID the attention to the identity, with its strength, against that to the text.
+
+        Raises:
+            InputError: the adapter was ejected.
+        """
+        self._require_injected()
+        self._observer = observer
+
+    def begin(self) -> Call[Any]:
+        """A call of the UNet, with what is set now."""
+        return Call(self.setting, self._observer)
+
     @contextmanager
     def identity(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """`set_identity` for the calls inside a `with`. After it there is no identity, and the strength is 1."""
@@ -81,6 +127,7 @@ class Injected(ABC):
             handle.remove()
         self._handles.clear()
         self.setting = self.idle
+        self._observer = None
 
     def __enter__(self) -> Injected:
         return self
@@ -95,7 +142,7 @@ class Injected(ABC):
 
     def _require_injected(self) -> None:
         if not self._handles:
-            raise InputError("this adapter was ejected; inject it again before an identity is set.")
+            raise InputError("this adapter was ejected; inject it again first.")
 
     def _require_tokens(self, tokens: Tensor) -> None:
         if tokens.ndim != 3 or not tokens.is_floating_point() or not tokens.numel():
@@ -111,7 +158,7 @@ class Injected(ABC):
 
     def _send(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         given = _argument(args, kwargs, self._position)
-        return _with_argument(args, kwargs, self._position, {**given, ENTRY: self.setting})
+        return _with_argument(args, kwargs, self._position, {**given, ENTRY: self.begin()})
 
 
 class SiteHooks(ABC, Generic[S]):
@@ -122,8 +169,9 @@ class SiteHooks(ABC, Generic[S]):
     def __init__(self, injected: Injected, site: Site, block: Any):
         self.injected = injected
         self.block = block
+        self.index = site.index
         self.name = site.diffusers_module.removesuffix(".attn2")
-        self.setting: S | None = None
+        self.call: Call[S] | None = None
         self.seen: set[str] = set()
         self._position = argument_position(block)
 
@@ -147,20 +195,20 @@ class SiteHooks(ABC, Generic[S]):
     def _enter(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         given = _argument(args, kwargs, self._position)
         # A block that is called without its UNet goes by what is set now.
-        setting = given.pop(ENTRY, self.injected.setting)
+        call = given.pop(ENTRY, None) or self.injected.begin()
         x = args[0] if args else kwargs["hidden_states"]
-        if setting.rows not in (None, x.shape[0]):
+        if call.setting.rows not in (None, x.shape[0]):
             raise InputError(
-                f"the identity was set for {setting.rows} rows, but the UNet is called with {x.shape[0]}. Give one entry for each "
+                f"the identity was set for {call.setting.rows} rows, but the UNet is called with {x.shape[0]}. Give one entry for each "
                 "row of the batch as the UNet sees it (with classifier-free guidance both halves count)."
             )
-        self.setting = setting
+        self.call = call
         self.keep(x)
         self.seen.clear()
         return _with_argument(args, kwargs, self._position, given)
 
     def _leave(self, block: Any, args: tuple[Any, ...], output: Tensor | None) -> None:
-        self.setting = None
+        self.call = None
         self.keep(None)
         missing = [name for name in self.hooked if name not in self.seen]
         if missing and output is not None:  # there is none after an exception

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import decoupled_attention, prepare_keys_values
+from ..attention import add_identity, decoupled_attention, prepare_keys_values, sample_norm
 from ..errors import InputError
 from ..methods.uniid import SiteProjections, UniIDConfig
 from ..sites import Site
@@ -99,7 +99,6 @@ class _ProjectedHooks(SiteHooks[ProjectedSetting]):
 
     def __init__(self, injected: Injected, site: Site, block: Any):
         super().__init__(injected, site, block)
-        self.index = site.index
         self._query: Tensor | None = None
 
     def register_own(self) -> list[Any]:
@@ -117,10 +116,13 @@ class _ProjectedHooks(SiteHooks[ProjectedSetting]):
         self._query = query
 
     def _before_to_out(self, linear: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        setting, query = self.setting, self._query
+        call, query = self.call, self._query
         self._query = None
         self.seen.add("attn2.to_out.0")
-        if setting is None or query is None or setting.tokens is None or setting.strength is None:
+        if call is None or query is None:
+            return None
+        setting = call.setting
+        if setting.tokens is None or setting.strength is None:
             return None
         self.require_device(query, setting.tokens)
         text, *others = args
@@ -128,5 +130,12 @@ class _ProjectedHooks(SiteHooks[ProjectedSetting]):
             part.to(query.dtype) for part in self.injected.layers.project(self.index, setting.tokens)
         )
         identity = prepare_keys_values(keys, values, self.block.attn2.heads)
-        added = decoupled_attention(query, text, identity, setting.strength, normalized=setting.rescale)
-        return (added, *others)
+        if call.is_observed(self.index):
+            with torch.no_grad():
+                # Once more and alone: the difference of the sums would have lost a small one in the rounding of the text's.
+                norm = sample_norm(text) if setting.rescale else None
+                nothing = torch.zeros_like(text)
+                alone = add_identity(nothing, query, identity, setting.strength, base_norm=norm)
+                call.tell(self.index, alone, text)
+        both = decoupled_attention(query, text, identity, setting.strength, normalized=setting.rescale)
+        return (both, *others)

@@ -431,6 +431,103 @@ def test_a_wider_adapter_acts_in_a_narrow_unet(unet: Any, adapter: Adapter) -> N
     assert relative(out, want) < 0.03
 
 
+# --- observing -------------------------------------------------------------------------------------------------------
+
+
+def test_an_observer_is_told_the_norms_at_each_gate(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the rows with the identity: what the gate adds, and what it is added to."""
+    unet, adapter = diffusers_unet(kind), tiny_idadapter(CONFIGS[kind])
+    want: dict[int, tuple[float, float]] = {}
+
+    def note(number: int) -> Any:
+        residual = adapter.layers.gates[str(number)].residual
+
+        def gate(y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            added: Tensor = residual(y, *args, **kwargs)
+            want[number] = (float(added.norm()), float(y.norm()))
+            assert len(y) == 1
+            return added
+
+        return gate
+
+    injected = inject(unet, adapter)
+    for number in injected.sites:
+        monkeypatch.setattr(adapter.layers.gates[str(number)], "residual", note(number))
+    with injected.identity(tokens(), rows=torch.tensor([False, True]), strength=0.5):
+        unobserved = predict(unet, kind)
+        found = observed(injected)
+        assert torch.equal(predict(unet, kind), unobserved)
+    assert len(found) == len(want) == len(attention_sites(unet.state_dict()))
+    for number, added, base in found:
+        assert (float(added), float(base)) == pytest.approx(want[number], rel=1e-4)
+        assert float(added) > 0.01
+
+
+def observed(injected: Injected) -> list[tuple[int, Tensor, Tensor]]:
+    """What an observer is told from now on."""
+    told: list[tuple[int, Tensor, Tensor]] = []
+    injected.observe(lambda *given: told.append(given))
+    return told
+
+
+def test_an_observer_is_told_only_where_an_identity_acts_and_while_it_is_set(
+    unet: Any, adapter: Adapter
+) -> None:
+    injected = inject(unet, adapter)
+    found = observed(injected)
+    predict(unet)
+    with injected.identity(tokens(), strength=0.0):
+        predict(unet)
+    with injected.identity(tokens(), rows=torch.tensor([False, False])):
+        predict(unet)
+    assert not found
+    injected.set_identity(tokens())
+    for calls in (1, 2):
+        predict(unet)
+        assert sorted(number for number, *_ in found) == sorted(calls * injected.sites)
+    injected.observe(None)
+    predict(unet)
+    assert len(found) == 2 * len(injected.sites)
+    injected.eject()
+    with pytest.raises(InputError, match="ejected"):
+        injected.observe(None)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_checkpointed_call_is_told_once_and_learns_the_same(autocast: bool) -> None:
+    unet, adapter = diffusers_unet("sd15").train(), tiny_idadapter(CONFIGS["sd15"])
+    parameters = trainable(adapter)
+    unet.enable_gradient_checkpointing()
+    injected = inject(unet, adapter)
+    injected.set_identity(tokens(), bias())
+
+    def learn() -> dict[str, Tensor]:
+        injected.layers.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(unet)
+        loss.backward()
+        return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+    want = learn()
+    told = observed(injected)
+    found = learn()
+    assert sorted(number for number, *_ in told) == sorted(injected.sites)
+    assert all(norm.shape == () and not norm.requires_grad for _, *norms in told for norm in norms)
+    assert found.keys() == want.keys() == parameters.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_observing_waits_for_no_device(unet: Any, adapter: Adapter) -> None:
+    """On the meta device nothing can be read."""
+    injected = inject(unet.to("meta"), adapter)
+    adapter.layers.to("meta")
+    injected.set_identity(tokens(), rows=torch.tensor([True, False]))
+    told = observed(injected)
+    unet(**{name: tensor.to("meta") for name, tensor in inputs("sd15").items()})
+    assert len(told) == len(injected.sites)
+    assert all(norm.device.type == "meta" for _, *norms in told for norm in norms)
+
+
 # --- leaving ---------------------------------------------------------------------------------------------------------
 
 

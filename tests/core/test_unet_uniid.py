@@ -318,6 +318,96 @@ def test_any_part_may_be_in_half_precision(unet: Any, adapter: Adapter, narrow: 
     assert relative(out, want) < 0.03
 
 
+# --- observing -------------------------------------------------------------------------------------------------------
+
+
+def observed(injected: Injected) -> list[tuple[int, Tensor, Tensor]]:
+    """What an observer is told from now on."""
+    told: list[tuple[int, Tensor, Tensor]] = []
+    injected.observe(lambda *given: told.append(given))
+    return told
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_an_observer_is_told_the_norms_at_each_site(kind: str, rescale: bool) -> None:
+    """Of what is added to the text's attention, with its strength, and of the text's attention."""
+    unet, adapter = diffusers_unet(kind), tiny_uniid(CONFIGS[kind])
+    injected = inject(unet, adapter)
+    want: dict[int, tuple[float, float]] = {}
+    for site in attention_sites(unet.state_dict()):
+        layer = unet.get_submodule(site.diffusers_module)
+        parts: dict[str, Tensor] = {}
+        for name in ("to_q", "to_k", "to_v"):
+
+            def note(_: Any, args: Any, output: Tensor, name: str = name, parts: Any = parts) -> None:
+                parts[name] = output
+
+            layer.get_submodule(name).register_forward_hook(note)
+
+        def given(_: Any, args: Any, site: Any = site, layer: Any = layer, parts: Any = parts) -> None:
+            text = attention(parts["to_q"], parts["to_k"], parts["to_v"], layer.heads)
+            want[site.index] = (float((args[0] - text).norm()), float(text.norm()))
+
+        layer.to_out[0].register_forward_pre_hook(given)
+    with injected.identity(tokens(2, kind), torch.tensor([0.0, 0.7]), rescale):
+        unobserved = predict(unet, kind)
+        told = observed(injected)
+        assert torch.equal(predict(unet, kind), unobserved)
+    assert sorted(number for number, *_ in told) == sorted(want)
+    for number, added, base in told:
+        assert (float(added), float(base)) == pytest.approx(want[number], rel=1e-3)
+        assert float(added) > 0.01
+
+
+def test_a_small_strength_is_observed_exactly_in_half_precision(unet: Any, adapter: Adapter) -> None:
+    """The sum with the text's attention would have lost it."""
+    injected = inject(unet.to(torch.bfloat16), adapter)
+    given = {key: t.bfloat16() if t.is_floating_point() else t for key, t in inputs("sd15").items()}
+    told = observed(injected)
+    for strength in (1.0, 1e-4):
+        with injected.identity(tokens(), strength), torch.no_grad():
+            unet(**given)
+    count = len(injected.sites)
+    (first, large, _), (again, small, _) = told[0], told[count]  # the sites behind it see another stream
+    assert first == again
+    assert float(small / large) == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_a_checkpointed_call_is_told_once_and_learns_the_same() -> None:
+    told: list[tuple[int, Tensor, Tensor]] = []
+
+    def run(observe: bool) -> dict[str, Tensor]:
+        unet, adapter = diffusers_unet("sd15").train(), tiny_uniid(CONFIGS["sd15"])
+        parameters = trainable(adapter)
+        unet.enable_gradient_checkpointing()
+        injected = inject(unet, adapter)
+        injected.set_identity(tokens())
+        if observe:
+            injected.observe(lambda *given: told.append(given))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(unet)
+        loss.backward()
+        assert not told or sorted(number for number, *_ in told) == sorted(injected.sites)
+        return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+    want, found = run(observe=False), run(observe=True)
+    assert told
+    assert all(norm.shape == () and not norm.requires_grad for _, *norms in told for norm in norms)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_observing_waits_for_no_device(unet: Any, adapter: Adapter) -> None:
+    """On the meta device nothing can be read."""
+    injected = inject(unet.to("meta"), adapter)
+    adapter.layers.to("meta")
+    injected.set_identity(tokens(), torch.tensor([0.5, 1.0]), rescale=True)
+    told = observed(injected)
+    unet(**{name: tensor.to("meta") for name, tensor in inputs("sd15").items()})
+    assert len(told) == len(injected.sites)
+    assert all(norm.device.type == "meta" for _, *norms in told for norm in norms)
+
+
 # --- leaving ---------------------------------------------------------------------------------------------------------
 
 

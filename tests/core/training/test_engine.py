@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,13 +20,14 @@ import torch
 from safetensors.torch import load_file
 
 from idadapter_core.errors import CheckpointError, ConfigError, InputError, TrainingError
+from idadapter_core.methods.idadapter import GatedAdapter
 from idadapter_core.training import checkpoints as checkpoint_files, engine
-from idadapter_core.training.checkpoints import ADAPTER, EMA, checkpoints, latest
+from idadapter_core.training.checkpoints import ADAPTER, EMA, OPTIMIZER, checkpoints, latest
 from idadapter_core.training.config import config_toml
 from idadapter_core.training.engine import STOPPED, train
 from idadapter_core.training.logs import read_log
 from tests.harness.shim import shim_path
-from tests.tiny.toy import Toy
+from tests.tiny.toy import TEST_PERSON, Toy
 
 ROOT = Path(__file__).resolve().parents[3]
 METHODS = {
@@ -136,7 +137,10 @@ def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     assert largest_difference(weights(tmp_path / "alone"), weights(tmp_path / "two")) < 1e-6
     logs = read_log(tmp_path / "alone"), read_log(tmp_path / "two")
-    assert [line["loss"] for line in logs[0]] == pytest.approx([line["loss"] for line in logs[1]], rel=1e-4)
+    for number in ("loss", "gradient_norm"):
+        assert [line[number] for line in logs[0]] == pytest.approx(
+            [line[number] for line in logs[1]], rel=1e-4
+        )
 
 
 def test_micro_batches_learn_what_a_batch_does(toy: Toy, tmp_path: Path) -> None:
@@ -145,17 +149,38 @@ def test_micro_batches_learn_what_a_batch_does(toy: Toy, tmp_path: Path) -> None
     assert largest_difference(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-6
 
 
-def test_sigterm_writes_a_checkpoint_and_leaves(toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
+def test_sigterm_writes_a_checkpoint_and_leaves(
+    toy: Toy, tmp_path: Path, processes: int, workers: int
+) -> None:
+    """Sent to all of a run's processes, as a cluster does it, or to the launcher alone."""
     run = tmp_path / "run"
-    process = Process(toy, run, train={"steps": 100_000})
+    process = Process(toy, run, processes=processes, train={"steps": 100_000}, data={"workers": workers})
     wait_for(lambda: len(read_log(run)) >= 2, process)
-    process.process.send_signal(signal.SIGTERM)
+    for member in process.family()[: None if processes == 1 else 1]:
+        member.terminate()
     code, output = process.wait()
-    assert code == STOPPED, output
+    assert code == STOPPED if processes == 1 else code != 0, output  # the launcher has exit codes of its own
     found = latest(run)
-    assert found is not None
+    assert found is not None, output
     assert found.step == read_log(run)[-1]["step"]
-    assert "checkpoint" in output
+    assert "the checkpoint is written" in output
+
+
+def test_one_of_two_processes_fails(toy: Toy, tmp_path: Path) -> None:
+    """A photo that only one of them cannot read: both leave, the steps before it are in a checkpoint, and the message is plain."""
+    copy = Toy(tmp_path / "toy", toy.kind)
+    shutil.copytree(toy.folder, copy.folder)
+    photos = sorted((copy.folder / "photos").rglob("*.png"))
+    photos[3].write_bytes(b"")
+    run = tmp_path / "run"
+    code, output = Process(copy, run, processes=2, train={"steps": 100_000, "batch": 2, "seed": 1}).wait()
+    assert code != 0
+    assert f"{photos[3].parent.name}/{photos[3].name}" in output
+    assert "another process failed" in output
+    found = latest(run)
+    done = len(read_log(run))
+    assert (found.step if found else 0) == done > 0
 
 
 def test_one_process_dies(toy: Toy, tmp_path: Path) -> None:
@@ -174,19 +199,19 @@ def test_one_process_dies(toy: Toy, tmp_path: Path) -> None:
     assert latest(run).step == found.step + 1  # type: ignore[union-attr]
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(
-    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(toy: Toy, tmp_path: Path) -> None:
+    """The system lets no file grow beyond what the adapter needs, so the write fails half-way."""
     train(toy.config(tmp_path, train={"steps": 2}))
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left.*free some space and resume"):
-        train(toy.config(tmp_path, train={"steps": 3}), resume="auto")
-    monkeypatch.undo()
-    assert [c.step for c in checkpoints(tmp_path)] == [2]
+    size = (checkpoints(tmp_path)[0].path / ADAPTER).stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 4096, before[1]))
+    try:
+        with pytest.raises(
+            CheckpointError, match="earlier checkpoints are untouched; free some space and resume"
+        ):
+            train(toy.config(tmp_path, train={"steps": 3}), resume="auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert {p.name for p in (tmp_path / checkpoint_files.FOLDER).iterdir()} == {"step-00000002"}
     assert train(toy.config(tmp_path, train={"steps": 3}), resume="auto") == 0
 
@@ -266,24 +291,57 @@ def test_a_photo_that_broke_after_the_scan(toy: Toy, tmp_path: Path, workers: in
     assert train(copy.config(run, **settings), resume="auto") == 0
 
 
+def test_a_test_photo_that_broke_loses_no_step(toy: Toy, tmp_path: Path) -> None:
+    copy = Toy(tmp_path / "toy", toy.kind)
+    shutil.copytree(toy.folder, copy.folder)
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"train": {"steps": 3}, "output": {"validate_every": 3, "validate_samples": 4}}
+    assert train(copy.config(run, **{**settings, "train": {"steps": 1}})) == 0
+    next((copy.folder / "photos" / TEST_PERSON).glob("*.png")).write_bytes(b"")
+    with pytest.raises(InputError, match=TEST_PERSON):
+        train(copy.config(run, **settings), resume="auto")
+    assert [c.step for c in checkpoints(run)] == [1, 3]
+
+
 def test_refusals(toy: Toy, tmp_path: Path) -> None:
-    train(toy.config(tmp_path, train={"steps": 1}))
+    train(toy.config(tmp_path, train={"steps": 2}))
     with pytest.raises(ConfigError, match="holds a run already.*--resume auto"):
         train(toy.config(tmp_path))
+    changes: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.5, "steps": 3}
     with pytest.raises(ConfigError, match="settings changed.*lr = 0.0001.*--allow-config-change"):
-        train(toy.config(tmp_path, train={"lr": 1e-5}), resume="auto")
-    assert (
-        train(toy.config(tmp_path, train={"lr": 1e-5, "steps": 2}), resume="auto", allow_config_change=True)
-        == 0
-    )
+        train(toy.config(tmp_path, train=changes), resume="auto")
+    assert train(toy.config(tmp_path, train=changes), resume="auto", allow_config_change=True) == 0
+    (group,) = torch.load(checkpoints(tmp_path)[-1].path / OPTIMIZER, weights_only=True)["param_groups"]
+    assert (group["lr"], group["weight_decay"]) == (1e-5, 0.5)
+    with pytest.raises(ConfigError, match="settings changed"):  # a cosine ends where the run does
+        train(toy.config(tmp_path, train={**changes, "schedule": "cosine", "steps": 4}), resume="auto")
     with pytest.raises(ConfigError, match="train.batch is 4.*a multiple of 3"):
         train(toy.config(tmp_path / "other", train={"accumulate": 3}))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file; name the folder"):
+        train(toy.config(tmp_path / "file"))
+
+
+def test_a_run_that_is_done_says_so(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(toy.config(tmp_path, train={"steps": 1}))
+    assert train(toy.config(tmp_path, train={"steps": 1}), resume="auto") == 0
+    assert "all 1 steps are done; raise train.steps" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(toy: Toy, tmp_path: Path) -> None:
+    train(toy.config(tmp_path, train={"steps": 1}))
+    (checkpoints(tmp_path)[0].path / OPTIMIZER).write_bytes(b"no archive")
+    with pytest.raises(CheckpointError, match="step-00000001.*the optimiser's state cannot be read"):
+        train(toy.config(tmp_path, train={"steps": 2}), resume="auto")
 
 
 def test_more_steps_and_other_outputs_are_the_same_run(toy: Toy, tmp_path: Path) -> None:
+    """And the same data and models in another folder."""
     train(toy.config(tmp_path, train={"steps": 1}))
+    moved = Toy(tmp_path / "moved", toy.kind)
+    shutil.copytree(toy.folder, moved.folder)
     settings = {"train": {"steps": 2}, "data": {"workers": 1}, "output": {"log_every": 2}}
-    assert train(toy.config(tmp_path, **settings), resume="auto") == 0
+    assert train(moved.config(tmp_path, **settings), resume="auto") == 0
 
 
 def test_what_a_run_tells(toy: Toy, tmp_path: Path) -> None:
@@ -310,6 +368,9 @@ def test_what_a_run_tells(toy: Toy, tmp_path: Path) -> None:
     assert 0 < last["identity"]["share"] <= 1
     assert -1 <= last["identity"]["cosine"] <= 1
     assert any(abs(value) > 1e-3 for pair in last["gates"].values() for value in pair)
+    assert last["norm_ratios"].keys() == last["gates"].keys()
+    assert all(ratio > 0 for ratio in last["norm_ratios"].values())
+    assert last["loss"] > last["denoising"] > 0
     assert steps[0]["gradient_norm"] > 0
     assert list((run / "tensorboard").iterdir())
     assert (run / "samples" / "step-00000004.png").is_file()
@@ -318,14 +379,21 @@ def test_what_a_run_tells(toy: Toy, tmp_path: Path) -> None:
     assert facts["data"]["test"] == 4
 
 
-def test_bf16_and_gradient_checkpointing(toy: Toy, tmp_path: Path) -> None:
+def test_bf16_and_gradient_checkpointing(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masters stay fp32, and what is recomputed is what was computed."""
+    calls: list[int] = []
+    project = GatedAdapter.project
+    monkeypatch.setattr(GatedAdapter, "project", lambda *args: calls.append(1) or project(*args))
+    counts = {}
     for name, settings in {
         "plain": {},
         "checkpointing": {"checkpointing": True},
         "bf16": {"precision": "bf16"},
     }.items():
+        calls.clear()
         train(toy.config(tmp_path / name, train=settings))
+        counts[name] = len(calls)
+    assert counts["checkpointing"] == 2 * counts["plain"]
     plain = weights(tmp_path / "plain")
     assert largest_difference(plain, weights(tmp_path / "checkpointing")) < 1e-6
     narrow = weights(tmp_path / "bf16")
@@ -333,3 +401,11 @@ def test_bf16_and_gradient_checkpointing(toy: Toy, tmp_path: Path) -> None:
     assert 0 < largest_difference(plain, narrow) < 1e-3
     losses = [read_log(tmp_path / name)[0]["loss"] for name in ("plain", "bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("loss", [{"gate": "detector", "align": "detector"}, {"min_snr": 5.0}])
+def test_sdxl_with_the_papers_gate_and_with_min_snr(
+    toy_sdxl: Toy, tmp_path: Path, loss: dict[str, Any]
+) -> None:
+    assert train(toy_sdxl.config(tmp_path, loss=loss, train={"steps": 2, "batch": 2})) == 0
+    assert all(0 < line["loss"] < 10 for line in read_log(tmp_path))

@@ -86,12 +86,12 @@ def test_descending_it_raises_the_cosine(recognizer: IResNet) -> None:
     points = landmarks(1.5, 0.1)[None]
     wanted, _ = recognizer(align_faces(person.movedim(-1, 0)[None], points + 150))
     image = picture().requires_grad_()
-    before = identity_cosines(image, points, wanted, recognizer)
+    before = identity_cosines(align_faces(image, points), wanted, recognizer)
     optimizer = torch.optim.Adam([image], lr=0.02)
     for _ in range(12):
         optimizer.zero_grad()
-        loss = 1 - identity_cosines(image, points, wanted, recognizer)
+        loss = 1 - identity_cosines(align_faces(image, points), wanted, recognizer)
         loss.sum().backward()
         optimizer.step()
-    after = identity_cosines(image, points, wanted, recognizer)
+    after = identity_cosines(align_faces(image, points), wanted, recognizer)
     assert after > before + 0.05

@@ -1,0 +1,563 @@
+"""How fast samples get through a training step: with the cache, without it, and as UniID's published trainer works.
+
+    python -m benchmarks.training_throughput                # tiny models: all ways through the same step
+    python -m benchmarks.training_throughput --real         # and what each part costs at its real size
+
+Four ways to make a batch, all for a UniID adapter on a tiny SDXL, drawn photos of 512 px and the tiny face package:
+
+- cached: latents and features come from the cache;
+- uncached: the loader decodes and cuts out, the face network and the VAE run in each step;
+- published: the data loader decodes, detects at 640 px, aligns and squashes the photo to a square at every visit; the face network,
+  the VAE and the text encoders, for every prompt of the batch, run in each step (lyuPang/UniID@41cd236, load_data.py and
+  train_uniid.py; written anew here);
+- published, ladder: the same with our detector's sizes from 640 down to 128 px, which finds the faces that 640 px alone misses.
+
+Everything runs in one process on one thread, so its CPU time is exact whatever else the machine does. Rounds take turns, and
+medians over rounds are shown. Tiny models distort shares: `--real` measures the parts that a CPU can run at their real size, with
+random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything reads it
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from benchmarks import training_cost as cost
+from idadapter_core.data.index import Index, Row, read_index, write_index
+from idadapter_core.data.scan import scan
+from idadapter_core.data.sources import list_photos
+from idadapter_core.data.split import SplitSettings
+from idadapter_core.faces.align import align_face
+from idadapter_core.faces.detector import FaceAnalyzer, open_analyzer, select_faces
+from idadapter_core.faces.features import crops_to_tensor
+from idadapter_core.faces.images import Image
+from idadapter_core.faces.iresnet import IRESNET100_LAYERS, IResNet, save_iresnet
+from idadapter_core.files import write_safetensors
+from idadapter_core.training.adapters import trainable
+from idadapter_core.training.bundle import Bundle
+from idadapter_core.training.cache import KEYS, PART, Cache, Folder, build, kinds
+from idadapter_core.training.config import RunConfig, parse_config
+from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
+from idadapter_core.training.randomness import positions
+from idadapter_core.training.samples import Batch, Photo, Samples, join, photo_pictures, target_picture
+from idadapter_core.training.text import Conditioning
+from tests.golden import recipe
+from tests.harness.shim import run_shim
+from tests.tiny.bases import write_diffusers_base
+from tests.tiny.face_package import write_package
+from tests.tiny.people import write_people
+
+PEOPLE, PHOTOS, SIZE, RESOLUTION = 6, 4, 512, 64
+BATCH, STEPS = 4, 2  # samples of a step; steps of a round
+DECODE, DETECT, CUT, READ, DRAW = "decode", "detect", "align, cut out", "read the cache", "draw, join"
+RECOGNISE, ENCODE, TEXT = "recognise", "VAE encode", "text encoders"
+LEARN, UPDATE = "UNet and adapter, forward and backward", "optimizer"
+PARTS = (DECODE, DETECT, CUT, READ, DRAW, RECOGNISE, ENCODE, TEXT, LEARN, UPDATE)
+
+
+class Clock:
+    """CPU time by part. Of nested parts the inner one counts."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._open: list[str] = []
+        self._since = time.process_time()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._pass()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._pass()
+            self._open.pop()
+
+    def _pass(self) -> None:
+        now = time.process_time()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+CLOCK = Clock()
+
+
+# ------------------------------------------------------------------------------------------------------ ways
+
+
+class TimedIndex(Index):
+    def load(self, row: Row) -> Image:
+        with CLOCK.part(DECODE):
+            return super().load(row)
+
+
+class TimedStore:
+    def __init__(self, store: Cache) -> None:
+        self._store = store
+
+    def latents(self, row: Row, mirrored: bool) -> Tensor:
+        with CLOCK.part(READ):
+            return self._store.latents(row, mirrored)
+
+    def photo(self, photo: Photo) -> Mapping[str, Tensor]:
+        with CLOCK.part(READ):
+            return self._store.photo(photo)
+
+
+class PublishedSamples:
+    """What UniID's data loader does for a sample. Its faults are left out where they cost nothing."""
+
+    def __init__(self, index: Index, rows: Sequence[Row], analyzer: FaceAnalyzer, timesteps: int) -> None:
+        self._index, self._rows, self._analyzer, self._timesteps = index, rows, analyzer, timesteps
+        self.visits = self.missed = 0
+
+    def sample(self, epoch: int, number: int) -> dict[str, Any]:
+        self.visits += 1
+        row = self._rows[number]
+        with CLOCK.part(DECODE):
+            image = np.asarray(PILImage.open(self._index.root / row.source).convert("RGB"))
+        with CLOCK.part(DETECT):
+            faces = self._analyzer.detect(image)
+        with CLOCK.part(CUT):
+            picture = _resized(image, RESOLUTION)
+            noun = "person"
+            if faces:
+                face = select_faces(faces)[0]
+                crop = align_face(image, face.landmarks)
+                noun = "man" if face.sex == "M" else "woman"
+            else:
+                self.missed += 1
+                crop = _resized(image, 112)
+        shape = (4, RESOLUTION // 8, RESOLUTION // 8)
+        return {
+            "rows": row.number,
+            "sources": row.source,
+            "prompts": f"a photo of a {noun}",
+            "class_nouns": noun,
+            "identity": torch.rand(()) >= 0.1,
+            "timesteps": torch.randint(self._timesteps, ()),
+            "noise": torch.randn(shape),
+            "posterior": torch.randn(shape),
+            "landmarks": torch.zeros(5, 2),  # for L_id alone, which UniID has not
+            "sizes": torch.tensor([*map(float, image.shape[:2]), 0.0, 0.0, RESOLUTION, RESOLUTION]),
+            "pictures": crops_to_tensor([picture])[0],
+            "crops": crops_to_tensor([crop]),
+        }
+
+
+def _resized(image: Image, side: int) -> Image:
+    return np.asarray(PILImage.fromarray(image).resize((side, side), PILImage.Resampling.BILINEAR))
+
+
+@dataclass
+class Way:
+    """A way to make batches, and what was measured of it."""
+
+    name: str
+    source: Samples | PublishedSamples
+    encodes_text: bool = False  # in each step, every prompt
+    draws: str = DRAW  # the part that a sample's time belongs to where nothing in it has its own
+    wall: list[float] = field(default_factory=list)  # seconds for a sample, by round
+    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # CPU seconds, the same
+
+    @property
+    def cpu(self) -> list[float]:
+        return [sum(values) for values in zip(*(self.parts[name] for name in PARTS), strict=True)]
+
+
+class World:
+    """The photos, the models and the step that all ways share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _write_world(folder)
+        self.parts: Parts = load_parts(self.config)
+        if sum(build(self.parts, self.config).values()) == 0:
+            raise SystemExit("nothing was written to the cache")
+        adapter = prepare_adapter(self.config, self.parts)
+        parameters = trainable(adapter)
+        self.bundle = Bundle(self.parts.base, adapter, self.parts.networks, self.config)
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=1e-5, fused=True)
+
+    def ways(self) -> list[Way]:
+        index, rows = self.parts.index, self.parts.train_rows
+        timed = TimedIndex(*(getattr(index, entry.name) for entry in fields(index)))
+        steps = self.parts.base.schedule.steps
+        store = TimedStore(Cache(Path(self.config.data.cache), kinds(self.parts, self.config)))
+        package = Path(self.config.base.face_package)
+        ladder, alone = (open_analyzer(package, "cpu", threads=1) for _ in range(2))
+        alone._sizes, alone._padded_sizes = [(640, 640)], []
+        return [
+            Way("cached", Samples(timed, rows, self.config, steps, store)),
+            Way("uncached", Samples(timed, rows, self.config, steps), draws=CUT),
+            Way("published", PublishedSamples(index, rows, alone, steps), encodes_text=True),
+            Way("published, ladder", PublishedSamples(index, rows, ladder, steps), encodes_text=True),
+        ]
+
+    def learn(self, way: Way, keys: Sequence[tuple[int, int]]) -> None:
+        """One step of a way."""
+        batch = self.batch(way, keys)
+        with CLOCK.part(LEARN):
+            self.bundle(batch)["loss"].backward()
+        with CLOCK.part(UPDATE):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def batch(self, way: Way, keys: Sequence[tuple[int, int]]) -> Batch:
+        """All that a step needs, however the way comes by it."""
+        with CLOCK.part(way.draws):
+            samples = [way.source.sample(*key) for key in keys]
+        with CLOCK.part(DRAW):
+            batch = join(samples).to("cpu")
+        with CLOCK.part(RECOGNISE):
+            batch = self.bundle.complete(batch)
+        if batch.moments is None:
+            assert batch.pictures is not None
+            with CLOCK.part(ENCODE):
+                batch = replace(batch, moments=self.parts.base.vae.moments(batch.pictures))
+        if way.encodes_text:
+            with CLOCK.part(TEXT):
+                self._encode_all(batch)
+        return batch
+
+    @torch.no_grad()
+    def _encode_all(self, batch: Batch) -> None:
+        """Every prompt through the text encoders, whether it was seen before or not."""
+        made = self.parts.base.text.encode(batch.prompts)
+        for number, prompt in enumerate(batch.prompts):
+            pooled = None if made.pooled is None else made.pooled[number : number + 1]
+            self.bundle._states[prompt] = Conditioning(made.states[number : number + 1], pooled)
+
+
+def _write_world(folder: Path) -> RunConfig:
+    write_people(folder / "photos", PEOPLE, PHOTOS, SIZE)
+    write_package(folder / "package")
+    write_diffusers_base(folder / "base", "sdxl")
+    network = IResNet((1, 1, 1, 1))
+    recipe.fill(network, 0, "iresnet.")
+    save_iresnet(network, folder / "recognizer.safetensors")
+    scan(
+        list_photos(folder / "photos"),
+        folder / "index.jsonl",
+        package=folder / "package",
+        split=SplitSettings(share=0),
+    )
+    content = {
+        "base": {
+            "path": str(folder / "base"),
+            "family": "sdxl",
+            "recognizer": str(folder / "recognizer.safetensors"),
+            "face_package": str(folder / "package"),
+        },
+        "data": {
+            "index": str(folder / "index.jsonl"),
+            "cache": str(folder / "cache"),
+            "resolution": RESOLUTION,
+            "flip": False,
+            "workers": 0,
+        },
+        "adapter": {"method": "uniid"},
+        "loss": {"identity": 0.0},
+        "train": {"drop_identity": 0.1, "drop_text": 0.0, "drop_both": 0.0},
+    }
+    return parse_config(RunConfig, content)
+
+
+# ------------------------------------------------------------------------------------------------------ tiny models
+
+
+def measure(world: World, ways: Sequence[Way], rounds: int) -> None:
+    count = len(world.parts.train_rows)
+    for number in range(rounds + 1):
+        keys = positions(0, number * STEPS * BATCH, (number + 1) * STEPS * BATCH, count)
+        for way in random.Random(number).sample(ways, len(ways)):
+            CLOCK.seconds.clear()
+            started = time.perf_counter()
+            for first in range(0, len(keys), BATCH):
+                world.learn(way, keys[first : first + BATCH])
+            if number:  # the first round warms up
+                way.wall.append((time.perf_counter() - started) / len(keys))
+                for name in PARTS:
+                    way.parts[name].append(CLOCK.seconds[name] / len(keys))
+
+
+def require_alike(world: World, cached: Way, uncached: Way) -> None:
+    """Both of our ways must learn the same; the cache is in half precision."""
+    keys = positions(0, 0, BATCH, len(world.parts.train_rows))
+    with torch.no_grad():
+        losses = [float(world.bundle(world.batch(way, keys))["loss"]) for way in (cached, uncached)]
+    if abs(losses[0] - losses[1]) > 0.01 * abs(losses[1]):
+        raise SystemExit(f"with the cache the loss is {losses[0]:.4f}, without it {losses[1]:.4f}")
+
+
+def report(ways: Sequence[Way], rounds: int) -> None:
+    published = next(way for way in ways if way.name == "published")
+    print(f"\nTiny models, {rounds} rounds of {STEPS} steps of {BATCH} samples, one thread; medians.\n")
+    print("| way | samples/s | samples per CPU second | times the published way | largest part |")
+    print("|---|---|---|---|---|")
+    for way in ways:
+        ratio = statistics.median(theirs / own for theirs, own in zip(published.cpu, way.cpu, strict=True))
+        largest = max(PARTS, key=lambda name: statistics.median(way.parts[name]))
+        share = statistics.median(
+            part / whole for part, whole in zip(way.parts[largest], way.cpu, strict=True)
+        )
+        print(
+            f"| {way.name} | {1 / statistics.median(way.wall):.1f} | {1 / statistics.median(way.cpu):.1f} | {ratio:.2f} | "
+            f"{largest}, {cost.percent(share)} |"
+        )
+    saved = statistics.median(
+        1 - ours / theirs for ours, theirs in zip(ways[0].cpu, published.cpu, strict=True)
+    )
+    first, second = sorted(PARTS, key=lambda name: -statistics.median(published.parts[name]))[:2]
+    both = zip(published.parts[first], published.parts[second], published.cpu, strict=True)
+    share = statistics.median((one + other) / whole for one, other, whole in both)
+    print(
+        f"\nThe published way: {first} and {second} dominate, with {cost.percent(share)} of the time; the cache saves {cost.percent(saved)} of it."
+    )
+    print("\nCPU ms for a sample\n")
+    print(f"| part | {' | '.join(way.name for way in ways)} |")
+    print(f"|---{'|---' * len(ways)}|")
+    for name in PARTS:
+        cells = [f"{1e3 * statistics.median(way.parts[name]):.2f}" for way in ways]
+        print(f"| {name} | {' | '.join(cells)} |")
+    cells = [f"{1e3 * statistics.median(way.cpu):.2f}" for way in ways]
+    print(f"| all | {' | '.join(cells)} |")
+    for way in ways:
+        if isinstance(way.source, PublishedSamples):
+            print(f"\n{way.name}: no face in {way.source.missed} of {way.source.visits} visits")
+
+
+# ------------------------------------------------------------------------------------------------------ real sizes
+
+
+@dataclass(frozen=True)
+class Real:
+    """A part at its real size."""
+
+    name: str
+    seconds: float  # CPU, of one core
+    needs: Mapping[str, int]  # how often a sample needs it, by way
+
+
+UNIID, IDADAPTER = "UniID", "IDAdapter, N = 4"
+STEP = "forward and backward"
+DETECTOR = 27e9  # operations: published as 10 G multiplications with addition at 640 x 480
+_EACH_PHOTO = {f"{UNIID}, uncached": 1, f"{UNIID}, published": 1, f"{IDADAPTER}, uncached": 5}
+
+
+def real_parts(folder: Path, rounds: int) -> list[Real]:
+    """Parts that a CPU can run at the size of a real recipe. A few minutes."""
+    return [*_loader_parts(folder, rounds), *_network_parts(rounds)]
+
+
+def _loader_parts(folder: Path, rounds: int) -> Iterator[Real]:
+    photo = _write_photo(folder / "photo.jpg")
+    image = _decoded(photo)
+    row = Row(
+        0,
+        photo.name,
+        width=1024,
+        height=1024,
+        box=(300.0, 250.0, 720.0, 800.0),
+        landmarks=((400.0, 430.0), (620.0, 430.0), (510.0, 560.0), (420.0, 680.0), (600.0, 680.0)),
+    )
+    analyzer = open_analyzer(folder / "package", "cpu", threads=1)
+    analyzer._sizes, analyzer._padded_sizes = [(640, 640)], []
+    read = _real_cache(folder / "real_cache")
+    yield Real(
+        "read latents and features from the cache (UniID, 512 px)",
+        _seconds(read, 10 * rounds),
+        {f"{UNIID}, cached": 1},
+    )
+    yield Real("decode a JPEG of 1024 x 1024", _seconds(lambda: _decoded(photo), rounds), _EACH_PHOTO)
+    yield Real(
+        "cut out the face and the picture of 512 px",
+        _seconds(lambda: (photo_pictures(image, Photo(row)), target_picture(image, row, 512, False)), rounds),
+        _EACH_PHOTO,
+    )
+    yield Real(
+        "detect at 640 px with the tiny detector: the way around a real one, which is below",
+        _seconds(lambda: analyzer.detect(image), rounds),
+        {f"{UNIID}, published": 1},
+    )
+
+
+def _network_parts(rounds: int) -> Iterator[Real]:
+    face = _random(IResNet(IRESNET100_LAYERS))
+    pixels = torch.randn(1, 3, 112, 112)
+    yield Real("IResNet-100 on a face", _seconds(lambda: face(pixels), rounds), _EACH_PHOTO)
+    vision = _random(cost.vision())
+    head = torch.randn(1, 3, 224, 224)
+    yield Real(
+        "CLIP ViT-L/14 on a head",
+        _seconds(lambda: vision(pixel_values=head), rounds),
+        {f"{IDADAPTER}, uncached": 4},
+    )
+    vae = _random(cost.autoencoder())
+    picture = torch.randn(1, 3, 512, 512)
+    encode = _seconds(lambda: vae.encode(picture), 1)
+    yield Real(
+        "VAE encode at 512 px",
+        encode,
+        {f"{UNIID}, uncached": 1, f"{UNIID}, published": 1, f"{IDADAPTER}, uncached": 1},
+    )
+    encoders, ids = _random(cost.text_encoders("sdxl")).models, torch.zeros(1, 77, dtype=torch.long)
+    yield Real(
+        "SDXL's text encoders on a prompt",
+        _seconds(lambda: [model(input_ids=ids) for model in encoders.values()], 1),
+        {f"{UNIID}, published": 1},
+    )
+    speed = cost.encode(512) / encode
+    note = f"not run: its operations at the VAE's {speed / 1e9:.0f} G/s"
+    yield Real(f"SCRFD-10G at 640 px ({note})", DETECTOR / speed, {f"{UNIID}, published": 1})
+    for name, run, ways in (
+        (UNIID, cost.RECIPES[7], ("cached", "uncached", "published")),
+        (IDADAPTER, cost.RECIPES[1], ("cached", "uncached")),
+    ):
+        count = cost.counted(run)
+        total = count.total - count.again + cost.identity_term(run, cost.EYES["CelebA-HQ and FFHQ"])
+        yield Real(f"{STEP}: {run.name} ({note})", total / speed, {f"{name}, {way}": 1 for way in ways})
+
+
+def report_real(parts: Sequence[Real]) -> None:
+    ways = [f"{UNIID}, {way}" for way in ("cached", "uncached", "published")]
+    ways += [f"{IDADAPTER}, {way}" for way in ("cached", "uncached")]
+    print("\nReal sizes, random weights: CPU seconds on one core, and how often a sample needs them\n")
+    print(f"| part | seconds | {' | '.join(ways)} |")
+    print(f"|---|---{'|---' * len(ways)}|")
+    for part in parts:
+        cells = [f"{part.needs.get(way, '')}" for way in ways]
+        print(f"| {part.name} | {part.seconds:.4f} | {' | '.join(cells)} |")
+    step = [sum(p.seconds * p.needs.get(way, 0) for p in parts if p.name.startswith(STEP)) for way in ways]
+    whole = [sum(p.seconds * p.needs.get(way, 0) for p in parts) for way in ways]
+    cells = [f"{all_ - own:.3f}" for all_, own in zip(whole, step, strict=True)]
+    print(f"| seconds for a sample, beside its {STEP} | | {' | '.join(cells)} |")
+    cells = [cost.percent(1 - own / all_) for all_, own in zip(whole, step, strict=True)]
+    print(f"| share of all | | {' | '.join(cells)} |")
+
+
+def _seconds(function: Callable[[], object], repeats: int) -> float:
+    """Median CPU time of a call, after one that warms up."""
+    times = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            started = time.process_time()
+            function()
+            times.append(time.process_time() - started)
+    return statistics.median(times[1:])
+
+
+def _random(network: Any) -> Any:
+    """A copy of a network on the CPU, with some weights: which ones makes no difference to the time."""
+    network = copy.deepcopy(network)
+    if next(network.parameters()).is_meta:
+        network = network.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.uniform_(0.01, 0.02) if tensor.is_floating_point() else tensor.zero_()
+    return network.eval()
+
+
+def _decoded(photo: Path) -> Image:
+    return np.asarray(PILImage.open(photo).convert("RGB"))
+
+
+def _write_photo(path: Path) -> Path:
+    """A photo of a megapixel with as much detail as photos have: soft shapes and a little noise."""
+    rng = np.random.default_rng(0)
+    small = PILImage.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
+    soft = np.asarray(small.resize((1024, 1024), PILImage.Resampling.BICUBIC), np.float32)
+    noisy = (soft + rng.normal(0, 4, soft.shape)).clip(0, 255).astype(np.uint8)
+    PILImage.fromarray(noisy).save(path, quality=92)
+    return path
+
+
+def _real_cache(folder: Path) -> Callable[[], list[Tensor]]:
+    """What reads the latents and the features of a random photo, from parts as large as those of a run at 512 px."""
+    kinds_of_tensors: dict[str, dict[str, tuple[int, ...]]] = {
+        "latents": {"moments": (8, 64, 64)},
+        "photos": {
+            **{f"stage_{n}": (width, 16, 16) for n, width in enumerate((64, 128, 256), start=1)},
+            "stage_4": (512, 7, 7),
+            "embedding": (512,),
+        },
+    }
+    keys = [f"{number:032x}" for number in range(PART)]
+    folders = []
+    for kind, shapes in kinds_of_tensors.items():
+        content = {name: torch.randn(PART, *shape) for name, shape in shapes.items()}
+        content = {name: t if name == "embedding" else t.half() for name, t in content.items()}
+        (folder / kind).mkdir(parents=True)
+        write_safetensors(content, {KEYS: json.dumps(keys)}, folder / kind / f"part-{keys[0]}.safetensors")
+        folders.append(Folder(folder / kind))
+    order = random.Random(0)
+
+    def read() -> list[Tensor]:
+        return [tensor.float() for stored in folders for tensor in stored.read(order.choice(keys)).values()]
+
+    return read
+
+
+def report_start(world: World, count: int = 20_000) -> None:
+    """What every process of a run does before its first step, for a photo."""
+    path = world.folder / "many.jsonl"
+    write_index(path, world.folder, cost.usual_rows(count), torch.zeros(count, 512), {})
+    index = read_index(path)
+    parts = replace(world.parts, index=index, train_rows=index.rows, test_rows=())
+    reading = _seconds(lambda: read_index(path), 3) / count
+    keys = _seconds(lambda: kinds(parts, world.config), 3) / count
+    print(
+        f"\nBefore the first step, for a photo: {1e6 * reading:.0f} CPU µs to read its row of the index, {1e6 * keys:.0f} µs for "
+        "the names of its entries in the cache."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--real", action="store_true", help="also parts at real size; several minutes")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    run_shim()
+    import cv2
+
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        world = World(folder)
+        ways = world.ways()
+        require_alike(world, ways[0], ways[1])
+        measure(world, ways, options.rounds)
+        print(f"torch {torch.__version__}, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
+        report(ways, options.rounds)
+        if options.real:
+            report_real(real_parts(folder, min(options.rounds, 5)))
+            report_start(world)
+
+
+if __name__ == "__main__":
+    main()
