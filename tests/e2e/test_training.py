@@ -105,8 +105,8 @@ def from_server(server: ComfyServer, graph: Any, nodes: dict[str, Any], base: An
     newest = max((server.output_dir).rglob("trained*.latent"), key=lambda path: path.stat().st_mtime)
     latents = load_file(newest)["latent_tensor"] * 0.18215
     decoded = ((base.vae.decode(latents)[0] + 1) / 2).clamp(0, 1).detach().movedim(0, -1).numpy()
-    # What the nodes decode and save is the same picture, in levels.
-    assert np.abs(saved - decoded * 255).max() < 0.6
+    # What the nodes decode and save is the same picture, in levels: ComfyUI rounds down.
+    assert np.abs(saved - decoded * 255).max() < 1.01
     return np.asarray(decoded)
 
 

@@ -185,7 +185,8 @@ def test_a_build_that_was_cut_off_goes_on(
     built: RunConfig, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two parts; and after a part was lost. What is there is not computed again."""
-    monkeypatch.setattr(caches, "BATCH", 2)
+    monkeypatch.setattr(caches, "_FACES", 2)
+    monkeypatch.setattr(caches, "_PIXELS", 2 * 64**2)
     monkeypatch.setattr(caches, "PART", 2)
     config = dataclasses.replace(built, data=dataclasses.replace(built.data, cache=str(tmp_path / "cache")))
 
