@@ -29,6 +29,7 @@ from idadapter_core.training.samples import Batch, Photo, Samples, join, photo_t
 from idadapter_core.training.text import LENGTH, insert_tokens
 from idadapter_core.unet import inject
 from tests.golden import recipe
+from tests.tiny.acting import acting
 from tests.tiny.bases import diffusers_base
 from tests.tiny.face_package import MarkedFace, synthesize
 from tests.tiny.toy import Toy
@@ -110,12 +111,9 @@ def fresh(parts: Parts, config: RunConfig) -> Adapter:
 
 
 def opened(parts: Parts, config: RunConfig) -> Adapter:
-    """An adapter that acts: all of its weights are random."""
-    adapter = fresh(parts, config)
-    with torch.no_grad():
-        for number, parameter in enumerate(trainable(adapter).values()):
-            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            parameter.add_(drawn * (0.3 if parameter.ndim < 2 else 0.5 * parameter.shape[-1] ** -0.5))
+    """One that acts, with gradients."""
+    adapter = acting(fresh(parts, config))
+    trainable(adapter)
     return adapter
 
 

@@ -104,3 +104,39 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_any_dataclass_can_be_read() -> None:
     assert parse_config(RunConfig, {"train": {"seed": 3}}).train.seed == 3
+
+
+SHIPPED = sorted(path for path in (Path(__file__).resolve().parents[3] / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if not p.name.startswith("eval_")], ids=lambda p: p.stem)
+def test_shipped_configurations_are_those_of_the_methods(path: Path) -> None:
+    config = read_config(path)
+    assert path.stem.startswith(config.adapter.method)
+    assert config.base.family in path.stem
+    assert config.train.batch % config.train.accumulate == 0
+    if config.adapter.method == "uniid":
+        published = {"adapter": 1e-5, "text": 1e-4}[config.adapter.branch]
+        assert (config.train.lr, config.train.weight_decay, config.loss.identity) == (published, 0.01, 0.0)
+        assert (config.train.drop_identity, config.train.drop_text, config.train.drop_both) == (0.1, 0.0, 0.0)
+    else:
+        assert (config.train.lr, config.loss.identity, config.data.references) == (3e-5, 0.1, 4)
+
+
+def test_a_branch_of_ones_own_keeps_its_settings(tmp_path: Path) -> None:
+    """What the file says goes before what the method is published with."""
+    text = '[adapter]\nmethod = "uniid"\nbranch = "text"\n[train]\nlr = 2e-4\n[loss]\nidentity = 0.05\n'
+    config = read_config(write(tmp_path, text), ["train.drop_identity=0.2"])
+    assert (config.train.lr, config.loss.identity, config.train.drop_identity) == (2e-4, 0.05, 0.2)
+    assert config.train.weight_decay == 0.01
+
+
+def test_the_users_folder(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path, '[data]\nindex = "~/faces/index.jsonl"\n'))
+    assert config.data.index == str(Path.home() / "faces" / "index.jsonl")
+
+
+@pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[-0.1, 0.9]"])
+def test_betas_that_no_average_has(tmp_path: Path, betas: str) -> None:
+    with pytest.raises(ConfigError, match="train.betas must be at least 0 and below 1"):
+        read_config(write(tmp_path, f"[train]\nbetas = {betas}\n"))
