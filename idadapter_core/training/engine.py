@@ -113,9 +113,9 @@ class _Interval:
     waited: float = 0.0  # of these, for data
     steps: int = 0
     gradient: float = 0.0
-    norms: dict[int, tuple[Tensor, Tensor]] = field(
+    norms: dict[int, list[Tensor]] = field(
         default_factory=dict
-    )  # by site: of what is added, and to what
+    )  # by site: (2,), of what is added and to what
 
     def add(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
         """A micro-batch and what came of it."""
@@ -245,7 +245,7 @@ class _Run:
             return
 
         def note(site: int, added: Tensor, base: Tensor) -> None:
-            interval.norms[site] = (added, base)
+            interval.norms.setdefault(site, []).append(torch.stack([added, base]))
 
         is_logged = (
             self.step + 1
@@ -378,9 +378,11 @@ class _Run:
                 interval.timesteps,
             )
         ]
+        norms = self._norm_ratios(interval)
         with self._together():
             if self.log is not None:
                 values = self._values(interval, [values.float().cpu() for values in together])
+                values |= {"norm_ratios": norms} if norms else {}
                 self.log.write(self.step, values)
                 self.log.show(
                     self.step, *(values[name] for name in ("loss", "images_per_second", "seconds_left"))
@@ -409,12 +411,19 @@ class _Run:
         gates: dict[int, tuple[float, float]] = getattr(self.bundle.layers, "gate_values", dict)()
         if gates:
             values["gates"] = {str(site): list(pair) for site, pair in gates.items()}
-        if interval.norms:
-            values["norm_ratios"] = {
-                str(site): float(added / base.clamp_min(1e-12))
-                for site, (added, base) in sorted(interval.norms.items())
-            }
         return values
+
+    def _norm_ratios(self, interval: _Interval) -> dict[str, float]:
+        """By site: the norm of what the adapter adds, over that of what it adds to, in the last step of all processes."""
+        injected = self.bundle.injected
+        if injected is None:
+            return {}
+        nothing = [torch.zeros(2, device=self.device)]
+        squares = [torch.stack(interval.norms.get(site, nothing)).square().sum(0) for site in injected.sites]
+        norms = self.accelerator.reduce(torch.stack(squares), reduction="sum").sqrt().tolist()
+        return {
+            str(site): added / base for site, (added, base) in zip(injected.sites, norms, strict=True) if base
+        }
 
     @torch.no_grad()
     def _validate(self) -> None:

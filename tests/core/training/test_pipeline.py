@@ -286,7 +286,7 @@ def test_refusals(parts: Parts, adapters: dict[str, Adapter], identities: dict[s
     with pytest.raises(InputError, match="no adapter"):
         draw(parts, None, identities["uniid"])
     with pytest.raises(MismatchError, match="another adapter"):
-        draw(parts, adapters["zeros"], identities["idadapter"])
+        draw(parts, adapters["idadapter"], identities["uniid"])
     for wrong in (Acting(text=0.5), Acting(rescale=RescaleSchedule())):
         with pytest.raises(InputError, match="text 0 or 1 and without rescaling"):
             draw(parts, adapters["idadapter"], identities["idadapter"], acting=wrong)
