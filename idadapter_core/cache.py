@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import ConfigError, IDAdapterError
 from .extra import require
+from .training.config import add_arguments, read_config
 
 TOLERANCE = 0.02  # relative, between devices and after fp16
 
@@ -23,10 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m idadapter_core.cache", description="Build or verify the cache of a training run."
     )
     parser.add_argument("command", choices=("build", "verify"))
-    parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting of the file"
-    )
+    add_arguments(parser)
     parser.add_argument(
         "--count", type=int, default=64, help="entries of each kind that verify computes again (default: 64)"
     )
@@ -42,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from .training.cache import build, verify
-    from .training.config import read_config
-    from .training.engine import has_accelerator
+        from .training.engine import has_accelerator
     from .training.parts import load_parts
 
     config = read_config(options.config, options.set)

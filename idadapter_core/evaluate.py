@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import IDAdapterError
+from .training.config import add_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,14 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m idadapter_core.evaluate",
         description="Measure identity adapters: how much a person is kept, how well prompts are followed, how varied pictures are.",
     )
-    parser.add_argument("--config", type=Path, required=True, help="the evaluation's TOML file")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change a setting of the file; may be given several times",
-    )
+    add_arguments(parser)
     parser.add_argument(
         "--preset", metavar="NAME", help="rows of a paper's ablation: idadapter-table2 or uniid-ablation"
     )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import IDAdapterError
+from .training.config import add_arguments, read_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,14 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m idadapter_core.train", description="Train an IDAdapter or a branch of UniID."
     )
-    parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change a setting of the file; may be given several times",
-    )
+    add_arguments(parser)
     parser.add_argument(
         "--resume",
         choices=("never", "auto"),
@@ -42,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        from .training.config import read_config
-        from .training.engine import train
+                from .training.engine import train
 
         config = read_config(options.config, options.set)
         return train(config, resume=options.resume, allow_config_change=options.allow_config_change)

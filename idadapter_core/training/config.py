@@ -5,6 +5,7 @@ Every key has a default, so a configuration names only what differs. Unknown key
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -212,6 +213,18 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and --set, which all programs with a TOML file have."""
+    parser.add_argument("--config", type=Path, required=True, help="the TOML file")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change a setting of the file; may be given several times",
+    )
 
 
 # What a run of a method has where its file says nothing: as published, where that differs from the defaults above.
