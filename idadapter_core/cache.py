@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, IDAdapterError
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from .training.cache import build, verify
-        from .training.engine import has_accelerator
+    from .training.engine import has_accelerator
     from .training.parts import load_parts
 
     config = read_config(options.config, options.set)

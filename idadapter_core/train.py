@@ -10,7 +10,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .errors import IDAdapterError
 from .training.config import add_arguments, read_config
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-                from .training.engine import train
+        from .training.engine import train
 
         config = read_config(options.config, options.set)
         return train(config, resume=options.resume, allow_config_change=options.allow_config_change)
