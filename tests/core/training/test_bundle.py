@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "uniid text": {"adapter": {"method": "uniid", "branch": "text", "settings": {"text_depth": 1}}},
 }
 ROWS = (0, 5, 9, 14)  # one photo of each person
-TIMESTEPS = (5, 250, 600, 100)
+TIMESTEPS = (5, 600, 250, 100)
 KEPT = (True, True, True, False)
 POINTS = torch.tensor(TEMPLATE, dtype=torch.float32)
 
@@ -413,16 +413,14 @@ def test_the_loss_is_the_formula(parts: Parts, configs: dict[str, RunConfig], ba
     with running(parts, config, opened(parts, config)) as bundle:
         losses, call = passed(parts, bundle, batch)
     alpha = parts.base.schedule.alphas[list(TIMESTEPS)].reshape(4, 1, 1, 1)
-    assert (alpha.flatten() >= 0.5).tolist() == [True, True, False, True]
+    assert (alpha.flatten() >= 0.5).tolist() == [True, False, True, True]
     clean = ((call.noisy - (1 - alpha).sqrt() * call.prediction) / alpha.sqrt()).clamp(-10, 10)
-    assert losses["counts"].tolist() == [True, True, False, False]
+    assert losses["counts"].tolist() == [True, False, True, False]
     assert batch.embedding is not None
-    aligned = [
-        align_faces(*decode_face(parts.base.vae, clean[row], batch.landmarks[row])) for row in range(2)
-    ]
-    cosines = identity_cosines(torch.cat(aligned), batch.embedding[:2, -1], parts.networks.recognizer)
-    assert losses["cosine"][:2].tolist() == pytest.approx(cosines.tolist(), abs=1e-3)
-    assert losses["cosine"][2:].isnan().all()
+    aligned = [align_faces(*decode_face(parts.base.vae, clean[row], batch.landmarks[row])) for row in (0, 2)]
+    cosines = identity_cosines(torch.cat(aligned), batch.embedding[[0, 2], -1], parts.networks.recognizer)
+    assert losses["cosine"][[0, 2]].tolist() == pytest.approx(cosines.tolist(), abs=1e-3)
+    assert losses["cosine"][[1, 3]].isnan().all()
     mse = (call.prediction - batch.noise).square().mean((1, 2, 3))
     assert torch.allclose(losses["mse"], mse)
     expected = mse.mean() + 0.7 * (1 - cosines).sum() / 4
@@ -438,7 +436,7 @@ def test_it_makes_no_difference_how_a_batch_is_divided(
     config = with_loss(configs["idadapter"], identity=identity)
     with running(parts, config, opened(parts, config)) as bundle:
         whole = bundle(batch)["loss"]
-        halves = [bundle(part(batch, rows))["loss"] for rows in ([0, 1], [2, 3])]
+        halves = [bundle(part(batch, rows))["loss"] for rows in ([0, 2], [1, 3])]
     assert float(sum(halves) / 2) == pytest.approx(float(whole), rel=1e-3)
 
 
@@ -506,7 +504,7 @@ def showing(parts: Parts, *pictures: np.ndarray) -> Parts:
     [
         ("detector", "detector", [True, False, False, False]),
         ("detector", "target", [True, False, False, False]),
-        ("noise", "detector", [True, True, False, False]),
+        ("noise", "detector", [True, False, True, False]),
     ],
 )
 def test_the_detector_as_gate_and_for_alignment(
@@ -534,8 +532,8 @@ def test_the_detector_as_gate_and_for_alignment(
     right, wrong = (found, target) if align == "detector" else (target, found)
     assert float(losses["cosine"][0]) == pytest.approx(cosine(0, right), abs=5e-3)
     assert abs(cosine(0, right) - cosine(0, wrong)) > 0.05
-    if counts[1]:
-        assert float(losses["cosine"][1]) == pytest.approx(cosine(1, batch.landmarks[1]), abs=5e-3)
+    if counts[2]:
+        assert float(losses["cosine"][2]) == pytest.approx(cosine(2, batch.landmarks[2]), abs=5e-3)
     expected = losses["mse"].mean() + (1 - losses["cosine"][losses["counts"]]).sum() / 4
     assert float(losses["loss"].detach()) == pytest.approx(float(expected), rel=1e-4)
 
