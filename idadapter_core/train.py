@@ -16,7 +16,7 @@ from .training.config import add_arguments, read_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 an error, 143 stopped by SIGTERM after a checkpoint."""
+    """Entry point; returns the exit code: 0 done, 1 an error, 143 stopped by a signal after a checkpoint, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m idadapter_core.train", description="Train an IDAdapter or a branch of UniID."
     )
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except IDAdapterError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; go on from the last checkpoint with --resume auto\n")
+        return 130
 
 
 if __name__ == "__main__":

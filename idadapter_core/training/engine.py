@@ -676,17 +676,28 @@ def _commit() -> str:
 
 @contextlib.contextmanager
 def _signals(run: _Run) -> Iterator[None]:
-    """SIGTERM: a checkpoint at the end of the step, then leave. SIGUSR1: a checkpoint, and go on."""
+    """SIGTERM and Ctrl+C: a checkpoint at the end of the step, then leave; Ctrl+C once more: leave now. SIGUSR1: a checkpoint, and
+    go on."""
 
-    wanted = {"SIGTERM": "stop", "SIGUSR1": "save"}
+    def stop(number: int, frame: object) -> None:
+        run.signals.add("stop")
+
+    def save(number: int, frame: object) -> None:
+        run.signals.add("save")
+
+    def interrupt(number: int, frame: object) -> None:
+        if "stop" in run.signals or run.stops:
+            raise KeyboardInterrupt
+        sys.stderr.write(
+            "\nstopping after this step, with a checkpoint; press Ctrl+C again to leave at once\n"
+        )
+        run.signals.add("stop")
+
+    wanted = {"SIGTERM": stop, "SIGINT": interrupt, "SIGUSR1": save}
     before: dict[int, Any] = {}
-    for name, meaning in wanted.items():
+    for name, handler in wanted.items():
         if hasattr(signal, name):  # Windows has no SIGUSR1
-
-            def note(number: int, frame: object, meaning: str = meaning) -> None:
-                run.signals.add(meaning)
-
-            before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
+            before[getattr(signal, name)] = signal.signal(getattr(signal, name), handler)
     try:
         yield
     finally:

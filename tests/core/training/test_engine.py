@@ -149,6 +149,25 @@ def test_micro_batches_learn_what_a_batch_does(toy: Toy, tmp_path: Path) -> None
     assert largest_difference(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-6
 
 
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c(toy: Toy, tmp_path: Path, presses: int) -> None:
+    """Once: a checkpoint, and no traceback. Twice: at once."""
+    run = tmp_path / "run"
+    process = Process(toy, run, train={"steps": 100_000}, data={"workers": 1})
+    wait_for(lambda: len(read_log(run)) >= 2, process)
+    for _ in range(presses):
+        process.process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    code, output = process.wait()
+    assert "Traceback" not in output
+    # The second one may come when the step is over already.
+    assert code in ((STOPPED,) if presses == 1 else (130, STOPPED)), output
+    if code == STOPPED:
+        assert latest(run).step == read_log(run)[-1]["step"]  # type: ignore[union-attr]
+    else:
+        assert "go on from the last checkpoint with --resume auto" in output
+
+
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
 def test_sigterm_writes_a_checkpoint_and_leaves(
     toy: Toy, tmp_path: Path, processes: int, workers: int
