@@ -130,17 +130,23 @@ def test_the_readme_lists_the_files_of_the_workflow() -> None:
         assert f"idadapter/{folder}/`" in text or not folder
 
 
+def anchors(path: Path) -> set[str]:
+    """What links may name in a page: its headings."""
+    text = path.read_text(encoding="utf-8")
+    return {
+        re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_links_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
-    headings = {
-        re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    }
-    broken = [
-        target
-        for target in targets
-        if not (target[1:] in headings if target.startswith("#") else (path.parent / target).exists())
-    ]
-    assert broken == []
+
+    def leads(target: str) -> bool:
+        file, _, anchor = target.partition("#")
+        page = path.parent / file if file else path
+        return page.exists() and (not anchor or anchor in anchors(page))
+
+    assert [target for target in targets if not leads(target)] == []
