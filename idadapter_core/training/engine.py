@@ -31,11 +31,12 @@ from torch.utils.data import DataLoader
 from ..checkpoint import save_adapter
 from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteError, TrainingError
 from ..extra import require
+from ..methods import idadapter
 from .adapters import trainable
 from .bundle import Bundle
 from .cache import Cache, kinds
 from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, write_checkpoint
-from .config import RunConfig, TrainConfig, config_toml
+from .config import RunConfig, TrainConfig, config_toml, read_config
 from .grids import sample_grid
 from .logs import RunLog
 from .parts import load_parts, prepare_adapter
@@ -130,7 +131,8 @@ class _Run:
     def __init__(self, config: RunConfig, start: Checkpoint | None, allow_config_change: bool) -> None:
         accelerate = require("accelerate")
         kwargs = require("accelerate.utils").DistributedDataParallelKwargs(
-            find_unused_parameters=True,  # the identity may be dropped in all of a micro-batch
+            # IDAdapter's gates are skipped where the identity is dropped in all of a micro-batch.
+            find_unused_parameters=config.adapter.method == idadapter.METHOD,
             gradient_as_bucket_view=True,  # the gradients are not held twice
         )
         # Precision is ours: autocast over fp32 weights, and none around the face network. Without `cpu`, accelerate takes each of
@@ -554,9 +556,11 @@ class _Run:
             )
 
     def _difference(self, start: Checkpoint) -> str:
+        """The settings that were others then, as far as they count."""
         path = start.path / CONFIG
-        before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        now = config_toml(self.config).splitlines()
+        if not path.is_file():
+            return ""
+        before, now = (config_toml(_what_counts(c)).splitlines() for c in (read_config(path), self.config))
         lines = [line for line in before if line not in now][:5]
         return f"Then it was: {'; '.join(lines)}. " if lines else ""
 
@@ -609,6 +613,11 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 def config_digest(config: RunConfig) -> str:
     """Of all settings that change what a step does."""
+    return sha256(config_toml(_what_counts(config)).encode()).hexdigest()[:16]
+
+
+def _what_counts(config: RunConfig) -> RunConfig:
+    """A configuration in which all that changes no step has its default."""
     kept = config
     if config.train.schedule == "constant":  # another one depends on where the run ends
         kept = replace(config, train=replace(config.train, steps=TrainConfig.steps))
@@ -617,7 +626,7 @@ def config_digest(config: RunConfig) -> str:
         free = {name: getattr(default, name) for name in names} if names is not None else None
         value = default if free is None else replace(getattr(kept, section), **free)
         kept = replace(kept, **{section: value})
-    return sha256(config_toml(kept).encode()).hexdigest()[:16]
+    return kept
 
 
 def _not_finite(step: int, done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> NotFiniteError | None:
