@@ -127,6 +127,38 @@ class _Interval:
         self.timesteps.append(batch.timesteps.to(losses["mse"].device))
 
 
+class _Batches:
+    """The batches of this process, from workers that are gone when it is closed, whoever still holds on to it."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._iterator: Any = iter(loader)
+
+    def next(self) -> Batch:
+        """The next one.
+
+        Raises:
+            IDAdapterError: a photo cannot be read, or the loader failed.
+        """
+        failed = ""
+        try:
+            batch: Batch | IDAdapterError = next(self._iterator)
+        except Exception as error:  # whatever a worker does
+            failed = f"the loader failed: {error}. Go on with --resume auto; data.workers = 0 shows more of the error."
+        if failed:
+            raise TrainingError(failed)
+        if isinstance(batch, IDAdapterError):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        # Workers do not heed SIGTERM (see `_leave_signals_to_the_trainer`), by which Python ends them at its exit: without this
+        # it would wait for them for ever where an error still refers to the iterator.
+        shutdown = getattr(self._iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+        self._iterator = None
+
+
 class _Run:
     def __init__(self, config: RunConfig, start: Checkpoint | None, allow_config_change: bool) -> None:
         accelerate = require("accelerate")
@@ -207,7 +239,14 @@ class _Run:
             worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=self.device.type == "cuda",
         )
-        batches = iter(loader)
+        batches = _Batches(loader)
+        try:
+            return self._steps(batches)
+        finally:
+            batches.close()
+
+    def _steps(self, batches: _Batches) -> int:
+        config = self.config
         interval = _Interval()
         if self.step == 0 and config.output.validate_every:
             self._validate()
@@ -254,7 +293,7 @@ class _Run:
         ) % self.config.output.log_every == 0 or self.step + 1 == self.config.train.steps
         injected.observe(note if is_logged else None)
 
-    def _one_step(self, batches: Iterator[Batch | IDAdapterError], interval: _Interval) -> None:
+    def _one_step(self, batches: _Batches, interval: _Interval) -> None:
         train = self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
@@ -266,7 +305,7 @@ class _Run:
             try:
                 # With 2 or more processes, gradients are shared in the last backward pass alone.
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                    batch = self._next(batches)
+                    batch = batches.next()
                     interval.waited += time.perf_counter() - before
                     batch = batch.to(self.device)
                     losses: dict[str, Tensor] = self.model(batch)
@@ -296,15 +335,6 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
-
-    def _next(self, batches: Iterator[Batch | IDAdapterError]) -> Batch:
-        try:
-            batch = next(batches)
-        except Exception as error:
-            raise TrainingError(f"step {self.step + 1}: the loader failed: {error}") from error
-        if isinstance(batch, IDAdapterError):
-            raise batch
-        return batch
 
     def _agree(self, failure: Exception | None) -> None:
         """All processes hear of a failure or a signal in any of them.
@@ -337,6 +367,10 @@ class _Run:
         failure: Exception | None = None
         try:
             yield
+        except OSError as error:
+            failure = TrainingError(
+                f"step {self.step}: {error}. Free some space or bring the folder back, then go on with --resume auto."
+            )
         except Exception as error:
             failure = error
         self._agree(failure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -304,6 +305,7 @@ def test_a_photo_that_broke_after_the_scan(toy: Toy, tmp_path: Path, workers: in
     ) as raised:
         train(copy.config(run, **settings))
     assert "Traceback" not in str(raised.value)
+    assert not multiprocessing.active_children()  # who would hold up the end of this process
     done = len(read_log(run))
     assert [c.step for c in checkpoints(run)] == ([done] if done else [])
     broken.write_bytes(content)
