@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import Adapter
-from ..faces.align import TEMPLATE, TEMPLATE_SIZE
+from ..faces.align import TEMPLATE_SIZE
 from ..faces.detector import FaceAnalyzer, select_faces
 from ..faces.iresnet import IResNet
 from ..methods import idadapter, uniid
 from ..unet import inject
 from .bases import Base
 from .config import RunConfig
-from .identity_loss import align_faces, identity_cosines, similarity
+from .identity_loss import align_faces, crop_to_image, identity_cosines
 from .samples import STAGE_NAMES, Batch
 from .text import Conditioning, insert_tokens
 from .vision import VisionEncoder
@@ -311,12 +311,11 @@ def decode_face(vae: Any, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, T
     height, width = latents.shape[-2:]
     last = TEMPLATE_SIZE - 1
     corners = torch.tensor([[0, 0, 1], [last, 0, 1], [0, last, 1], [last, last, 1]], dtype=torch.float64)
-    matrix = similarity(torch.as_tensor(TEMPLATE)[None], landmarks.double()[None])[0]
+    matrix = crop_to_image(landmarks.double()[None])[0]
     reached = (corners @ matrix.T) / vae.factor
     low, high = reached.amin(0).floor() - BORDER, reached.amax(0).ceil() + BORDER
-    side = (
-        -(-int((high - low).max()) // _WINDOW_STEP) * _WINDOW_STEP
-    )  # few sizes: kernels are chosen for each
+    # Few sizes: kernels are chosen for each.
+    side = -(-int((high - low).max()) // _WINDOW_STEP) * _WINDOW_STEP
     side = min(side, height, width)
     middle = (low + high - side) / 2
     left, top = (int(middle[axis].round().clamp(0, size - side)) for axis, size in ((0, width), (1, height)))

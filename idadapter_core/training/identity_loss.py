@@ -30,6 +30,19 @@ def similarity(source: Tensor, target: Tensor) -> Tensor:
     return torch.stack(rows, 1).to(source.dtype)
 
 
+def crop_to_image(landmarks: Tensor) -> Tensor:
+    """Where the pixels of an aligned face lie in the picture: affine maps (B, 2, 3), for landmarks (B, 5, 2).
+
+    The inverse of the best fit of the landmarks onto the template, as in `faces.align`. The best fit of the template onto the
+    landmarks would be another map wherever a face is not of exactly the template's shape, and the recogniser would see it
+    larger than it is used to.
+    """
+    template = torch.as_tensor(TEMPLATE, dtype=landmarks.dtype, device=landmarks.device)[None]
+    to_crop = similarity(landmarks, template)
+    linear = torch.linalg.inv(to_crop[:, :, :2])
+    return torch.cat([linear, -linear @ to_crop[:, :, 2:]], 2)
+
+
 def align_faces(images: Tensor, landmarks: Tensor) -> Tensor:
     """Aligned faces (B, 3, 112, 112) of images (B, 3, H, W), differentiable with respect to the images.
 
@@ -40,25 +53,24 @@ def align_faces(images: Tensor, landmarks: Tensor) -> Tensor:
     Where a face is more than twice as large as the crop, the image is averaged down first: sampling it at 112 points a side
     would leave most pixels without a gradient.
     """
-    template = torch.as_tensor(TEMPLATE, dtype=landmarks.dtype, device=landmarks.device)[None]
-    to_crop = similarity(landmarks, template)
     faces = []
-    for image, points, matrix in zip(images, landmarks, to_crop, strict=True):
-        scale = float(torch.linalg.det(matrix[:, :2].double()).abs().sqrt())
-        factor = max(1, int(1 / max(scale, 1e-6)))
+    for image, matrix in zip(images, crop_to_image(landmarks), strict=True):
+        factor = max(1, int(torch.linalg.det(matrix[:, :2]).abs().sqrt()))
         if factor > 1:
             image = F.avg_pool2d(image[None], factor, ceil_mode=True, count_include_pad=False)[0]
-            points = (points + 0.5) / factor - 0.5
-        faces.append(_warp(image[None], similarity(template, points[None])))
+            # The middle of a pixel stays where it is: (x + 1/2) / factor - 1/2.
+            matrix = torch.cat([matrix[:, :2], matrix[:, 2:] + 0.5], 1) / factor
+            matrix[:, 2] -= 0.5
+        faces.append(_warp(image[None], matrix))
     return torch.cat(faces)
 
 
-def _warp(image: Tensor, crop_to_image: Tensor) -> Tensor:
-    """(1, 3, H, W) sampled at the pixels of a crop; black outside."""
+def _warp(image: Tensor, matrix: Tensor) -> Tensor:
+    """(1, 3, H, W) sampled at the pixels of a crop, `matrix` (2, 3) from there; black outside."""
     height, width = image.shape[-2:]
     axis = torch.arange(TEMPLATE_SIZE, device=image.device, dtype=torch.float32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    matrix = crop_to_image[0].float().to(image.device, non_blocking=True)
+    matrix = matrix.float().to(image.device, non_blocking=True)
     points = torch.stack([x, y, torch.ones_like(x)], -1) @ matrix.T
     size = points.new_tensor([width, height])
     grid = (2 * points + 1) / size - 1  # grid_sample counts from the edges of pixels

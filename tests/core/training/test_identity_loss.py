@@ -55,12 +55,24 @@ def test_the_transform_is_that_of_the_analyzer() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.7, 1.0, 1.8])
-def test_the_crop_is_that_of_the_analyzer(scale: float) -> None:
-    """Up to the analyzer's rounding to whole levels."""
-    points = landmarks(scale)
+@pytest.mark.parametrize("jitter", [0.0, 8.0])
+def test_the_crop_is_that_of_the_analyzer(scale: float, jitter: float) -> None:
+    """Up to the analyzer's rounding to whole levels; also where a face has not the template's shape."""
+    points = landmarks(scale) + jitter * scale * recipe.value(1, "jitter", (5, 2))
     image = picture()
     levels = ((image[0].movedim(0, -1) + 1) * 127.5).round().to(torch.uint8).numpy()
     expected = align_face(levels, [tuple(point) for point in points.tolist()])
+    found = ((align_faces(image, points[None])[0].movedim(0, -1) + 1) * 127.5).numpy()
+    assert np.abs(found - expected).mean() < 1.0
+
+
+def test_a_large_face_is_that_of_the_picture_averaged_down() -> None:
+    """As the analyzer sees the smaller picture, in which the landmarks lie where they did."""
+    points = landmarks(4.5, x=350.0, y=330.0) + 20 * recipe.value(1, "jitter", (5, 2))
+    image = picture(700)
+    small = F.avg_pool2d(image, 4)
+    levels = ((small[0].movedim(0, -1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    expected = align_face(levels, [tuple(point) for point in ((points + 0.5) / 4 - 0.5).tolist()])
     found = ((align_faces(image, points[None])[0].movedim(0, -1) + 1) * 127.5).numpy()
     assert np.abs(found - expected).mean() < 1.0
 
