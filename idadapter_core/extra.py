@@ -1,11 +1,28 @@
-"""The libraries of the `train` extra, imported when they are needed."""
+"""The libraries of the `train` extra: imported when they are needed, and which ones there are."""
 
 from __future__ import annotations
 
 import importlib
+import platform
+from importlib import metadata
 from types import ModuleType
 
 from .errors import ConfigError
+
+_RECORDED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "webdataset",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "insightface",
+    "opencv-python-headless",
+)
 
 
 def require(name: str) -> ModuleType:
@@ -21,3 +38,14 @@ def require(name: str) -> ModuleType:
             f"training and evaluation need {name.partition('.')[0]}, which cannot be imported: {error}. In the folder of "
             "ComfyUI-IDAdapter run `pip install .[train]` with the Python that has torch."
         ) from error
+
+
+def versions() -> dict[str, str]:
+    """Python, the platform and the libraries that a run's results may depend on, as far as they are installed."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _RECORDED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

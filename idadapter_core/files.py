@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import pickle
 import re
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +105,51 @@ def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path
         if tensor.untyped_storage().data_ptr() in storages:
             tensors[key] = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        usual_mode = temporary.stat().st_mode  # safetensors writes files that only their owner can read
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(usual_mode)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.touch()
+            usual_mode = temporary.stat().st_mode  # safetensors writes files that only their owner can read
+            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+            temporary.chmod(usual_mode)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error}). Choose another folder, or make this one writable and free some space."
         ) from error
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Write a file so that it is whole or not there. Raises OSError."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for line in lines:
+            file.write(line)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under that takes the place of `path`, flushed to the disk, when the block ends.
+
+    When the block or the disk fails, nothing is left of it, and an older file is untouched. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write a file, or the list of a folder, to the disk now. Raises OSError."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what it may write
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def file_digest(path: Path) -> str:

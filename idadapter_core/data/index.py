@@ -7,7 +7,6 @@ new index replaces an old one in one step.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -15,9 +14,8 @@ import json
 import math
 import os
 import re
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -29,7 +27,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, InputError
 from ..faces.images import Image
 from ..faces.iresnet import EMBEDDING_WIDTH
-from ..files import some, state_digest, write_safetensors
+from ..files import some, state_digest, write_lines, write_safetensors
 from .photos import decode
 
 VERSION = 1
@@ -268,22 +266,6 @@ def write_index(
 def embeddings_name(path: Path, digest: str) -> str:
     """The name of the embeddings' file of an index."""
     return f"{path.stem}.{digest}.safetensors"
-
-
-def write_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """Write a file so that it is whole or not there, flushed to the disk. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            for line in lines:
-                file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _as_dict(row: Row) -> dict[str, Any]:

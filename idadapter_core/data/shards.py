@@ -6,19 +6,17 @@ from shards is the same, sample by sample, as one from the photos. Any webdatase
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 import tarfile
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .index import FIELDS, IN_SHARD, Index, Row, write_index, write_lines
+from ..files import replacing, write_lines
+from .index import FIELDS, IN_SHARD, Index, Row, write_index
 from .photos import suffix
 from .sources import PHOTO_SUFFIXES
 from .tars import Sample, read_shard
@@ -101,22 +99,13 @@ def _is_whole(path: Path, rows: Sequence[Row]) -> bool:
 
 
 def _write_shard(index: Index, rows: Sequence[Row], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                for row in rows:
-                    content = index.read(row)
-                    facts = {name: getattr(row, name) for name in FIELDS}
-                    _add(tar, f"{_key(row)}.{suffix(content)}", content)
-                    _add(tar, f"{_key(row)}.json", json.dumps(facts).encode())
-                    _add(tar, f"{_key(row)}.txt", row.caption.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        for row in rows:
+            content = index.read(row)
+            facts = {name: getattr(row, name) for name in FIELDS}
+            _add(tar, f"{_key(row)}.{suffix(content)}", content)
+            _add(tar, f"{_key(row)}.json", json.dumps(facts).encode())
+            _add(tar, f"{_key(row)}.txt", row.caption.encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

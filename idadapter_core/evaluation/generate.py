@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from ..checkpoint import Adapter, load_adapter
@@ -15,13 +14,13 @@ from ..errors import ConfigError
 from ..faces.images import Image
 from ..methods import METHODS, idadapter
 from ..schedule import RescaleSchedule
+from ..training.bases import load_base
+from ..training.parts import load_networks
+from ..training.pipeline import Acting, Pipeline, features_of, to_levels
 from ..types import Identity, Mix
 from .config import EvaluationConfig, RunEntry, SamplingConfig
 from .people import Person, Photo
 from .prompts import Prompt
-
-if TYPE_CHECKING:
-    from ..training.pipeline import Acting, Pipeline
 
 VERSION = 1  # of how pictures are drawn; another one draws all of them again
 
@@ -89,9 +88,6 @@ class PipelineGenerator:
         Raises:
             IDAdapterError: a file is missing or unusable, or a run asks for what its adapter has not.
         """
-        from ..training.bases import load_base
-        from ..training.parts import load_networks
-
         self._sampling = config.sampling
         self._index = index
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,12 +130,9 @@ class PipelineGenerator:
             negative=sampling.negative,
             acting=None if adapter is None else _acting(drawing, adapter),
         )
-        pixels = picture.float().clamp(0, 1).movedim(0, -1).cpu().numpy()
-        return np.asarray(np.rint(pixels * 255), np.uint8)
+        return to_levels(picture)
 
     def _pipeline_of(self, adapter: Adapter | None) -> Pipeline:
-        from ..training.pipeline import Pipeline
-
         if self._pipeline is None or self._pipeline.adapter is not adapter:
             if self._pipeline is not None:
                 self._pipeline.close()
@@ -150,8 +143,6 @@ class PipelineGenerator:
         return self._pipeline
 
     def _identity_of(self, drawing: Drawing, adapter: Adapter) -> Identity:
-        from ..training.pipeline import features_of
-
         rows = [photo.row for photo in drawing.references]
         key = (adapter.digest, *(row.sha256 for row in rows))
         if self._identity is None or self._identity[0] != key:
@@ -195,8 +186,6 @@ def _text_acts(drawing: Drawing, adapter: Adapter) -> bool:
 
 
 def _acting(drawing: Drawing, adapter: Adapter) -> Acting:
-    from ..training.pipeline import Acting
-
     assert drawing.run is not None
     # IDAdapter's identity is a word of the prompt: it is there or not, and the scale is that of what acts in the UNet.
     text_scale = 1.0 if adapter.method == idadapter.METHOD else drawing.scale

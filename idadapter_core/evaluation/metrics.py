@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import ConfigError
+from ..training.config import nearest
 from .config import EvaluationConfig
 from .measure import NOT_AVAILABLE, ImageRow
 from .statistics import Estimate, estimate
@@ -295,9 +295,9 @@ def read_requirement(text: str, config: EvaluationConfig) -> Requirement:
         )
     metric = BY_NAME.get(match["metric"])
     if metric is None:
-        close = difflib.get_close_matches(match["metric"], BY_NAME, 1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(BY_NAME)}"
-        raise ConfigError(f"--require {text}: there is no metric {match['metric']}; {hint}")
+        raise ConfigError(
+            f"--require {text}: there is no metric {match['metric']}{nearest(match['metric'], BY_NAME)}"
+        )
     if _missing(metric, config):
         raise ConfigError(
             f"--require {text}: {metric.name} needs {metric.needs}, which the configuration does not name"

@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from ..data.index import Index
-from ..extra import require
+from ..extra import require, versions
 from ..faces.images import Image
 from ..training.config import config_toml
 from .config import BASE_MODEL, PASTE, EvaluationConfig, RunEntry
@@ -34,7 +32,6 @@ from .storage import Arrays, Picture, Pictures, key_of, write_file
 from .summary import Summary, summarise, to_json, to_markdown
 
 log = logging.getLogger(__name__)
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnxruntime", "insightface")
 
 
 def evaluate(
@@ -223,8 +220,7 @@ class _Evaluation:
 
     def _facts(self) -> dict[str, Any]:
         return {
-            "python": platform.python_version(),
-            **{library: _version(library) for library in _LIBRARIES},
+            **versions(),
             **self.observer.digests,
             "index": self.index.digest,
         }
@@ -247,10 +243,3 @@ class _Evaluation:
 def _progress(people: tuple[SeenPerson, ...], name: str) -> Any:
     # Where nobody looks on, a bar would fill the log of the machine.
     return require("tqdm").tqdm(people, desc=name, unit="person", disable=None)
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "none"

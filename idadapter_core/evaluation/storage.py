@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
 
-from ..data.index import write_lines
 from ..errors import CheckpointError
 from ..faces.images import Image
+from ..files import write_lines
 
 log = logging.getLogger(__name__)
 _UNREADABLE = (OSError, ValueError, SyntaxError, KeyError)  # what Pillow and NumPy say of damaged files

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.index import Index, Row, write_lines
+from ..data.index import Index, Row
 from ..errors import ConfigError, IDAdapterError
-from ..files import write_safetensors
+from ..files import write_lines, write_safetensors
 from ..methods import uniid
 from .bundle import recognize, see
 from .config import RunConfig

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, IDAdapterError
+from ..files import flush
 
 FOLDER = "checkpoints"
 STATE = "state.json"
@@ -90,7 +91,7 @@ def write_checkpoint(
         write(temporary)
         (temporary / STATE).write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
         for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
+            flush(path)
         if final.exists():  # the same step again, after a resume from before it
             old = final.with_name(f".{final.name}.{os.getpid()}.old.tmp")
             final.rename(old)
@@ -98,7 +99,7 @@ def write_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(final)
-        _flush(folder)
+        flush(folder)
     except IDAdapterError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -121,17 +122,6 @@ def _remove_unfinished(folder: Path) -> None:
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name) or path.name.endswith(".old.tmp"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system write a file, or the list of a folder, to the disk now."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what it may write
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _prune(run: Path, keep_last: int, keep_every: int) -> None:

@@ -105,7 +105,7 @@ class AdapterSection:
         for name in self.settings:
             if name not in known:
                 raise ConfigError(
-                    f"adapter.settings.{name} is no setting of {self.method}{_nearest(name, known)}"
+                    f"adapter.settings.{name} is no setting of {self.method}{nearest(name, known)}"
                 )
 
 
@@ -297,7 +297,7 @@ def parse_config(kind: type[T], content: Mapping[str, Any], where: str = "") -> 
     for key, value in content.items():
         name = f"{where}{key}"
         if key not in known:
-            raise ConfigError(f"unknown setting {name}{_nearest(key, known)}")
+            raise ConfigError(f"unknown setting {name}{nearest(key, known)}")
         expected = known[key]
         if dataclasses.is_dataclass(expected) and not isinstance(value, Mapping):
             raise ConfigError(f"{name} is a section, write it as [{name}], got {value!r}")
@@ -389,7 +389,8 @@ def _value(name: str, value: Any, expected: Any) -> Any:
     return value
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """The end of a message about an unknown name: which one was perhaps meant, or all there are."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, 1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(names)}"
@@ -398,7 +399,7 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 def one_of(name: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ConfigError(
-            f"{name} must be one of {', '.join(options)}, got {value!r}{_nearest(value, options)}"
+            f"{name} must be one of {', '.join(options)}, got {value!r}{nearest(value, options)}"
         )
 
 

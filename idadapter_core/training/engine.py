@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import pickle
-import platform
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import save_adapter
 from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteError, TrainingError
-from ..extra import require
+from ..extra import require, versions
 from ..methods import idadapter
 from .adapters import trainable
 from .bundle import Bundle
@@ -63,7 +61,6 @@ _FACTS = {
     "recognizer": "the face network",
     "vision": "CLIP vision",
 }
-_LIBRARIES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "numpy")
 
 
 def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool = False) -> int:
@@ -600,12 +597,8 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """Versions and digests, for people who want to repeat the run."""
-        versions = {"python": platform.python_version(), "platform": platform.platform()}
-        for name in _LIBRARIES:
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                versions[name] = metadata.version(name)
         return {
-            "versions": versions,
+            "versions": versions(),
             "commit": _commit(),
             "processes": self.world,
             "device": str(self.device),

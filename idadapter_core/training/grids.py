@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
-from torch import Tensor
 
 from ..checkpoint import Adapter
 from ..faces.images import Image
+from ..files import replacing
 from .bundle import Bundle
 from .config import RunConfig
 from .parts import Parts
-from .pipeline import Pipeline, features_of
+from .pipeline import Pipeline, features_of, to_levels
 from .samples import people
 
 FOLDER = "samples"
@@ -45,28 +45,21 @@ def sample_grid(
         features = features_of(parts.index, photos, parts.networks, parts.recognizer_digest, device)
         identity = adapter.encode(features)
         assert features.crops is not None
-        line = [_fit(_levels((features.crops[0] + 1) / 2), size)]
+        line = [_fit(to_levels((features.crops[0] + 1) / 2), size)]
         for prompt in config.output.prompts:
             picture = pipeline.generate(prompt, identity=identity, width=size, height=size, **settings)
-            line.append(_levels(picture))
+            line.append(to_levels(picture))
         lines.append(line)
     blank = np.full((size, size, 3), 255, np.uint8)
     alone = [
-        _levels(pipeline.generate(prompt, width=size, height=size, **settings))
+        to_levels(pipeline.generate(prompt, width=size, height=size, **settings))
         for prompt in config.output.prompts
     ]
     grid = _grid([*lines, [blank, *alone]])
     path = folder / FOLDER / f"step-{step:08d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    PILImage.fromarray(grid).save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        PILImage.fromarray(grid).save(temporary, format="PNG")
     return grid
-
-
-def _levels(picture: Tensor) -> Image:
-    """(3, H, W) in 0..1 -> (H, W, 3) uint8."""
-    return (picture.movedim(0, -1).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
 def _fit(image: Image, size: int) -> Image:

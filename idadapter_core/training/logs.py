@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extra import require
+from ..files import write_lines
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -28,9 +29,7 @@ class RunLog:
         self._path = folder / LOG
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(folder) if int(line["step"]) <= start] if start else []
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{_json(line)}\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_lines(self._path, [f"{_json(line)}\n".encode() for line in kept])
         self._writer: Any = None
         if tensorboard:
             writer = require("torch.utils.tensorboard").SummaryWriter

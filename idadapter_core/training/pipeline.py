@@ -16,6 +16,7 @@ from ..checkpoint import Adapter
 from ..data.index import Index, Row
 from ..errors import InputError
 from ..faces.features import crops_to_tensor
+from ..faces.images import Image
 from ..methods import idadapter, uniid
 from ..schedule import RescaleSchedule
 from ..types import Face, FaceFeatures, Identity
@@ -237,3 +238,18 @@ def features_of(
         recognizer=recognizer,
         crops=crops,
     )
+
+
+def to_levels(picture: Tensor) -> Image:
+    """A picture (3, H, W) in 0..1 as (H, W, 3) uint8.
+
+    Raises:
+        InputError: it has values that are not finite.
+    """
+    pixels = picture.detach().float().movedim(0, -1)
+    if not torch.isfinite(pixels).all():
+        raise InputError(
+            "a generated picture has values that are not finite; the model does not stand this precision or this scale: "
+            "generate in fp32, or lower the scale"
+        )
+    return (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()

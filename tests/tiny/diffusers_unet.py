@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from idadapter_core.checkpoint import Adapter
+from idadapter_core.unet import Injected
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 
@@ -83,6 +87,52 @@ def loss_of(unet: Any, kind: str = "sd15") -> Tensor:
     """A number that depends on all that the UNet gives."""
     out: Tensor = unet(**inputs(kind)).sample
     return (out * recipe.value(0, "unet.target", out.shape).to(out)).sum()
+
+
+def gradients_of(
+    unet: Any, kind: str, leaves: Mapping[str, Tensor], after: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
+    """The gradients of `loss_of`; `after` runs between the forward and the backward pass."""
+    calls: list[int] = []
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss = loss_of(unet, kind)
+    after()
+    calls.clear()
+    loss.backward()
+    is_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
+    assert bool(calls) == is_checkpointing, "blocks run again in the backward pass if checkpointed"
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter's layers, ready to learn."""
+    adapter.layers.requires_grad_(True)
+    return dict(adapter.layers.named_parameters())
+
+
+def observed(injected: Injected) -> list[tuple[int, Tensor, Tensor]]:
+    """What an observer is told from now on."""
+    told: list[tuple[int, Tensor, Tensor]] = []
+    injected.observe(lambda *given: told.append(given))
+    return told
+
+
+@contextmanager
+def failing(module: nn.Module, error: Exception) -> Iterator[None]:
+    """A module that raises when it is called."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    hook = module.register_forward_pre_hook(fail)
+    yield
+    hook.remove()
+
+
+def relative(left: Tensor, right: Tensor) -> float:
+    """How far two tensors are apart, by the norm of the second."""
+    return float((left.float() - right.float()).norm() / right.float().norm())
 
 
 def traces(unet: Any) -> list[Any]:

@@ -18,10 +18,21 @@ from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.sites import attention_sites
 from idadapter_core.unet import Injected, eject, inject
 from tests.golden import recipe
-from tests.tiny.diffusers_unet import diffusers_unet, in_double, inputs, loss_of, predict, traces
+from tests.tiny.diffusers_unet import (
+    diffusers_unet,
+    failing,
+    gradients_of,
+    in_double,
+    inputs,
+    loss_of,
+    observed,
+    predict,
+    relative,
+    traces,
+    trainable,
+)
 from tests.tiny.idadapter import CONFIGS, tiny_idadapter
 
-KINDS = ("sd15", "sd21", "sdxl")
 COUNT = 5  # identity tokens
 
 
@@ -35,25 +46,6 @@ def tokens(rows: int = 1, name: str = "person") -> Tensor:
 
 def bias() -> Tensor:
     return torch.linspace(-1, 1, COUNT)
-
-
-def relative(left: Tensor, right: Tensor) -> float:
-    return float((left.float() - right.float()).norm() / right.float().norm())
-
-
-def trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
-    adapter.layers.requires_grad_(True)
-    return dict(adapter.layers.named_parameters())
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def unet() -> Any:
-    return diffusers_unet("sd15")
 
 
 @pytest.fixture
@@ -312,20 +304,11 @@ def gradients(
     unet, adapter = diffusers_unet(kind).train(), tiny_idadapter(CONFIGS[kind])
     parameters = trainable(adapter)
     person = tokens(2).requires_grad_()
-    calls = []
-    block = unet.mid_block.attentions[0].transformer_blocks[0]
-    block.register_forward_pre_hook(lambda *_: calls.append(1))
     injected = inject(unet, adapter)
     if checkpointing:
         unet.enable_gradient_checkpointing()
     injected.set_identity(person, bias(), torch.tensor([False, True]), 0.8)
-    loss = loss_of(unet, kind)
-    after(injected)
-    calls.clear()
-    loss.backward()
-    assert bool(calls) == checkpointing, "blocks run again in the backward pass if checkpointed"
-    everything = {**parameters, "tokens": person}
-    return {name: t.grad for name, t in everything.items() if t.grad is not None}
+    return gradients_of(unet, kind, {**parameters, "tokens": person}, lambda: after(injected))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
@@ -457,13 +440,6 @@ def test_an_observer_is_told_the_norms_at_each_gate(kind: str, monkeypatch: pyte
         assert float(added) > 0.01
 
 
-def observed(injected: Injected) -> list[tuple[int, Tensor, Tensor]]:
-    """What an observer is told from now on."""
-    told: list[tuple[int, Tensor, Tensor]] = []
-    injected.observe(lambda *given: told.append(given))
-    return told
-
-
 def test_an_observer_is_told_only_where_an_identity_acts_and_while_it_is_set(
     unet: Any, adapter: Adapter
 ) -> None:
@@ -555,17 +531,10 @@ def test_an_exception_inside_a_call_leaves_no_trace(unet: Any, adapter: Adapter,
     block = unet.mid_block.attentions[0].transformer_blocks[0]
     given: list[weakref.ref[Tensor]] = []
 
-    def fail(module: nn.Module, args: Any) -> None:
-        raise KeyError(place)
-
-    hooks = [
-        block.register_forward_pre_hook(lambda module, args: given.append(weakref.ref(args[0]))),
-        block.get_submodule(place).register_forward_pre_hook(fail),
-    ]
-    with pytest.raises(KeyError, match=place):
+    hook = block.register_forward_pre_hook(lambda module, args: given.append(weakref.ref(args[0])))
+    with failing(block.get_submodule(place), KeyError(place)), pytest.raises(KeyError, match=place):
         predict(unet)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     gc.collect()
     assert [reference() for reference in given] == [None], "the failed call's tensors are kept"
     assert torch.equal(predict(unet), want)

@@ -11,18 +11,29 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from idadapter_core.checkpoint import Adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.sites import attention_sites
 from idadapter_core.unet import Injected, eject, inject
 from tests.golden import recipe
-from tests.tiny.diffusers_unet import diffusers_unet, in_double, inputs, loss_of, predict, traces
+from tests.tiny.diffusers_unet import (
+    diffusers_unet,
+    failing,
+    gradients_of,
+    in_double,
+    inputs,
+    loss_of,
+    observed,
+    predict,
+    relative,
+    traces,
+    trainable,
+)
 from tests.tiny.idadapter import CONFIGS as IDADAPTERS, tiny_idadapter
 from tests.tiny.uniid import CONFIGS, tiny_uniid
 
-KINDS = ("sd15", "sd21", "sdxl")
 COUNT = 5  # identity tokens
 
 
@@ -31,25 +42,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def tokens(rows: int = 1, kind: str = "sd15", name: str = "person") -> Tensor:
     return recipe.value(0, f"unet.{name}", (rows, COUNT, CONFIGS[kind].context_width))
-
-
-def relative(left: Tensor, right: Tensor) -> float:
-    return float((left.float() - right.float()).norm() / right.float().norm())
-
-
-def trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
-    adapter.layers.requires_grad_(True)
-    return dict(adapter.layers.named_parameters())
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def unet() -> Any:
-    return diffusers_unet("sd15")
 
 
 @pytest.fixture
@@ -239,15 +231,7 @@ def gradients(
     if checkpointing:
         unet.enable_gradient_checkpointing()
     injected.set_identity(person, torch.tensor([0.5, 1.0]), rescale=True)
-    loss = loss_of(unet, kind)
-    calls = []
-    block = unet.mid_block.attentions[0].transformer_blocks[0]
-    block.register_forward_pre_hook(lambda *_: calls.append(1))
-    after(injected)
-    calls.clear()
-    loss.backward()
-    assert bool(calls) == checkpointing, "blocks run again in the backward pass if checkpointed"
-    return {name: t.grad for name, t in {**parameters, "tokens": person}.items() if t.grad is not None}
+    return gradients_of(unet, kind, {**parameters, "tokens": person}, lambda: after(injected))
 
 
 @pytest.mark.parametrize(
@@ -313,13 +297,6 @@ def test_any_part_may_be_in_half_precision(unet: Any, adapter: Adapter, narrow: 
 
 
 # --- observing -------------------------------------------------------------------------------------------------------
-
-
-def observed(injected: Injected) -> list[tuple[int, Tensor, Tensor]]:
-    """What an observer is told from now on."""
-    told: list[tuple[int, Tensor, Tensor]] = []
-    injected.observe(lambda *given: told.append(given))
-    return told
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -432,17 +409,10 @@ def test_an_exception_inside_a_call_leaves_no_trace(unet: Any, adapter: Adapter,
     block = unet.mid_block.attentions[0].transformer_blocks[0]
     queries: list[weakref.ref[Tensor]] = []
 
-    def fail(module: nn.Module, args: Any) -> None:
-        raise KeyError(place)
-
-    hooks = [
-        block.attn2.to_q.register_forward_hook(lambda module, args, out: queries.append(weakref.ref(out))),
-        block.get_submodule(place).register_forward_pre_hook(fail),
-    ]
-    with pytest.raises(KeyError, match=place):
+    hook = block.attn2.to_q.register_forward_hook(lambda module, args, out: queries.append(weakref.ref(out)))
+    with failing(block.get_submodule(place), KeyError(place)), pytest.raises(KeyError, match=place):
         predict(unet)
-    for hook in hooks:
-        hook.remove()
+    hook.remove()
     gc.collect()
     assert all(reference() is None for reference in queries), "the failed call's query is kept"
     assert torch.equal(predict(unet), want)
