@@ -15,7 +15,6 @@ import os
 import signal
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +33,7 @@ from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import some
 from .index import IN_SHARD, OK, Index, Row, write_index
 from .measure import Limits, Measured, Models, judge, measure
+from .people import by_person
 from .sources import Photo, Source
 from .split import SplitSettings, split_rows
 
@@ -132,14 +132,11 @@ def find_mismatches(rows: Sequence[Row], embeddings: Tensor, least: float) -> li
     """Mark photos that do not show the person that they are said to show: those whose embedding's cosine to the median of the
     person's photos is below `least`. People with fewer than three usable photos are left alone.
     """
-    people: dict[str, list[int]] = defaultdict(list)
-    for row in rows:
-        if row.status == OK and row.identity:
-            people[row.identity].append(row.number)
     checked = list(rows)
-    for numbers in people.values():
-        if len(numbers) < MIN_PHOTOS:
+    for photos in by_person(row for row in rows if row.status == OK and row.identity).values():
+        if len(photos) < MIN_PHOTOS:
             continue
+        numbers = [row.number for row in photos]
         directions = torch.nn.functional.normalize(embeddings[numbers], dim=1)
         median = torch.from_numpy(np.median(directions.numpy(), axis=0))
         median = torch.nn.functional.normalize(median, dim=0)

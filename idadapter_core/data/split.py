@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .index import OK, Row
+from .people import by_person
 
 _BLOCK = 4096  # people compared at a time: 64 MiB of cosines
 
@@ -44,18 +45,14 @@ class People:
 
 def people_of(rows: Sequence[Row], embeddings: Tensor, unknown: bool = True) -> People:
     """The people of the usable rows, in the order of their first photo; `unknown`: with photos of nobody known."""
-    found: dict[tuple[bool, str], list[int]] = {}
-    for row in rows:
-        if row.status == OK and (row.identity or unknown):
-            # A photo without identity never joins an identity of that name.
-            key = (True, row.identity) if row.identity else (False, f"{row.number}")
-            found.setdefault(key, []).append(row.number)
+    found = list(by_person(row for row in rows if row.status == OK and (row.identity or unknown)).values())
+    photos = tuple(tuple(row.number for row in person) for person in found)
     means = torch.zeros(len(found), embeddings.shape[1])
-    for place, numbers in enumerate(found.values()):
-        directions = torch.nn.functional.normalize(embeddings[numbers].float(), dim=1)
+    for place, numbers in enumerate(photos):
+        directions = torch.nn.functional.normalize(embeddings[list(numbers)].float(), dim=1)
         means[place] = torch.nn.functional.normalize(directions.mean(dim=0), dim=0)
-    names = tuple(name if known else rows[int(name)].source for known, name in found)
-    return People(names, tuple(map(tuple, found.values())), means)
+    names = tuple(person[0].identity or person[0].source for person in found)
+    return People(names, photos, means)
 
 
 def clusters(means: Tensor, threshold: float) -> list[list[int]]:

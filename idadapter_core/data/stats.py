@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from .index import OK, Index, Row
+from .people import by_person, photos_beside_target
 from .split import describe_split
 
 EXAMPLES = 10
@@ -42,15 +43,15 @@ def bad_photos(index: Index) -> str:
 
 
 def synthetic_references(usable: Iterable[Row], references: int) -> str:
-    """How many of N references a photo would have to be made from others (flipped, turned, recoloured), for want of photos."""
-    rows = list(usable)
-    photos = Counter(row.identity for row in rows if row.identity)
-    missing = [max(references - (photos[row.identity] if row.identity else 1), 0) for row in rows]
-    short = sum(count > 0 for count in missing)
-    share = sum(missing) / (len(rows) * references) if rows else 0.0
+    """How many of N references training makes from others (flipped, turned, recoloured), for want of photos beside the target."""
+    photos = [len(person) for person in by_person(usable).values()]
+    missing = [(count, max(references - photos_beside_target(count), 0)) for count in photos]
+    short = sum(count for count, lacking in missing if lacking)
+    made = sum(count * lacking for count, lacking in missing)
+    share = made / (sum(photos) * references) if photos else 0.0
     return (
-        f"with {references} references of a person: {short} of {len(rows)} usable photos are of people with fewer photos; "
-        f"{sum(missing)} references ({share:.1%}) would be synthetic"
+        f"with {references} references beside the photo to learn: {short} of {sum(photos)} usable photos are of people with too few; "
+        f"{made} references ({share:.1%}) are made from others (flipped, turned, recoloured)"
     )
 
 

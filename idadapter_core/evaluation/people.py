@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from ..data.index import Index, Row
+from ..data.people import by_person
 from ..errors import ConfigError
 from ..faces.images import Image
 from ..training.randomness import generator
@@ -52,9 +53,8 @@ def choose_people(
     Raises:
         ConfigError: nobody in that split has enough photos.
     """
-    rows: dict[str, list[Row]] = defaultdict(list)
-    for row in index.usable(None if settings.split == "all" else settings.split):
-        rows[row.identity or f"row {row.number}"].append(row)
+    usable = index.usable(None if settings.split == "all" else settings.split)
+    rows = {name or f"row {number}": photos for (name, number), photos in by_person(usable).items()}
     people: list[Person] = []
     for name in _shuffled(sorted(rows), settings.seed, "people"):
         wanted = settings.references

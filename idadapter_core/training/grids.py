@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image as PILImage
 
 from ..checkpoint import Adapter
+from ..data.people import by_person
 from ..faces.images import Image
 from ..files import replacing
 from .bundle import Bundle
 from .config import RunConfig
 from .parts import Parts
 from .pipeline import Pipeline, features_of, to_levels
-from .samples import people
 
 FOLDER = "samples"
 SEED = 0
@@ -30,7 +30,7 @@ def sample_grid(
     A row for each person: a reference photo's face, then a picture for each prompt. The last row is the base model alone.
     """
     rows = parts.test_rows or parts.train_rows
-    chosen = list(people(rows).values())[: config.output.sample_people]
+    chosen = list(by_person(rows).values())[: config.output.sample_people]
     pipeline = Pipeline(parts.base, adapter, bundle.injected)
     size = config.data.resolution
     lines: list[list[Image]] = []

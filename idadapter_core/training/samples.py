@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..data.index import Index, Row
+from ..data.people import by_person, photos_beside_target
 from ..errors import ConfigError, FaceError, IDAdapterError
 from ..faces.align import align_face, square_crop
 from ..faces.enrich import variant
@@ -154,9 +155,8 @@ def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> 
 def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
     """Every photo that `references_for` may choose for the people of these rows."""
     photos = [Photo(row) for row in rows]
-    for person in people(rows).values():
-        others = max(len(person) - 1, 1)
-        last = (references - 1) // others
+    for person in by_person(rows).values():
+        last = (references - 1) // photos_beside_target(len(person))
         photos += [Photo(row, number) for row in person for number in range(1, last + 1)]
     return photos
 
@@ -169,15 +169,6 @@ def references_for(target: Row, person: Sequence[Row], count: int, random: torch
     others = [row for row in person if row.number != target.number] or [target]
     order = torch.randperm(len(others), generator=random).tolist()
     return [Photo(others[order[n % len(others)]], n // len(others)) for n in range(count)]
-
-
-def people(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each person, in their order."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        # Whose person is not known is somebody of their own.
-        found.setdefault(f"i{row.identity}" if row.identity else f"r{row.number}", []).append(row)
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,8 +253,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
     ) -> None:
         self._index, self.rows, self._config = index, list(rows), config
         self._timesteps, self._store, self._preprocess = timesteps, store, preprocess
-        self._people = people(rows)
-        self._person = {row.number: person for person in self._people.values() for row in person}
+        self._person = {row.number: person for person in by_person(rows).values() for row in person}
         self._is_uniid = config.adapter.method == uniid.METHOD
 
     def __len__(self) -> int:
@@ -428,7 +418,7 @@ def usable_rows(index: Index, config: RunConfig, split: str) -> list[Row]:
             f"{index.path}: {bad:.1%} of its photos cannot be used, data.max_bad_share allows "
             f"{config.data.max_bad_share:.1%}. Repair or remove them and scan again, or raise the limit. The first ones:\n{listed}"
         )
-    grouped = people(index.usable(split))
+    grouped = by_person(index.usable(split))
     numbers = {
         row.number for person in grouped.values() if len(person) >= config.data.min_photos for row in person
     }

@@ -104,8 +104,9 @@ def test_stats_in_words(scanned: Scanned) -> None:
         "  2 to 3               3  100.0%",
         "  256 to 511           9  100.0%",
         "captions: 9 of 9 usable photos have one",
-        "with 4 references of a person: 9 of 9 usable photos are of people with fewer photos; "
-        "9 references (25.0%) would be synthetic",
+        # Three photos of each person: two beside the one to learn.
+        "with 4 references beside the photo to learn: 9 of 9 usable photos are of people with too few; "
+        "18 references (50.0%) are made from others",
     ):
         assert line in text, line
-    assert "9 references" not in describe(scanned.index, references=3)
+    assert "0 of 9 usable photos are of people with too few" in describe(scanned.index, references=2)
