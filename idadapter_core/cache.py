@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import ConfigError, IDAdapterError
+from .errors import ConfigError
 from .extra import require
+from .program import run
 from .training.config import add_arguments, read_config
 
 TOLERANCE = 0.02  # relative, between devices and after fp16
@@ -30,11 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"--count must be at least 1, got {options.count}")
-    try:
-        return _run(options)
-    except IDAdapterError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    return run(
+        lambda: _run(options), interrupted="what is computed stays; the same command goes on with the rest"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -71,7 +70,8 @@ def _run(options: argparse.Namespace) -> int:
         progress=progress,
     )
     for name, count in written.items():
-        sys.stdout.write(f"{name}: {count} entries written\n")
+        said = f"{count} entries computed" if count else "all entries were there already"
+        sys.stdout.write(f"{name}: {said}\n")
     return 0
 
 

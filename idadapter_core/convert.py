@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from .checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
-from .errors import IDAdapterError
 from .files import DTYPES
 from .methods import idadapter
+from .program import require_new, run
 from .recognizer import recorded_recognizer
 
 MAX_SEED = 2**64 - 1
@@ -26,23 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     output = _check(parser, options)
-    try:
-        if options.init is None:
-            adapter = load_adapter(options.files[0], options.text_branch)
-            if recognizer := recorded_recognizer(options.recognizer, adapter.method):
-                adapter = replace(adapter, config=replace(adapter.config, recognizer=recognizer))
-        else:
-            recognizer = recorded_recognizer(options.recognizer, idadapter.METHOD)
-            config = replace(idadapter.PRESETS[options.init], recognizer=recognizer, **_new_settings(options))
-            dtype = DTYPES[options.dtype] or torch.float32
-            adapter = initial_adapter(config, options.files[0].name, options.seed or 0, dtype)
-        sys.stdout.write(f"{adapter.info}\n{_counts(adapter)}digest {adapter.digest}\n")
-        if output is not None:
-            save_adapter(adapter, output, DTYPES[options.dtype])
-            sys.stdout.write(f"wrote {output} ({output.stat().st_size:,} bytes)\n")
-    except IDAdapterError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    return run(lambda: _convert(options, output))
+
+
+def _convert(options: argparse.Namespace, output: Path | None) -> int:
+    if options.init is None:
+        adapter = load_adapter(options.files[0], options.text_branch)
+        if recognizer := recorded_recognizer(options.recognizer, adapter.method):
+            adapter = replace(adapter, config=replace(adapter.config, recognizer=recognizer))
+    else:
+        recognizer = recorded_recognizer(options.recognizer, idadapter.METHOD)
+        config = replace(idadapter.PRESETS[options.init], recognizer=recognizer, **_new_settings(options))
+        dtype = DTYPES[options.dtype] or torch.float32
+        adapter = initial_adapter(config, options.files[0].name, options.seed or 0, dtype)
+    sys.stdout.write(f"{adapter.info}\n{_counts(adapter)}digest {adapter.digest}\n")
+    if output is not None:
+        save_adapter(adapter, output, DTYPES[options.dtype])
+        sys.stdout.write(f"wrote {output} ({output.stat().st_size:,} bytes)\n")
     return 0
 
 
@@ -116,10 +116,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path
     if options.init is None and len(files) < 2:
         return None
     output = files[-1]
-    if output.suffix != ".safetensors":
-        parser.error(f"the output must end in .safetensors, got {output.name}")
-    if output.exists() and not options.overwrite:
-        parser.error(f"{output} exists; choose another name or add --overwrite")
+    require_new(parser, output, ".safetensors", options.overwrite)
     return output
 
 

@@ -8,33 +8,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import IDAdapterError
+from .program import run
 from .training.config import add_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 a requirement is not met, 2 an error."""
+    """Entry point; returns the exit code: 0 done, 1 a requirement is not met, 2 an error, 130 interrupted."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        failures = _evaluate(options)
-    except IDAdapterError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    for line in failures:
-        sys.stderr.write(f"{line}\n")
-    return 1 if failures else 0
+    return run(
+        lambda: _evaluate(options),
+        error=2,
+        interrupted="pictures stay; the same command goes on with the rest",
+    )
 
 
-def _evaluate(options: argparse.Namespace) -> list[str]:
-    """Run it; what is required and not reached, in lines."""
-    from .evaluation.config import read_evaluation, require_sound
+def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluation.config import read_evaluation, require_files, require_sound
     from .evaluation.metrics import read_requirement
     from .evaluation.presets import with_preset
 
     overrides = [*options.set, *([f"preset.name={options.preset}"] if options.preset else [])]
     config = with_preset(read_evaluation(options.config, overrides))
     require_sound(config)
+    require_files(config)
     # All that can be wrong about the request shows before any model is loaded.
     requirements = [read_requirement(text, config) for text in options.require]
 
@@ -53,7 +50,10 @@ def _evaluate(options: argparse.Namespace) -> list[str]:
         shown = "n/a" if found is None else f"{found.mean:.3f}"
         sys.stdout.write(f"{row.title}: IDAdapter ID-Sim {shown}, {row.misses} misses\n")
     sys.stdout.write(f"{Path(config.output.folder) / 'report.html'}\n")
-    return [line for requirement in requirements for line in requirement.failures(summary.adapters())]
+    failures = [line for requirement in requirements for line in requirement.failures(summary.adapters())]
+    for line in failures:
+        sys.stderr.write(f"{line}\n")
+    return 1 if failures else 0
 
 
 def _parser() -> argparse.ArgumentParser:

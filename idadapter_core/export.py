@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoint import load_adapter, save_adapter
-from .errors import ConfigError, IDAdapterError
+from .errors import ConfigError
 from .files import DTYPES
+from .program import require_new, run
 from .training.checkpoints import ADAPTER, EMA, checkpoints
 
 WEIGHTS = ("auto", "ema", "trained")
@@ -38,25 +39,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     options = parser.parse_args(arguments)
-    if options.output.suffix != ".safetensors":
-        parser.error(f"the output must end in .safetensors, got {options.output.name}")
-    if options.output.exists() and not options.overwrite:
-        parser.error(f"{options.output} exists; choose another name or add --overwrite")
-    try:
-        files = [
-            adapter_file(run, options.weights, options.step if run == options.run else None)
-            for run in (options.run, options.text_branch)
-            if run is not None
-        ]
-        adapter = load_adapter(files[0], files[1] if len(files) > 1 else None)
-        save_adapter(adapter, options.output, DTYPES[options.dtype])
-        size = options.output.stat().st_size
-        sys.stdout.write(
-            f"{adapter.info}\nfrom {', '.join(map(str, files))}\nwrote {options.output} ({size:,} bytes)\n"
-        )
-    except IDAdapterError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    require_new(parser, options.output, ".safetensors", options.overwrite)
+    return run(lambda: _export(options))
+
+
+def _export(options: argparse.Namespace) -> int:
+    files = [
+        adapter_file(folder, options.weights, options.step if folder == options.run else None)
+        for folder in (options.run, options.text_branch)
+        if folder is not None
+    ]
+    adapter = load_adapter(files[0], files[1] if len(files) > 1 else None)
+    save_adapter(adapter, options.output, DTYPES[options.dtype])
+    size = options.output.stat().st_size
+    sys.stdout.write(
+        f"{adapter.info}\nfrom {', '.join(map(str, files))}\nwrote {options.output} ({size:,} bytes)\n"
+    )
     return 0
 
 

@@ -40,7 +40,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise CheckpointError(
-            f"{path.name}: no such file in {path.parent.name}; refresh the node list or choose another file."
+            f"{path.name}: no such file in {path.absolute().parent}; correct the path (in ComfyUI: refresh the node list, or choose "
+            "another file)."
         )
     if _is_safetensors(path):
         try:

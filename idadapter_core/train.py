@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from .errors import IDAdapterError
+from .program import run
 from .training.config import add_arguments, read_config
 
 
@@ -34,17 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        from .training.engine import train
+    return run(
+        lambda: _train(options),
+        interrupted="go on from the last checkpoint with --resume auto, if there is one",
+    )
 
-        config = read_config(options.config, options.set)
-        return train(config, resume=options.resume, allow_config_change=options.allow_config_change)
-    except IDAdapterError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; go on from the last checkpoint with --resume auto\n")
-        return 130
+
+def _train(options: argparse.Namespace) -> int:
+    config = read_config(options.config, options.set)
+    from .training.engine import train
+
+    return train(config, resume=options.resume, allow_config_change=options.allow_config_change)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..errors import ConfigError, IDAdapterError
+from ..errors import ConfigError
 from ..extra import require
 from ..faces.detector import PROVIDERS
+from ..program import run
 from .dedupe import PEOPLE, dedupe, settings_of
 from .index import Index, read_index
 from .measure import Limits
@@ -29,7 +30,6 @@ LICENCE_NOTE = (
     "its code is MIT. Datasets have licences of their own."
 )
 TOO_MANY_BAD = 3
-INTERRUPTED = 130
 MAX_WORKERS = 16  # each opens the face models for itself
 
 Command = Callable[[argparse.Namespace], int]
@@ -43,14 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger(__package__.rpartition(".")[0]).setLevel(logging.INFO)
     options = _parser().parse_args(arguments)
     command: Command = options.command
-    try:
-        return command(options)
-    except IDAdapterError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; give the same command again to go on\n")
-        return INTERRUPTED
+    return run(lambda: command(options), interrupted="give the same command again to go on")
 
 
 def _scan(options: argparse.Namespace) -> int:

@@ -9,8 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..training.config import PRECISIONS, BaseConfig, at_least, one_of, parse_config, read_toml
-from ..training.samples import CLASS_WORD
+from ..training.config import (
+    CLASS_WORD,
+    PRECISIONS,
+    BaseConfig,
+    at_least,
+    existing,
+    naming,
+    one_of,
+    parse_config,
+    read_toml,
+    writable,
+)
 from .prompts import EXPRESSION, GROUPS, POSE, POSES, Prompt, built_in, expression_name
 
 BASE_MODEL, PASTE = "base model", "paste the reference"  # the anchors, which every evaluation has
@@ -194,7 +204,25 @@ def read_evaluation(path: Path, overrides: Sequence[str] = ()) -> EvaluationConf
     Raises:
         ConfigError: no such file, broken TOML, an unknown key, a value of another type or outside its range.
     """
-    return parse_config(EvaluationConfig, read_toml(path, overrides))
+    with naming(path, overrides):
+        return parse_config(EvaluationConfig, read_toml(path, overrides))
+
+
+def require_files(config: EvaluationConfig) -> None:
+    """Raise ConfigError where a file that is named is not there, or the results cannot be written: before models are loaded."""
+    named = {
+        "metrics.faces": config.metrics.faces,
+        "metrics.second": config.metrics.second,
+        "metrics.clip": config.metrics.clip,
+        "expression.path": config.expression.path,
+    }
+    for run in config.runs:
+        named |= {f"path of {run.name}": run.path, f"text_branch of {run.name}": run.text_branch}
+        named |= {f"log of {run.name}": run.log}
+    for name, value in named.items():
+        if value:
+            existing(name, value)
+    writable("output.folder", config.output.folder)
 
 
 def require_sound(config: EvaluationConfig) -> None:

@@ -30,7 +30,7 @@ from ..errors import ConfigError, IDAdapterError
 from ..files import write_lines, write_safetensors
 from ..methods import uniid
 from .bundle import recognize, see
-from .config import RunConfig
+from .config import RunConfig, writable
 from .parts import Parts
 from .samples import (
     STAGE_NAMES,
@@ -162,8 +162,8 @@ class Cache:
             if missing:
                 raise ConfigError(
                     f"{folder.path}: {len(missing)} of {len(kind.entries)} {kind.name} are not in the cache, the first of "
-                    f"{missing[0].photo.row.source}. Run `python -m idadapter_core.cache build` with the run's configuration, or "
-                    "set data.cache to '' to do without."
+                    f"{missing[0].photo.row.source}. {_others(root, kind)}Run `python -m idadapter_core.cache build` with the run's "
+                    "configuration, or set data.cache to '' to do without."
                 )
         self._latents, self._photos = folders
 
@@ -178,6 +178,24 @@ class Cache:
         return tensors
 
 
+def _others(root: Path, kind: Kind) -> str:
+    """What else there is in a cache that lacks all of a kind, in words."""
+    if kind.folder(root).exists():
+        return ""
+    found = []
+    for path in sorted(root.glob(f"{kind.name}-*/{FACTS}")):
+        try:
+            facts = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+        other = [
+            f"{name} {facts.get(name)}" for name, value in kind.facts.items() if facts.get(name) != value
+        ]
+        wanted = [f"{name} {value}" for name, value in kind.facts.items() if facts.get(name) != value]
+        found.append(f"There are {kind.name} of {', '.join(other)}, but {', '.join(wanted)} is wanted. ")
+    return "".join(found[:2])
+
+
 def build(
     parts: Parts,
     config: RunConfig,
@@ -188,7 +206,7 @@ def build(
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, int]:
     """Compute the entries that are missing; how many of each kind were. Processes share the work."""
-    root = Path(config.data.cache)
+    root = writable("data.cache", config.data.cache)
     written = {}
     for kind in kinds(parts, config):
         folder = kind.folder(root)

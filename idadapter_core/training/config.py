@@ -6,12 +6,15 @@ Every key has a default, so a configuration names only what differs. Unknown key
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
+import re
 import sys
+import tempfile
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +36,8 @@ ALIGNMENTS = ("target", "detector")
 GATES = ("noise", "detector")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("no", "bf16")
+CLASS_WORD, CAPTION = "<class word>", "<caption>"  # what prompts may leave open
+_OPEN = re.compile(r"<[^<>]*>")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class DataConfig:
         at_least("data.min_photos", self.min_photos, 1)
         at_least("data.workers", self.workers, 0)
         within("data.max_bad_share", self.max_bad_share, 0, 1)
+        _require_known("data.prompt", self.prompt, (CLASS_WORD, CAPTION))
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,8 @@ class OutputConfig:
             at_least(f"output.{name}", getattr(self, name), 1)
         for name in ("keep_every", "validate_every", "sample_every", "sample_cfg"):
             at_least(f"output.{name}", getattr(self, name), 0)
+        for prompt in self.prompts:
+            _require_known("output.prompts", prompt, (CLASS_WORD,))
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,10 @@ class RunConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config and --set, which all programs with a TOML file have."""
+    parser.epilog = (
+        "docs/training.md goes through it all. Examples of TOML files are in configs; every setting is explained in "
+        "idadapter_core/training/config.py, those of an evaluation in idadapter_core/evaluation/config.py."
+    )
     parser.add_argument("--config", type=Path, required=True, help="the TOML file")
     parser.add_argument(
         "--set",
@@ -252,7 +264,19 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such file, broken TOML, an unknown key, a value of another type or outside its range.
     """
-    return parse_config(RunConfig, _with_method_defaults(read_toml(path, overrides)))
+    with naming(path, overrides):
+        return parse_config(RunConfig, with_method_defaults(read_toml(path, overrides)))
+
+
+@contextlib.contextmanager
+def naming(path: Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Errors about a configuration say where it comes from."""
+    try:
+        yield
+    except ConfigError as error:
+        if f"{error}".startswith(f"{path}"):
+            raise
+        raise ConfigError(f"{path}{' and --set' if overrides else ''}: {error}") from error
 
 
 def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -272,7 +296,8 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return content
 
 
-def _with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a run, with what its method has where they say nothing (`METHOD_DEFAULTS`)."""
     adapter = content.get("adapter", {})
     adapter = adapter if isinstance(adapter, Mapping) else {}
     merged: dict[str, Any] = dict(content)
@@ -406,6 +431,66 @@ def one_of(name: str, value: str, options: tuple[str, ...]) -> None:
 def at_least(name: str, value: float, least: float) -> None:
     if not value >= least or value == float("inf"):
         raise ConfigError(f"{name} must be a finite number of at least {least}, got {value}")
+
+
+def _require_known(name: str, prompt: str, known: tuple[str, ...]) -> None:
+    """Refuse a prompt that leaves something open which nobody fills in."""
+    for found in _OPEN.findall(prompt):
+        if found not in known:
+            raise ConfigError(
+                f"{name}: nothing is known to stand for {found} in {prompt!r}{nearest(found, known)}"
+            )
+
+
+def existing(name: str, value: str) -> Path:
+    """The file or folder that a setting names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(value).expanduser()
+    if not path.exists():
+        where = "" if path.is_absolute() else f" (that is {path.absolute()})"
+        raise ConfigError(f"{name}: {value} is not there{where}; correct the path")
+    return path
+
+
+def writable(name: str, value: str) -> Path:
+    """The folder that a setting names, which need not be there yet.
+
+    Raises:
+        ConfigError: it is a file, or cannot be written. Better told before hours of work than after them.
+    """
+    folder = Path(value).expanduser()
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{name}: {there} is a file; name a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: {folder} cannot be written ({error.strerror}); name another folder, or make this one writable"
+        ) from error
+    return folder
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """What differs between two configurations: "train.lr was 0.1 and is 0.2"."""
+    found = []
+    for section in dataclasses.fields(RunConfig):
+        then, today = (getattr(config, section.name) for config in (before, now))
+        for entry in dataclasses.fields(then):
+            was, is_now = getattr(then, entry.name), getattr(today, entry.name)
+            if was != is_now:
+                found.append(f"{section.name}.{entry.name} was {_in_words(was)} and is {_in_words(is_now)}")
+    return found
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name} = {_literal(entry)}' for name, entry in value.items())}}}"
+    return _literal(value)
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

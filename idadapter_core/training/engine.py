@@ -29,12 +29,13 @@ from torch.utils.data import DataLoader
 from ..checkpoint import save_adapter
 from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteError, TrainingError
 from ..extra import require, versions
-from ..methods import idadapter
+from ..files import some
+from ..methods import METHODS, idadapter
 from .adapters import trainable
 from .bundle import Bundle
 from .cache import Cache, kinds
 from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, write_checkpoint
-from .config import RunConfig, TrainConfig, config_toml, read_config
+from .config import RunConfig, TrainConfig, config_toml, differences, read_config, writable
 from .grids import sample_grid
 from .logs import RunLog
 from .parts import load_parts, prepare_adapter
@@ -78,9 +79,7 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
     """
     if resume not in RESUME:
         raise ConfigError(f"resume must be one of {', '.join(RESUME)}, got {resume!r}")
-    folder = Path(config.output.folder)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name the folder of the run as output.folder")
+    folder = writable("output.folder", config.output.folder)
     start = latest(folder)
     if start is not None and resume == "never":
         raise ConfigError(
@@ -218,6 +217,7 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / CONFIG).write_text(config_toml(config), encoding="utf-8")
             (self.folder / FACTS).write_text(json.dumps(self._facts(), indent=1), encoding="utf-8")
+            sys.stderr.write(f"{self.folder}: {self._in_words()}\n")
             self.log = RunLog(self.folder, self.step, config.train.steps, config.output.tensorboard)
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -274,6 +274,11 @@ class _Run:
                 self.is_settled = True
                 return STOPPED
         self.is_settled = True
+        if self.is_main:
+            sys.stderr.write(
+                f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core.export {self.folder} NAME.safetensors` "
+                "writes the file for ComfyUI.\n"
+            )
         return 0
 
     def _observe(self, interval: _Interval) -> None:
@@ -315,7 +320,7 @@ class _Run:
                 failure = error
                 break
         if failure is None:
-            failure = _not_finite(self.step, done)
+            failure = _not_finite(self.step, done, self._what_is_kept())
         self._agree(failure)
         torch.autograd.backward(done[-1][1]["loss"] / train.accumulate)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or float("inf")))
@@ -324,7 +329,7 @@ class _Run:
             sources = ", ".join(source for batch, _ in done for source in batch.sources)
             raise NotFiniteError(
                 f"step {self.step + 1}: the gradient is not finite. Photos of that step: {sources}. Look at them, lower train.lr, "
-                "or set train.clip; then go on from the last checkpoint with --resume auto."
+                f"or set train.clip. {self._what_is_kept()}"
             )
         for batch, losses in done:
             interval.add(batch, losses)
@@ -332,6 +337,13 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
+
+    def _what_is_kept(self) -> str:
+        """Advice for who has to start again: from where."""
+        kept = latest(self.folder)
+        if kept is None:
+            return "There is no checkpoint yet: start again."
+        return f"The last good checkpoint, of step {kept.step}, is kept: go on from it with --resume auto."
 
     def _agree(self, failure: Exception | None) -> None:
         """All processes hear of a failure or a signal in any of them.
@@ -591,9 +603,8 @@ class _Run:
         path = start.path / CONFIG
         if not path.is_file():
             return ""
-        before, now = (config_toml(_what_counts(c)).splitlines() for c in (read_config(path), self.config))
-        lines = [line for line in before if line not in now][:5]
-        return f"Then it was: {'; '.join(lines)}. " if lines else ""
+        found = differences(_what_counts(read_config(path)), _what_counts(self.config))
+        return f"{some(found, 5)}. " if found else ""
 
     def _facts(self) -> dict[str, Any]:
         """Versions and digests, for people who want to repeat the run."""
@@ -611,6 +622,16 @@ class _Run:
             "recognizer": self.parts.recognizer_digest,
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
         }
+
+    def _in_words(self) -> str:
+        config = self.config
+        branch = f" ({config.adapter.branch} branch)" if config.adapter.method != idadapter.METHOD else ""
+        count = sum(p.numel() for p in self.parameters.values())
+        return (
+            f"{METHODS[config.adapter.method].title}{branch}, {count / 1e6:.3g} M parameters, steps {self.step + 1} to "
+            f"{config.train.steps} of {config.train.batch} from {len(self.parts.train_rows)} photos, {len(self.parts.test_rows)} more "
+            f"of test people; {self.world} process{'es' if self.world > 1 else ''} on {self.device.type}"
+        )
 
     def close(self) -> None:
         if self.log is not None:
@@ -656,7 +677,9 @@ def _what_counts(config: RunConfig) -> RunConfig:
     return kept
 
 
-def _not_finite(step: int, done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> NotFiniteError | None:
+def _not_finite(
+    step: int, done: Sequence[tuple[Batch, Mapping[str, Tensor]]], advice: str
+) -> NotFiniteError | None:
     """What to say of losses that are NaN or infinite, and whose they are; None where there are none."""
     if all(torch.isfinite(torch.stack([losses["loss"] for _, losses in done])).tolist()):
         return None
@@ -670,8 +693,7 @@ def _not_finite(step: int, done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -
             (named if is_broken else others).append(f"{source} (timestep {timestep})")
     return NotFiniteError(
         f"step {step + 1}: the loss is not finite, from {', '.join(named or others)}. Look at "
-        f"{'this photo' if len(named) == 1 else 'these photos'}, lower train.lr, set train.clip, or train without bf16; the last "
-        "good checkpoint is kept: go on from it with --resume auto."
+        f"{'this photo' if len(named) == 1 else 'these photos'}, lower train.lr, set train.clip, or train without bf16. {advice}"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
+from PIL import Image as PILImage, ImageDraw, ImageFont
 
 from ..checkpoint import Adapter
 from ..data.people import by_person
@@ -19,7 +19,9 @@ from .pipeline import Pipeline, features_of, to_levels
 
 FOLDER = "samples"
 SEED = 0
+BASE = "the base model alone"
 _GAP = 4  # pixels
+_LINES = 4  # of a prompt above its column
 
 
 def sample_grid(
@@ -33,7 +35,7 @@ def sample_grid(
     chosen = list(by_person(rows).values())[: config.output.sample_people]
     pipeline = Pipeline(parts.base, adapter, bundle.injected)
     size = config.data.resolution
-    lines: list[list[Image]] = []
+    lines: dict[str, list[Image]] = {}
     device = next(bundle.encoder.parameters()).device
     settings: dict[str, Any] = {
         "seed": SEED,
@@ -49,13 +51,13 @@ def sample_grid(
         for prompt in config.output.prompts:
             picture = pipeline.generate(prompt, identity=identity, width=size, height=size, **settings)
             line.append(to_levels(picture))
-        lines.append(line)
+        lines[photos[0].identity or photos[0].source] = line
     blank = np.full((size, size, 3), 255, np.uint8)
     alone = [
         to_levels(pipeline.generate(prompt, width=size, height=size, **settings))
         for prompt in config.output.prompts
     ]
-    grid = _grid([*lines, [blank, *alone]])
+    grid = _grid({**lines, BASE: [blank, *alone]}, ("reference", *config.output.prompts))
     path = folder / FOLDER / f"step-{step:08d}.png"
     with replacing(path) as temporary:
         PILImage.fromarray(grid).save(temporary, format="PNG")
@@ -66,11 +68,39 @@ def _fit(image: Image, size: int) -> Image:
     return np.asarray(PILImage.fromarray(image).resize((size, size), PILImage.Resampling.LANCZOS))
 
 
-def _grid(lines: list[list[Image]]) -> Image:
-    size = lines[0][0].shape[0]
+def _grid(lines: dict[str, list[Image]], titles: tuple[str, ...]) -> Image:
+    """Rows of pictures, each under its name; each column under its title."""
+    size = next(iter(lines.values()))[0].shape[0]
     step = size + _GAP
-    grid = np.full((len(lines) * step - _GAP, len(lines[0]) * step - _GAP, 3), 255, np.uint8)
-    for row, line in enumerate(lines):
-        for column, image in enumerate(line):
-            grid[row * step : row * step + size, column * step : column * step + size] = image
-    return grid
+    font = ImageFont.load_default(max(size // 24, 10))
+    line_height = int(sum(font.getmetrics())) if isinstance(font, ImageFont.FreeTypeFont) else 12
+    wrapped = [_wrapped(title, font, size) for title in titles]
+    head = max(map(len, wrapped)) * line_height + _GAP
+    strip = line_height + _GAP
+    sheet = PILImage.new(
+        "RGB", (len(titles) * step - _GAP, head + len(lines) * (strip + step) - _GAP), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    for column, words in enumerate(wrapped):
+        for number, text in enumerate(words):
+            pen.text((column * step, number * line_height), text, "black", font)
+    for row, (name, pictures) in enumerate(lines.items()):
+        top = head + row * (strip + step)
+        pen.text((0, top), name, "black", font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(PILImage.fromarray(picture), (column * step, top + strip))
+    return np.asarray(sheet)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """A text in lines of a width in pixels; what does not fit into the last one is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > _LINES:
+        lines = [*lines[: _LINES - 1], f"{lines[_LINES - 1]} …"]
+    return lines

@@ -19,7 +19,7 @@ from ..recognizer import recorded_recognizer
 from .adapters import fresh_adapter, load_start
 from .bases import Base, load_base
 from .bundle import Networks
-from .config import BaseConfig, RunConfig
+from .config import BaseConfig, RunConfig, existing
 from .samples import usable_rows
 from .vision import load_vision
 
@@ -47,7 +47,7 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
             "base.recognizer is empty; name the face network's file (UniID: iResNet-100 of Glint360K; IDAdapter: also the "
             "recogniser .onnx of the face package that its users will have)"
         )
-    path = Path(base.recognizer)
+    path = existing("base.recognizer", base.recognizer)
     recognizer = load_iresnet(path, any_layers=path.suffix == ".onnx" and method != uniid.METHOD)
     vision = None
     if method != uniid.METHOD:
@@ -55,7 +55,7 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
             raise ConfigError(
                 "base.vision is empty; IDAdapter needs a CLIP vision model (ViT-L/14 in the paper)"
             )
-        vision = load_vision(Path(base.vision))
+        vision = load_vision(existing("base.vision", base.vision))
     detector: FaceAnalyzer | None = None
     if needs_detector:
         if not base.face_package:
@@ -63,7 +63,7 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
                 "loss.gate or loss.align is 'detector', so base.face_package must name the folder of a face package; or set "
                 "them to 'noise' and 'target'"
             )
-        detector = open_analyzer(Path(base.face_package), "cpu")
+        detector = open_analyzer(existing("base.face_package", base.face_package), "cpu")
     return Networks(recognizer, vision, detector), recorded_recognizer(path, method, recognizer)
 
 
@@ -100,7 +100,7 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
         "branch": section.branch,
         "settings": _settings(config),
     }
-    start = checkpoint or (Path(section.start) if section.start else None)
+    start = checkpoint or (existing("adapter.start", section.start) if section.start else None)
     if start is not None:
         return load_start(start, parts.base.unet, method=section.method, **facts)
     return fresh_adapter(section.method, parts.base.unet, seed=config.train.seed, **facts)

@@ -23,7 +23,8 @@ from ..types import Face, FaceFeatures, Identity
 from ..unet import inject
 from .bases import Base
 from .bundle import Networks, see
-from .samples import CLASS_WORD, Photo, photo_pictures
+from .config import CLASS_WORD
+from .samples import Photo, photo_pictures
 from .sampling import sample
 from .text import Conditioning, insert_tokens
 

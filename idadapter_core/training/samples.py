@@ -27,10 +27,9 @@ from ..faces.features import crops_to_tensor
 from ..faces.images import Image
 from ..methods import idadapter, uniid
 from ..types import Face
-from .config import RunConfig
+from .config import CAPTION, CLASS_WORD, RunConfig
 from .randomness import generator, positions, seed_of
 
-CLASS_WORD, CAPTION = "<class word>", "<caption>"
 PROMPTS = {idadapter.METHOD: CAPTION, uniid.METHOD: f"a photo of a {CLASS_WORD}"}
 NO_CAPTION = f"a photo of a {CLASS_WORD}"
 VALIDATION = -1  # "epochs" from here down are of samples by which a run is measured: the same at every time
@@ -383,7 +382,7 @@ class MicroBatches(Sampler[list[Key]]):
         share = world * config.train.accumulate
         if config.train.batch % share:
             raise ConfigError(
-                f"train.batch is {config.train.batch}, which {world} processes with train.accumulate = "
+                f"train.batch is {config.train.batch}, which {world} process{'es' if world > 1 else ''} with train.accumulate = "
                 f"{config.train.accumulate} cannot share evenly; make it a multiple of {share}"
             )
         self._config, self._count, self._start = config, count, start

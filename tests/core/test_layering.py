@@ -39,7 +39,7 @@ LAYERS = (
     ("methods",),
     ("faces",),
     ("mixing", "resampler", "schedule"),
-    ("attention", "sites", "metrics", "files", "extra"),
+    ("attention", "sites", "metrics", "files", "extra", "program"),
     ("types",),
     ("errors",),
 )

@@ -318,7 +318,12 @@ def test_the_command(few: Few, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert command.main(["verify", *arguments]) == 1
     assert "9 of 9 latents are not in the cache" in capsys.readouterr().err
     assert command.main(["build", *arguments]) == 0
-    assert capsys.readouterr().out.splitlines() == ["latents: 9 entries written", "photos: 5 entries written"]
+    assert capsys.readouterr().out.splitlines() == [
+        "latents: 9 entries computed",
+        "photos: 5 entries computed",
+    ]
+    assert command.main(["build", *arguments]) == 0
+    assert "latents: all entries were there already" in capsys.readouterr().out
     assert all((folder / FACTS).is_file() for folder in (tmp_path / "cache").iterdir())
     assert command.main(["verify", *arguments, "--count", "2"]) == 0
     assert "largest relative difference" in capsys.readouterr().out

@@ -329,7 +329,9 @@ def test_refusals(toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run already.*--resume auto"):
         train(toy.config(tmp_path))
     changes: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.5, "steps": 3}
-    with pytest.raises(ConfigError, match="settings changed.*lr = 0.0001.*--allow-config-change") as raised:
+    with pytest.raises(
+        ConfigError, match=r"settings changed.*train\.lr was 0\.0001 and is 1e-05, .*--allow-config-change"
+    ) as raised:
         train(toy.config(tmp_path, train=changes), resume="auto")
     assert "steps" not in str(raised.value)  # which may change
     assert train(toy.config(tmp_path, train=changes), resume="auto", allow_config_change=True) == 0
@@ -340,7 +342,7 @@ def test_refusals(toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train.batch is 4.*a multiple of 3"):
         train(toy.config(tmp_path / "other", train={"accumulate": 3}))
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is a file; name the folder"):
+    with pytest.raises(ConfigError, match="output.folder: .*is a file; name a folder"):
         train(toy.config(tmp_path / "file"))
 
 

@@ -337,17 +337,25 @@ def test_grids(toy: Toy, parts: Parts, adapters: dict[str, Adapter], tmp_path: P
         f"step-0000000{number}.png" for number in (7, 8, 9)
     ]
     assert np.array_equal(grid, again)
-    # There is one test person.
-    assert grid.shape == (2 * 64 + 4, 3 * 64 + 8, 3)
-    assert of_training.shape == (3 * 64 + 8, 3 * 64 + 8, 3)
+    # There is one test person, but two of training: a row more, pictures of 64 pixels under a name.
+    row = of_training.shape[0] - grid.shape[0]
+    titles = grid.shape[0] + 4 - 2 * row
+    assert grid.shape[1] == of_training.shape[1] == 3 * 64 + 8
+    assert row > 68 + 8
+    for column in range(3):
+        assert grid[:titles, column * 68 : column * 68 + 64].min() < 64, "a column has no title"
+    names = [grid[titles + n * row : titles + (n + 1) * row - 68] for n in range(2)]
+    assert all(name.min() < 64 for name in names)
+    assert not np.array_equal(*names)
+    first, base = (titles + (n + 1) * row - 68 for n in range(2))
     alone, _ = draw(parts, None, steps=2, cfg=2.0)
     levels = (alone.movedim(0, -1) * 255).round().byte().numpy()
-    assert np.array_equal(grid[68:, 68:132], levels)
-    assert (grid[68:, :64] == 255).all()
-    assert np.abs(grid[:64, 68:132].astype(int) - levels).max() > 3
+    assert np.array_equal(grid[base : base + 64, 68:132], levels)
+    assert (grid[base:, :64] == 255).all()
+    assert np.abs(grid[first : first + 64, 68:132].astype(int) - levels).max() > 3
     crop = features_of(parts.index, parts.test_rows[:1], parts.networks, "", "cpu").crops
     assert crop is not None
     face = np.asarray(
         Image.fromarray(((crop[0].movedim(0, -1) + 1) * 127.5).round().byte().numpy()).resize((64, 64))
     )
-    assert np.abs(grid[:64, :64].astype(int) - face).mean() < 5
+    assert np.abs(grid[first : first + 64, :64].astype(int) - face).mean() < 5
