@@ -133,7 +133,8 @@ class Index:
             content = read_photo(self.root, row.source, row.offset, row.size)
         except OSError as error:
             raise InputError(
-                f"cannot be read ({error.strerror or error}). Bring the file back, or scan again."
+                f"cannot be read ({error.strerror or error}). Bring {'the file' if self.root.is_dir() else f'the folder {self.root}'} "
+                "back, or scan again."
             ) from error
         if hashlib.sha256(content).hexdigest() != row.sha256:
             raise InputError("the file has changed since the scan. Bring the old one back, or scan again.")

@@ -192,7 +192,10 @@ def _look(
     try:
         while True:
             for photo in queue:
-                pending[pool.submit(_look_at, photo)] = photo
+                with (
+                    _interrupts_wait()
+                ):  # a process that is started here would heed them before `_start_worker` runs
+                    pending[pool.submit(_look_at, photo)] = photo
                 if len(pending) >= workers * _AHEAD:
                     break
             if not pending:
@@ -207,6 +210,19 @@ def _look(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl+C is heard at the end of the block. Processes that are started in it never hear it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: tuple[Looker, Models] | None = None

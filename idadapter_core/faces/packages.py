@@ -83,6 +83,10 @@ def read_package(folder: Path) -> Package:
     if not folder.is_dir():
         raise FacePackageError(f"the face package folder {folder} does not exist. {WHERE_FROM}")
     if not _has_models(folder):
+        if inside := [path for path in sorted(folder.iterdir()) if path.is_dir() and _has_models(path)]:
+            raise FacePackageError(
+                f"{folder} holds face packages, and is none itself: name one of {', '.join(map(str, inside))}."
+            )
         raise FacePackageError(
             f"the face package folder {folder} is empty (an interrupted download leaves it so). "
             f"It should hold {WANTED_FILES}. {WHERE_FROM}"
