@@ -31,9 +31,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     overrides = [*options.set, *([f"preset.name={options.preset}"] if options.preset else [])]
     config = with_preset(read_evaluation(options.config, overrides))
     require_sound(config)
-    require_files(config)
     # All that can be wrong about the request shows before any model is loaded.
     requirements = [read_requirement(text, config) for text in options.require]
+    require_files(config)
 
     from .data.index import read_index
     from .evaluation.generate import PipelineGenerator
@@ -44,7 +44,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     observer = Observer(config)
     summary, generated = evaluate(config, index, PipelineGenerator(config, index), observer)
     pictures = sum(len(row.pictures) for row in summary.rows)
-    sys.stdout.write(f"{pictures} pictures measured, {generated} of them generated now.\n")
+    sys.stdout.write(
+        f"{pictures} pictures measured, {generated} of them generated now (pasted photos need none, people of one noun share the base "
+        "model's, and what was drawn before is kept).\n"
+    )
     for row in summary.rows:
         found = row.metrics["id_sim"]
         shown = "n/a" if found is None else f"{found.mean:.3f}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+_THINNEST = 3.0  # bar, pixels
 COLORS = 10  # classes s0 .. s9 in the style sheet
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 14, 50
@@ -57,12 +58,16 @@ class Bars:
 class _Axis:
     """Values to pixels, with round numbers as ticks."""
 
-    def __init__(self, values: Sequence[float], first: float, last: float, zero: bool = False) -> None:
+    def __init__(
+        self, values: Sequence[float], first: float, last: float, zero: bool = False, least: float = 0.0
+    ) -> None:
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)
-        if high - low < 1e-9:
-            low, high = low - 0.05, high + 0.05
+        least = least or (0.1 if high - low < 1e-9 else 0.0)
+        if high - low < least:  # a difference that means nothing must not fill the chart
+            more = (least - (high - low)) / 2
+            low, high = low - more, high + more
         room = 0.05 * (high - low)
         self.low = low if zero and low == 0 else low - room
         self.high = high if zero and high == 0 else high + room
@@ -85,19 +90,26 @@ def _round_step(least: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
-def scatter(series: Sequence[Series], x_title: str, y_title: str, label: str, lines: bool = True) -> str:
-    """Points with their intervals, those of a series joined in their order."""
+def scatter(
+    series: Sequence[Series], x_title: str, y_title: str, label: str, least: tuple[float, float] = (0.1, 0.1)
+) -> str:
+    """Points with their intervals, those of a series joined in their order.
+
+    Args:
+        least: the smallest ranges of x and y that are shown.
+    """
     points = [point for one in series for point in one.points]
     xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
     ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
-    x, y = _Axis(xs, LEFT, WIDTH - RIGHT), _Axis(ys, HEIGHT - BOTTOM, TOP)
+    x = _Axis(xs, LEFT, WIDTH - RIGHT, least=least[0])
+    y = _Axis(ys, HEIGHT - BOTTOM, TOP, least=least[1])
     parts = [*_frame(x, y, x_title, y_title)]
     signs, labels = [], []  # over all lines
     taken = [(x(p.x) - 5, y(p.y) - 5, 10.0, 10.0) for p in points]
     for one in series:
         color = color_of(one.number)
         places = [(x(p.x), y(p.y)) for p in one.points]
-        if lines and len(places) > 1:
+        if len(places) > 1:
             parts.append(
                 f'<polyline class="line {color}" points="{" ".join(f"{a},{b}" for a, b in places)}"/>'
             )
@@ -145,9 +157,11 @@ def bars(groups: Sequence[str], series: Sequence[Bars], y_title: str, label: str
                 )
                 continue
             top, bottom = sorted((y(value), zero))
+            if bottom - top < _THINNEST:  # a value of 0 is not the same as none
+                top, bottom = zero - _THINNEST / 2, zero + _THINNEST / 2
             color = color_of(one.number)
             parts.append(
-                f'<rect class="bar {color}" x="{left + 1:.1f}" y="{top}" width="{thick - 2:.1f}" height="{max(bottom - top, 0.5):.1f}"/>'
+                f'<rect class="bar {color}" x="{left + 1:.1f}" y="{top}" width="{thick - 2:.1f}" height="{bottom - top:.1f}"/>'
             )
             if interval:
                 low, high = y(interval[0]), y(interval[1])

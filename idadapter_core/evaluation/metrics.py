@@ -51,7 +51,8 @@ METRICS = (
         "IDAdapter ID-Sim",
         "identity",
         lambda row: row.id_cos,
-        "mean cosine of the first recogniser between the picture and the person's reference photos, where a face was found",
+        "mean cosine of the first recogniser between the picture and the person's reference photos, where a face was found; as the "
+        "IDAdapter paper defines it, for adapters of any method",
     ),
     Metric(
         "id_sim_miss0",

@@ -136,17 +136,17 @@ def _front(summary: Summary, across: Metric) -> str:
             series.append(Series(run, number, points))
     if not series:
         return f'<p class="missing">No row has a value of {escape(across.title)}.</p>'
-    unit = {"%": " (share)", "°": " (degrees)"}.get(across.unit, "")
+    unit, least = {"%": (" (share)", 0.1), "°": (" (degrees)", 4.0)}.get(across.unit, ("", 0.1))
     label = (
         f"{identity.title} against {across.title} for {len(series)} runs; the numbers are in the table below"
     )
     note = (
-        f"<p>Without a value of {escape(across.title)}: {escape(', '.join(unmeasured))}.</p>"
+        f"<p>Without a value of {escape(across.title)}: {escape('; '.join(unmeasured))}.</p>"
         if unmeasured
         else ""
     )
     return (
-        f'<div class="scroll">{scatter(series, across.title + unit, identity.title, label)}</div>'
+        f'<div class="scroll">{scatter(series, across.title + unit, identity.title, label, least=(least, 0.1))}</div>'
         f"{legend([(one.name, one.number, 'marker') for one in series])}{note}"
         f"{_details(_metric_table(summary, [identity, across]))}"
     )
@@ -471,5 +471,6 @@ dt{{font-weight:600;margin-top:.6em}} dd{{margin:0 0 0 1.2em;max-width:80ch;over
 div.grid{{display:flex;flex-wrap:wrap;gap:14px}}
 figure{{margin:0;width:360px;max-width:100%}} figure div{{display:flex;gap:4px;align-items:flex-start}} figure img{{max-width:33%;height:auto;border-radius:3px}}
 figcaption{{font-size:.83em;color:var(--soft);margin-top:3px}} figcaption b{{color:var(--text)}}
+@media (max-width:640px){{th,td{{padding:4px 5px;font-size:.85em}} tbody th{{min-width:5em;max-width:8em}}}}
 @media print{{details>*{{display:block}}}}
 """.replace("\n", "")

@@ -221,8 +221,14 @@ class _Evaluation:
     def _facts(self) -> dict[str, Any]:
         return {
             **versions(),
-            **self.observer.digests,
-            "index": self.index.digest,
+            "people": _named(self.config.data.index, self.index.digest),
+            "base model": self.config.base.path,
+            **{run.name: run.path for run in self.config.runs},
+            "detector": _named(self.config.metrics.faces, self.observer.digests["detector"]),
+            "first recogniser": _named(self.config.metrics.faces, self.observer.digests["first"]),
+            "second recogniser": _named(self.config.metrics.second, self.observer.digests.get("second", "")),
+            "CLIP": _named(self.config.metrics.clip, self.observer.digests["clip"]),
+            "expressions": _named(self.config.expression.path, self.observer.digests["expression"]),
         }
 
     def _report_pictures(self) -> ReportPictures:
@@ -238,6 +244,10 @@ class _Evaluation:
             return self._base(prompts[row.prompt], people[row.identity], row.seed)[1].read()
 
         return ReportPictures(of_row, lambda row: people[row.identity].references[0].read(), base)
+
+
+def _named(path: str, digest: str) -> str:
+    return f"{path}, digest {digest}" if path else "none"
 
 
 def _progress(people: tuple[SeenPerson, ...], name: str) -> Any:

@@ -31,6 +31,8 @@ def config(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         metrics={"second": "", "clip": ""},
         expression={"path": ""},
     )
+    for run in small.runs:  # they are painted, not read
+        Path(run.path).touch()
     path = folder / "eval.toml"
     path.write_text(config_toml(small), encoding="utf-8")
     return path
@@ -72,6 +74,8 @@ def test_requirements_set_the_exit_code(
     [
         (["--require", "id_smi>=0.9"], "there is no metric id_smi"),
         (["--require", "clip_t>=0.2"], "needs metrics.clip"),
+        (["--set", "metrics.second=gone"], "metrics.second: gone is not there (that is "),
+        (["--set", "output.folder=/dev/null"], "output.folder: /dev/null is a file; name a folder"),
         (["--set", "sampling.step=3"], "unknown setting sampling.step; did you mean steps?"),
         (["--set", "runs.scales=[1]"], "change it in the file"),
         (["--preset", "uniid-ablation"], "preset.adapters.adapter is missing"),

@@ -63,7 +63,7 @@ def configure(folder: Path, output: Path, *runs: str, **sections: Any) -> Evalua
     """An evaluation of runs by their names, with all judging models; `sections` change it."""
     content: dict[str, Any] = {
         "data": {"index": str(folder / "index.jsonl"), "identities": 0, "references": 2},
-        "runs": [{"name": name, "path": f"{name}.safetensors"} for name in runs],
+        "runs": [{"name": name, "path": str(folder / f"{name}.safetensors")} for name in runs],
         "prompts": PROMPTS,
         "sampling": {"groups": [], "size": SIZE},
         "metrics": {
