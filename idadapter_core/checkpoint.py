@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class Adapter:
     """
 
     name: str  # for messages
-    digest: str  # of all weights
+    digest: str  # of all weights, and of what the config says beyond them
     method: str
     config: Config
     encoder: Any = field(repr=False)  # uniid.UniIDEncoder or idadapter.IDAdapterEncoder
@@ -109,6 +110,15 @@ class Adapter:
     def state_dict(self) -> dict[str, Tensor]:
         """All weights under the names they have in files; UniID's are the published ones."""
         return _file_state(self.method, self.encoder, self.layers)
+
+
+def _digest(config: Config, state: Mapping[str, Tensor], progress: Callable[[float], None] | None) -> str:
+    """Of the weights; adapters of the same weights that make or use identities in another way have another one."""
+    weights = state_digest(state, progress)
+    usual = type(config)()
+    special = [(name, getattr(config, name)) for name in config.unseen]
+    special = [(name, value) for name, value in special if value != getattr(usual, name)]
+    return hashlib.sha256(f"{weights}{special}".encode()).hexdigest()[:16] if special else weights
 
 
 def _file_state(method: str, encoder: nn.Module, layers: nn.Module) -> dict[str, Tensor]:
@@ -215,7 +225,7 @@ def build_adapter(
     notes = _notes(config, acts=bool(deltas) or any(map(any, gates.values())))
     return Adapter(
         name=source,
-        digest=state_digest(state, progress),
+        digest=_digest(config, state, progress),
         method=method,
         config=config,
         encoder=encoder,

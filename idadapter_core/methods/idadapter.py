@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,15 @@ class IDAdapterConfig:
     site_heads: tuple[int, ...] = _heads_of_64(_SD_WIDTHS)
     unconditional: str = "skip"  # negative rows: adapters skipped, or tokens of zeroed features
     recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+
+    # What changes an identity, or what is done with it, and shows in no weight.
+    unseen: ClassVar[tuple[str, ...]] = (
+        "references",
+        "mixer_heads",
+        "site_heads",
+        "text_encoders",
+        "unconditional",
+    )
 
     def __post_init__(self) -> None:
         sizes = (

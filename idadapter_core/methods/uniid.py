@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ class UniIDConfig:
     head_width: int = 64
     embedding_width: int = 512
     recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+
+    unseen: ClassVar[tuple[str, ...]] = ("head_width",)  # what changes an identity and shows in no weight
 
     def __post_init__(self) -> None:
         if not self.text_widths and not self.adapter_tokens:

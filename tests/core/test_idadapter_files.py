@@ -121,13 +121,16 @@ def test_half_precision_files(adapter: Adapter, tmp_path: Path, dtype: torch.dty
     torch.testing.assert_close(one, other, atol=0.2, rtol=0)
 
 
-def test_every_weight_counts_in_the_digest() -> None:
+def test_every_weight_counts_in_the_digest_and_how_they_are_used() -> None:
     config = replace(SMALL, site_widths=(32,), site_heads=(4,), tokens=3)
     state = idadapter_state(config)
     digests = {build_adapter(METHOD, config, state, "x").digest}
+    assert build_adapter(METHOD, replace(config, recognizer="0" * 16), state, "x").digest in digests
+    for settings in ({"unconditional": "zeros"}, {"mixer_heads": 1}, {"references": 3}):
+        digests.add(build_adapter(METHOD, replace(config, **settings), state, "x").digest)
     for key in state:
         digests.add(build_adapter(METHOD, config, {**state, key: state[key] + 1 / 3}, "x").digest)
-    assert len(digests) == len(state) + 1
+    assert len(digests) == len(state) + 4
 
 
 def test_info_tells_what_was_read(adapter: Adapter) -> None:
