@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,32 @@ def test_too_many_bad_photos(scanned: Scanned, tmp_path: Path, capsys: pytest.Ca
         scan(scanned.photos, tmp_path / "i.jsonl", scanned.package, "--overwrite", "--max-bad-share", 0.4)
         == 0
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups of that kind")
+def test_ctrl_c_while_workers_start(scanned: Scanned, tmp_path: Path) -> None:
+    """It goes to all processes at the terminal; one of them tells, in one line."""
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "idadapter_core.data",
+        "scan",
+        str(scanned.photos),
+        str(tmp_path / "i.jsonl"),
+    ]
+    command += ["--face-package", str(scanned.package), "--provider", "cpu", "--workers", "2"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    while "face models run on" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said.strip() == "interrupted; give the same command again to go on"
 
 
 def test_limits_are_options(scanned: Scanned, tmp_path: Path) -> None:

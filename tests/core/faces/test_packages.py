@@ -88,6 +88,12 @@ class TestBadPackages:
         with pytest.raises(FacePackageError, match="is empty .*interrupted download.*det_10g.onnx"):
             read_package(tmp_path)
 
+    def test_folder_of_packages(self, package: Path) -> None:
+        with pytest.raises(
+            FacePackageError, match=f"holds face packages, and is none itself: name .*{package.name}"
+        ):
+            read_package(package.parent)
+
     def test_without_detector(self, package: Path, tmp_path: Path) -> None:
         shutil.copy(package / "w600k_r50.onnx", tmp_path)
         with pytest.raises(

@@ -241,6 +241,11 @@ def test_what_changed_is_missing(built: RunConfig, parts: Parts, what: str) -> N
         Cache(Path(built.data.cache), kinds(*changed[what][:2]))
     assert "python -m idadapter_core.cache build" in str(raised.value)
     assert "data.cache" in str(raised.value)
+    found = {
+        "recogniser": f"There are photos of recognizer {parts.recognizer_digest}, but recognizer {'0' * 16} is wanted",
+        "resolution": "There are latents of resolution 64, but resolution 128 is wanted",
+    }
+    assert found.get(what, "") in str(raised.value)
     assert content(built).keys() == before.keys()
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from idadapter_core.errors import ConfigError
-from idadapter_core.training.config import RunConfig, config_toml, parse_config, read_config
+from idadapter_core.training.config import (
+    RunConfig,
+    config_toml,
+    differences,
+    existing,
+    parse_config,
+    read_config,
+    writable,
+)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -83,12 +91,17 @@ def test_what_is_written_reads_back_as_it_was(tmp_path: Path, overrides: list[st
             "[adapter]\nsettings = { token = 3 }",
             r"adapter\.settings\.token is no setting of idadapter; did you mean tokens\?",
         ),
+        ("[data]\nprompt = 'a <clas word>'", r"data\.prompt: .*<clas word>.*did you mean <class word>\?"),
+        ("[output]\nprompts = ['<caption>']", r"output\.prompts: nothing is known to stand for <caption>"),
         ("[train", r"no valid TOML"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as raised:
         read_config(write(tmp_path, text))
+    assert f"{raised.value}".startswith(f"{tmp_path / 'run.toml'}: ")
+    with pytest.raises(ConfigError, match=r"run\.toml(:| and --set: )"):  # which may be what is wrong
+        read_config(tmp_path / "run.toml", ["train.seed=1"])
 
 
 @pytest.mark.parametrize("override", ["lr", "lr=1", "=1", "train.=1", "train.lr"])
@@ -140,3 +153,39 @@ def test_the_users_folder(tmp_path: Path) -> None:
 def test_betas_that_no_average_has(tmp_path: Path, betas: str) -> None:
     with pytest.raises(ConfigError, match="train.betas must be at least 0 and below 1"):
         read_config(write(tmp_path, f"[train]\nbetas = {betas}\n"))
+
+
+def test_prompts_may_leave_known_things_open(tmp_path: Path) -> None:
+    text = '[data]\nprompt = "a photo of a <class word>, <caption>"\n[output]\nprompts = ["a <class word>", "1 < 2"]\n'
+    assert read_config(write(tmp_path, text)).data.prompt.endswith("<caption>")
+
+
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    before = read_config(write(tmp_path, "[adapter.settings]\ntokens = 4\n"))
+    now = read_config(write(tmp_path, ""), ["train.lr=1e-4", 'output.prompts=["x"]'])
+    assert differences(before, before) == []
+    assert differences(before, now) == [
+        "adapter.settings was {tokens = 4} and is {}",
+        "train.lr was 3e-05 and is 0.0001",
+        'output.prompts was ["a photo of a <class word>", "a painting of a <class word> in a garden"] and is ["x"]',
+    ]
+
+
+def test_paths_are_checked_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").touch()
+    assert existing("base.vae", "here") == Path("here")
+    with pytest.raises(
+        ConfigError, match=f"base.vae: gone is not there .that is {tmp_path / 'gone'}.; correct"
+    ):
+        existing("base.vae", "gone")
+    assert writable("output.folder", "runs/new") == Path("runs/new")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    with pytest.raises(ConfigError, match="output.folder: .*here is a file; name a folder"):
+        writable("output.folder", "here/run")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that nobody can write to")
+def test_a_folder_that_cannot_be_written() -> None:
+    with pytest.raises(ConfigError, match="output.folder: /proc/run cannot be written"):
+        writable("output.folder", "/proc/run")

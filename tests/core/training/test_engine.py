@@ -282,7 +282,13 @@ def test_a_loss_that_is_not_finite_names_the_photo(
         train(toy.config(tmp_path, train={"steps": 4}), resume="auto")
     assert named[0] in str(raised.value)
     assert str(raised.value).count(".png") == 1
+    assert str(raised.value).endswith(
+        "The last good checkpoint, of step 2, is kept: go on from it with --resume auto."
+    )
     assert [c.step for c in checkpoints(tmp_path)] == [2]
+    named.clear()
+    with pytest.raises(TrainingError, match=r"There is no checkpoint yet: start again\.$"):
+        train(toy.config(tmp_path / "new", train={"steps": 4}))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -341,6 +347,8 @@ def test_refusals(toy: Toy, tmp_path: Path) -> None:
         train(toy.config(tmp_path, train={**changes, "schedule": "cosine", "steps": 4}), resume="auto")
     with pytest.raises(ConfigError, match="train.batch is 4.*a multiple of 3"):
         train(toy.config(tmp_path / "other", train={"accumulate": 3}))
+    with pytest.raises(ConfigError, match="adapter.start: gone.safetensors is not there"):
+        train(toy.config(tmp_path / "other", adapter={"start": "gone.safetensors"}))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="output.folder: .*is a file; name a folder"):
         train(toy.config(tmp_path / "file"))
