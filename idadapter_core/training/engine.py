@@ -319,8 +319,8 @@ class _Run:
             ) as error:  # whatever a photo, a worker or a device does: the others must hear of it
                 failure = error
                 break
-        if failure is None:
-            failure = _not_finite(self.step, done, self._what_is_kept())
+        if failure is None and (problem := _not_finite(done)):
+            failure = NotFiniteError(f"step {self.step + 1}: {problem} {self._what_is_kept()}")
         self._agree(failure)
         torch.autograd.backward(done[-1][1]["loss"] / train.accumulate)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or float("inf")))
@@ -677,12 +677,10 @@ def _what_counts(config: RunConfig) -> RunConfig:
     return kept
 
 
-def _not_finite(
-    step: int, done: Sequence[tuple[Batch, Mapping[str, Tensor]]], advice: str
-) -> NotFiniteError | None:
-    """What to say of losses that are NaN or infinite, and whose they are; None where there are none."""
+def _not_finite(done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> str:
+    """What to say of losses that are NaN or infinite, and whose they are; empty where there are none."""
     if all(torch.isfinite(torch.stack([losses["loss"] for _, losses in done])).tolist()):
-        return None
+        return ""
     named: list[str] = []
     others: list[str] = []
     for batch, losses in done:
@@ -691,9 +689,9 @@ def _not_finite(
             batch.sources, batch.timesteps.tolist(), broken.tolist(), strict=True
         ):
             (named if is_broken else others).append(f"{source} (timestep {timestep})")
-    return NotFiniteError(
-        f"step {step + 1}: the loss is not finite, from {', '.join(named or others)}. Look at "
-        f"{'this photo' if len(named) == 1 else 'these photos'}, lower train.lr, set train.clip, or train without bf16. {advice}"
+    return (
+        f"the loss is not finite, from {', '.join(named or others)}. Look at {'this photo' if len(named) == 1 else 'these photos'}, "
+        "lower train.lr, set train.clip, or train without bf16."
     )
 
 
