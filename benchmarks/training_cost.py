@@ -31,7 +31,7 @@ from idadapter_core.data.index import Row, read_index, write_index
 from idadapter_core.faces.align import TEMPLATE, TEMPLATE_SIZE
 from idadapter_core.faces.iresnet import EMBEDDING_WIDTH, IRESNET100_LAYERS, STAGE_WIDTHS, IResNet
 from idadapter_core.methods import METHODS, idadapter, uniid
-from idadapter_core.training.adapters import fresh_config
+from idadapter_core.training.adapters import Wanted, fresh_config
 from idadapter_core.training.bundle import BORDER
 from idadapter_core.training.cache import PART
 from idadapter_core.training.config import LossConfig, TrainConfig
@@ -209,15 +209,15 @@ def recognizer(method: str) -> IResNet:
 
 @cache
 def adapter(recipe: Recipe) -> Adapter:
-    config = fresh_config(
+    wanted = Wanted(
         recipe.method,
-        unet(recipe.family),
         text_widths=text_encoders(recipe.family).widths,
         vision=(1024, 256),
         recognizer="",
         branch=recipe.branch,
         settings={"references": recipe.references} if recipe.method == idadapter.METHOD else {},
     )
+    config = fresh_config(unet(recipe.family), wanted)
     parts = METHODS[recipe.method]
     with torch.device("meta"):
         encoder, layers = parts.encoder(config), parts.layers(config, nn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,66 +21,53 @@ from ..sites import Site
 from ..unet import fitting_blocks, transformer_blocks
 
 
-def fresh_adapter(
-    method: str,
-    unet: Any,
-    *,
-    text_widths: Mapping[str, int],
-    vision: tuple[int, int] | None,
-    recognizer: str,
-    branch: str,
-    settings: Mapping[str, Any],
-    seed: int,
-) -> Adapter:
+@dataclass(frozen=True)
+class Wanted:
+    """What a run asks of its adapter, and what there is around it.
+
+    text_widths: width of each text encoder of the base, by ComfyUI's names (l, g, h).
+    vision: width and number of patches of the CLIP vision model, which IDAdapter reads.
+    recognizer: what the adapter's file records of the face network.
+    branch: which one of UniID's branches there is, "adapter" or "text".
+    settings: of the method's config, over all other values.
+    """
+
+    method: str
+    text_widths: Mapping[str, int]
+    vision: tuple[int, int] | None
+    recognizer: str
+    branch: str
+    settings: Mapping[str, Any]
+
+
+def fresh_adapter(unet: Any, wanted: Wanted, seed: int) -> Adapter:
     """The start of a training: an adapter that leaves the base model's UNet exactly as it is, in fp32.
 
     UniID's K/V projections start as the UNet's own, as published.
 
     Args and errors: see `fresh_config`. `seed` decides all random weights.
     """
-    config = fresh_config(
-        method,
-        unet,
-        text_widths=text_widths,
-        vision=vision,
-        recognizer=recognizer,
-        branch=branch,
-        settings=settings,
-    )
-    adapter = initial_adapter(config, f"a new {METHODS[method].title}", seed)
+    config = fresh_config(unet, wanted)
+    adapter = initial_adapter(config, f"a new {METHODS[wanted.method].title}", seed)
     if isinstance(adapter.layers, SiteProjections) and config.has_adapter_branch:
         copy_key_values(adapter.layers, unet)
         adapter = to_adapter(adapter, adapter.state_dict(), adapter.name)
     return adapter
 
 
-def fresh_config(
-    method: str,
-    unet: Any,
-    *,
-    text_widths: Mapping[str, int],
-    vision: tuple[int, int] | None,
-    recognizer: str,
-    branch: str,
-    settings: Mapping[str, Any],
-) -> Config:
+def fresh_config(unet: Any, wanted: Wanted) -> Config:
     """The sizes of a new adapter: what depends on the base is read from the base, the rest are the method's own or the user's.
 
     For Stable Diffusion's real sizes they are those of `methods.idadapter.PRESETS`, and UniID's published ones.
 
     Args:
         unet: a diffusers UNet2DConditionModel of any width.
-        text_widths: width of each text encoder of the base, by ComfyUI's names (l, g, h).
-        vision: width and number of patches of the CLIP vision model, which IDAdapter reads.
-        recognizer: what the adapter's file records of the face network.
-        branch: which one of UniID's branches there is, "adapter" or "text".
-        settings: of the method's config, over all other values.
 
     Raises:
         ConfigError: a setting of another kind, one that contradicts the base, or a method that the base cannot have; names it.
         MismatchError: no UNet of diffusers, or of another kind.
     """
-    default = METHODS[method].config()
+    settings, default = wanted.settings, METHODS[wanted.method].config()
     for name, value in settings.items():
         if not is_setting(value, getattr(default, name)):
             raise ConfigError(
@@ -89,12 +77,12 @@ def fresh_config(
     facts: dict[str, Any] = {
         "context_width": next(iter(blocks.values())).attn2.to_k.in_features,
         "site_widths": tuple(block.attn2.to_k.out_features for block in blocks.values()),
-        "recognizer": recognizer,
+        "recognizer": wanted.recognizer,
     }
-    if method == idadapter.METHOD:
-        more_facts, sizes = _idadapter(blocks, text_widths, vision, settings)
+    if wanted.method == idadapter.METHOD:
+        more_facts, sizes = _idadapter(blocks, wanted)
     else:
-        more_facts, sizes = _uniid(facts["context_width"], text_widths, branch, settings)
+        more_facts, sizes = _uniid(facts["context_width"], wanted)
     facts |= more_facts
     for name, value in settings.items():
         if name in facts and facts[name] != value:
@@ -108,22 +96,18 @@ def fresh_config(
     return config
 
 
-def _idadapter(
-    blocks: Mapping[Site, Any],
-    text_widths: Mapping[str, int],
-    vision: tuple[int, int] | None,
-    settings: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _idadapter(blocks: Mapping[Site, Any], wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the base decides of an IDAdapter, and sizes that suit it."""
-    if vision is None:
+    text_widths = wanted.text_widths
+    if wanted.vision is None:
         raise ConfigError("an IDAdapter reads CLIP vision; name the model as base.vision")
     encoders = tuple(name for name in idadapter.ENCODERS if name in text_widths)
-    encoders = settings.get("text_encoders", encoders)  # fewer, or none: no identity word
+    encoders = wanted.settings.get("text_encoders", encoders)  # fewer, or none: no identity word
     if missing := [name for name in encoders if name not in text_widths]:
         raise ConfigError(
             f"adapter.settings.text_encoders names {', '.join(missing)}, but the base has {', '.join(text_widths)}"
         )
-    width, patches = vision
+    width, patches = wanted.vision
     facts = {
         "vision_width": width,
         "vision_patches": patches,
@@ -138,13 +122,12 @@ def _idadapter(
     return facts, sizes
 
 
-def _uniid(
-    context_width: int, text_widths: Mapping[str, int], branch: str, settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _uniid(context_width: int, wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the base and the branch decide of a UniID adapter, and sizes that suit it."""
-    if branch == "adapter":
+    text_widths = wanted.text_widths
+    if wanted.branch == "adapter":
         width = min(context_width, UniIDConfig.adapter_width)
-        width = settings.get("adapter_width", width)
+        width = wanted.settings.get("adapter_width", width)
         return {"text_widths": ()}, {"adapter_width": width, "head_width": _head_width(width)}
     names = uniid.ENCODERS[: len(text_widths)]
     if set(names) != set(text_widths):
@@ -174,22 +157,10 @@ def copy_key_values(layers: SiteProjections, unet: Any) -> None:
         projection.to_v_ip.weight.copy_(block.attn2.to_v.weight)
 
 
-def load_start(
-    path: Path,
-    unet: Any,
-    *,
-    method: str,
-    text_widths: Mapping[str, int],
-    vision: tuple[int, int] | None,
-    recognizer: str,
-    branch: str,
-    settings: Mapping[str, Any],
-) -> Adapter:
+def load_start(path: Path, unet: Any, wanted: Wanted) -> Adapter:
     """An adapter file to go on from, checked against the base. Of a UniID file with two branches, the one that is trained.
 
     A file that does not say which face network it was trained with gets the run's.
-
-    Args: see `fresh_config`.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -197,24 +168,24 @@ def load_start(
         MismatchError: it was made for another base, CLIP vision or face network, or lacks the branch; says what to change.
     """
     adapter = load_adapter(path)
-    if adapter.method != method:
+    if adapter.method != wanted.method:
         raise ConfigError(
-            f"{adapter.name} is an adapter of the method {adapter.method}, but adapter.method is {method}; set it to "
+            f"{adapter.name} is an adapter of the method {adapter.method}, but adapter.method is {wanted.method}; set it to "
             f"{adapter.method}, or choose another file as adapter.start."
         )
-    _require_settings(adapter, settings)
-    config = _one_branch(adapter, branch)
-    _require_base(dataclasses.replace(adapter, config=config), unet, text_widths, vision)
-    if config.recognizer and recognizer and config.recognizer != recognizer:
+    _require_settings(adapter, wanted.settings)
+    config = _one_branch(adapter, wanted.branch)
+    _require_base(dataclasses.replace(adapter, config=config), unet, wanted)
+    if config.recognizer and wanted.recognizer and config.recognizer != wanted.recognizer:
         raise MismatchError(
-            f"{adapter.name} was trained with the face recogniser {config.recognizer}, base.recognizer is {recognizer}. Name the "
-            "one it was trained with as base.recognizer, or leave adapter.start empty."
+            f"{adapter.name} was trained with the face recogniser {config.recognizer}, base.recognizer is {wanted.recognizer}. Name "
+            "the one it was trained with as base.recognizer, or leave adapter.start empty."
         )
-    config = dataclasses.replace(config, recognizer=config.recognizer or recognizer)
+    config = dataclasses.replace(config, recognizer=config.recognizer or wanted.recognizer)
     if config == adapter.config:
         return adapter
     state = {key: tensor for key, tensor in adapter.state_dict().items() if _belongs(key, config)}
-    return build_adapter(method, config, state, adapter.name)
+    return build_adapter(wanted.method, config, state, adapter.name)
 
 
 def _require_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
@@ -249,9 +220,8 @@ def _belongs(key: str, config: Config) -> bool:
     return key.startswith(formats.ADAPTER_PREFIX if config.has_adapter_branch else formats.TEXT_PREFIX)
 
 
-def _require_base(
-    adapter: Adapter, unet: Any, text_widths: Mapping[str, int], vision: tuple[int, int] | None
-) -> None:
+def _require_base(adapter: Adapter, unet: Any, around: Wanted) -> None:
+    text_widths, vision = around.text_widths, around.vision
     fitting_blocks(unet, adapter)
     config = adapter.config
     if isinstance(config, UniIDConfig):
@@ -315,4 +285,12 @@ def to_adapter(adapter: Adapter, state: Mapping[str, Tensor], name: str) -> Adap
     return build_adapter(adapter.method, adapter.config, weights, name)
 
 
-__all__ = ["copy_key_values", "fresh_adapter", "fresh_config", "load_start", "to_adapter", "trainable"]
+__all__ = [
+    "Wanted",
+    "copy_key_values",
+    "fresh_adapter",
+    "fresh_config",
+    "load_start",
+    "to_adapter",
+    "trainable",
+]

@@ -16,7 +16,7 @@ from ..faces.detector import FaceAnalyzer, open_analyzer
 from ..faces.iresnet import load_iresnet
 from ..methods import uniid
 from ..recognizer import recorded_recognizer
-from .adapters import fresh_adapter, load_start
+from .adapters import Wanted, fresh_adapter, load_start
 from .bases import Base, load_base
 from .bundle import Networks
 from .config import BaseConfig, RunConfig, existing
@@ -93,17 +93,18 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
     """The adapter that a run trains: of a checkpoint of it, of the file it starts from, or a fresh one."""
     section = config.adapter
     vision = parts.networks.vision
-    facts: dict[str, Any] = {
-        "text_widths": parts.base.text.widths,
-        "vision": None if vision is None else (vision.width, vision.patches),
-        "recognizer": parts.recognizer_digest,
-        "branch": section.branch,
-        "settings": _settings(config),
-    }
+    wanted = Wanted(
+        section.method,
+        text_widths=parts.base.text.widths,
+        vision=None if vision is None else (vision.width, vision.patches),
+        recognizer=parts.recognizer_digest,
+        branch=section.branch,
+        settings=_settings(config),
+    )
     start = checkpoint or (existing("adapter.start", section.start) if section.start else None)
     if start is not None:
-        return load_start(start, parts.base.unet, method=section.method, **facts)
-    return fresh_adapter(section.method, parts.base.unet, seed=config.train.seed, **facts)
+        return load_start(start, parts.base.unet, wanted)
+    return fresh_adapter(parts.base.unet, wanted, config.train.seed)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

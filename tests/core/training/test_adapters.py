@@ -16,6 +16,7 @@ from idadapter_core.methods.idadapter import PRESETS, IDAdapterConfig
 from idadapter_core.methods.uniid import UniIDConfig
 from idadapter_core.sites import attention_sites
 from idadapter_core.training.adapters import (
+    Wanted,
     fresh_adapter,
     fresh_config,
     load_start,
@@ -67,14 +68,13 @@ def base_of(kind: str) -> dict[str, Any]:
 
 def fresh(unet: Any, start: str = "idadapter", kind: str = "sd15", seed: int = 0, **settings: Any) -> Adapter:
     method, branch, own, _ = STARTS[start]
-    return fresh_adapter(
-        method, unet, **base_of(kind), branch=branch, settings={**own, **settings}, seed=seed
-    )
+    wanted = Wanted(method, **base_of(kind), branch=branch, settings={**own, **settings})
+    return fresh_adapter(unet, wanted, seed)
 
 
 def start_from(path: Path, unet: Any, **changes: Any) -> Adapter:
     given = {**base_of("sd15"), "method": "idadapter", "branch": "adapter", "settings": {}, **changes}
-    return load_start(path, unet, **given)
+    return load_start(path, unet, Wanted(**given))
 
 
 def encoded(adapter: Adapter) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -108,12 +108,12 @@ def test_sizes_of_a_tiny_base_are_read_from_it(kind: str, unets: dict[str, Any])
 
 
 def test_heads_divide_whatever_width_there_is(unets: dict[str, Any]) -> None:
-    given = {"recognizer": "", "branch": "adapter", "settings": {}}
-    config = fresh_config("idadapter", unets["sd15"], text_widths={"l": 64}, vision=(96, 16), **given)
+    given: dict[str, Any] = {"recognizer": "", "branch": "adapter", "settings": {}}
+    config = fresh_config(unets["sd15"], Wanted("idadapter", {"l": 64}, (96, 16), **given))
     assert isinstance(config, IDAdapterConfig)
     assert config.mixer_heads == 3
     given["branch"] = "text"
-    config = fresh_config("uniid", unets["sd15"], text_widths={"l": 48}, vision=None, **given)
+    config = fresh_config(unets["sd15"], Wanted("uniid", {"l": 48}, None, **given))
     assert isinstance(config, UniIDConfig)
     assert config.head_width == 16
 
@@ -150,7 +150,7 @@ def test_sizes_of_the_real_bases_are_the_published_ones(family: str) -> None:
 
     def config(method: str, branch: str) -> Any:
         given = {"text_widths": text_widths, "vision": (1024, 256), "recognizer": ""}
-        return fresh_config(method, unet, **given, branch=branch, settings={})
+        return fresh_config(unet, Wanted(method, **given, branch=branch, settings={}))
 
     assert config("idadapter", "adapter") == PRESETS[family]
     if family == "sdxl":
@@ -200,14 +200,9 @@ def test_settings_that_cannot_be_are_refused_by_name(
 def test_a_base_without_what_the_method_reads_is_refused(unets: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="this base has h. Set adapter.branch to 'adapter'"):
         fresh(unets["sd21"], "uniid text", "sd21")
+    around: dict[str, Any] = {**base_of("sd15"), "vision": None, "branch": "adapter", "settings": {}}
     with pytest.raises(ConfigError, match=r"name the model as base\.vision"):
-        fresh_config(
-            "idadapter",
-            unets["sd15"],
-            **{**base_of("sd15"), "vision": None},
-            branch="adapter",
-            settings={},
-        )
+        fresh_config(unets["sd15"], Wanted("idadapter", **around))
 
 
 # --- the start -------------------------------------------------------------------------------------------------------
