@@ -31,19 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"--count must be at least 1, got {options.count}")
-    return run(
-        lambda: _run(options), interrupted="what is computed stays; the same command goes on with the rest"
-    )
+    told = {
+        "build": "what is computed stays; the same command goes on with the rest",
+        "verify": "nothing was changed",
+    }
+    return run(lambda: _run(options), interrupted=told[options.command])
 
 
 def _run(options: argparse.Namespace) -> int:
     from .training.cache import build, verify
     from .training.engine import has_accelerator
-    from .training.parts import load_parts
+    from .training.parts import load_parts, require_files
 
     config = read_config(options.config, options.set)
     if not config.data.cache:
         raise ConfigError("data.cache is empty; name the folder of the cache there")
+    require_files(config)
     # Without `cpu`, each of several processes on a machine without accelerators is taken for the only one.
     state = require("accelerate").PartialState(cpu=not has_accelerator())
     parts = load_parts(config, state.device)

@@ -14,11 +14,11 @@ from ..training.config import (
     PRECISIONS,
     BaseConfig,
     at_least,
-    existing,
     naming,
     one_of,
     parse_config,
     read_toml,
+    require_paths,
     writable,
 )
 from .prompts import EXPRESSION, GROUPS, POSE, POSES, Prompt, built_in, expression_name
@@ -219,9 +219,8 @@ def require_files(config: EvaluationConfig) -> None:
     for run in config.runs:
         named |= {f"path of {run.name}": run.path, f"text_branch of {run.name}": run.text_branch}
         named |= {f"log of {run.name}": run.log}
-    for name, value in named.items():
-        if value:
-            existing(name, value)
+    # Only a detector in L_id needs the base's face package, and only IDAdapters read CLIP vision: `load_networks` asks for it.
+    require_paths(config.base, ["face_package"], named)
     writable("output.folder", config.output.folder)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint import Adapter, load_adapter
 from ..data.index import Index
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 from ..faces.images import Image
 from ..methods import METHODS, idadapter
 from ..schedule import RescaleSchedule
@@ -130,7 +130,13 @@ class PipelineGenerator:
             negative=sampling.negative,
             acting=None if adapter is None else _acting(drawing, adapter),
         )
-        return to_levels(picture)
+        try:
+            return to_levels(picture)
+        except InputError as error:
+            run = "the base model" if drawing.run is None else f"{drawing.run.name}, scale {drawing.scale:g}"
+            raise InputError(
+                f"{run}, {drawing.person.name}, {drawing.prompt.text!r}, seed {drawing.seed}: {error}"
+            ) from error
 
     def _pipeline_of(self, adapter: Adapter | None) -> Pipeline:
         if self._pipeline is None or self._pipeline.adapter is not adapter:

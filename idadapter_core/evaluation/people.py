@@ -54,7 +54,12 @@ def choose_people(
         ConfigError: nobody in that split has enough photos.
     """
     usable = index.usable(None if settings.split == "all" else settings.split)
-    rows = {name or f"row {number}": photos for (name, number), photos in by_person(usable).items()}
+    found = by_person(usable)
+    names = {name for name, _ in found}
+    rows: dict[str, list[Row]] = {}
+    for (name, number), person in found.items():
+        unknown = f"row {number}"
+        rows[name or (unknown if unknown not in names else f"{unknown} of nobody known")] = person
     people: list[Person] = []
     for name in _shuffled(sorted(rows), settings.seed, "people"):
         wanted = settings.references

@@ -223,7 +223,7 @@ class _Evaluation:
             **versions(),
             "people": _named(self.config.data.index, self.index.digest),
             "base model": self.config.base.path,
-            **{run.name: run.path for run in self.config.runs},
+            **{f"adapter {run.name}": run.path for run in self.config.runs},
             "detector": _named(self.config.metrics.faces, self.observer.digests["detector"]),
             "first recogniser": _named(self.config.metrics.faces, self.observer.digests["first"]),
             "second recogniser": _named(self.config.metrics.second, self.observer.digests.get("second", "")),

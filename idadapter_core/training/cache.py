@@ -186,7 +186,7 @@ def _others(root: Path, kind: Kind) -> str:
     for path in sorted(root.glob(f"{kind.name}-*/{FACTS}")):
         try:
             facts = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             continue
         other = [
             f"{name} {facts.get(name)}" for name, value in kind.facts.items() if facts.get(name) != value

@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
-import tempfile
 import typing
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,8 @@ GATES = ("noise", "detector")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("no", "bf16")
 CLASS_WORD, CAPTION = "<class word>", "<caption>"  # what prompts may leave open
-_OPEN = re.compile(r"<[^<>]*>")
+_OPEN = re.compile(r"<[A-Za-z][^<>]*>")
+_PATHS = ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_package")
 
 
 @dataclass(frozen=True)
@@ -446,10 +448,16 @@ def existing(name: str, value: str) -> Path:
     """The file or folder that a setting names.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it cannot be looked at.
     """
     path = Path(value).expanduser()
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:  # a folder above it that may not be entered
+        raise ConfigError(
+            f"{name}: {value} cannot be looked at ({error.strerror}); correct the path, or the rights of its folders"
+        ) from error
+    if not is_there:
         where = "" if path.is_absolute() else f" (that is {path.absolute()})"
         raise ConfigError(f"{name}: {value} is not there{where}; correct the path")
     return path
@@ -462,17 +470,39 @@ def writable(name: str, value: str) -> Path:
         ConfigError: it is a file, or cannot be written. Better told before hours of work than after them.
     """
     folder = Path(value).expanduser()
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{name}: {there} is a file; name a folder")
+    above = [folder.absolute(), *folder.absolute().parents]
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        there = next((path for path in above if path.is_symlink() or path.exists()), None)
+        if there is None or not there.exists():  # a drive, or what a link points to
+            raise ConfigError(
+                f"{name}: {there or folder} leads nowhere; name another folder, or bring its disk back"
+            )
+        if not there.is_dir():
+            raise ConfigError(f"{name}: {there} is a file; name a folder")
+        probe = there / f".{uuid.uuid4().hex}"
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        probe.unlink()
     except OSError as error:
         raise ConfigError(
             f"{name}: {folder} cannot be written ({error.strerror}); name another folder, or make this one writable"
         ) from error
     return folder
+
+
+def require_paths(base: BaseConfig, without: Sequence[str], others: Mapping[str, str]) -> None:
+    """See that all files and folders are there before the first of them is read. What is empty is not looked at.
+
+    Args:
+        without: paths of `base` that are not needed.
+        others: further settings and what they name.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    of_base = {f"base.{name}": getattr(base, name) for name in _PATHS if name not in without}
+    for name, value in {**of_base, **others}.items():
+        if value:
+            existing(name, value)
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:

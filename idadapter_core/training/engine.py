@@ -38,7 +38,7 @@ from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, write_chec
 from .config import RunConfig, TrainConfig, config_toml, differences, read_config, writable
 from .grids import sample_grid
 from .logs import RunLog
-from .parts import load_parts, prepare_adapter
+from .parts import load_parts, prepare_adapter, require_files
 from .randomness import epoch_order
 from .samples import VALIDATION, Batch, MicroBatches, Samples, collate, join
 
@@ -80,6 +80,7 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
     if resume not in RESUME:
         raise ConfigError(f"resume must be one of {', '.join(RESUME)}, got {resume!r}")
     folder = writable("output.folder", config.output.folder)
+    require_files(config, "cache")
     start = latest(folder)
     if start is not None and resume == "never":
         raise ConfigError(
@@ -343,7 +344,10 @@ class _Run:
         kept = latest(self.folder)
         if kept is None:
             return "There is no checkpoint yet: start again."
-        return f"The last good checkpoint, of step {kept.step}, is kept: go on from it with --resume auto."
+        return (
+            f"The last good checkpoint, of step {kept.step}, is kept: go on from it with --resume auto, and with "
+            "--allow-config-change if you changed a setting."
+        )
 
     def _agree(self, failure: Exception | None) -> None:
         """All processes hear of a failure or a signal in any of them.
@@ -628,7 +632,7 @@ class _Run:
         branch = f" ({config.adapter.branch} branch)" if config.adapter.method != idadapter.METHOD else ""
         count = sum(p.numel() for p in self.parameters.values())
         return (
-            f"{METHODS[config.adapter.method].title}{branch}, {count / 1e6:.3g} M parameters, steps {self.step + 1} to "
+            f"{METHODS[config.adapter.method].title}{branch}, {count / 1e6:,.1f} M parameters, steps {self.step + 1} to "
             f"{config.train.steps} of {config.train.batch} from {len(self.parts.train_rows)} photos, {len(self.parts.test_rows)} more "
             f"of test people; {self.world} process{'es' if self.world > 1 else ''} on {self.device.type}"
         )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage, ImageDraw, ImageFont
+from torch import Tensor
 
 from ..checkpoint import Adapter
 from ..data.people import by_person
+from ..errors import InputError
 from ..faces.images import Image
 from ..files import replacing
 from .bundle import Bundle
@@ -22,6 +28,10 @@ SEED = 0
 BASE = "the base model alone"
 _GAP = 4  # pixels
 _LINES = 4  # of a prompt above its column
+_MORE = "..."
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+log = logging.getLogger(__name__)
 
 
 def sample_grid(
@@ -35,7 +45,7 @@ def sample_grid(
     chosen = list(by_person(rows).values())[: config.output.sample_people]
     pipeline = Pipeline(parts.base, adapter, bundle.injected)
     size = config.data.resolution
-    lines: dict[str, list[Image]] = {}
+    lines: list[tuple[str, list[Image]]] = []
     device = next(bundle.encoder.parameters()).device
     settings: dict[str, Any] = {
         "seed": SEED,
@@ -50,50 +60,64 @@ def sample_grid(
         line = [_fit(to_levels((features.crops[0] + 1) / 2), size)]
         for prompt in config.output.prompts:
             picture = pipeline.generate(prompt, identity=identity, width=size, height=size, **settings)
-            line.append(to_levels(picture))
-        lines[photos[0].identity or photos[0].source] = line
+            line.append(_levels(picture))
+        lines.append((photos[0].identity or photos[0].source, line))
     blank = np.full((size, size, 3), 255, np.uint8)
     alone = [
-        to_levels(pipeline.generate(prompt, width=size, height=size, **settings))
+        _levels(pipeline.generate(prompt, width=size, height=size, **settings))
         for prompt in config.output.prompts
     ]
-    grid = _grid({**lines, BASE: [blank, *alone]}, ("reference", *config.output.prompts))
+    grid = _grid([*lines, (BASE, [blank, *alone])], ("reference", *config.output.prompts))
     path = folder / FOLDER / f"step-{step:08d}.png"
     with replacing(path) as temporary:
         PILImage.fromarray(grid).save(temporary, format="PNG")
     return grid
 
 
+def _levels(picture: Tensor) -> Image:
+    """A picture (3, H, W) in 0..1 as (H, W, 3) uint8; white where it is not finite, which must not end a training."""
+    try:
+        return to_levels(picture)
+    except InputError as error:
+        log.warning("%s; it is white in the grid", error)
+        return np.full((*picture.shape[1:], 3), 255, np.uint8)
+
+
 def _fit(image: Image, size: int) -> Image:
     return np.asarray(PILImage.fromarray(image).resize((size, size), PILImage.Resampling.LANCZOS))
 
 
-def _grid(lines: dict[str, list[Image]], titles: tuple[str, ...]) -> Image:
+def _grid(lines: Sequence[tuple[str, Sequence[Image]]], titles: Sequence[str]) -> Image:
     """Rows of pictures, each under its name; each column under its title."""
-    size = next(iter(lines.values()))[0].shape[0]
+    size = lines[0][1][0].shape[0]
     step = size + _GAP
+    width = len(titles) * step - _GAP
     font = ImageFont.load_default(max(size // 24, 10))
-    line_height = int(sum(font.getmetrics())) if isinstance(font, ImageFont.FreeTypeFont) else 12
-    wrapped = [_wrapped(title, font, size) for title in titles]
+    line_height = math.ceil(font.getbbox("Ajp")[3]) + 2
+    wrapped = [_wrapped(_drawable(title), font, size) for title in titles]
     head = max(map(len, wrapped)) * line_height + _GAP
     strip = line_height + _GAP
-    sheet = PILImage.new(
-        "RGB", (len(titles) * step - _GAP, head + len(lines) * (strip + step) - _GAP), "white"
-    )
+    sheet = PILImage.new("RGB", (width, head + len(lines) * (strip + step) - _GAP), "white")
     pen = ImageDraw.Draw(sheet)
     for column, words in enumerate(wrapped):
         for number, text in enumerate(words):
             pen.text((column * step, number * line_height), text, "black", font)
-    for row, (name, pictures) in enumerate(lines.items()):
+    for row, (name, pictures) in enumerate(lines):
         top = head + row * (strip + step)
-        pen.text((0, top), name, "black", font)
+        pen.text((0, top), _cut(_drawable(name), font, width), "black", font)
         for column, picture in enumerate(pictures):
             sheet.paste(PILImage.fromarray(picture), (column * step, top + strip))
     return np.asarray(sheet)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """A text in lines of a width in pixels; what does not fit into the last one is cut."""
+def _drawable(text: str) -> str:
+    """Pillow's own font has ASCII alone: accents are left out, other letters become their numbers."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return plain.encode("ascii", "backslashreplace").decode()
+
+
+def _wrapped(text: str, font: Font, width: int) -> list[str]:
+    """A text in lines of a width in pixels; what does not fit is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -102,5 +126,12 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
         else:
             lines.append(word)
     if len(lines) > _LINES:
-        lines = [*lines[: _LINES - 1], f"{lines[_LINES - 1]} …"]
-    return lines
+        lines = [*lines[: _LINES - 1], f"{lines[_LINES - 1]} {_MORE}"]
+    return [_cut(line, font, width) for line in lines]
+
+
+def _cut(text: str, font: Font, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    lengths = [length for length in range(len(text)) if font.getlength(text[:length] + _MORE) <= width]
+    return text[: max(lengths, default=0)] + _MORE

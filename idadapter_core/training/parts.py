@@ -19,7 +19,7 @@ from ..recognizer import recorded_recognizer
 from .adapters import Wanted, fresh_adapter, load_start
 from .bases import Base, load_base
 from .bundle import Networks
-from .config import BaseConfig, RunConfig, existing
+from .config import BaseConfig, RunConfig, require_paths
 from .samples import usable_rows
 from .vision import load_vision
 
@@ -47,7 +47,7 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
             "base.recognizer is empty; name the face network's file (UniID: iResNet-100 of Glint360K; IDAdapter: also the "
             "recogniser .onnx of the face package that its users will have)"
         )
-    path = existing("base.recognizer", base.recognizer)
+    path = Path(base.recognizer)
     recognizer = load_iresnet(path, any_layers=path.suffix == ".onnx" and method != uniid.METHOD)
     vision = None
     if method != uniid.METHOD:
@@ -55,7 +55,7 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
             raise ConfigError(
                 "base.vision is empty; IDAdapter needs a CLIP vision model (ViT-L/14 in the paper)"
             )
-        vision = load_vision(existing("base.vision", base.vision))
+        vision = load_vision(Path(base.vision))
     detector: FaceAnalyzer | None = None
     if needs_detector:
         if not base.face_package:
@@ -63,8 +63,27 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
                 "loss.gate or loss.align is 'detector', so base.face_package must name the folder of a face package; or set "
                 "them to 'noise' and 'target'"
             )
-        detector = open_analyzer(existing("base.face_package", base.face_package), "cpu")
+        detector = open_analyzer(Path(base.face_package), "cpu")
     return Networks(recognizer, vision, detector), recorded_recognizer(path, method, recognizer)
+
+
+def require_files(config: RunConfig, *others: str) -> None:
+    """See that what a run reads is there, before anything is loaded.
+
+    Args:
+        others: settings of `data` that name something else that must be there.
+
+    Raises:
+        ConfigError: names the first that is not.
+    """
+    without = [] if _needs_detector(config) else ["face_package"]
+    without += ["vision"] if config.adapter.method == uniid.METHOD else []
+    named = {f"data.{name}": getattr(config.data, name) for name in ("index", *others)}
+    require_paths(config.base, without, {**named, "adapter.start": config.adapter.start})
+
+
+def _needs_detector(config: RunConfig) -> bool:
+    return config.loss.identity > 0 and "detector" in (config.loss.gate, config.loss.align)
 
 
 def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
@@ -79,8 +98,7 @@ def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
         )
     index = read_index(Path(config.data.index))
     train_rows, test_rows = usable_rows(index, config, "train"), usable_rows(index, config, "test")
-    needs_detector = config.loss.identity > 0 and "detector" in (config.loss.gate, config.loss.align)
-    networks, digest = load_networks(config.base, config.adapter.method, needs_detector)
+    networks, digest = load_networks(config.base, config.adapter.method, _needs_detector(config))
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     base = load_base(config.base, device, dtype)
     networks.recognizer.to(device)
@@ -101,7 +119,7 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
         branch=section.branch,
         settings=_settings(config),
     )
-    start = checkpoint or (existing("adapter.start", section.start) if section.start else None)
+    start = checkpoint or (Path(section.start) if section.start else None)
     if start is not None:
         return load_start(start, parts.base.unet, wanted)
     return fresh_adapter(parts.base.unet, wanted, config.train.seed)

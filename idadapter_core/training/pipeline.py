@@ -250,7 +250,7 @@ def to_levels(picture: Tensor) -> Image:
     pixels = picture.detach().float().movedim(0, -1)
     if not torch.isfinite(pixels).all():
         raise InputError(
-            "a generated picture has values that are not finite; the model does not stand this precision or this scale: "
-            "generate in fp32, or lower the scale"
+            "a generated picture has values that are not finite: the model does not stand this precision (bf16, fp16) or the "
+            "adapter's scale"
         )
     return (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()

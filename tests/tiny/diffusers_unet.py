@@ -90,9 +90,15 @@ def loss_of(unet: Any, kind: str = "sd15") -> Tensor:
 
 
 def gradients_of(
-    unet: Any, kind: str, leaves: Mapping[str, Tensor], after: Callable[[], None] = lambda: None
+    unet: Any,
+    kind: str,
+    leaves: Mapping[str, Tensor],
+    checkpointing: bool,
+    after: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """The gradients of `loss_of`; `after` runs between the forward and the backward pass."""
+    """The gradients of `loss_of`, with or without checkpointing; `after` runs between the forward and the backward pass."""
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
     calls: list[int] = []
     block = unet.mid_block.attentions[0].transformer_blocks[0]
     block.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -100,8 +106,7 @@ def gradients_of(
     after()
     calls.clear()
     loss.backward()
-    is_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
-    assert bool(calls) == is_checkpointing, "blocks run again in the backward pass if checkpointed"
+    assert bool(calls) == checkpointing, "blocks run again in the backward pass if checkpointed"
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 

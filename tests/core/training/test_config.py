@@ -183,6 +183,9 @@ def test_paths_are_checked_before_anything_else(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     with pytest.raises(ConfigError, match="output.folder: .*here is a file; name a folder"):
         writable("output.folder", "here/run")
+    (tmp_path / "disk").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(ConfigError, match="output.folder: .*disk leads nowhere"):
+        writable("output.folder", "disk/run")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that nobody can write to")

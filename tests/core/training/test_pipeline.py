@@ -359,3 +359,32 @@ def test_grids(toy: Toy, parts: Parts, adapters: dict[str, Adapter], tmp_path: P
         Image.fromarray(((crop[0].movedim(0, -1) + 1) * 127.5).round().byte().numpy()).resize((64, 64))
     )
     assert np.abs(grid[first : first + 64, :64].astype(int) - face).mean() < 5
+
+
+def test_a_grid_stands_whatever_is_in_it(
+    toy: Toy,
+    parts: Parts,
+    adapters: dict[str, Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Pictures that are not finite, names in other scripts, words wider than their column: none of it ends a training."""
+    nothing = torch.full((3, 64, 64), torch.nan)
+    monkeypatch.setattr(Pipeline, "generate", lambda *args, **settings: nothing)
+    person = [dataclasses.replace(row, identity="\u5f20\u4f1f Zo\u00eb") for row in parts.test_rows]
+    prompts = ["x" * 60, " ".join(["word"] * 40), ""]
+    config = toy.config(tmp_path, adapter=KINDS["idadapter"], output={"prompts": prompts, "sample_people": 1})
+    bundle = Bundle(parts.base, adapters["idadapter"], parts.networks, config)
+    try:
+        grid = sample_grid(
+            bundle, adapters["idadapter"], dataclasses.replace(parts, test_rows=person), config, tmp_path, 1
+        )
+    finally:
+        if bundle.injected is not None:
+            bundle.injected.eject()
+    assert "not finite" in caplog.text
+    assert grid.shape[1] == 4 * 64 + 12
+    head = grid[: grid.shape[0] // 4]
+    assert (head[:, 132:136] == 255).all(), "a title reaches into the next column"
+    assert (grid[-64:] == 255).all()

@@ -305,10 +305,8 @@ def gradients(
     parameters = trainable(adapter)
     person = tokens(2).requires_grad_()
     injected = inject(unet, adapter)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
     injected.set_identity(person, bias(), torch.tensor([False, True]), 0.8)
-    return gradients_of(unet, kind, {**parameters, "tokens": person}, lambda: after(injected))
+    return gradients_of(unet, kind, {**parameters, "tokens": person}, checkpointing, lambda: after(injected))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:

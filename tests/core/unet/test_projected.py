@@ -228,10 +228,8 @@ def gradients(
     parameters = trainable(adapter)
     person = tokens(2, kind).requires_grad_()
     injected = inject(unet, adapter)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
     injected.set_identity(person, torch.tensor([0.5, 1.0]), rescale=True)
-    return gradients_of(unet, kind, {**parameters, "tokens": person}, lambda: after(injected))
+    return gradients_of(unet, kind, {**parameters, "tokens": person}, checkpointing, lambda: after(injected))
 
 
 @pytest.mark.parametrize(
