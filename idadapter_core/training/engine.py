@@ -270,12 +270,14 @@ class _Run:
                 self.saves = False
                 self._save()
             if self.stops and not is_last:
-                if self.is_main:
+                if self.log is not None:
+                    self.log.close()  # its bar first
                     log.warning("stopped by a signal after step %d; the checkpoint is written", self.step)
                 self.is_settled = True
                 return STOPPED
         self.is_settled = True
-        if self.is_main:
+        if self.log is not None:
+            self.log.close()
             sys.stderr.write(
                 f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core.export {self.folder} NAME.safetensors` "
                 "writes the file for ComfyUI.\n"
