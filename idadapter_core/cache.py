@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from .errors import ConfigError
-from .extra import require
+from .extra import progress_bar, require
 from .program import run
 from .training.config import add_arguments, read_config
 
@@ -55,26 +54,18 @@ def _run(options: argparse.Namespace) -> int:
         for name, difference in differences.items():
             sys.stdout.write(f"{name}: largest relative difference {difference:.2g}\n")
         return int(max(differences.values()) > TOLERANCE)
-    bars: dict[str, Any] = {}
-
-    def progress(name: str, done: int, total: int) -> None:
-        if name not in bars:
-            bars[name] = require("tqdm").tqdm(total=total, desc=name, disable=None)
-        bars[name].update(done - bars[name].n)
-        if done == total:
-            bars[name].close()
-
     written = build(
         parts,
         config,
         device=state.device,
         rank=state.process_index,
         world=state.num_processes,
-        progress=progress,
+        progress=lambda name: progress_bar(name, "entry"),
     )
+    who = f"process {state.process_index + 1} of {state.num_processes}, " if state.num_processes > 1 else ""
     for name, count in written.items():
         said = f"{count} entries computed" if count else "all entries were there already"
-        sys.stdout.write(f"{name}: {said}\n")
+        sys.stdout.write(f"{who}{name}: {said}\n")
     return 0
 
 

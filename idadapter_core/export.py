@@ -71,6 +71,10 @@ def adapter_file(run: Path, weights: str = "auto", step: int | None = None) -> P
                 f"{folder}: is one checkpoint; leave --step out, or name the folder of the run."
             )
     else:
+        if not run.is_dir():
+            raise ConfigError(
+                f"{run}: no such folder. Name the folder of a run (output.folder) or of a checkpoint."
+            )
         found = checkpoints(run)
         chosen = [c for c in found if step is None or c.step == step]
         if not chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,10 @@ def run(work: Callable[[], int], *, error: int = 1, interrupted: str = "nothing 
     Args:
         interrupted: what to tell who pressed Ctrl+C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # in a file, its lines and those of stderr stay in their order
     try:
         return work()
     except IDAdapterError as problem:

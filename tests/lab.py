@@ -186,11 +186,19 @@ def picture_of(lab: Lab) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tasks.py lab", description="A place to try training in.")
-    parser.add_argument("command", choices=("make", "picture"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "command", choices=("make", "picture"), help="write it all, or draw with what was trained in it"
+    )
+    parser.add_argument("folder", type=Path, help="of the lab")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)  # ComfyUI warns of what a lab does not use
     if options.command == "make":
+        if (
+            options.folder.is_dir()
+            and any(options.folder.iterdir())
+            and not (options.folder / "eval.toml").is_file()
+        ):
+            parser.error(f"{options.folder} has files of something else; name a new folder")
         lab = write_lab(options.folder)
         print(
             f"Photos, tiny models and configurations are in {lab.folder}. docs/training.md says how to go on."

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..extra import require
+from ..extra import progress_bar
 from ..faces.detector import PROVIDERS
 from ..program import run
 from .dedupe import PEOPLE, dedupe, settings_of
@@ -64,7 +63,7 @@ def _scan(options: argparse.Namespace) -> int:
     )
     print(f"{len(source.photos)} photos in {source.root} (layout {source.layout})")
     print(LICENCE_NOTE)
-    with _bar("photos") as progress:
+    with progress_bar("photos", "photo") as progress:
         index = scan(
             source,
             options.index,
@@ -117,7 +116,7 @@ def _dedupe(options: argparse.Namespace) -> int:
 
 def _shards(options: argparse.Namespace) -> int:
     index = read_index(options.index)
-    with _bar("photos") as progress:
+    with progress_bar("photos", "photo") as progress:
         result = write_shards(index, options.folder, photos=options.photos, progress=progress)
     print(
         f"wrote {len(result.usable())} photos to {options.folder}; train with {options.folder / INDEX_NAME}"
@@ -139,21 +138,12 @@ def _check_output(options: argparse.Namespace) -> None:
         raise ConfigError(f"{path} exists; choose another name or add --overwrite")
 
 
-@contextlib.contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    with require("tqdm").tqdm(unit=unit, disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m idadapter_core.data", description="From photos to an index that a training reads."
+        prog="python -m idadapter_core.data",
+        description="From photos to an index that a training reads.",
+        epilog="docs/datasets.md has the commands for the datasets that people use, docs/training.md what comes after.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="scan|stats|dedupe|shards")
 
@@ -181,7 +171,10 @@ def _parser() -> argparse.ArgumentParser:
         "--numbered", action="store_true", help="line N of the table, from 0, belongs to N.png (FaceID-6M)"
     )
     new.add_argument(
-        "--provider", choices=("auto", *PROVIDERS), default="auto", help="what runs the face models"
+        "--provider",
+        choices=("auto", *PROVIDERS),
+        default="auto",
+        help="what runs the face models (default: CUDA where there is one)",
     )
     new.add_argument(
         "--workers",
@@ -192,7 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--max-bad-share", type=float, default=0.05, help="above it the exit code is 3 (default: %(default)s)"
     )
-    new.add_argument("--test-share", type=float, default=SplitSettings.share, help="default: %(default)s")
+    new.add_argument(
+        "--test-share",
+        type=float,
+        default=SplitSettings.share,
+        help="share of the photos whose people are set aside for tests (default: %(default)s)",
+    )
     new.add_argument(
         "--seed", type=int, default=SplitSettings.seed, help="of the split (default: %(default)s)"
     )

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from ..errors import ConfigError, FaceError
+from ..errors import CheckpointError, ConfigError, FaceError
 from ..extra import require
 from ..faces.align import align_face, square_crop
 from ..faces.detector import FaceAnalyzer, open_analyzer, order_faces
@@ -24,6 +24,7 @@ from ..faces.images import Image
 from ..faces.iresnet import digest, load_iresnet
 from ..faces.packages import DETECTION
 from ..files import file_digest, state_digest
+from ..training.pretrained import first_line, from_library, load_folder
 from ..types import Face
 from .config import EvaluationConfig, ExpressionConfig
 from .prompts import expression_name
@@ -172,15 +173,18 @@ class ClipJudge:
                 f"metrics.clip: {folder} is no folder of a transformers CLIPModel (it has no config.json); "
                 "download one with its tokenizer, for example clip-vit-large-patch14"
             )
-        transformers = require("transformers")
         try:
-            self._model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True)
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model: Any = load_folder(from_library("transformers", "CLIPModel"), folder)
+        except CheckpointError as error:  # a tower that is not there would judge by random numbers
+            raise ConfigError(f"metrics.clip: {error}") from error
+        try:
+            tokenizers = from_library("transformers", "AutoTokenizer")
+            self._tokenizer = tokenizers.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ConfigError(
-                f"metrics.clip: {folder} cannot be read as a CLIPModel with its tokenizer: {error}"
+                f"metrics.clip: {folder} has no tokenizer that can be read ({first_line(error)}); complete the folder"
             ) from error
-        self._model.eval().requires_grad_(False).to(_device())
+        self._model = model.eval().requires_grad_(False).to(_device())
         self._side: int = self._model.config.vision_config.image_size
         self._length: int = self._model.config.text_config.max_position_embeddings
         self.digest = state_digest(self._model.state_dict())

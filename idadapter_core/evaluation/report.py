@@ -266,7 +266,7 @@ def _gate_charts(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def _ratio_chart(lines: Sequence[Mapping[str, Any]]) -> str:
     logged = [(line["step"], list(line["norm_ratios"].values())) for line in lines if line.get("norm_ratios")]
-    return _spread(logged, "norm of the adapter over norm of the text")
+    return _spread(logged, "norm of what adapters add over norm of what they add to")
 
 
 def _spread(values: Sequence[tuple[float, Sequence[float | None]]], title: str) -> str:

@@ -25,7 +25,7 @@ from .measure import Bands, ImageRow, SeenPerson, Subject, bands, measure, outsi
 from .metrics import available
 from .observe import Look, Observer, Vector
 from .people import Person, Photo, choose_people
-from .prompts import Prompt
+from .prompts import POSE, Prompt
 from .report import Pictures as ReportPictures, to_html
 from .statistics import FAR
 from .storage import Arrays, Picture, Pictures, key_of, write_file
@@ -206,6 +206,8 @@ class _Evaluation:
         ):
             if not given:
                 notes.append(f"{setting} names no model: {missing}.")
+        if not any(prompt.group == POSE for prompt in self.prompts):
+            notes.append("No prompt asks for a pose (the group pose of sampling.groups): Pose hit is n/a.")
         if first.threshold is None:
             notes.append(
                 f"Verified is n/a: FAR {FAR:g} needs {1 / FAR:.0f} pairs of photos of two people, there are {len(first.impostors)}."

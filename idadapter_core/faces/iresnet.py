@@ -120,11 +120,18 @@ def load_iresnet(
     """
     path = Path(path)
     state, declared = _read(path)
+    if path.suffix.lower() == ".onnx" and not any_layers:
+        log.warning(
+            "%s is converted from ONNX. Its weights must be those the adapter was trained with; "
+            "the original .pth file is the safe choice.",
+            path.name,
+        )
     found = _block_counts(state)
     if found is None:
         raise RecognizerError(
             f"{path.name} is not an IResNet face recogniser: none of its {len(state)} keys look like "
-            f"'layer1.0.conv1.weight' (it has {some(state)}). UniID needs the IResNet-100 of arcface_torch."
+            f"'layer1.0.conv1.weight' (it has {some(state)}). "
+            + ("Name one of insightface." if any_layers else "UniID needs the IResNet-100 of arcface_torch.")
         )
     required = tuple(layers) if layers is not None else declared or IRESNET100_LAYERS
     if found != required and not any_layers:
@@ -162,11 +169,6 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], tuple[int, ...] | None]:
         raise RecognizerError(f"face recogniser not found: {path}")
     suffix = path.suffix.lower()
     if suffix == ".onnx":
-        log.warning(
-            "%s is converted from ONNX. Its weights must be those the adapter was trained with; "
-            "the original .pth file is the safe choice.",
-            path.name,
-        )
         return iresnet_state_dict_from_onnx(path), None
     if suffix not in _SUFFIXES:
         raise RecognizerError(

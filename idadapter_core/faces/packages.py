@@ -87,9 +87,13 @@ def read_package(folder: Path) -> Package:
             raise FacePackageError(
                 f"{folder} holds face packages, and is none itself: name one of {', '.join(map(str, inside))}."
             )
+        nothing = (
+            "holds no .onnx files"
+            if any(folder.iterdir())
+            else "is empty (an interrupted download leaves it so)"
+        )
         raise FacePackageError(
-            f"the face package folder {folder} is empty (an interrupted download leaves it so). "
-            f"It should hold {WANTED_FILES}. {WHERE_FROM}"
+            f"the face package folder {folder} {nothing}. It should hold {WANTED_FILES}. {WHERE_FROM}"
         )
     models: dict[str, Path] = _manifest_tasks(folder)
     has_manifest = bool(models)

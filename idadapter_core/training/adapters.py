@@ -191,6 +191,11 @@ def load_start(path: Path, unet: Any, wanted: Wanted) -> Adapter:
 def _require_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if getattr(adapter.config, name) != value:
+            if name == "references":  # which comes from the data's
+                raise ConfigError(
+                    f"data.references is {value}, but {adapter.name} was made with {getattr(adapter.config, name)}, which its mixer "
+                    "learned. Set data.references to that, or train a new adapter in another output.folder."
+                )
             raise ConfigError(
                 f"adapter.settings.{name} is {value!r}, but {adapter.name} was made with {getattr(adapter.config, name)!r}. "
                 "Settings are for a new adapter: leave this one out, or leave adapter.start empty."

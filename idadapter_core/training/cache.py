@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +46,7 @@ from .samples import (
 
 VERSION = 1  # of the computations below; a change makes all entries new ones
 PART = 512  # entries of a part
+_LONGEST = 30.0  # seconds for a part
 _PIXELS = 16 * 512**2  # of targets that go through the VAE together: some gigabytes in fp32
 _FACES = 16  # photos that go through the other networks together
 KEYS = "keys"  # in the metadata of a part
@@ -98,7 +101,7 @@ def kinds(parts: Parts, config: RunConfig) -> tuple[Kind, Kind]:
     if not is_uniid:
         photos = [p for split in splits for p in photos_of_variants(split, config.data.references)]
     latent_facts = {"version": VERSION, "vae": parts.base.vae.digest, "resolution": config.data.resolution}
-    photo_facts = {"version": VERSION, "recognizer": parts.recognizer_digest, "stages": is_uniid}
+    photo_facts = {"version": VERSION, "recognizer": parts.recognizer_digest, "method": config.adapter.method}
     photo_facts |= {"features": config.data.cache_features}
     if not is_uniid:
         assert parts.networks.vision is not None
@@ -203,9 +206,15 @@ def build(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world: int = 1,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]] = lambda name: nullcontext(
+        _nothing
+    ),
 ) -> dict[str, int]:
-    """Compute the entries that are missing; how many of each kind were. Processes share the work."""
+    """Compute the entries that are missing; how many of each kind were. Processes share the work.
+
+    Args:
+        progress: for each kind, a context of what is called with the entries done and all there are.
+    """
     root = writable("data.cache", config.data.cache)
     written = {}
     for kind in kinds(parts, config):
@@ -215,14 +224,16 @@ def build(
         present = Folder(folder)
         # Shared out before it is looked at what is there: the processes do not look at the same moment.
         missing = [entry for entry in kind.entries[rank::world] if entry.key not in present]
-        done = 0
-        for entries, tensors in _computed(kind, missing, parts, config, device):
-            keys = json.dumps([entry.key for entry in entries])
-            write_safetensors(tensors, {KEYS: keys}, folder / f"part-{entries[0].key}.safetensors")
-            done += len(entries)
-            progress(kind.name, done, len(missing))
-        written[kind.name] = done
+        with progress(kind.name) as told:
+            for entries, tensors in _computed(kind, missing, parts, config, device, told):
+                keys = json.dumps([entry.key for entry in entries])
+                write_safetensors(tensors, {KEYS: keys}, folder / f"part-{entries[0].key}.safetensors")
+        written[kind.name] = len(missing)
     return written
+
+
+def _nothing(done: int, total: int) -> None:
+    pass
 
 
 def verify(
@@ -291,9 +302,14 @@ def _side_by_side(entries: Sequence[dict[str, Tensor] | IDAdapterError]) -> dict
 
 
 def _computed(
-    kind: Kind, entries: Sequence[Entry], parts: Parts, config: RunConfig, device: torch.device | str
+    kind: Kind,
+    entries: Sequence[Entry],
+    parts: Parts,
+    config: RunConfig,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] = _nothing,
 ) -> Iterator[tuple[list[Entry], dict[str, Tensor]]]:
-    """Entries in groups of a part, with their tensors side by side."""
+    """Entries in groups of a part, with their tensors side by side. A part is full, or has taken so long that its loss would hurt."""
     vision = parts.networks.vision
     pixels = _Pixels(
         kind, entries, parts.index, config.data.resolution, None if vision is None else vision.preprocess
@@ -302,13 +318,15 @@ def _computed(
     loader = DataLoader(pixels, batch_size=size, num_workers=config.data.workers, collate_fn=list)
     group: list[dict[str, Tensor]] = []
     first = last = 0
+    began = time.monotonic()
     for batch in loader:
         group.append(_compute(kind.name, _side_by_side(batch), parts, config, device))
         last += len(batch)
-        if last - first >= PART or last == len(entries):
+        progress(last, len(entries))
+        if last - first >= PART or last == len(entries) or time.monotonic() - began > _LONGEST:
             joined = {name: torch.cat([tensors[name] for tensors in group]) for name in group[0]}
             yield list(entries[first:last]), joined
-            first, group = last, []
+            first, group, began = last, [], time.monotonic()
 
 
 @torch.no_grad()

@@ -425,9 +425,9 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 def one_of(name: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
-        raise ConfigError(
-            f"{name} must be one of {', '.join(options)}, got {value!r}{nearest(value, options)}"
-        )
+        close = difflib.get_close_matches(value, options, 1, cutoff=0.5)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{name} must be one of {', '.join(options)}, got {value!r}{meant}")
 
 
 def at_least(name: str, value: float, least: float) -> None:

@@ -635,8 +635,8 @@ class _Run:
         count = sum(p.numel() for p in self.parameters.values())
         return (
             f"{METHODS[config.adapter.method].title}{branch}, {count / 1e6:,.1f} M parameters, steps {self.step + 1} to "
-            f"{config.train.steps} of {config.train.batch} from {len(self.parts.train_rows)} photos, {len(self.parts.test_rows)} more "
-            f"of test people; {self.world} process{'es' if self.world > 1 else ''} on {self.device.type}"
+            f"{config.train.steps} with {config.train.batch} samples each, {len(self.parts.train_rows)} photos, "
+            f"{len(self.parts.test_rows)} more of test people; {self.world} process{'es' if self.world > 1 else ''} on {self.device.type}"
         )
 
     def close(self) -> None:

@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..extra import require
+from ..extra import BETWEEN_LINES, require
 from ..files import write_lines
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
-_BETWEEN_LINES = 60.0  # seconds
 
 
 class RunLog:
@@ -45,7 +44,7 @@ class RunLog:
     def show(self, step: int, loss: float, images_per_second: float, seconds_left: float) -> None:
         """The newest numbers beside the bar. Where nobody looks on there is no bar, but a line a minute for the machine's log."""
         self._bar.set_postfix(loss=f"{loss:.4g}", images_per_s=f"{images_per_second:.4g}")
-        if self._bar.disable and time.monotonic() - self._told > _BETWEEN_LINES:
+        if self._bar.disable and time.monotonic() - self._told > BETWEEN_LINES:
             self._told = time.monotonic()
             sys.stderr.write(
                 f"step {step} of {self._bar.total}: loss {loss:.4g}, {images_per_second:.4g} images/s, {remaining(seconds_left)} left\n"

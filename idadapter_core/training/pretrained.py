@@ -102,35 +102,50 @@ def _whole(
     kind: Any, name: object, wrong: Sequence[str], *, pretrained: str | None, **options: Any
 ) -> nn.Module:
     network: nn.Module
+    if kind.__module__.startswith("transformers"):  # which prints a table and raises without a reason
+        options["ignore_mismatched_sizes"] = True
+        wrong = (*wrong, "mismatched")
     try:
-        with _without_bars():
+        with _quietly():
             network, info = kind.from_pretrained(pretrained, output_loading_info=True, **options)
     except (
         Exception
     ) as error:  # whatever the two libraries raise for damage: OSError, ValueError, RuntimeError, KeyError …
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        reason = first_line(error)
+        other = "" if pretrained else ", or name the configuration of a model of other sizes in base.config"
         raise CheckpointError(
-            f"{name}: {kind.__name__} cannot be loaded: {reason}. Get the files again, or name the configuration of a model of "
-            "other sizes in base.config."
+            f"{name}: {kind.__name__} cannot be loaded: {reason}. Get the files again{other}."
         ) from error
-    if problems := [
-        f"{len(keys)} {key} ({some(sorted(keys))})" for key in wrong if (keys := info[f"{key}_keys"])
-    ]:
+    problems = []
+    for problem in wrong:
+        if keys := info.get(f"{problem}_keys"):
+            problems.append(f"{len(keys)} {problem} ({some(sorted(map(_in_words, keys)))})")
+    if problems:
         raise CheckpointError(
             f"{name}: not the weights of this {kind.__name__}: {'; '.join(problems)}. Get the files again."
         )
     return network
 
 
+def _in_words(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
+    """A weight's name; of one that does not fit its shapes, too."""
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} is {tuple(found)} instead of {tuple(expected)}"
+
+
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers draws a bar for each network that it loads, one after the other."""
+def _quietly() -> Iterator[None]:
+    """transformers draws a bar for each network that it loads, and prints a table of weights that do not fit: we say which."""
     logs = require("transformers").utils.logging
-    was_on = logs.is_progress_bar_enabled()
+    was_on, verbosity = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()
+    logs.set_verbosity_error()
     try:
         yield
     finally:
+        logs.set_verbosity(verbosity)
         if was_on:
             logs.enable_progress_bar()
 
@@ -145,9 +160,24 @@ def from_library(module: str, name: str) -> Any:
     """A class or function of diffusers or transformers.
 
     Raises:
-        ConfigError: the library is not installed.
+        ConfigError: the library is not installed, or cannot import what it needs.
     """
-    return getattr(require(module), name)
+    library = require(module)
+    try:
+        return getattr(library, name)
+    except (ImportError, RuntimeError) as error:  # imported only now
+        first: BaseException = error
+        while cause := first.__cause__ or first.__context__:
+            first = cause
+        raise ConfigError(
+            f"{module} cannot import {name}: {first_line(first)}. Where that is about torchvision, it does not fit the torch that is "
+            "installed: install the one that does, or remove it; nothing here needs it."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's words, or its kind where it has none."""
+    return str(error).strip().split("\n")[0][:300].rstrip(".") or type(error).__name__
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

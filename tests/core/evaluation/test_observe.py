@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from idadapter_core.errors import ConfigError, RecognizerError
 from idadapter_core.evaluation.observe import ClipJudge, Look, Observer
@@ -59,6 +63,29 @@ def test_clip_sees_the_middle_square_of_any_size(world: Path) -> None:
     assert long.shape == clip.of_picture(square).shape
     assert np.linalg.norm(long) == pytest.approx(1, abs=1e-5)
     assert not np.array_equal(clip.of_text("a man"), clip.of_text("a cat"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda name, tensor: None if name.startswith("text_model.") else tensor, r"missing \(text_model"),
+        (
+            lambda name, tensor: tensor[:-1] if name == "visual_projection.weight" else tensor,
+            "mismatched .visual_projection.weight is .15, 32. instead of .16, 32.",
+        ),
+    ],
+    ids=["half", "other sizes"],
+)
+def test_a_clip_that_is_not_whole_judges_nothing(
+    world: Path, tmp_path: Path, damage: Callable[[str, Tensor], Tensor | None], message: str
+) -> None:
+    """Its random weights would give numbers, too."""
+    shutil.copytree(world / "clip", tmp_path / "clip")
+    (path,) = (tmp_path / "clip").glob("*.safetensors")
+    damaged = {name: damage(name, tensor) for name, tensor in load_file(path).items()}
+    save_file({name: tensor.contiguous() for name, tensor in damaged.items() if tensor is not None}, path)
+    with pytest.raises(ConfigError, match=f"metrics.clip: .*not the weights of this CLIPModel: .*{message}"):
+        ClipJudge(tmp_path / "clip")
 
 
 def test_clip_embeds_as_transformers_does(world: Path) -> None:

@@ -87,7 +87,7 @@ def test_gates_and_norms_of_a_training(tmp_path: Path) -> None:
     )
     config = configuration(runs=[{"name": "one", "path": "p", "log": str(tmp_path)}])
     html = page(summary_of(config, [row("one", 1.0, "a", 0.5)]), config)
-    for title in ("|gate| of the attention", "|gate| of the feed-forward", "norm of the adapter"):
+    for title in ("|gate| of the attention", "|gate| of the feed-forward", "norm of what adapters add"):
         assert title in html
     assert '<th scope="row">3</th><td>0.3</td><td>0.3</td><td>0.3</td>' in html
     without = configuration(runs=[{"name": "one", "path": "p", "log": str(tmp_path / "none")}])

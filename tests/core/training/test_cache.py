@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,18 +183,24 @@ class _CutOffError(Exception):
     pass
 
 
+@pytest.mark.parametrize(("name", "value"), [("PART", 2), ("_LONGEST", 0.0)])
 def test_a_build_that_was_cut_off_goes_on(
-    built: RunConfig, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: RunConfig, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
-    """Between two parts; and after a part was lost. What is there is not computed again."""
+    """Between two parts, which end when they are full or took long; and after a part was lost. What is there is not computed
+    again."""
     monkeypatch.setattr(caches, "_FACES", 2)
     monkeypatch.setattr(caches, "_PIXELS", 2 * 64**2)
-    monkeypatch.setattr(caches, "PART", 2)
+    monkeypatch.setattr(caches, name, value)
     config = dataclasses.replace(built, data=dataclasses.replace(built.data, cache=str(tmp_path / "cache")))
 
-    def cut_off(name: str, done: int, total: int) -> None:
-        if (name, done) == ("photos", 2):
-            raise _CutOffError
+    @contextmanager
+    def cut_off(kind: str) -> Iterator[Callable[[int, int], None]]:
+        def told(done: int, total: int) -> None:
+            if (kind, done) == ("photos", 4):
+                raise _CutOffError
+
+        yield told
 
     with pytest.raises(_CutOffError):
         build(parts, config, progress=cut_off)

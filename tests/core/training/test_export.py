@@ -123,7 +123,8 @@ def test_two_branches_become_one_file(runs: Path, tmp_path: Path, step: int | No
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("nowhere", (), r"no checkpoint \(there are: none\)"),
+        ("nowhere", (), r"nowhere: no such folder\. Name the folder of a run"),
+        (".", (), r"no checkpoint \(there are: none\)"),
         ("idadapter", ("--step", 7), r"no checkpoint of step 7 \(there are: 1, 2\)"),
         ("adapter", ("--weights", "ema"), "no averaged weights.*--weights trained"),
         ("idadapter/checkpoints/step-00000001", ("--step", 2), "is one checkpoint; leave --step out"),
