@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from .errors import ConfigError
 from .extra import progress_bar, require
-from .program import run
+from .program import Parser, run
 from .training.config import add_arguments, read_config
 
 TOLERANCE = 0.02  # relative, between devices and after fp16
@@ -19,8 +19,9 @@ TOLERANCE = 0.02  # relative, between devices and after fp16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 an error or entries that differ."""
-    parser = argparse.ArgumentParser(
-        prog="python -m idadapter_core.cache", description="Build or verify the cache of a training run."
+    parser = Parser(
+        prog="python -m idadapter_core.cache",
+        description="Build or verify the cache of a training run.",
     )
     parser.add_argument("command", choices=("build", "verify"))
     add_arguments(parser)

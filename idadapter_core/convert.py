@@ -15,7 +15,7 @@ import torch
 from .checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
 from .files import DTYPES
 from .methods import idadapter
-from .program import require_new, run
+from .program import Parser, require_new, run
 from .recognizer import recorded_recognizer
 
 MAX_SEED = 2**64 - 1
@@ -47,7 +47,7 @@ def _convert(options: argparse.Namespace, output: Path | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m idadapter_core.convert",
         usage="%(prog)s [options] INPUT [OUTPUT]\n       %(prog)s [options] --init PRESET OUTPUT",
         description="Print what an adapter checkpoint is; with an output file, write it as .safetensors with its config inside. "

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .program import run
+from .program import Parser, run
 from .training.config import add_arguments
 
 
@@ -60,7 +60,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m idadapter_core.evaluate",
         description="Measure identity adapters: how much a person is kept, how well prompts are followed, how varied pictures are.",
     )

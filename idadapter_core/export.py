@@ -10,7 +10,7 @@ from pathlib import Path
 from .checkpoint import load_adapter, save_adapter
 from .errors import ConfigError
 from .files import DTYPES
-from .program import require_new, run
+from .program import Parser, require_new, run
 from .training.checkpoints import ADAPTER, EMA, checkpoints
 
 WEIGHTS = ("auto", "ema", "trained")
@@ -18,7 +18,7 @@ WEIGHTS = ("auto", "ema", "trained")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m idadapter_core.export",
         description="Write a trained adapter as one file for Load ID Adapter (models/idadapter).",
     )

@@ -7,10 +7,18 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .errors import IDAdapterError
 
 INTERRUPTED = 130  # the exit code after Ctrl+C, as shells have it
+
+
+class Parser(argparse.ArgumentParser):
+    """Options are to be written out: what is short for one today may be short for two tomorrow."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
 
 def run(work: Callable[[], int], *, error: int = 1, interrupted: str = "nothing was written") -> int:

@@ -11,14 +11,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from .program import run
+from .program import Parser, run
 from .training.config import add_arguments, read_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 an error, 143 stopped by a signal after a checkpoint, 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m idadapter_core.train", description="Train an IDAdapter or a branch of UniID."
+    parser = Parser(
+        prog="python -m idadapter_core.train",
+        description="Train an IDAdapter or a branch of UniID.",
     )
     add_arguments(parser)
     parser.add_argument(

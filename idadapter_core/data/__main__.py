@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..extra import progress_bar
 from ..faces.detector import PROVIDERS
-from ..program import run
+from ..program import Parser, run
 from .dedupe import PEOPLE, dedupe, settings_of
 from .index import Index, read_index
 from .measure import Limits
@@ -139,11 +139,10 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m idadapter_core.data",
         description="From photos to an index that a training reads.",
         epilog="docs/datasets.md has the commands for the datasets that people use, docs/training.md what comes after.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="scan|stats|dedupe|shards")
 
@@ -174,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--provider",
         choices=("auto", *PROVIDERS),
         default="auto",
-        help="what runs the face models (default: CUDA where there is one)",
+        help="what runs the face models (default: auto, the fastest there is)",
     )
     new.add_argument(
         "--workers",

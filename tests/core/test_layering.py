@@ -29,7 +29,7 @@ HEAVY = (
 
 # From the top down: a module imports from lines below its own only.
 LAYERS = (
-    ("__init__", "convert", "train", "cache", "export", "evaluate"),
+    ("__init__", "__main__", "convert", "train", "cache", "export", "evaluate"),
     ("evaluation",),
     ("training",),
     ("data",),
