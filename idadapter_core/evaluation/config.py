@@ -219,7 +219,7 @@ def require_files(config: EvaluationConfig) -> None:
     for run in config.runs:
         named |= {f"path of {run.name}": run.path, f"text_branch of {run.name}": run.text_branch}
         named |= {f"log of {run.name}": run.log}
-    # Only a detector in L_id needs the base's face package, and only IDAdapters read CLIP vision: `load_networks` asks for it.
+    # The base's face package is for a detector in L_id; pictures are judged with that of metrics.faces.
     require_paths(config.base, ["face_package"], named)
     writable("output.folder", config.output.folder)
 
