@@ -15,6 +15,7 @@ from .errors import ConfigError
 
 BETWEEN_LINES = 60.0  # seconds
 _RECORDED = (
+    "comfyui-idadapter",
     "torch",
     "diffusers",
     "transformers",
@@ -23,6 +24,9 @@ _RECORDED = (
     "numpy",
     "pillow",
     "webdataset",
+    "tensorboard",
+    "imagehash",
+    "torchvision",
     "onnxruntime",
     "onnxruntime-gpu",
     "insightface",

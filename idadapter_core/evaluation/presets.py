@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..errors import ConfigError
+from ..training.config import nearest
 from .config import EvaluationConfig, PresetConfig, RunEntry
 
 Figures = Mapping[str, float]  # by the metrics' names
@@ -32,7 +33,7 @@ def with_preset(config: EvaluationConfig) -> EvaluationConfig:
     if not settings.name:
         return config
     if settings.name not in PRESETS:
-        raise ConfigError(f"preset.name must be one of {', '.join(PRESETS)}, got {settings.name!r}")
+        raise ConfigError(f"there is no preset {settings.name}{nearest(settings.name, PRESETS)}")
     preset = PRESETS[settings.name]
     known = "; ".join(f"{name}: {what}" for name, what in preset.adapters.items())
     needed = next(iter(preset.adapters))

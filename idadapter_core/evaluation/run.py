@@ -200,7 +200,7 @@ class _Evaluation:
     def _notes(self, first: Bands) -> list[str]:
         notes = []
         for setting, given, missing in (
-            ("metrics.second", self.config.metrics.second, "no recogniser that training never saw"),
+            ("metrics.second", self.config.metrics.second, "likeness is measured by one recogniser only"),
             ("metrics.clip", self.config.metrics.clip, "CLIP-T and CLIP-I are n/a"),
             ("expression.path", self.config.expression.path, "expressions are n/a"),
         ):

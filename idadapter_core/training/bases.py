@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..methods.uniid import reference_names
 from ..sites import attention_sites, family_name
 from .autoencoder import Autoencoder, load_autoencoder
 from .config import BaseConfig
@@ -92,7 +93,7 @@ def load_base(
         vae = source.autoencoder()
     vae = vae.to(device)
     schedule = noise_schedule(source.scheduler(), config.prediction, path.name)
-    return Base(config.family, unet, vae, text, schedule, _digest(unet, text, vae))
+    return Base(config.family, unet, vae, text, schedule, _digest(unet, text, vae, schedule))
 
 
 def _configs(config: BaseConfig) -> Path | None:
@@ -251,10 +252,21 @@ def _without_signal_at_the_end(alphas: Tensor) -> Tensor:
     return root.square().float()
 
 
-def _digest(unet: nn.Module, text: TextEncoders, vae: Autoencoder) -> str:
+def _digest(unet: nn.Module, text: TextEncoders, vae: Autoencoder, schedule: NoiseSchedule) -> str:
+    """Of all that decides what a prediction means: weights, tokenizers, noise levels and what is predicted."""
     parts = [weights_digest(unet.state_dict()), vae.digest]
     parts += [
-        f"{name} {weights_digest(published_names(model, 'text_model'))}"
+        f"{name} {weights_digest(published_names(model, 'text_model'))} {_words_digest(text.tokenizers[name])}"
         for name, model in text.models.items()
     ]
+    parts += [
+        schedule.prediction,
+        hashlib.sha256(schedule.alphas.double().cpu().numpy().tobytes()).hexdigest(),
+    ]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def _words_digest(tokenizer: Any) -> str:
+    """Of what a tokenizer makes of words: its vocabulary, and how some texts are divided."""
+    made = sorted(tokenizer.get_vocab().items()), [tokenizer(text)["input_ids"] for text in reference_names()]
+    return hashlib.sha256(repr(made).encode()).hexdigest()[:16]

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 from ..checkpoint import save_adapter
 from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteError, TrainingError
 from ..extra import require, versions
-from ..files import some
+from ..faces.packages import DETECTION
+from ..files import file_digest, some
 from ..methods import METHODS, idadapter
 from .adapters import trainable
 from .bundle import Bundle
@@ -61,6 +62,7 @@ _FACTS = {
     "base": "the base model",
     "recognizer": "the face network",
     "vision": "CLIP vision",
+    "detector": "the face detector",
 }
 
 
@@ -366,7 +368,7 @@ class _Run:
         if not failed:
             return
         if self.step and not is_broken and not isinstance(failure, CheckpointError):
-            with contextlib.suppress(CheckpointError):  # the failure is what must be told
+            with contextlib.suppress(CheckpointError, NotFiniteError):  # the failure is what must be told
                 self._write()
         self._any(
             [False]
@@ -534,6 +536,7 @@ class _Run:
     def _write(self) -> None:
         if not self.is_main or self.saved == self.step:
             return
+        self._require_finite()
         state = {
             "step": self.step,
             "position": self.position,
@@ -552,6 +555,17 @@ class _Run:
             self.folder, self.step, state, write, keep_last=output.keep_last, keep_every=output.keep_every
         )
         self.saved = self.step
+
+    def _require_finite(self) -> None:
+        """An update may overflow though loss and gradient did not: such weights must not take the place of good ones."""
+        broken = [
+            name for kept in (self.parameters, self.ema) for name, t in kept.items() if not t.isfinite().all()
+        ]
+        if broken:
+            raise NotFiniteError(
+                f"step {self.step}: {len(broken)} weights are not finite ({some(broken)}). Lower train.lr, or set train.clip. "
+                f"{self._what_is_kept()}"
+            )
 
     def _load(self, start: Checkpoint) -> None:
         """The optimiser's state and the averaged weights of a checkpoint."""
@@ -579,13 +593,14 @@ class _Run:
 
     def _what_it_depends_on(self) -> dict[str, str]:
         """Digests of all that changes what a step does."""
-        vision = self.parts.networks.vision
+        vision, detector = self.parts.networks.vision, self.parts.networks.detector
         return {
             "config": config_digest(self.config),
             "data": self.parts.index.digest,
             "base": self.parts.base.digest,
             "recognizer": self.parts.recognizer_digest,
             "vision": "" if vision is None else vision.digest,
+            "detector": "" if detector is None else file_digest(detector.package.models[DETECTION]),
         }
 
     def _require_one_start(self, start: Checkpoint | None) -> None:
@@ -624,8 +639,8 @@ class _Run:
                 "train": len(self.parts.train_rows),
                 "test": len(self.parts.test_rows),
             },
-            "base": self.parts.base.digest,
-            "recognizer": self.parts.recognizer_digest,
+            **{name: self.facts[name] for name in ("base", "recognizer", "vision", "detector")},
+            "prediction": self.parts.base.schedule.prediction,
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
         }
 

@@ -173,7 +173,8 @@ def test_rows_of_the_ablation_of_uniid() -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ({"name": "table3"}, "preset.name must be one of idadapter-table2, uniid-ablation"),
+        ({"name": "table3"}, "there is no preset table3; known are idadapter-table2, uniid-ablation"),
+        ({"name": "idadapter-table"}, "did you mean idadapter-table2"),
         ({"name": "uniid-ablation"}, r"preset\.adapters\.adapter is missing; .* text_branch: "),
         ({"name": "uniid-ablation", "adapters": {"full": "x"}}, r"preset\.adapters\.full = 'x' is no file"),
     ],

@@ -360,6 +360,60 @@ def test_refusals(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         train(toy.config(tmp_path / "file"))
 
 
+@pytest.mark.parametrize("what", ["prediction", "tokenizer", "detector"])
+def test_other_models_at_the_same_paths_are_another_run(toy: Toy, tmp_path: Path, what: str) -> None:
+    """Paths may change in a run that goes on, so what they lead to must not."""
+    copy = Toy(tmp_path / "toy", toy.kind)
+    shutil.copytree(toy.folder, copy.folder)
+    settings: dict[str, Any] = {"loss": {"gate": "detector"}} if what == "detector" else {}
+    run = tmp_path / "run"
+    train(copy.config(run, train={"steps": 1}, **settings))
+    if what == "prediction":
+        scheduler = copy.folder / "base" / "scheduler" / "scheduler_config.json"
+        content = json.loads(scheduler.read_text("utf-8"))
+        turned = {"epsilon": "v_prediction", "v_prediction": "epsilon"}
+        scheduler.write_text(json.dumps({**content, "prediction_type": turned[content["prediction_type"]]}))
+    elif what == "tokenizer":
+        vocabulary = copy.folder / "base" / "tokenizer" / "vocab.json"
+        words = json.loads(vocabulary.read_text("utf-8"))
+        words["a</w>"], words["of</w>"] = words["of</w>"], words["a</w>"]
+        vocabulary.write_text(json.dumps(words), encoding="utf-8")
+    else:
+        detector = Path(copy.config(run).base.face_package) / "det_10g.onnx"
+        detector.write_bytes(detector.read_bytes() + b"\x10\x08")  # its version, once more
+    with pytest.raises(
+        ConfigError, match=f"{'the face detector' if what == 'detector' else 'the base model'} changed"
+    ):
+        train(copy.config(run, train={"steps": 2}, **settings), resume="auto")
+
+
+def test_weights_that_are_not_finite_take_no_place(toy: Toy, tmp_path: Path) -> None:
+    """An update may overflow where loss and gradient did not."""
+    train(toy.config(tmp_path, train={"steps": 2}))
+    settings: dict[str, Any] = {"train": {"steps": 3, "lr": 1e39}, "output": {"keep_last": 1}}
+    with pytest.raises(TrainingError, match="step 3: .* weights are not finite.*of step 2, is kept"):
+        train(toy.config(tmp_path, **settings), resume="auto", allow_config_change=True)
+    assert [c.step for c in checkpoints(tmp_path)] == [2]
+
+
+def test_accelerate_launches_it(toy: Toy, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(config_toml(toy.config(tmp_path / "run", train={"steps": 1})), encoding="utf-8")
+    path = os.pathsep.join(str(p) for p in (shim_path(), ROOT) if p)
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, "-m", "idadapter_core.train", "--config", str(config)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert [c.step for c in checkpoints(tmp_path / "run")] == [1]
+
+
 def test_a_run_that_is_done_says_so(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(toy.config(tmp_path, train={"steps": 1}))
     assert train(toy.config(tmp_path, train={"steps": 1}), resume="auto") == 0
