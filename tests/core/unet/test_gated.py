@@ -17,6 +17,17 @@ from idadapter_core.checkpoint import Adapter, initial_adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.sites import attention_sites
 from idadapter_core.unet import Injected, eject, inject
+from tests.core.unet.checks import (
+    AsItWas,
+    bad_tokens,
+    require_derivatives,
+    require_gradients,
+    require_no_waiting,
+    require_one_device,
+    require_refused,
+    require_same_gradients,
+    require_three_rows,
+)
 from tests.golden import recipe
 from tests.tiny.diffusers_unet import (
     diffusers_unet,
@@ -257,44 +268,21 @@ def test_gradients_are_those_of_the_loss(kind: str) -> None:
     given = in_double(inputs(kind))
     target = recipe.value(0, "unet.target", (2, 4, 8, 8)).double()
     everything = {**parameters, "tokens": person}
-    directions = {name: recipe.value(1, name, t.shape or (1,)).view_as(t) for name, t in everything.items()}
 
     def loss() -> Tensor:
         with injected.identity(person, bias(), torch.tensor([True, False]), strength=0.8):
             out: Tensor = unet(**given).sample
         return (out * target).sum()
 
-    loss().backward()
-    assert all(parameter.grad is None for parameter in unet.parameters())
-    for name, tensor in everything.items():
-        assert tensor.grad is not None, name
-        assert tensor.grad.any(), name
-    assert person.grad is not None
-    assert not person.grad[1].any(), "a dropped row trains its tokens"
-
-    def along(names: list[str], step: float) -> float:
-        with torch.no_grad():
-            for name in names:
-                everything[name] += step * directions[name]
-            value = float(loss())
-            for name in names:
-                everything[name] -= step * directions[name]
-        return value
-
+    require_gradients(unet, loss, everything, dropped=1)
     groups: list[Callable[[str], bool]] = [
         lambda name: "gate_" in name,
         lambda name: name.startswith("deltas."),
         lambda name: name == "tokens",
         lambda name: name.startswith("gates.") and "gate_" not in name,
     ]
-    for group in groups:
-        names = [name for name in everything if group(name)]
-        assert names
-        step = 1e-4
-        measured = (along(names, step) - along(names, -step)) / (2 * step)
-        wanted = sum(float((everything[name].grad * directions[name]).sum()) for name in names)
-        # The tanh of a gate is taken in single precision.
-        assert measured == pytest.approx(wanted, rel=2e-2, abs=2e-2), names[0]
+    # The tanh of a gate is taken in single precision.
+    require_derivatives(loss, everything, groups, step=1e-4, tolerance=2e-2)
 
 
 def gradients(
@@ -314,9 +302,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
     assert "tokens" in want
     assert any(gradient.any() for gradient in want.values())
     found = gradients(kind, checkpointing=True)
-    assert found.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(found[name], want[name], msg=name)
+    require_same_gradients(found, want)
 
 
 @pytest.mark.parametrize(
@@ -330,9 +316,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
 )
 def test_a_checkpointed_call_keeps_what_was_set_when_it_began(after: Callable[[Injected], None]) -> None:
     want, found = gradients("sd15", checkpointing=False), gradients("sd15", checkpointing=True, after=after)
-    assert found.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(found[name], want[name], msg=name)
+    require_same_gradients(found, want)
 
 
 def test_a_few_steps_of_training_open_the_gates_and_lower_the_loss(unet: Any) -> None:
@@ -486,14 +470,7 @@ def test_a_checkpointed_call_is_told_once_and_learns_the_same(autocast: bool) ->
 
 
 def test_observing_waits_for_no_device(unet: Any, adapter: Adapter) -> None:
-    """On the meta device nothing can be read."""
-    injected = inject(unet.to("meta"), adapter)
-    adapter.layers.to("meta")
-    injected.set_identity(tokens(), rows=torch.tensor([True, False]))
-    told = observed(injected)
-    unet(**{name: tensor.to("meta") for name, tensor in inputs("sd15").items()})
-    assert len(told) == len(injected.sites)
-    assert all(norm.device.type == "meta" for _, *norms in told for norm in norms)
+    require_no_waiting(unet, adapter, tokens(), rows=torch.tensor([True, False]))
 
 
 # --- leaving ---------------------------------------------------------------------------------------------------------
@@ -501,21 +478,16 @@ def test_observing_waits_for_no_device(unet: Any, adapter: Adapter) -> None:
 
 def test_ejecting_leaves_no_trace_twice_in_a_row(kind: str) -> None:
     unet, adapter = diffusers_unet(kind), tiny_idadapter(CONFIGS[kind])
-    written, traced, base = repr(unet), traces(unet), predict(unet, kind)
-    state = {key: tensor.clone() for key, tensor in unet.state_dict().items()}
+    before = AsItWas(unet, kind)
     weights = {key: tensor.clone() for key, tensor in adapter.layers.state_dict().items()}
     for leave in (Injected.eject, lambda injected: eject(injected.unet)):
         injected = inject(unet, adapter)
-        assert traces(unet) != traced
-        assert unet.state_dict().keys() == state.keys()
+        assert traces(unet) != before.traces
+        assert unet.state_dict().keys() == before.state.keys()
         with injected.identity(tokens()):
-            assert not torch.equal(predict(unet, kind), base)
+            assert not torch.equal(predict(unet, kind), before.base)
         leave(injected)
-        assert repr(unet) == written
-        assert traces(unet) == traced
-        assert unet.state_dict().keys() == state.keys()
-        assert all(torch.equal(tensor, state[key]) for key, tensor in unet.state_dict().items())
-        assert torch.equal(predict(unet, kind), base)
+        before.require()
     assert all(torch.equal(tensor, weights[key]) for key, tensor in adapter.layers.state_dict().items())
 
 
@@ -716,10 +688,7 @@ def test_fused_projections_are_refused_before_and_after(unet: Any, adapter: Adap
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"tokens": torch.zeros(1, 5, 7)}, MismatchError, "7 wide, the adapter reads tokens of width 64"),
-        ({"tokens": tokens()[0]}, InputError, r"tokens must be .*\(1 or batch, tokens, width\)"),
-        ({"tokens": tokens().long()}, InputError, "tokens must be floating point"),
-        ({"tokens": tokens()[:, :0]}, InputError, "tokens must be"),
+        *bad_tokens(tokens()),
         ({"bias": torch.zeros(1, COUNT)}, InputError, r"bias must have one value for each of the 5 tokens"),
         ({"bias": torch.zeros(COUNT - 1)}, InputError, r"bias must have .*got shape \(4,\)"),
         ({"rows": torch.ones(2)}, InputError, "rows must be a bool tensor"),
@@ -733,28 +702,15 @@ def test_fused_projections_are_refused_before_and_after(unet: Any, adapter: Adap
 def test_bad_identities_are_refused(
     unet: Any, adapter: Adapter, given: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    injected = inject(unet, adapter)
-    injected.set_identity(tokens())
-    want = predict(unet)
-    with pytest.raises(error, match=message):
-        injected.set_identity(**{"tokens": tokens(), **given})
-    assert torch.equal(predict(unet), want), "what was set before is gone"
+    require_refused(inject(unet, adapter), tokens(), given, error, message)
 
 
 @pytest.mark.parametrize(
     "given", [{"tokens": tokens(3)}, {"tokens": tokens(), "rows": torch.tensor([True, True, False])}]
 )
 def test_a_call_with_other_rows_is_refused(unet: Any, adapter: Adapter, given: dict[str, Any]) -> None:
-    injected = inject(unet, adapter)
-    injected.set_identity(**given)
-    assert predict(unet, rows=3).isfinite().all()
-    with pytest.raises(InputError, match="set for 3 rows, but the UNet is called with 2"):
-        predict(unet, rows=2)
+    require_three_rows(inject(unet, adapter), given)
 
 
 def test_an_adapter_elsewhere_is_refused(unet: Any, adapter: Adapter) -> None:
-    injected = inject(unet, adapter)
-    adapter.layers.to("meta")
-    injected.set_identity(tokens())
-    with pytest.raises(MismatchError, match=r"computes on cpu.* on meta. Move the layers"):
-        predict(unet)
+    require_one_device(unet, adapter, tokens())

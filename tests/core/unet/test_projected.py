@@ -17,6 +17,17 @@ from idadapter_core.checkpoint import Adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.sites import attention_sites
 from idadapter_core.unet import Injected, eject, inject
+from tests.core.unet.checks import (
+    AsItWas,
+    bad_tokens,
+    require_derivatives,
+    require_gradients,
+    require_no_waiting,
+    require_one_device,
+    require_refused,
+    require_same_gradients,
+    require_three_rows,
+)
 from tests.golden import recipe
 from tests.tiny.diffusers_unet import (
     diffusers_unet,
@@ -192,32 +203,15 @@ def test_gradients_are_those_of_the_loss(kind: str, rescale: bool) -> None:
             out: Tensor = unet(**given).sample
         return (out * target).sum()
 
-    loss().backward()
-    assert all(parameter.grad is None for parameter in unet.parameters())
+    require_gradients(unet, loss, everything, dropped=0)
     assert len(parameters) == 2 * len(attention_sites(unet.state_dict()))
-    for name, tensor in everything.items():
-        assert tensor.grad is not None, name
-        assert tensor.grad.any(), name
-    assert person.grad is not None
-    assert not person.grad[0].any(), "a row of strength 0 trains its tokens"
-
-    for group in ("to_k_ip", "to_v_ip", "tokens"):
-        names = [name for name in everything if group in name]
-        directions = {name: recipe.value(1, name, everything[name].shape) for name in names}
-        wanted = sum(float((everything[name].grad * directions[name]).sum()) for name in names)
-        step = 1e-3
-        values = []
-        for sign in (1, -2):
-            with torch.no_grad():
-                for name in names:
-                    everything[name] += sign * step * directions[name]
-                values.append(float(loss()))
-        with torch.no_grad():
-            for name in names:
-                everything[name] += step * directions[name]
-        measured = (values[0] - values[1]) / (2 * step)
-        # K and V of the identity are projected in single precision.
-        assert measured == pytest.approx(wanted, rel=1e-2, abs=1e-2), group
+    groups: list[Callable[[str], bool]] = [
+        lambda name: "to_k_ip" in name,
+        lambda name: "to_v_ip" in name,
+        lambda name: name == "tokens",
+    ]
+    # K and V of the identity are projected in single precision.
+    require_derivatives(loss, everything, groups, step=1e-3, tolerance=1e-2)
 
 
 def gradients(
@@ -246,11 +240,10 @@ def test_a_checkpointed_call_has_the_same_gradients_whatever_comes_after_it(
     after: Callable[[Injected], None],
 ) -> None:
     want, found = gradients("sd15", checkpointing=False), gradients("sd15", checkpointing=True, after=after)
-    assert found.keys() == want.keys()
     assert "tokens" in want
     for name in want:
         assert want[name].any(), name
-        torch.testing.assert_close(found[name], want[name], msg=name)
+    require_same_gradients(found, want)
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -367,14 +360,7 @@ def test_a_checkpointed_call_is_told_once_and_learns_the_same() -> None:
 
 
 def test_observing_waits_for_no_device(unet: Any, adapter: Adapter) -> None:
-    """On the meta device nothing can be read."""
-    injected = inject(unet.to("meta"), adapter)
-    adapter.layers.to("meta")
-    injected.set_identity(tokens(), torch.tensor([0.5, 1.0]), rescale=True)
-    told = observed(injected)
-    unet(**{name: tensor.to("meta") for name, tensor in inputs("sd15").items()})
-    assert len(told) == len(injected.sites)
-    assert all(norm.device.type == "meta" for _, *norms in told for norm in norms)
+    require_no_waiting(unet, adapter, tokens(), torch.tensor([0.5, 1.0]), rescale=True)
 
 
 # --- leaving ---------------------------------------------------------------------------------------------------------
@@ -382,18 +368,13 @@ def test_observing_waits_for_no_device(unet: Any, adapter: Adapter) -> None:
 
 def test_ejecting_leaves_no_trace_twice_in_a_row(kind: str) -> None:
     unet, adapter = diffusers_unet(kind), tiny_uniid(CONFIGS[kind])
-    written, traced, base = repr(unet), traces(unet), predict(unet, kind)
-    state = {key: tensor.clone() for key, tensor in unet.state_dict().items()}
+    before = AsItWas(unet, kind)
     for _ in range(2):
         with inject(unet, adapter) as injected:
-            assert traces(unet) != traced
+            assert traces(unet) != before.traces
             injected.set_identity(tokens(1, kind))
-            assert not torch.equal(predict(unet, kind), base)
-        assert repr(unet) == written
-        assert traces(unet) == traced
-        assert unet.state_dict().keys() == state.keys()
-        assert all(torch.equal(tensor, state[key]) for key, tensor in unet.state_dict().items())
-        assert torch.equal(predict(unet, kind), base)
+            assert not torch.equal(predict(unet, kind), before.base)
+        before.require()
         with pytest.raises(InputError, match="ejected; inject it again"):
             injected.set_identity(tokens(1, kind))
 
@@ -469,10 +450,7 @@ def test_a_processor_that_passes_the_projections_by_is_noticed(unet: Any, adapte
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"tokens": torch.zeros(1, 5, 7)}, MismatchError, "7 wide, the adapter reads tokens of width 64"),
-        ({"tokens": tokens()[0]}, InputError, r"tokens must be .*\(1 or batch, tokens, width\)"),
-        ({"tokens": tokens().long()}, InputError, "tokens must be floating point"),
-        ({"tokens": tokens()[:, :0]}, InputError, "tokens must be"),
+        *bad_tokens(tokens()),
         ({"strength": float("inf")}, InputError, "strength must be a finite number, got inf"),
         ({"strength": torch.tensor([1.0, float("nan")])}, InputError, "strength must be a finite number"),
         ({"strength": torch.ones(2, 1)}, InputError, r"strength must be a number or of shape \(batch,\)"),
@@ -482,26 +460,13 @@ def test_a_processor_that_passes_the_projections_by_is_noticed(unet: Any, adapte
 def test_bad_identities_are_refused(
     unet: Any, adapter: Adapter, given: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    injected = inject(unet, adapter)
-    injected.set_identity(tokens())
-    want = predict(unet)
-    with pytest.raises(error, match=message):
-        injected.set_identity(**{"tokens": tokens(), **given})
-    assert torch.equal(predict(unet), want), "what was set before is gone"
+    require_refused(inject(unet, adapter), tokens(), given, error, message)
 
 
 @pytest.mark.parametrize("given", [{"tokens": tokens(3)}, {"tokens": tokens(), "strength": torch.ones(3)}])
 def test_a_call_with_other_rows_is_refused(unet: Any, adapter: Adapter, given: dict[str, Any]) -> None:
-    injected = inject(unet, adapter)
-    injected.set_identity(**given)
-    assert predict(unet, rows=3).isfinite().all()
-    with pytest.raises(InputError, match="set for 3 rows, but the UNet is called with 2"):
-        predict(unet, rows=2)
+    require_three_rows(inject(unet, adapter), given)
 
 
 def test_an_adapter_elsewhere_is_refused(unet: Any, adapter: Adapter) -> None:
-    injected = inject(unet, adapter)
-    adapter.layers.to("meta")
-    injected.set_identity(tokens())
-    with pytest.raises(MismatchError, match=r"computes on cpu.* on meta. Move the layers"):
-        predict(unet)
+    require_one_device(unet, adapter, tokens())
