@@ -46,7 +46,7 @@ def before_sampling(plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str
         for options in group:
             for attached in attached_to(options):
                 wrong = attached.negative != is_negative(role)
-                text = f"the identity is attached as {attached.role}, but the prompt is used as {role}. Set `role` to that."
+                text = f"a conditioning with an identity attached as {attached.role} is used as {role}; attach it in the role it is used in"
                 found.about(attached.node_id, ATTACH, *([text] if wrong else []))
             made_by: Prompted | None = options.get(PROMPTED)
             if made_by is None:
@@ -110,7 +110,8 @@ def run_lost(plan: Plan) -> Findings:
 
 def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[str]:
     adapter, texts = application.adapter, []
-    if application.identity.text_tokens and adapter.digest not in prompted:
+    in_a_graph = application.node_id is not None  # elsewhere prompts carry no mark
+    if in_a_graph and application.identity.text_tokens and adapter.digest not in prompted:
         texts.append(
             "no positive prompt has this adapter's identity in it, so only a part of the adapter acts. Use ID Prompt, with the same "
             "identity, in place of CLIP Text Encode for the positive prompt."

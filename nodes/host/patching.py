@@ -304,7 +304,7 @@ def _require_whole_pictures(
         )
     elif application.masks > 1 and not windowed and max(row.image for row in rows) + 1 != run.latents:
         reason = (
-            f"the windows that another node cuts the batch of {run.latents} latents into, because it does not say which they hold "
+            f"the tiles or windows that another node cuts the batch of {run.latents} latents into, because it does not say which they hold "
             "(one mask for all of them can)"
         )
     if reason is not None:
