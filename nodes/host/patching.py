@@ -317,7 +317,11 @@ def _window(options: dict[str, Any]) -> list[int] | None:
     """The latents of the batch that a model call holds, where it is a window of a longer one: AnimateDiff's or ComfyUI's own."""
     indices = (options.get("ad_params") or {}).get("sub_idxs")
     if indices is None and getattr(window := options.get("context_window"), "dim", None) == 0:
-        indices = getattr(window, "index_list", None)
+        anchor = getattr(
+            window, "causal_anchor_index", None
+        )  # a latent before the window, which goes along with it
+        first = [] if anchor is None or anchor < 0 else [anchor]
+        indices = [*first, *getattr(window, "index_list", ())]
     return None if indices is None else [int(index) for index in indices]
 
 
