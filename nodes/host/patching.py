@@ -71,7 +71,7 @@ def outer_sample(
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     height, width = noise.shape[-2:]
     run = Run(plan, tuple(sigmas.tolist()), (height, width), noise.shape[0])
-    before_sampling(plan, guider.conds).say("run")
+    before_sampling(plan, guider.conds, noise.shape[0]).say("run")
     for role, conditionings in guider.conds.items():
         for conditioning in conditionings:
             _tag(run, role, conditioning)
