@@ -168,3 +168,22 @@ def test_adapters_that_change_no_weights_act_in_a_compiled_model(compiled_elsewh
     plain = sampling.apply(unet("sd15"), "sd15", sampling.person("sd15"))
     applied = sampling.apply(compiled_elsewhere, "sd15", sampling.person("sd15"))
     assert sampling.difference(sampling.draw(applied, "sd15"), sampling.draw(plain, "sd15")) < 1e-5
+
+
+def test_a_compiled_module_that_hides_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WaveSpeed has compiled modules pass for what is in them."""
+    from ComfyUI_IDAdapter.nodes.host.compilation import has_compiled_modules
+
+    compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 2)), backend="eager")
+    holder = torch.nn.ModuleList([torch.nn.Sequential(compiled)])
+    monkeypatch.setattr(type(compiled), "modules", lambda self: self._orig_mod.modules(), raising=False)
+    monkeypatch.setattr(
+        type(compiled),
+        "named_modules",
+        lambda self, *a, **k: self._orig_mod.named_modules(*a, **k),
+        raising=False,
+    )
+    assert not any(hasattr(module, "_orig_mod") for module in holder.modules())
+    assert has_compiled_modules(holder)
+    assert has_compiled_modules(compiled)
+    assert not has_compiled_modules(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))
