@@ -11,12 +11,13 @@ import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..idadapter_core import Identity, load_adapter
+from ..idadapter_core import Adapter, Identity, load_adapter
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.schedule import RescaleSchedule
 from .host import paths
 from .host.gates import delta_strength, load_with, patch_weights
 from .host.memory import LoadedAdapter, manage
+from .host.messages import Message, info, keeps_report, report_ui, warning
 from .host.plan import Application, Rescale, model_name, plan_of, site_widths, with_plan
 from .sockets import CATEGORY, NONE, AdapterSocket, IdentitySocket, file_options
 
@@ -52,6 +53,7 @@ def _reload_gates(path: Path) -> object:
 
 class LoadIDAdapter(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterLoadAdapter",
@@ -90,9 +92,15 @@ class LoadIDAdapter(io.ComfyNode):
     def execute(cls, adapter: str, text_branch: str) -> io.NodeOutput:
         second = None if text_branch == NONE else paths.path_of(paths.ADAPTERS, text_branch)
         loaded = load(paths.path_of(paths.ADAPTERS, adapter), second)
-        for note in loaded.adapter.notes:
-            log.warning("%s: %s", loaded.adapter.name, note)
-        return io.NodeOutput(loaded, loaded.adapter.info)
+        return io.NodeOutput(
+            loaded, loaded.adapter.info, ui=report_ui(_report(loaded.adapter), "Load ID Adapter")
+        )
+
+
+def _report(adapter: Adapter) -> list[Message]:
+    """What the files hold; its notes are warnings."""
+    facts = [line for line in adapter.info.splitlines() if not line.startswith("Note: ")]
+    return [*map(info, facts), *(warning(f"{adapter.name}: {note}") for note in adapter.notes)]
 
 
 class ApplyIDAdapter(io.ComfyNode):

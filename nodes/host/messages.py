@@ -8,9 +8,16 @@ node; warnings are also logged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar
+
+from comfy_api.latest import io
+
+from ...idadapter_core.types import Remark
+
+_Node = TypeVar("_Node", bound=io.ComfyNode)
 
 log = logging.getLogger(__name__)
 EVENT = "idadapter.messages"
@@ -36,9 +43,34 @@ def warning(text: str) -> Message:
     return Message("warning", text)
 
 
-def report_ui(messages: Iterable[Message]) -> dict[str, list[Any]]:
-    """The part of a node's UI output that holds its report."""
+def from_remarks(remarks: Iterable[Remark]) -> list[Message]:
+    """What the core remarked, as messages."""
+    return [Message("warning" if remark.is_warning else "info", remark.text) for remark in remarks]
+
+
+def report_ui(messages: Iterable[Message], title: str | None = None) -> dict[str, list[Any]]:
+    """The part of a node's UI output that holds its report.
+
+    Args:
+        title: display name of the node, under which its warnings are logged; None where they are logged elsewhere.
+    """
+    messages = tuple(messages)
+    if title is not None:
+        _log_warnings(title, messages)
     return {REPORT_KEY: [asdict(message) for message in messages]}
+
+
+def keeps_report(define_schema: Callable[[type[_Node]], io.Schema]) -> Callable[[type[_Node]], io.Schema]:
+    """Decorates a node's `define_schema`: ComfyUI sends the report of a cached result again with every run, also after the page
+    was loaded anew. Older releases know no such mark and are not disturbed by it."""
+
+    @wraps(define_schema)
+    def marked(node: type[_Node]) -> io.Schema:
+        schema = define_schema(node)
+        schema.has_intermediate_output = True
+        return schema
+
+    return marked
 
 
 def say(
@@ -49,17 +81,31 @@ def say(
     Args:
         node_id: ComfyUI's id of the node in the running prompt; None outside a prompt, where messages are only logged.
         title: display name of the node, for the log.
-        client: the frontend that queued the prompt; the one whose prompt runs by default.
+        client: the frontend that queued the prompt, where it does not run yet; that of the running prompt by default.
     """
     messages = tuple(messages)
-    for message in messages:
-        if message.level == "warning":
-            log.warning("%s: %s", title, message.text)
+    _log_warnings(title, messages)
     if node_id is None:
         return
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
-    if server is not None:
-        data = {"node": node_id, "topic": topic, "messages": [asdict(message) for message in messages]}
-        server.send_sync(EVENT, data, server.client_id if client is None else client)
+    if server is None:
+        return
+    receiver = server.client_id if client is None else client
+    if receiver is None:
+        return  # queued by a program: sent to nobody in particular, it would reach every open browser
+    prompt = getattr(server, "last_prompt_id", None) if client is None else None
+    data = {
+        "node": node_id,
+        "topic": topic,
+        "messages": [asdict(message) for message in messages],
+        "prompt_id": prompt,  # tells the frontend which of its workflows this is about
+    }
+    server.send_sync(EVENT, data, receiver)
+
+
+def _log_warnings(title: str, messages: Iterable[Message]) -> None:
+    for message in messages:
+        if message.level == "warning":
+            log.warning("%s: %s", title, message.text)

@@ -50,6 +50,9 @@ new MutationObserver((changes) => {
 }).observe(document, {childList: true, subtree: true});
 """
 
+# A changed workflow has the frontend ask before the page is left, which nobody would answer.
+_LEAVE_UNASKED = "window.addEventListener('beforeunload', (event) => event.stopImmediatePropagation(), true);"
+
 # What the frontend logs by itself: a style sheet that is not there, its own start order, and the downloads of models
 # for its first workflow, which a server without API nodes forbids it.
 _FRONTEND_NOISE = ("/user.css", "graph accessed before initialization", "Content Security Policy")
@@ -259,7 +262,8 @@ class Browser:
             deviceScaleFactor=1,
             mobile=False,
         )
-        self._command("Page.addScriptToEvaluateOnNewDocument", source=_RECORD_TOASTS)
+        for script in (_RECORD_TOASTS, _LEAVE_UNASKED):
+            self._command("Page.addScriptToEvaluateOnNewDocument", source=script)
 
     def _wait_for(self, condition: str, failure: str) -> None:
         deadline = time.monotonic() + self.timeout
