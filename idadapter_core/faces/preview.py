@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -18,21 +19,23 @@ OTHER_COLOR = (255, 180, 40)
 LEFT_OUT_COLOR = (235, 40, 40)
 MOST_SHOWN = 8  # pictures in a node; a video has hundreds of frames
 LONGEST_SIDE = 768  # pixels of a picture in a node
-_TILE = 192  # pixels; four side by side are as wide as a picture may be
-_COLUMNS = LONGEST_SIDE // _TILE
+_EMPHASIS = 1.8  # a node is about a third of a picture wide: lines and numbers are drawn this much larger
+_TILE = LONGEST_SIDE // 3
+_GROUND = (48, 48, 48)
 
 
-def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -> Image:
+def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], emphasis: float = 1.0) -> Image:
     """A copy of the photo (H, W, 3), RGB uint8, with a box, number and score for each face.
 
     The numbers are the positions in `found`: pass the faces in selection order, and they are the values of `index`.
-    Chosen faces have a thick green box and a filled label, the others a thin orange one.
+    Chosen faces have a thick green box and a filled label, the others a thin orange one. `emphasis` multiplies the size of
+    labels and the width of lines.
     """
     picture = PILImage.fromarray(image)
     draw = ImageDraw.Draw(picture)
     short_side = min(picture.size)
-    font = ImageFont.load_default(size=max(12, round(short_side / 28)))
-    thin = max(1, round(short_side / 300))
+    font = ImageFont.load_default(size=max(12, round(emphasis * short_side / 28)))
+    thin = max(1, round(emphasis * short_side / 300))
     for number, face in enumerate(found):
         is_chosen = face in chosen
         color = CHOSEN_COLOR if is_chosen else OTHER_COLOR
@@ -55,29 +58,25 @@ def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     scale = picture.width / image.shape[1]
     small = {face: _scaled(face, scale) for face in found}
-    drawn = draw_preview(np.asarray(picture), list(small.values()), [small[face] for face in chosen])
+    drawn = draw_preview(
+        np.asarray(picture), list(small.values()), [small[face] for face in chosen], _EMPHASIS
+    )
     return drawn if chosen else _framed(drawn, "left out", LEFT_OUT_COLOR)
 
 
 def crop_sheet(crops: Tensor, captions: Sequence[str], left_out: Collection[int]) -> Image:
-    """All the faces in one picture, four in a row, each with a caption: those of `left_out` in a red frame, others in green.
+    """All the faces in one picture, up to three in a row, each with a caption: those of `left_out` in a red frame, others in green.
 
-    `crops`: recogniser inputs (F, 3, H, W), RGB in [-1, 1].
+    `crops`: recogniser inputs (F, 3, H, W), RGB in [-1, 1], at least one.
     """
-    rows = -(-len(crops) // _COLUMNS)
-    sheet = PILImage.new("RGB", (_TILE * min(len(crops), _COLUMNS), _TILE * rows))
-    pixels = (
-        ((crops.detach().float().cpu() + 1) * 127.5)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .movedim(1, -1)
-        .numpy()
-    )
-    for i, (crop, caption) in enumerate(zip(pixels, captions, strict=True)):
+    columns = math.ceil(math.sqrt(len(crops)))
+    rows = math.ceil(len(crops) / columns)
+    sheet = PILImage.new("RGB", (_TILE * columns, _TILE * rows), _GROUND)
+    pixels = ((crops.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    for i, (crop, caption) in enumerate(zip(pixels.movedim(1, -1).numpy(), captions, strict=True)):
         tile = np.array(PILImage.fromarray(crop).resize((_TILE, _TILE)), dtype=np.uint8)
         color = LEFT_OUT_COLOR if i in left_out else CHOSEN_COLOR
-        corner = (i % _COLUMNS * _TILE, i // _COLUMNS * _TILE)
+        corner = (i % columns * _TILE, i // columns * _TILE)
         sheet.paste(PILImage.fromarray(_framed(tile, caption, color)), corner)
     return np.array(sheet, dtype=np.uint8)
 

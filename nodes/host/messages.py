@@ -22,6 +22,7 @@ _Node = TypeVar("_Node", bound=io.ComfyNode)
 log = logging.getLogger(__name__)
 EVENT = "idadapter.messages"
 REPORT_KEY = "idadapter"  # in a node's UI output
+MOST_SHOWN = 12  # remarks on a node
 
 Level = Literal["info", "warning"]
 Topic = Literal["graph", "run"]  # found when the graph was queued, or while it was sampled
@@ -44,8 +45,14 @@ def warning(text: str) -> Message:
 
 
 def from_remarks(remarks: Iterable[Remark]) -> list[Message]:
-    """What the core remarked, as messages."""
-    return [Message("warning" if remark.is_warning else "info", remark.text) for remark in remarks]
+    """What the core remarked, as messages. Of very many, as a video has them, 12 are left: the first, and warnings before others."""
+    remarks = tuple(remarks)
+    ranked = sorted(range(len(remarks)), key=lambda i: (i > 0 and not remarks[i].is_warning, i))
+    shown = [remarks[i] for i in sorted(ranked[:MOST_SHOWN])]
+    messages = [Message("warning" if remark.is_warning else "info", remark.text) for remark in shown]
+    if len(remarks) > MOST_SHOWN:
+        messages.append(info(f"… and {len(remarks) - MOST_SHOWN} more, in the report output."))
+    return messages
 
 
 def report_ui(messages: Iterable[Message], title: str | None = None) -> dict[str, list[Any]]:

@@ -37,9 +37,14 @@ def _behind(prompt: Mapping[str, Any], link: Any, depth: int) -> list[Origin | N
     if depth and node["class_type"] == "LoadImage":
         return _read(node["inputs"]["image"])
     if depth and node["class_type"] in ("ImageBatch", "BatchImagesNode"):
-        links = [value for value in node["inputs"].values() if isinstance(value, list)]
-        return [origin for value in links for origin in _behind(prompt, value, depth - 1)]
+        inputs = sorted(node["inputs"].items(), key=lambda entry: _number(entry[0]))
+        return [origin for _, value in inputs for origin in _behind(prompt, value, depth - 1)]
     raise ValueError(f"{node['class_type']} may change photos")
+
+
+def _number(name: str) -> int:
+    """The number at the end of an input's name: image2, images.image10. Raises ValueError where there is none."""
+    return int(name[len(name.rstrip("0123456789")) :])
 
 
 def _read(name: str) -> list[Origin | None]:

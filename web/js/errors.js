@@ -18,13 +18,17 @@ const ERRORS = new Set([
   "RecognizerError",
   "TrainingError",
 ]);
-// What ComfyUI calls a validation error that was put into words by a node.
-const IN_WORDS = new Set([
-  "custom_validation_failed",
-  "exception_during_validation",
-  "exception_during_inner_validation",
-  "value_not_in_list",
-]);
+// What ComfyUI calls a validation error that a node put into words.
+const IN_WORDS = new Set(["custom_validation_failed", "exception_during_validation", "exception_during_inner_validation"]);
+
+// Above the tools at the bottom: the frontend's own errors open at the top right, its dialogs in the middle.
+const style = document.createElement("style");
+style.textContent = `
+.p-toast.p-component.p-toast-top-right:has(.idadapter-error) { top: auto !important; right: auto !important; bottom: 76px !important;
+  left: 50% !important; transform: translateX(-50%); width: min(40rem, 80vw); max-height: 40vh; overflow-y: auto; }
+.idadapter-error .p-toast-detail { white-space: pre-line; overflow-wrap: anywhere; }
+`;
+document.head.append(style);
 
 let shown = [];
 
@@ -50,8 +54,20 @@ api.addEventListener("execution_error", ({ detail }) => {
 api.addEventListener("promptQueueing", clear);
 onQueued((nodeErrors) => {
   for (const [id, { class_type, errors }] of Object.entries(nodeErrors)) {
-    if (!isOurs(class_type)) continue;
-    const sentences = errors.filter((error) => IN_WORDS.has(error.type)).map((error) => error.details);
+    const sentences = isOurs(class_type) ? errors.map(inWords).filter(Boolean) : [];
     if (sentences.length) show(titleOf(id, class_type), sentences.join("\n"));
   }
 });
+
+/** A validation error as a sentence; nothing where ComfyUI's panel says it well enough. */
+function inWords({ type, details, extra_info: extra }) {
+  if (IN_WORDS.has(type)) return details;
+  if (type !== "value_not_in_list") return "";
+  const [kind, options] = extra.input_config ?? [];
+  const choices = options?.options ?? (Array.isArray(kind) ? kind : []);
+  const hint = choices.length === 1 ? ` ${choices[0]}` : ""; // in place of files, the only choice says where they belong
+  return (
+    `${extra.input_name}: "${extra.received_value}" is not among the choices. ` +
+    `If it is a file, put it into its folder and refresh the list (R).${hint}`
+  );
+}

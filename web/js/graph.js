@@ -7,6 +7,7 @@ const folder = decodeURIComponent(new URL(import.meta.url).pathname.split("/exte
 const displayNames = new Map(); // by node type
 const workflowOfPrompt = new Map(); // by prompt id, as long as the page is open
 const refusals = []; // called with the node errors of a prompt that was not, or not wholly, accepted
+const openings = []; // called when another workflow, or another state of it, is on the canvas
 
 app.registerExtension({
   name: "IDAdapter.Graph",
@@ -32,6 +33,14 @@ api.queuePrompt = async function (...parameters) {
   }
 };
 
+// The event that tells of a new graph comes before its workflow is the open one.
+const loadGraphData = app.loadGraphData;
+app.loadGraphData = async function (...parameters) {
+  const answer = await loadGraphData.apply(this, parameters);
+  for (const tell of openings) tell();
+  return answer;
+};
+
 function tellRefusals(nodeErrors) {
   for (const tell of refusals) tell(nodeErrors ?? {});
 }
@@ -39,6 +48,11 @@ function tellRefusals(nodeErrors) {
 /** Have `tell` called with the validation errors, by execution id, of every prompt that this page queues. */
 export function onQueued(tell) {
   refusals.push(tell);
+}
+
+/** Have `tell` called whenever the canvas has got new nodes: another workflow, a tab that is shown again, an undo. */
+export function onOpened(tell) {
+  openings.push(tell);
 }
 
 export function isOurs(type) {
@@ -49,9 +63,9 @@ export function rootGraph() {
   return app.rootGraph ?? app.graph;
 }
 
-/** A key of the workflow that is open now. Two tabs may show copies of one file, so its graph's id is not enough. */
+/** A key of the workflow that is open now: each tab has a path of its own, also before it is saved. */
 export function openWorkflow() {
-  return `${rootGraph().id} ${app.extensionManager?.workflow?.activeWorkflow?.path}`;
+  return app.extensionManager?.workflow?.activeWorkflow?.path ?? "";
 }
 
 /** The key of the workflow that a prompt came from: the open one where that is not known. */

@@ -1,8 +1,7 @@
 // Shows on each node of this pack what it reports of its work, and what turned out about it later.
 
 import { api } from "../../../scripts/api.js";
-import { app } from "../../../scripts/app.js";
-import { findNode, isOurs, openWorkflow, rootGraph, workflowOf } from "./graph.js";
+import { findNode, isOurs, onOpened, openWorkflow, rootGraph, workflowOf } from "./graph.js";
 
 const EVENT = "idadapter.messages";
 const REPORT_KEY = "idadapter";
@@ -10,12 +9,14 @@ const TOPICS = ["graph", "run", "report"]; // in the order in which they are sho
 const WIDGET = "idadapter_messages";
 const MARGIN = 6; // pixels around the text
 const TALLEST = 320; // pixels of the text; the rest is scrolled to
+const ROW_GAP = 4; // pixels between the widgets of a node in Nodes 2.0
 
 const workflows = new Map(); // workflow -> execution id -> topic -> messages
 
 const style = document.createElement("style");
 style.textContent = `
 .idadapter-messages { overflow-y: auto; max-height: ${TALLEST}px; font-size: 11px; line-height: 1.35; cursor: default; }
+.idadapter-messages > div { display: flow-root; }
 .idadapter-messages p { margin: 0 0 3px; padding: 2px 6px; overflow-wrap: anywhere; white-space: pre-wrap; user-select: text;
   border-left: 3px solid transparent; border-radius: 3px; color: var(--input-text, #ddd); }
 .idadapter-messages p.warning { border-left-color: #f5a623; background: rgba(245, 166, 35, 0.18); color: var(--fg-color, #fff); }
@@ -47,11 +48,11 @@ function draw(node) {
   const messages = messagesOn(node);
   let widget = node.widgets?.find((candidate) => candidate.name === WIDGET);
   if (messages.length === 0) {
-    if (widget) removeWidget(node, widget);
+    widget?.release();
     return;
   }
   widget ??= addWidget(node);
-  widget.element.firstChild.replaceChildren(...messages.map(paragraph));
+  widget.show(messages.map(paragraph));
 }
 
 function paragraph({ level, text }) {
@@ -65,45 +66,71 @@ function addWidget(node) {
   const element = document.createElement("div");
   element.className = "idadapter-messages";
   const text = element.appendChild(document.createElement("div"));
-  let height = 0; // of the widget, once the browser has laid out the text
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-    serialize: false, // not sent with the prompt
-    margin: MARGIN,
-    getMinHeight: () => height,
-    getMaxHeight: () => height,
+  let height = 0; // of the widget, in the classic renderer
+  let grown = 0; // how much taller the node has become
+  let widget;
+
+  // Nodes 2.0 lays out and measures its nodes by itself. The classic renderer is told, also of nodes that are out of sight.
+  const grow = (change) => {
+    const before = node.computeSize()[1];
+    change();
+    const growth = isClassic() ? node.computeSize()[1] - before : 0;
+    grown += growth;
+    if (growth) node.setSize([node.size[0], node.size[1] + growth]);
+    rootGraph().setDirtyCanvas(true, true);
+  };
+  const fit = () => {
+    const wanted = Math.min(heightOf(text, node.size[0] - 2 * MARGIN), TALLEST) + 2 * MARGIN;
+    if (wanted !== height) grow(() => (height = wanted));
+  };
+
+  grow(() => {
+    widget = node.addDOMWidget(WIDGET, WIDGET, element, {
+      serialize: false, // not sent with the prompt
+      margin: MARGIN,
+      getMinHeight: () => height,
+      getMaxHeight: () => height,
+      afterResize: fit,
+    });
   });
   widget.serialize = false; // not saved with the workflow
-  const setHeight = (wanted) => {
-    const grown = wanted - height;
-    height = wanted;
-    resize(node, grown);
+  widget.show = (paragraphs) => {
+    text.replaceChildren(...paragraphs);
+    fit();
   };
-  const observer = new ResizeObserver(() => {
-    // No height: the node is collapsed or out of sight.
-    if (text.offsetHeight) setHeight(Math.min(text.offsetHeight, TALLEST) + 2 * MARGIN);
-  });
-  observer.observe(text);
+
+  // The text is not saved, and neither is the room for it.
+  const heightBefore = node.size[1] - grown;
+  const { onSerialize } = node;
+  node.onSerialize = function (data) {
+    onSerialize?.call(this, data);
+    const room = isClassic() ? grown : element.offsetHeight && element.offsetHeight + ROW_GAP;
+    data.size[1] = Math.max(Math.min(heightBefore, data.size[1]), data.size[1] - room);
+  };
   widget.release = () => {
-    observer.disconnect();
-    setHeight(0);
+    node.onSerialize = onSerialize;
+    grow(() => {
+      widget.onRemove?.();
+      node.widgets.splice(node.widgets.indexOf(widget), 1);
+    });
   };
   return widget;
 }
 
-function removeWidget(node, widget) {
-  widget.onRemove?.();
-  node.widgets.splice(node.widgets.indexOf(widget), 1);
-  widget.release();
+function isClassic() {
+  return !window.LiteGraph?.vueNodesMode;
 }
 
-/** Make room for a text that needs `grown` more pixels. Nodes 2.0 measures its nodes by itself. */
-function resize(node, grown) {
-  if (grown === 0) return;
-  if (!window.LiteGraph?.vueNodesMode) {
-    const [width, height] = node.size;
-    node.setSize([width, Math.max(node.computeSize()[1], height + grown)]);
-  }
-  rootGraph().setDirtyCanvas(true, true);
+/** How high a text is in a column of that width, wherever it is shown itself. */
+function heightOf(text, width) {
+  const column = document.createElement("div");
+  column.className = "idadapter-messages";
+  column.style.cssText = `position: absolute; visibility: hidden; width: ${width}px; max-height: none;`;
+  column.append(text.cloneNode(true));
+  document.body.append(column);
+  const height = Math.ceil(column.getBoundingClientRect().height);
+  column.remove();
+  return height;
 }
 
 function drawAll() {
@@ -116,9 +143,4 @@ api.addEventListener("executed", ({ detail }) => {
   if (report) keep(workflowOf(detail.prompt_id), String(detail.display_node ?? detail.node), "report", report);
 });
 
-app.registerExtension({
-  name: "IDAdapter.Messages",
-  // A workflow that is opened again, or put back by undo, has new nodes. It becomes the open one only after this.
-  afterConfigureGraph: () => void setTimeout(drawAll),
-  onNodeOutputsUpdated: drawAll,
-});
+onOpened(drawAll);
