@@ -116,7 +116,7 @@ def mix_remarks(features: FaceFeatures, mix: Mix) -> tuple[Remark, ...]:
         InputError: as `select_references`.
     """
     choice = _choose(features, mix)
-    names = _names(features)
+    names = face_names(features)
     noun, plural = names[0].partition(" ")[0], "s" if len(features) > 1 else ""
     counted = Remark(f"used {len(choice.chosen)} of {len(features)} {noun}{plural}")
     each = [_remark_on(i, name, choice, mix) for i, name in enumerate(names)]
@@ -131,6 +131,17 @@ def left_out(features: FaceFeatures, mix: Mix) -> tuple[int, ...]:
     """
     chosen = _choose(features, mix).chosen
     return tuple(i for i in range(len(features)) if i not in chosen)
+
+
+def face_names(features: FaceFeatures) -> list[str]:
+    """What messages call each face: "photo 3" where every photo gave one face, else "face 2 (photo 1)"; "face 2" where that is
+    not known."""
+    photos = [face.image_index + 1 for face in features.faces]
+    if not photos:
+        return [f"face {i + 1}" for i in range(len(features))]
+    if len(set(photos)) == len(photos):
+        return [f"photo {photo}" for photo in photos]
+    return [f"face {i + 1} (photo {photo})" for i, photo in enumerate(photos)]
 
 
 def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
@@ -280,13 +291,3 @@ def _doubtful_pair(features: FaceFeatures, choice: _Choice, noun: str) -> tuple[
         f"Probably two people, and the identity will be a blend of both: use {noun}s of one person."
     )
     return (Remark(text, is_warning=True),)
-
-
-def _names(features: FaceFeatures) -> list[str]:
-    """Of each face: "photo 3" where every photo gave one face, else "face 2 (photo 1)"; "face 2" where that is not known."""
-    photos = [face.image_index + 1 for face in features.faces]
-    if not photos:
-        return [f"face {i + 1}" for i in range(len(features))]
-    if len(set(photos)) == len(photos):
-        return [f"photo {photo}" for photo in photos]
-    return [f"face {i + 1} (photo {photo})" for i, photo in enumerate(photos)]

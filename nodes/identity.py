@@ -14,7 +14,7 @@ from ..idadapter_core.errors import InputError
 from ..idadapter_core.faces.images import Image
 from ..idadapter_core.faces.preview import crop_sheet, worth_showing
 from ..idadapter_core.methods import METHODS
-from ..idadapter_core.mixing import left_out, mix_remarks
+from ..idadapter_core.mixing import face_names, left_out, mix_remarks
 from ..idadapter_core.types import MODES, OUTLIERS
 from .host import images, paths
 from .host.memory import LoadedAdapter
@@ -122,13 +122,14 @@ class MixFeatures(io.ComfyNode):
 
 
 def _faces_of(faces: FaceFeatures, mix: Mix) -> list[Image]:
-    """The picture of a mix: the faces with their numbers, or nothing where the features hold no crops."""
+    """The picture of a mix: the faces with their names, or nothing where the features hold no crops."""
     if faces.crops is None:
         return []
     absent = left_out(faces, mix)
     shown = worth_showing(len(faces), absent)
-    numbers = [f"{i + 1} left out" if i in absent else str(i + 1) for i in shown]
-    return [crop_sheet(faces.crops[shown], numbers, [shown.index(i) for i in absent if i in shown])]
+    names = [name.partition(" (")[0] for name in face_names(faces)]
+    captions = [f"{names[i]} left out" if i in absent else names[i] for i in shown]
+    return [crop_sheet(faces.crops[shown], captions, [shown.index(i) for i in absent if i in shown])]
 
 
 def identity_file(name: str) -> str:

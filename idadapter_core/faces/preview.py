@@ -108,7 +108,7 @@ def _framed(image: Image, caption: str, color: tuple[int, int, int]) -> Image:
     draw = ImageDraw.Draw(picture)
     short_side = min(picture.size)
     width = max(2, round(short_side / 40))
-    font = ImageFont.load_default(size=max(14, round(short_side / 8)))
+    font = ImageFont.load_default(size=max(12, round(short_side / 11)))
     _, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
     y = picture.height - (bottom - top) - 4 * width
     draw.rectangle((0, y, right + 4 * width, picture.height), fill=color)
