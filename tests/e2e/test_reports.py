@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.harness.server import ComfyServer, RunResult
@@ -21,10 +19,10 @@ def graph_of(*photos: str) -> tuple[Graph, dict[str, Node]]:
 
 
 @pytest.fixture(scope="module")
-def first(server: ComfyServer) -> Iterator[tuple[Graph, dict[str, Node], RunResult]]:
+def first(server: ComfyServer) -> tuple[Graph, dict[str, Node], RunResult]:
     server.free()
     graph, nodes = graph_of(PERSON, GROUP)
-    yield graph, nodes, server.run(graph.workflow).check()
+    return graph, nodes, server.run(graph.workflow).check()
 
 
 def test_reports_and_pictures_are_in_the_history(first: tuple[Graph, dict[str, Node], RunResult]) -> None:
