@@ -130,10 +130,12 @@ class _Metadata:
         except ConfigError as error:
             self._rows.append(Photo(_join(inside, name), problem=str(error)))
             return True
-        if not any(isinstance(entry, str) or any(key in entry for key in FILE_KEYS) for _, entry in entries):
+        if not any(
+            isinstance(entry, str) or any(key in entry for key in FILE_KEYS) for _, _, entry in entries
+        ):
             return False
-        for number, entry in entries:
-            where = f"{_join(inside, name)}:{number + 1}"
+        for _, line, entry in entries:
+            where = f"{_join(inside, name)}:{line}"
             if isinstance(entry, str):
                 self._rows.append(Photo(where, problem=entry))
             else:

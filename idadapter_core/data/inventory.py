@@ -16,6 +16,8 @@ NAMELESS = "without an ending"
 LINKED = "folders that are there under another name"
 NO_TABLE = "metadata tables that name no photos"
 SECOND = "second photos of a sample"
+OUTSIDE = "photos outside of the shards"
+CUT = "files of damaged shards"
 _TABLE_ADVICE = (
     "name the table itself to have it read, or call it metadata.jsonl or metadata.csv (with file_name, text)"
 )
@@ -23,13 +25,15 @@ _CONVERT = "convert them to JPEG or PNG"
 _VIDEO = "videos are not read; save frames as photos"
 _PACKED = "unpack them"
 _ADVICE = {
-    HIDDEN: "names that start with a dot, such as those that macOS writes beside the real files",
+    HIDDEN: "names that start with a dot, as macOS writes them beside the real files, and webdataset's notes",
     NAMELESS: "give photos the ending of their format",
     LINKED: "links to a folder that was read already",
     SECOND: "one photo of a sample is read",
+    OUTSIDE: "scan them with --layout folders or --layout captions",
+    CUT: "the rest of their samples is lost",
     NO_TABLE: "its lines must name the photos in a field file_name",
     ".tar": "scan the shards with --layout webdataset",
-    **dict.fromkeys(TEXT_SUFFIXES, "no photo of that name lies beside, or its caption stands elsewhere"),
+    **dict.fromkeys(TEXT_SUFFIXES, "no photo of that name lies beside, or the photo has its caption from elsewhere or cannot be used"),
     **dict.fromkeys((".jsonl", ".csv", ".tsv", ".json"), _TABLE_ADVICE),
     **dict.fromkeys((".parquet", ".arrow", ".xlsx"), "write the table as .jsonl or .csv"),
     **dict.fromkeys((".zip", ".rar", ".7z", ".gz", ".tgz", ".bz2", ".xz", ".zst"), _PACKED),
@@ -122,7 +126,8 @@ def describe_inventory(facts: Mapping[str, Any]) -> str:
         return ""
     unread = dict(facts["not_read"])
     left = sum(int(kind["count"]) for kind in unread.values())
-    head = f"{facts['files']} files: {facts['photos']} photos, {facts['texts']} texts, {facts['tables']} tables, {left} not read"
+    counts = ", ".join(f"{facts[kind]} {kind}" for kind in ("photos", "texts", "tables"))
+    head = f"files: {facts['files']}, of these {counts}, {left} not read"
     kinds = [Unread(kind, int(found["count"]), str(found["first"])) for kind, found in unread.items()]
     return "\n".join([head, *map(_line, kinds)])
 

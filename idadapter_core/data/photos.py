@@ -42,9 +42,9 @@ SRGB_NOTE = "the colour profile cannot be used, so colours were taken for sRGB"
 _HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 # Pillow reads about forty formats, some through programs of the system (EPS starts Ghostscript). These are the ones of photos.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
+_HEIF = re.compile(rb"....ftyp(he|mif|msf)", re.DOTALL)
+_AVIF = re.compile(rb"....ftyp(avif|avis)", re.DOTALL)
 _KINDS = (
-    (re.compile(rb"....ftyp(avif|avis)", re.DOTALL), f"is an AVIF photo; {AVIF_ADVICE}"),
-    (re.compile(rb"....ftyp(he|hev|mif|msf)", re.DOTALL), f"is a HEIC photo; {HEIF_ADVICE}"),
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "is an EPS or PostScript file, which is no photo; convert it to PNG"),
     (re.compile(rb"%PDF"), "is a PDF, which is no photo; convert its pages to PNG"),
     (re.compile(rb"8BPS"), "is a Photoshop file; export it as PNG"),
@@ -104,7 +104,7 @@ def suffix(content: bytes) -> str:
 
 def unread_suffixes() -> dict[str, str]:
     """Those of PHOTO_SUFFIXES whose photos nothing here can read, each with the way to have them read."""
-    unread = {}
+    unread: dict[str, str] = {}
     if not _registers_heif():
         unread |= dict.fromkeys(_HEIF_SUFFIXES, HEIF_ADVICE)
     if "AVIF" not in _formats():
@@ -140,6 +140,17 @@ def _registers_heif() -> bool:
 
 
 def _unknown(content: bytes) -> str:
+    """Why Pillow finds no picture in this, as far as the first bytes tell."""
+    for kind, name, start, advice in (
+        ("heif", "a HEIC", _HEIF, HEIF_ADVICE),
+        ("avif", "an AVIF", _AVIF, AVIF_ADVICE),
+    ):
+        if start.match(content):
+            return (
+                f"the file is {name} photo, but damaged"
+                if codecs()[kind]
+                else f"the file is {name} photo; {advice}"
+            )
     return next(
         (f"the file {text}" for start, text in _KINDS if start.match(content)),
         "no picture, or of a kind that is not read (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF and HEIC are)",
@@ -186,14 +197,20 @@ def _eight_bits(picture: Pillow.Image) -> Pillow.Image:
 
 def _srgb(picture: Pillow.Image, profile: bytes) -> tuple[Pillow.Image, str]:
     """A picture of mode RGB, L, CMYK or LAB in sRGB, and the note about a profile that cannot be used."""
-    transform, note = _transform(profile, picture.mode) if profile or picture.mode == "LAB" else (None, "")
-    if transform is None:
-        return picture.convert("RGB"), note
-    source, how = transform
-    if picture.mode != source:
-        picture = picture.convert(source)
-    converted = ImageCms.applyTransform(picture, how)
-    return converted if converted is not None else picture, note
+    if not profile and picture.mode != "LAB":
+        return picture.convert("RGB"), ""
+    transform, note = _transform(profile, picture.mode)
+    if transform is not None:
+        source, how = transform
+        try:
+            converted = ImageCms.applyTransform(
+                picture if picture.mode == source else picture.convert(source), how
+            )
+        except (ImageCms.PyCMSError, ValueError):
+            converted, note = None, SRGB_NOTE
+        if converted is not None:
+            return converted, note
+    return picture.convert("RGB"), note
 
 
 @functools.lru_cache(maxsize=64)

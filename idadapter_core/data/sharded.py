@@ -11,7 +11,7 @@ from ..errors import ConfigError, InputError
 from .entries import Photo, described, parse_json, with_plain_keys
 from .folders import Walk
 from .index import IN_SHARD
-from .inventory import HIDDEN, SECOND, TEXT_SUFFIXES, Counter, ending_of, is_photo, kind_of
+from .inventory import CUT, HIDDEN, OUTSIDE, SECOND, TEXT_SUFFIXES, Counter, ending_of, is_photo, kind_of
 from .photos import PHOTO_SUFFIXES, unread_suffixes
 from .tars import Part, Sample, is_hidden, read_part, read_shard, shards_of
 from .texts import decode_text, first_line
@@ -53,7 +53,7 @@ def _shards_below(folder: Path, counter: Counter) -> tuple[list[Path], list[Phot
             if ending_of(name) == ".tar":
                 shards.append(folder / inside / name)
             else:
-                counter.leave(f"{inside}/{name}" if inside else name)
+                counter.leave(f"{inside}/{name}" if inside else name, OUTSIDE if is_photo(name) else "")
     return sorted(shards), walk.leave_rest(counter)
 
 
@@ -67,6 +67,7 @@ class _Reader:
         self._counter = counter
         self._used: set[int] = set()  # places of members
         self._seconds: set[int] = set()
+        self._of_samples: set[int] = set()
 
     def photos(self) -> Iterator[Photo]:
         """A photo of each sample, and one more row for what cannot be read of the shard."""
@@ -75,14 +76,24 @@ class _Reader:
             yield self._photo(sample)
         for part in found.parts:
             if part.place not in self._used:
-                kind = HIDDEN if is_hidden(part.name) else SECOND if part.place in self._seconds else ""
-                self._counter.leave(f"{self._name}{IN_SHARD}{part.name}", kind or kind_of(part.name))
+                self._counter.leave(f"{self._name}{IN_SHARD}{part.name}", self._kind(part, found.problem))
+        if not found.parts and not found.problem:
+            yield Photo(self._name, problem="the shard holds no files; get it again")
         if found.problem:
             problem = f"the shard gave {len(found.samples)} whole samples, then {found.problem}"
             yield Photo(self._name, problem=problem)
 
+    def _kind(self, part: Part, problem: str) -> str:
+        """Why a member was not read."""
+        if is_hidden(part.name):
+            return HIDDEN
+        if part.place in self._seconds:
+            return SECOND
+        return CUT if problem and part.place not in self._of_samples else kind_of(part.name)
+
     def _photo(self, sample: Sample) -> Photo:
         source = f"{self._name}{IN_SHARD}{sample.key}"
+        self._of_samples |= {part.place for part in sample.parts.values()}
         part = next((sample.parts[ending] for ending in _endings() if ending in sample.parts), None)
         if part is None:
             return Photo(source, problem=sample.problem or _no_photo(sample))
@@ -136,4 +147,4 @@ def _no_photo(sample: Sample) -> str:
     for ending, part in sample.parts.items():
         if advice := unread_suffixes().get(f".{ending}"):
             return f"its photo {part.name} is of a kind that is not read: {advice}"
-    return f"the sample has no photo, only {', '.join(sorted(sample.parts))}"
+    return f"the sample has no photo, only {', '.join(sorted(e or part.name for e, part in sample.parts.items()))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def list_photos(
     else:
         source = _from_table(Path(text), chosen, root, numbered, encoding)
     if not source.photos:
-        raise ConfigError(_nothing(text, source.files))
+        raise ConfigError(_nothing(text, source))
     if identities is not None:
         source = _with_identities(source, identities, encoding, min_match)
     if captions is not None:
@@ -100,8 +100,10 @@ def list_photos(
     )
 
 
-def _nothing(text: str, files: Inventory) -> str:
-    beside = f" It has {describe_unread(files.unread)}." if files.unread else ""
+def _nothing(text: str, source: Source) -> str:
+    if Path(text).is_file() and source.layout != "webdataset":
+        return f"{text} names no photos. Name a table or list that does."
+    beside = f" It has {describe_unread(source.files.unread)}." if source.files.unread else ""
     return f"{text}: no photos found ({', '.join(PHOTO_SUFFIXES)}); name the folder or file that has them.{beside}"
 
 
@@ -204,7 +206,7 @@ def _with_identities(source: Source, path: Path, encoding: str, least: float) ->
         replace(photo, identity=known[photo.source][0]) if photo.source in known else photo
         for photo in source.photos
     )
-    return _with_note(replace(source, photos=photos), _rest(share, strangers, "line", path))
+    return _with_note(replace(source, photos=photos), _rest(share, strangers, "Lines", path))
 
 
 def _split_line(path: Path, number: int, line: str, names: _Names) -> tuple[str, str]:
@@ -221,7 +223,7 @@ def _split_line(path: Path, number: int, line: str, names: _Names) -> tuple[str,
 def _with_captions(source: Source, folder: Path, encoding: str, least: float) -> Source:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; --captions takes one of text files, one for each photo")
-    texts = _Texts(folder, encoding)
+    texts = _Texts(folder, encoding, map(folder_of, source.photos))
     photos = tuple(texts.describe(photo, _Names.name_of(source, photo)) for photo in source.photos)
     first = stem_of(_Names.name_of(source, source.photos[0]))
     if not texts.used():
@@ -231,15 +233,15 @@ def _with_captions(source: Source, folder: Path, encoding: str, least: float) ->
     with_caption = [photo for photo in photos if photo.caption]
     share = _share("captions", photos, with_caption)
     _check_share("--captions", share, len(with_caption), len(photos), least)
-    return _with_note(replace(source, photos=photos), _rest(share, texts.unused(), "file", folder))
+    return _with_note(replace(source, photos=photos), _rest(share, texts.unused(), "Texts", folder))
 
 
 class _Texts:
-    """The text files below a folder, for photos that lie elsewhere: in the same folder as the photo in its own place, else
-    anywhere, where the name of the photo is enough to tell.
+    """The text files below a folder, for photos that lie elsewhere: in folders of the same names as those of the photos, or, where
+    there are none of these, anywhere, as long as the name of the photo is enough to tell.
     """
 
-    def __init__(self, folder: Path, encoding: str) -> None:
+    def __init__(self, folder: Path, encoding: str, homes: Iterable[str]) -> None:
         self._folders: dict[str, Captions] = {}
         self._texts: dict[str, list[str]] = {}  # folders with texts for a folded name
         self._owners: dict[tuple[str, str], str] = {}  # where the photo lies that a text was given to
@@ -249,6 +251,8 @@ class _Texts:
                 places = self._texts.setdefault(folded(stem_of(name)), [])
                 if inside not in places:
                     places.append(inside)
+        self._by_case = {folded(inside): inside for inside in self._folders}
+        self._mirrors = any(home and folded(home) in self._by_case for home in homes)
 
     def describe(self, photo: Photo, name: str) -> Photo:
         """The photo with its caption, as it was where there is none."""
@@ -272,8 +276,11 @@ class _Texts:
 
     def _place(self, home: str, name: str) -> str | None:
         """The folder of the text for a photo of this name."""
-        if home in self._folders and self._folders[home].find(name):
-            return home
+        same = home if home in self._folders else self._by_case.get(folded(home))
+        if same is not None and self._folders[same].find(name):
+            return same
+        if self._mirrors:
+            return None
         places = dict.fromkeys(
             [*self._texts.get(folded(name), ()), *self._texts.get(folded(stem_of(name)), ())]
         )
@@ -356,7 +363,7 @@ def _check_share(option: str, share: str, count: int, total: int, least: float) 
 def _rest(share: str, unused: Sequence[str], what: str, path: Path) -> str:
     if not unused:
         return share
-    return f"{share}. {len(unused)} {what}s of {path} belong to no photo; first: {unused[0]}"
+    return f"{share}. {what} of {path} without a photo: {len(unused)}; first: {unused[0]}"
 
 
 def _with_note(source: Source, note: str) -> Source:

@@ -36,12 +36,13 @@ _DELIMITERS = ",;\t|"
 _KEYS = (*FILE_KEYS, *CAPTION_KEYS, *IDENTITY_KEYS, *NOUN_KEYS)
 
 Entry = Mapping[str, Any]
+Numbered = tuple[int, int, Entry | str]
+"""The entry's number from 0, the line in which it begins (for a JSON list, its number from 1), and the entry with plain keys, or
+a text that says why it cannot be read."""
 
 
-def read_entries(
-    path: Path, layout: str, encoding: str, *, numbered: bool = False
-) -> Iterator[tuple[int, Entry | str]]:
-    """The entries of a table, with plain keys, each with its number from 0. A text in place of one says why it cannot be read.
+def read_entries(path: Path, layout: str, encoding: str, *, numbered: bool = False) -> Iterator[Numbered]:
+    """The entries of a table.
 
     Args:
         layout: list for a path in each line; else the file's ending decides.
@@ -74,7 +75,7 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
 
 
 def named_photos(
-    path: Path, root: Path, entries: Iterator[tuple[int, Entry | str]], numbered: bool, encoding: str
+    path: Path, root: Path, entries: Iterator[Numbered], numbered: bool, encoding: str
 ) -> Iterator[Photo]:
     """The photo that each entry of a table names, with the caption beside it where the entry has none.
 
@@ -83,9 +84,9 @@ def named_photos(
     """
     listings = Listings(encoding)
     has_names = False
-    for number, entry in entries:
+    for number, line, entry in entries:
         if isinstance(entry, str):
-            yield Photo(f"{path.name}:{number + 1}", problem=entry)
+            yield Photo(f"{path.name}:{line}", problem=entry)
             continue
         try:
             name = f"{number}.png" if numbered else value_of(entry, FILE_KEYS)
@@ -94,13 +95,20 @@ def named_photos(
                     raise ConfigError(_nameless(path, number, entry))
                 raise InputError("the entry names no photo")
             has_names = True
-            os.fsencode(name)  # half a character cannot be in a name
-            if "\0" in name:
-                raise InputError("the entry names a photo with a NUL character")
-        except (InputError, UnicodeError) as error:
-            yield Photo(f"{path.name}:{number + 1}", problem=str(error))
+            if not _is_name(name):
+                raise InputError("the entry names a photo with half a character or a NUL in its name")
+        except InputError as error:
+            yield Photo(f"{path.name}:{line}", problem=str(error))
             continue
         yield _named(root, name, entry, listings)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file can have this name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeError:
+        return False
 
 
 def _named(root: Path, name: str, entry: Entry, listings: Listings) -> Photo:
@@ -142,17 +150,19 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, stripped
 
 
-def _list_lines(content: bytes, encoding: str) -> Iterator[tuple[int, Entry]]:
+def _list_lines(content: bytes, encoding: str) -> Iterator[Numbered]:
     # Names of files need be no UTF-8: such bytes are kept as they are.
-    return ((number, {"file": line}) for number, line in _lines(decode_lines(content, encoding)))
+    return ((number, number + 1, {"file": line}) for number, line in _lines(decode_lines(content, encoding)))
 
 
-def _json_lines(text: str) -> Iterator[tuple[int, Entry | str]]:
+def _json_lines(text: str) -> Iterator[Numbered]:
     for number, line in _lines(text):
-        yield (
-            number,
-            f"the line has bytes that cannot be read: {bad}" if (bad := undecoded(line)) else _parsed(line),
-        )
+        entry: Entry | str
+        if bad := undecoded(line):
+            entry = f"the line has bytes that cannot be read: {bad}"
+        else:
+            entry = _parsed(line)
+        yield number, number + 1, entry
 
 
 def _parsed(line: str) -> Entry | str:
@@ -171,7 +181,7 @@ def _object(value: object, what: str) -> Entry | str:
         return str(error)
 
 
-def _json_list(path: Path, text: str) -> Iterator[tuple[int, Entry | str]]:
+def _json_list(path: Path, text: str) -> Iterator[Numbered]:
     try:
         entries = parse_json(text)
     except ValueError as error:
@@ -182,13 +192,13 @@ def _json_list(path: Path, text: str) -> Iterator[tuple[int, Entry | str]]:
         raise ConfigError(
             f'{path} must hold a list of {{"image_file", "text"}}, it holds a {type(entries).__name__}'
         )
-    return ((number, _object(entry, "the entry")) for number, entry in enumerate(entries))
+    return ((number, number + 1, _object(entry, "the entry")) for number, entry in enumerate(entries))
 
 
 # ---------------------------------------------------------------------------------------------------- csv
 
 
-def _csv_rows(path: Path, text: str, numbered: bool) -> Iterator[tuple[int, Entry | str]]:
+def _csv_rows(path: Path, text: str, numbered: bool) -> Iterator[Numbered]:
     said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to tell the delimiter
     body = text[said.end() :] if said else text
     skipped = int(said is not None)
@@ -204,7 +214,7 @@ def _csv_rows(path: Path, text: str, numbered: bool) -> Iterator[tuple[int, Entr
         raise ConfigError(
             f"{path}: the column {name} is there {header.count(name)} times. Remove or rename one."
         )
-    return ((number, _of_row(header, *row)) for number, row in enumerate(rows))
+    return ((number, line, _of_row(header, row)) for number, (line, row) in enumerate(rows))
 
 
 def _headless(path: Path, fields: Sequence[str]) -> str:
@@ -252,12 +262,14 @@ def _parsed_csv(
             yield line, row
 
 
-def _of_row(header: Sequence[str], line: int, row: Sequence[str]) -> Entry | str:
+def _of_row(header: Sequence[str], row: Sequence[str]) -> Entry | str:
     if bad := next(filter(None, map(undecoded, row)), ""):
-        return f"line {line} has bytes that cannot be read: {bad}"
+        return f"the row has bytes that cannot be read: {bad}"
     if len(row) != len(header):
-        return f"line {line} has {len(row)} fields, the first line has {len(header)}; put texts with the delimiter in them into quotes"
+        return f"the row has {len(row)} fields, the first line has {len(header)}; put texts with the delimiter in them into quotes"
     for name, value in zip(header, row, strict=True):
         if name in _KEYS and len(value) > MAX_CAPTION:
-            return f"line {line} has {len(value):,} characters in the field {name}, at most {MAX_CAPTION:,} are read"
+            return (
+                f"the row has {len(value):,} characters in the field {name}, at most {MAX_CAPTION:,} are read"
+            )
     return {name: value for name, value in zip(header, row, strict=True) if not is_absent(value)}

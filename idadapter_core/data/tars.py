@@ -180,17 +180,26 @@ def _parts(path: Path) -> tuple[list[Part], str, str]:
                 if not info.isdir():
                     found.append(_part(name, info, len(found)))
             end = tar.offset
-        with path.open("rb") as file:
-            file.seek(end)
-            block = file.read(_BLOCK)
+        problem = problem or _end_problem(path, end)
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         return _linked(found, links), f"it cannot be read on ({reason})", ""
-    if not problem and len(block) < _BLOCK:
-        problem = "it is cut off: its end mark is missing"
-    elif not problem and any(block):
-        problem = "it is damaged: what follows is no tar"
     return _linked(found, links), problem, broken
+
+
+def _end_problem(path: Path, end: int) -> str:
+    """What is wrong where tarfile sees the end of a tar: there must be zeros, and nothing else up to the end of the file."""
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(_BLOCK)
+        if len(block) < _BLOCK:
+            return "it is cut off: its end mark is missing"
+        if any(block):
+            return "it is damaged: what follows is no tar"
+        while block := file.read(1 << 20):
+            if block.count(0) < len(block):
+                return "it goes on after its end mark, like tars joined with cat; join them with tar --concatenate, or scan each"
+    return ""
 
 
 def _part(name: str, info: tarfile.TarInfo, place: int) -> Part:

@@ -125,13 +125,9 @@ def caption_of(text: str) -> str:
     if len(text) > MAX_CAPTION:
         raise InputError(f"it has {len(text):,} characters, at most {MAX_CAPTION:,} are a caption")
     if found := _SUSPECT.search(text):
-        hint = (
-            "UTF-16 without a byte order mark, perhaps: --encoding utf-16-le"
-            if found[0] == "\0"
-            else "a wrong encoding"
-        )
         raise InputError(
-            f"it has the character U+{ord(found[0]):04X} at position {found.start()}, the sign of {hint}"
+            f"it has the character U+{ord(found[0]):04X} at position {found.start()}, the sign of a wrong encoding; name the right one "
+            "with --encoding (utf-16-le for UTF-16 without a byte order mark), or save it as UTF-8"
         )
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
