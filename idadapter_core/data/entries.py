@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import InputError
 from .index import CLASS_NOUNS
-from .texts import caption_of
+from .texts import BLANK, caption_of
 
 # What the fields of tables are called: by kohya, Hugging Face, IP-Adapter, FaceID-6M and our own shards.
 FILE_KEYS = ("file", "file_name", "filename", "image_file", "image_path", "image", "path")
@@ -103,8 +103,9 @@ def described(entry: Mapping[str, Any]) -> Photo:
         raise InputError(
             f"class_noun must be one of {', '.join(CLASS_NOUNS)}, got {entry['class_noun']!r:.60}"
         )
+    said = value_of(entry, CAPTION_KEYS)
     try:
-        caption = caption_of(value_of(entry, CAPTION_KEYS))
+        caption = caption_of(said)
     except InputError as error:
         raise InputError(f"its caption cannot be used: {error}") from error
     return Photo("", value_of(entry, IDENTITY_KEYS), caption, _NOUNS.get(noun, ""))
@@ -128,7 +129,7 @@ def value_of(entry: Mapping[str, Any], keys: Sequence[str], *, lenient: bool = F
         ):  # what pandas makes of whole numbers in a column with gaps
             value = int(value)
         if isinstance(value, str | int) and not isinstance(value, bool):
-            return str(value).strip()
+            return str(value).strip(BLANK)
         wrong = wrong or f"{key} must be a text, got {value!r:.60}"
     if wrong and not lenient:
         raise InputError(wrong)
