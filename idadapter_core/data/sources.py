@@ -92,12 +92,10 @@ def list_photos(
     if captions is not None:
         source = _with_captions(source, captions, encoding, min_match)
     source = replace(source, photos=tuple(map(with_noun, source.photos)))
-    told = captions is None and any(photo.caption for photo in source.photos)
-    return (
-        _with_note(source, _share("captions", source.photos, [p for p in source.photos if p.caption]))
-        if told
-        else source
-    )
+    with_caption = [bool(photo.caption) for photo in source.photos]
+    if captions is None and any(with_caption):
+        source = _with_note(source, _share("captions", source.photos, with_caption))
+    return source
 
 
 def _nothing(text: str, source: Source) -> str:
@@ -199,9 +197,9 @@ def _with_identities(source: Source, path: Path, encoding: str, least: float) ->
             f"{path} names none of the photos: it speaks of {next(iter(strangers), 'nothing')}, the photos are like "
             f'{source.photos[0].source}. Its lines must read "image identity" with the names of these files.'
         )
-    named = [photo for photo in source.photos if photo.source in known]
+    named = [photo.source in known for photo in source.photos]
     share = _share("identities", source.photos, named)
-    _check_share("--identities", share, len(named), len(source.photos), least)
+    _check_share("--identities", share, named, least)
     photos = tuple(
         replace(photo, identity=known[photo.source][0]) if photo.source in known else photo
         for photo in source.photos
@@ -230,9 +228,9 @@ def _with_captions(source: Source, folder: Path, encoding: str, least: float) ->
         raise ConfigError(
             f"{folder} has no text file for any photo, for example none that is named {first}.txt. Name another folder."
         )
-    with_caption = [photo for photo in photos if photo.caption]
+    with_caption = [bool(photo.caption) for photo in photos]
     share = _share("captions", photos, with_caption)
-    _check_share("--captions", share, len(with_caption), len(photos), least)
+    _check_share("--captions", share, with_caption, least)
     return _with_note(replace(source, photos=photos), _rest(share, texts.unused(), "Texts", folder))
 
 
@@ -344,17 +342,14 @@ class _Names:
         return ""
 
 
-def _share(what: str, photos: Sequence[Photo], having: Sequence[Photo]) -> str:
-    """For example "captions for 1 of 3 photos; first without: 2.jpg"."""
-    text = f"{what} for {len(having)} of {len(photos)} photos"
-    if len(having) == len(photos):
-        return text
-    have = {photo.source for photo in having}
-    return f"{text}; first without: {next(photo.source for photo in photos if photo.source not in have)}"
+def _share(what: str, photos: Sequence[Photo], having: Sequence[bool]) -> str:
+    """For example "captions for 1 of 3 photos; first without: 2.jpg". `having` says it of each photo."""
+    text = f"{what} for {sum(having)} of {len(photos)} photos"
+    return text if all(having) else f"{text}; first without: {photos[having.index(False)].source}"
 
 
-def _check_share(option: str, share: str, count: int, total: int, least: float) -> None:
-    if count < least * total:
+def _check_share(option: str, share: str, having: Sequence[bool], least: float) -> None:
+    if sum(having) < least * len(having):
         raise ConfigError(
             f"{option}: {share}. At least {least:.1%} are asked for by --min-match; correct the names, or lower it."
         )
