@@ -65,6 +65,7 @@ def _scan(options: argparse.Namespace) -> int:
         numbered=options.numbered,
         encoding=options.encoding,
         min_match=options.min_match,
+        output=options.index,
     )
     print(f"{len(source.photos)} photos in {source.root} (layout {source.layout})")
     for text in (describe_inventory(source.files.facts()), *source.notes):

@@ -67,7 +67,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise ValueError(f"the key {key!r} is there twice, with different values")
+            raise ValueError(f"the key {key!r:.60} is there twice, with different values")
         found[key] = value
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -22,9 +23,12 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 
 @dataclass
 class Walk:
-    """The files below a folder. Hidden ones, and folders that cannot be listed or are there twice, are kept apart."""
+    """The files below a folder. Hidden ones, and folders that cannot be listed or are there twice, are kept apart; the files of the
+    index to write are left out.
+    """
 
     root: Path
+    output: Path | None = None
     hidden: list[str] = field(default_factory=list)
     linked: list[str] = field(default_factory=list)
     closed: list[tuple[str, str]] = field(default_factory=list)  # folders that cannot be opened, and why
@@ -32,16 +36,25 @@ class Walk:
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
         """Each folder's path from the root ("" for itself) and the names of the files in it, sorted."""
         seen: set[str] = set()
+        own = _own_files(self.output)
         for place, folders, names in os.walk(self.root, onerror=self._closed, followlinks=True):
             inside = _posix(Path(place).relative_to(self.root))
+            if any(
+                part.startswith(".") for part in PurePosixPath(inside).parts
+            ):  # for its files to be counted
+                folders[:] = [name for name in folders if not Path(place, name).is_symlink()]
+                self.hidden += [_join(inside, name) for name in names]
+                continue
             real = os.path.realpath(place)
             if real in seen:  # a link to a folder that was read already, perhaps one above it
                 folders.clear()
                 self.linked.append(inside)
                 continue
             seen.add(real)
-            self.hidden += [_join(inside, name) for name in (*folders, *names) if name.startswith(".")]
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if own is not None and real == own[0]:
+                names = [name for name in names if not own[1].fullmatch(name)]
+            self.hidden += [_join(inside, name) for name in names if name.startswith(".")]
+            folders[:] = sorted(name for name in folders if not _is_hidden_link(place, name))
             yield inside, sorted(name for name in names if not name.startswith("."))
 
     def _closed(self, error: OSError) -> None:
@@ -57,11 +70,26 @@ class Walk:
         return [Photo(place, problem=f"the folder cannot be opened ({why})") for place, why in self.closed]
 
 
-def photos_in_folder(folder: Path, encoding: str, counter: Counter) -> tuple[list[Photo], list[Photo]]:
+def _own_files(output: Path | None) -> tuple[str, re.Pattern[str]] | None:
+    """The folder of an index, and the names that files of it have there: what an earlier scan left says nothing about photos."""
+    if output is None:
+        return None
+    name, stem = re.escape(output.name), re.escape(output.stem)
+    pattern = rf"{name}(\.progress)?|\.{name}\.[0-9a-f]{{8}}|\.?{stem}\.[0-9a-f]{{16}}\.safetensors(\.[0-9a-f]{{8}})?"
+    return os.path.realpath(output.parent), re.compile(pattern)
+
+
+def _is_hidden_link(place: str, name: str) -> bool:
+    return name.startswith(".") and Path(place, name).is_symlink()
+
+
+def photos_in_folder(
+    folder: Path, encoding: str, counter: Counter, output: Path | None
+) -> tuple[list[Photo], list[Photo]]:
     """All photos below a folder, by path, and a row for each thing that may be photos but cannot be read. Identities are those
     that metadata tables tell.
     """
-    walk = Walk(folder)
+    walk = Walk(folder, output)
     photos: list[Photo] = []
     metadata = _Metadata(folder, encoding)
     texts: dict[str, Captions] = {}

@@ -17,7 +17,9 @@ from .tars import Part, Sample, is_hidden, read_part, read_shard, shards_of
 from .texts import decode_text, first_line
 
 
-def photos_in_shards(given: str, encoding: str, counter: Counter) -> tuple[Path, list[Photo]]:
+def photos_in_shards(
+    given: str, encoding: str, counter: Counter, output: Path | None
+) -> tuple[Path, list[Photo]]:
     """The photos of a shard, of all shards below a folder, or of those that a pattern stands for; first the folder that their
     sources start from. What lies beside the shards is counted as not read.
 
@@ -28,7 +30,7 @@ def photos_in_shards(given: str, encoding: str, counter: Counter) -> tuple[Path,
     rest: list[Photo] = []
     if path.is_dir():
         root = path
-        shards, rest = _shards_below(path, counter)
+        shards, rest = _shards_below(path, counter, output)
     else:
         shards = shards_of(given)
         root = Path(os.path.commonpath([shard.parent.absolute() for shard in shards]))
@@ -45,8 +47,8 @@ def photos_in_shards(given: str, encoding: str, counter: Counter) -> tuple[Path,
     return root, photos + rest
 
 
-def _shards_below(folder: Path, counter: Counter) -> tuple[list[Path], list[Photo]]:
-    walk = Walk(folder)
+def _shards_below(folder: Path, counter: Counter, output: Path | None) -> tuple[list[Path], list[Photo]]:
+    walk = Walk(folder, output)
     shards = []
     for inside, names in walk:
         for name in names:

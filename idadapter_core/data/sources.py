@@ -47,6 +47,7 @@ def list_photos(
     numbered: bool = False,
     encoding: str = "",
     min_match: float = 0.0,
+    output: Path | None = None,
 ) -> Source:
     """Every photo of a dataset, with identity and caption where the layout tells them. No photo is opened.
 
@@ -68,6 +69,7 @@ def list_photos(
         identities: a file with lines "image identity" (CelebA).
         numbered: the Nth line of a table, from 0, belongs to N.png, whatever path it names (FaceID-6M).
         encoding: of texts and tables that are no UTF-8 and have no byte order mark.
+        output: the index to write. Its own files, from an earlier scan, are not counted where they lie in the folder.
         min_match: the share of the photos that `captions` and `identities` must each have something for, 0..1.
 
     Raises:
@@ -80,9 +82,9 @@ def list_photos(
     if chosen not in LAYOUTS:
         raise ConfigError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if chosen == "webdataset":
-        source = _from_shards(text, encoding)
+        source = _from_shards(text, encoding, output)
     elif chosen in ("auto", "folders", "captions") and Path(text).suffix.lower() not in TABLE_SUFFIXES:
-        source = _from_folder(Path(text), chosen, encoding)
+        source = _from_folder(Path(text), chosen, encoding, output)
     else:
         source = _from_table(Path(text), chosen, root, numbered, encoding)
     if not source.photos:
@@ -138,14 +140,14 @@ def _layout_of_folder(folder: Path) -> str:
     return "webdataset" if shards else "auto"
 
 
-def _from_folder(folder: Path, layout: str, encoding: str) -> Source:
+def _from_folder(folder: Path, layout: str, encoding: str, output: Path | None) -> Source:
     """The photos below a folder; for the layout auto, a folder per person where none lies outside of one."""
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder. The layout {layout} needs a folder of photos{', or a .jsonl or .csv table' * (layout == 'captions')}."
         )
     counter = Counter()
-    photos, rows = photos_in_folder(folder, encoding, counter)
+    photos, rows = photos_in_folder(folder, encoding, counter, output)
     folders = {folder_of(photo) for photo in photos}
     if layout == "auto" and "" in folders and len(folders) > 1:
         raise ConfigError(
@@ -169,9 +171,9 @@ def _from_table(path: Path, layout: str, root: Path | None, numbered: bool, enco
     return Source(layout, start, tuple(named_photos(path, start, entries, numbered, encoding)))
 
 
-def _from_shards(text: str, encoding: str) -> Source:
+def _from_shards(text: str, encoding: str, output: Path | None) -> Source:
     counter = Counter()
-    root, photos = photos_in_shards(text, encoding, counter)
+    root, photos = photos_in_shards(text, encoding, counter, output)
     return Source("webdataset", root, tuple(photos), counter.inventory())
 
 
@@ -211,7 +213,7 @@ def _split_line(path: Path, number: int, line: str, names: _Names) -> tuple[str,
     """The photo and the person in a line. Where names have spaces, the parts are told apart by what photos there are."""
     gaps = [(gap.start(), gap.end()) for gap in re.finditer(r"\s+", line)]
     if not gaps:
-        raise ConfigError(f'{path} line {number} must read "image identity", got {line!r}')
+        raise ConfigError(f'{path} line {number} must read "image identity", got {line!r:.100}')
     for start, end in (gaps[-1], *gaps):
         if names.find(path, number, line[:start]):
             return line[:start], line[end:]

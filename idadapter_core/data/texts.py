@@ -41,7 +41,8 @@ def check_encoding(name: str) -> None:
 def decode_text(content: bytes, encoding: str = "") -> str:
     """The text of a file: by its byte order mark (UTF-8, 16, 32), else as UTF-8, else in the encoding that is named.
 
-    A named encoding reads what is no UTF-8, and plain ASCII, where encodings like ISO-2022-JP hide their escapes.
+    A named encoding reads what is no UTF-8, and ASCII, where encodings like ISO-2022-JP hide their escapes. But to a UTF-16 without
+    a mark, plain ASCII would be other letters, two in one.
 
     Raises:
         InputError: names the first byte that does not fit.
@@ -55,6 +56,9 @@ def decode_text(content: bytes, encoding: str = "") -> str:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
         return _decode(content, encoding)
+    is_plain = text.isascii() and not _SUSPECT.search(text)
+    if is_plain and "a".encode(encoding) != b"a":
+        return text
     return _decode(content, encoding) if text.isascii() or "\0" in text else text
 
 
@@ -129,7 +133,8 @@ def caption_of(text: str) -> str:
             f"it has the character U+{ord(found[0]):04X} at position {found.start()}, the sign of a wrong encoding; name the right one "
             "with --encoding (utf-16-le for UTF-16 without a byte order mark), or save it as UTF-8"
         )
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    # A byte order mark inside of a text comes of files that were joined.
+    return " ".join(text.replace("\ufeff", "").encode("utf-8", "replace").decode().split())
 
 
 def _decode(content: bytes, encoding: str) -> str:

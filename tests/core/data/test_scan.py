@@ -373,6 +373,25 @@ def test_what_was_not_read_is_in_the_index(package: Path, few: Path, tmp_path: P
     assert index.facts["notes"][0] in told
 
 
+def test_an_index_beside_the_photos_is_the_same_after_an_interruption(
+    package: Path, few: Path, tmp_path: Path
+) -> None:
+    def scan_into(name: str, **options: Any) -> bytes:
+        output = few / name
+        scan(list_photos(few, output=output), output, package=package, provider="cpu", **options)
+        return output.read_bytes()
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    first = scan_into("i.jsonl")
+    assert scan_into("i.jsonl") == first
+    with pytest.raises(KeyboardInterrupt):
+        scan_into("i.jsonl", progress=interrupt)
+    assert scan_into("i.jsonl") == first
+
+
 def test_an_index_from_before_files_were_counted(scanned: Scanned, tmp_path: Path) -> None:
     facts = {name: value for name, value in scanned.index.facts.items() if name not in ("files", "notes")}
     rows, embeddings = scanned.index.rows, scanned.index.embeddings()

@@ -298,6 +298,25 @@ class TestWhatIsNotRead:
         advised = {kind.kind for kind in files.unread if kind.advice}
         assert advised == expected.keys()
 
+    def test_hidden_folders_are_counted_by_their_files(self, tmp_path: Path) -> None:
+        touch(tmp_path, "bo/1.jpg", ".store/a/1.jpg", ".store/a/2.jpg", ".store/.x", "bo/.y/z.txt")
+        (tmp_path / "al").symlink_to(tmp_path / ".store" / "a")
+        source = list_photos(tmp_path)
+        assert [photo.source for photo in source.photos] == ["al/1.jpg", "al/2.jpg", "bo/1.jpg"]
+        assert not_read(source) == {"hidden": 4}
+
+    def test_the_index_itself_is_not_counted(self, tmp_path: Path) -> None:
+        touch(
+            tmp_path,
+            "1.jpg",
+            "i.jsonl",
+            "i.jsonl.progress",
+            ".i.jsonl.0123abcd",
+            "i.0123456789abcdef.safetensors",
+        )
+        assert not_read(list_photos(tmp_path, output=tmp_path / "i.jsonl")) == {}
+        assert sum(not_read(list_photos(tmp_path, output=tmp_path / "other.jsonl")).values()) == 4
+
     def test_heic_says_how(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(photos_module, "_registers_heif", lambda: False)
         touch(tmp_path, "1.jpg", "2.HEIC")

@@ -35,6 +35,7 @@ CAFE = "a woman in a café"
         # What tells its encoding by itself does so beside files of another one, too.
         (CAFE.encode(), "cp1251"),
         (CAFE.encode("utf-16"), "cp1251"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf" + CAFE.encode(), ""),
     ],
 )
 def test_encodings(content: bytes, encoding: str) -> None:
@@ -50,6 +51,10 @@ def test_a_named_encoding(text: str, encoding: str) -> None:
     assert first_line(decode_text(content, encoding)) == text
     with pytest.raises(InputError):
         first_line(decode_text(content))
+
+
+def test_plain_ascii_is_not_taken_for_two_byte_letters() -> None:
+    assert first_line(decode_text(b"a photo!", "utf-16-le")) == "a photo!"
 
 
 @pytest.mark.parametrize(
