@@ -17,6 +17,8 @@ from .inventory import HIDDEN, LINKED, NO_TABLE, TEXT_SUFFIXES, Counter, ending_
 from .photos import unread_suffixes
 from .tables import read_entries
 
+PARTS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
+"""What folders are called that hold parts of a dataset, not a person."""
 _METADATA = ("metadata.jsonl", "metadata.csv")
 """Tables of Hugging Face's imagefolder: what they say counts for the photos that they name, in their folder and below."""
 
@@ -178,7 +180,7 @@ class _Metadata:
         except InputError as error:
             self._rows.append(Photo(where, problem=str(error)))
             return
-        source = os.path.normpath(_join(inside, named)).replace(os.sep, "/")
+        source = self._source(inside, named)
         try:
             photo = replace(described(entry), source=source)
         except InputError as error:
@@ -191,6 +193,15 @@ class _Metadata:
         self._photos[source] = photo
         if before is None:
             self._by_case.setdefault(folded(source), []).append(source)
+
+    def _source(self, inside: str, named: str) -> str:
+        """The path from the root of a photo that a table in this folder names."""
+        root = os.path.abspath(self._root)  # noqa: PTH100, which would follow links
+        path = os.path.normpath(os.path.join(root, inside, named))  # noqa: PTH118
+        try:
+            return Path(os.path.relpath(path, root)).as_posix()
+        except ValueError:  # on another drive of Windows
+            return Path(path).as_posix()
 
     def described(self, photos: Sequence[Photo]) -> list[Photo]:
         """The photos of the folder with what the tables say about them."""

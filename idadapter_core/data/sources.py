@@ -13,7 +13,7 @@ from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Captions, folded, stem_of
 from .entries import Photo, noun_of_caption, with_noun
-from .folders import Walk, folder_of, nested_people, photos_in_folder
+from .folders import PARTS, Walk, folder_of, nested_people, photos_in_folder
 from .index import IN_SHARD
 from .inventory import Counter, Inventory, describe_unread, ending_of, is_photo
 from .photos import PHOTO_SUFFIXES
@@ -81,9 +81,15 @@ def list_photos(
     chosen = _layout(text) if layout == "auto" else layout
     if chosen not in LAYOUTS:
         raise ConfigError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    is_table = chosen in ("list", "ip-adapter") or _is_table(Path(text))
+    for option, is_given in (("--root", root is not None), ("--numbered", numbered)):
+        if is_given and (chosen == "webdataset" or not is_table):
+            raise ConfigError(
+                f"{option} belongs to a table or a list of photos; {text} is neither. Leave it out."
+            )
     if chosen == "webdataset":
         source = _from_shards(text, encoding, output)
-    elif chosen in ("auto", "folders", "captions") and Path(text).suffix.lower() not in TABLE_SUFFIXES:
+    elif not is_table:
         source = _from_folder(Path(text), chosen, encoding, output)
     else:
         source = _from_table(Path(text), chosen, root, numbered, encoding)
@@ -98,6 +104,10 @@ def list_photos(
     if captions is None and any(with_caption):
         source = _with_note(source, _share("captions", source.photos, with_caption))
     return source
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir()
 
 
 def _nothing(text: str, source: Source) -> str:
@@ -153,6 +163,11 @@ def _from_folder(folder: Path, layout: str, encoding: str, output: Path | None) 
         raise ConfigError(
             f"{folder} has photos of its own and in folders ({sorted(folders)[1]}, ...). Say which they are: --layout folders (a "
             "folder per person) or --layout captions (the folder says nothing about the person)."
+        )
+    if layout == "auto" and folders and all(folded(name) in PARTS for name in folders):
+        raise ConfigError(
+            f"{folder} has photos in {some(sorted(folders))}, which looks like parts of a dataset. Say what they are: --layout captions (the "
+            "folder says nothing about the person) or --layout folders (a folder per person)."
         )
     if layout == "captions" or folders == {""}:
         kept, nested, layout = photos, "", "captions"

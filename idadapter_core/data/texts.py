@@ -20,6 +20,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_MARK = "\ufeff"
 _UNDECODED = re.compile("[\udc80-\udcff]")
 # Control characters that are no white space, what decoders put in place of bytes they cannot read, and no characters at all.
 _SUSPECT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ufffe\uffff]")
@@ -68,7 +69,7 @@ def decode_lines(content: bytes, encoding: str = "") -> str:
     """
     if encoding or any(content.startswith(mark) for mark, _ in _MARKS[1:]):
         return decode_text(content, encoding)
-    return content.decode("utf-8-sig", "surrogateescape")
+    return content.decode("utf-8-sig", "surrogateescape").lstrip(_MARK)
 
 
 def undecoded(text: str) -> str:
@@ -134,12 +135,12 @@ def caption_of(text: str) -> str:
             "with --encoding (utf-16-le for UTF-16 without a byte order mark), or save it as UTF-8"
         )
     # A byte order mark inside of a text comes of files that were joined.
-    return " ".join(text.replace("\ufeff", "").encode("utf-8", "replace").decode().split())
+    return " ".join(text.replace(_MARK, "").encode("utf-8", "replace").decode().split())
 
 
 def _decode(content: bytes, encoding: str) -> str:
     try:
-        return content.decode(encoding)
+        return content.decode(encoding).lstrip(_MARK)  # programs that add a mark to what has one leave two
     except UnicodeDecodeError as error:
         name = _NAMES.get(encoding, encoding)
         raise InputError(_no_text(content[error.start], error.start, name)) from error

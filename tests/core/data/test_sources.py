@@ -9,6 +9,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -401,6 +402,23 @@ class TestMetadata:
         ]
         assert (source.files.tables, source.files.texts, not_read(source)) == (1, 1, {".txt": 1})
 
+    def test_by_absolute_paths_and_with_two_marks(self, tmp_path: Path) -> None:
+        touch(tmp_path, "0.jpg")
+        entry = json.dumps({"file_name": str(tmp_path / "0.jpg"), "text": "zero"})
+        (tmp_path / "metadata.jsonl").write_text(f"\ufeff{entry}", encoding="utf-8-sig")
+        assert captions(list_photos(tmp_path)) == {"0.jpg": "zero"}
+
+    def test_parts_of_a_dataset_are_no_people(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/0.jpg", "Test/1.jpg")
+        (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "zero"}')
+        with pytest.raises(
+            ConfigError, match="photos in Test, train, which looks like parts.*--layout captions"
+        ):
+            list_photos(tmp_path)
+        source = list_photos(tmp_path, "captions")
+        assert captions(source) == {"Test/1.jpg": "", "train/0.jpg": "zero"}
+        assert {photo.identity for photo in source.photos} == {""}
+
     def test_csv_and_a_table_of_another_kind(self, tmp_path: Path) -> None:
         touch(tmp_path, "a/0.jpg", "b/0.jpg")
         (tmp_path / "a" / "metadata.csv").write_text('file_name,text\n0.jpg,"one, two"\n')
@@ -719,6 +737,14 @@ class TestShards:
 
     def test_braces(self) -> None:
         assert expand_braces("a-{08..10}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10") for e in "xy"]
+
+
+@pytest.mark.parametrize("layout", ["auto", "webdataset"])
+@pytest.mark.parametrize("option", [{"root": Path()}, {"numbered": True}])
+def test_options_of_tables_are_not_ignored(layout: str, option: dict[str, Any], tmp_path: Path) -> None:
+    touch(tmp_path, "0.jpg")
+    with pytest.raises(ConfigError, match="belongs to a table"):
+        list_photos(tmp_path, layout, **option)
 
 
 @pytest.mark.parametrize(
