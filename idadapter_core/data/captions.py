@@ -98,7 +98,7 @@ class Captions:
 
 
 class Listings:
-    """What is in folders, each listed once, for tables that name files in them."""
+    """The names in folders, each listed once, for tables that name files in them."""
 
     def __init__(self, encoding: str) -> None:
         self._encoding = encoding

@@ -1,4 +1,4 @@
-"""Photos before they are looked at, and what tables and JSON files say about them."""
+"""Photos before they are looked at, and the fields by which tables and JSON files describe them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import InputError
 from .index import CLASS_NOUNS
 from .texts import BLANK, caption_of
 
-# What the fields of tables are called: by kohya, Hugging Face, IP-Adapter, FaceID-6M and our own shards.
+# The names that fields of tables have: with kohya, Hugging Face, IP-Adapter, FaceID-6M and our own shards.
 FILE_KEYS = ("file", "file_name", "filename", "image_file", "image_path", "image", "path")
 CAPTION_KEYS = ("caption", "text", "caption_en", "additional_feature", "description")
 IDENTITY_KEYS = ("identity", "person")
@@ -29,7 +29,7 @@ _WOMEN = frozenset("woman women female females girl girls lady she her hers wife
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """A photo before it is looked at: where it is, and what was said about it."""
+    """A photo before it is looked at: its place, and all that was said about it."""
 
     source: str  # as in `Row.source`
     identity: str = ""
@@ -37,7 +37,7 @@ class Photo:
     class_noun: str = ""  # "" where neither a label nor the caption tells
     offset: int = 0
     size: int = 0
-    problem: str = ""  # why it cannot be used, whatever it shows
+    problem: str = ""  # why it cannot be used, even with a good face
 
 
 def noun_of_caption(caption: str) -> str:
@@ -93,7 +93,7 @@ def plain_key(name: str) -> str:
 
 
 def described(entry: Mapping[str, Any]) -> Photo:
-    """What an entry (plain keys) says about a photo, whose place the caller adds.
+    """The facts about a photo in an entry (plain keys); the caller adds its place.
 
     Raises:
         InputError: names the field that is of a wrong kind.
@@ -126,7 +126,7 @@ def value_of(entry: Mapping[str, Any], keys: Sequence[str], *, lenient: bool = F
             continue
         if (
             isinstance(value, float) and value.is_integer()
-        ):  # what pandas makes of whole numbers in a column with gaps
+        ):  # so pandas writes whole numbers of a column with gaps
             value = int(value)
         if isinstance(value, str | int) and not isinstance(value, bool):
             return str(value).strip(BLANK)

@@ -18,9 +18,9 @@ from .photos import unread_suffixes
 from .tables import read_entries
 
 PARTS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
-"""What folders are called that hold parts of a dataset, not a person."""
+"""Names of folders that hold parts of a dataset, not a person."""
 _METADATA = ("metadata.jsonl", "metadata.csv")
-"""Tables of Hugging Face's imagefolder: what they say counts for the photos that they name, in their folder and below."""
+"""Tables of Hugging Face's imagefolder: they describe the photos that they name, in their folder and below."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Walk:
         self.closed.append((place or ".", error.strerror or str(error)))
 
     def leave_rest(self, counter: Counter) -> list[Photo]:
-        """Count what was kept apart. Returns a row for each folder that cannot be opened."""
+        """Count the files and folders that were kept apart. Returns a row for each folder that cannot be opened."""
         for name in self.hidden:
             counter.leave(name, HIDDEN)
         for name in self.linked:
@@ -73,7 +73,7 @@ class Walk:
 
 
 def _own_files(output: Path | None) -> tuple[str, re.Pattern[str]] | None:
-    """The folder of an index, and the names that files of it have there: what an earlier scan left says nothing about photos."""
+    """The folder of an index, and the names that its files have there: they are left by an earlier scan and are no part of the dataset."""
     if output is None:
         return None
     name, stem = re.escape(output.name), re.escape(output.stem)
@@ -142,7 +142,7 @@ def nested_people(folders: Collection[str]) -> str:
 
 
 class _Metadata:
-    """What the metadata tables below a folder say about the photos that they name."""
+    """The metadata tables below a folder, by the photos that they name."""
 
     def __init__(self, root: Path, encoding: str) -> None:
         self._root = root
@@ -204,7 +204,7 @@ class _Metadata:
             return Path(path).as_posix()
 
     def described(self, photos: Sequence[Photo]) -> list[Photo]:
-        """The photos of the folder with what the tables say about them."""
+        """The photos of the folder with the facts from the tables."""
         sources = {photo.source for photo in photos}
         return [self._described(photo, sources) for photo in photos]
 
@@ -220,7 +220,7 @@ class _Metadata:
         return replace(self._photos[name], source=photo.source)
 
     def unplaced(self) -> list[Photo]:
-        """The rows of lines that cannot be read, or name what is no photo of the folder."""
+        """The rows of lines that cannot be read, or name no photo of the folder."""
         absent = [
             replace(photo, problem=photo.problem or _absent(self._root, photo.source))
             for name, photo in self._photos.items()

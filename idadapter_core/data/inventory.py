@@ -1,4 +1,4 @@
-"""What became of every file that a scan was given: read as a photo, as a text, as a table, or not read."""
+"""An account of every file that a scan was given: read as a photo, as a text, as a table, or not read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _ADVICE = {
 class Unread:
     """Files of one kind that were not read."""
 
-    kind: str  # the ending, in lower case, or what else they have in common
+    kind: str  # the ending, in lower case, or another thing that they have in common
     count: int
     first: str  # path of one of them, the first by name
 
@@ -60,7 +60,7 @@ class Unread:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What became of the files in a folder, or in shards. The counts sum to all of them."""
+    """An account of the files in a folder, or in shards. The counts sum to all of them."""
 
     photos: int = 0
     texts: int = 0  # captions, and facts about a sample

@@ -57,7 +57,7 @@ _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9A-Fa-f]+>")
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _MAX_DEEP = 65535
 _MODES_OF_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-_CLOSE = 2  # levels; what a profile changes by no more than that is sRGB already
+_CLOSE = 2  # levels; a profile that changes no colour by more is sRGB
 
 
 def decode(content: bytes) -> Image:
@@ -113,7 +113,7 @@ def unread_suffixes() -> dict[str, str]:
 
 
 def codecs() -> dict[str, bool]:
-    """Which formats are read that not every installation reads. What a scan says of a photo depends on it."""
+    """Whether the formats that not every installation reads are read here. The findings of a scan depend on it."""
     return {"avif": "AVIF" in _formats(), "heif": _registers_heif()}
 
 

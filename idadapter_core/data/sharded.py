@@ -21,7 +21,7 @@ def photos_in_shards(
     given: str, encoding: str, counter: Counter, output: Path | None
 ) -> tuple[Path, list[Photo]]:
     """The photos of a shard, of all shards below a folder, or of those that a pattern stands for; first the folder that their
-    sources start from. What lies beside the shards is counted as not read.
+    sources start from. Files beside the shards are counted as not read.
 
     Raises:
         ConfigError: there is no shard, or one is compressed.
@@ -72,7 +72,7 @@ class _Reader:
         self._of_samples: set[int] = set()
 
     def photos(self) -> Iterator[Photo]:
-        """A photo of each sample, and one more row for what cannot be read of the shard."""
+        """A photo of each sample, and one more row for the part of the shard that cannot be read."""
         found = read_shard(self._shard)
         for sample in found.samples:
             yield self._photo(sample)
@@ -109,7 +109,7 @@ class _Reader:
             return replace(photo, problem=str(error))
 
     def _described(self, photo: Photo, sample: Sample) -> Photo:
-        """The photo with what the sample's other files say of it. A text counts for more than the JSON's caption."""
+        """The photo with the facts from the sample's other files. A text counts for more than the JSON's caption."""
         if "json" in sample.parts:
             said = self._facts(sample.parts["json"])
             photo = replace(said, source=photo.source, offset=photo.offset, size=photo.size)

@@ -34,7 +34,7 @@ class Source:
     root: Path
     photos: tuple[Photo, ...]
     files: Inventory = Inventory()  # of a folder or of shards; a table has its photos alone
-    notes: tuple[str, ...] = ()  # what was found that is no error, in whole sentences
+    notes: tuple[str, ...] = ()  # remarks that are no errors, in whole sentences
 
 
 def list_photos(
@@ -225,7 +225,7 @@ def _with_identities(source: Source, path: Path, encoding: str, least: float) ->
 
 
 def _split_line(path: Path, number: int, line: str, names: _Names) -> tuple[str, str]:
-    """The photo and the person in a line. Where names have spaces, the parts are told apart by what photos there are."""
+    """The photo and the person in a line. Where names have spaces, the photos that there are tell the parts from each other."""
     gaps = [(gap.start(), gap.end()) for gap in re.finditer(r"\s+", line)]
     if not gaps:
         raise ConfigError(f'{path} line {number} must read "image identity", got {line!r:.100}')
@@ -319,7 +319,7 @@ class _Texts:
 
 
 class _Names:
-    """Finds a photo by what a text calls it: its path, or its name alone where there is one of it, in any case."""
+    """Finds a photo by its name in a text: its path, or its name alone where there is one of it, in any case."""
 
     def __init__(self, source: Source) -> None:
         self._levels: list[dict[str, set[str]]] = [defaultdict(set) for _ in range(4)]
@@ -359,9 +359,9 @@ class _Names:
         return ""
 
 
-def _share(what: str, photos: Sequence[Photo], having: Sequence[bool]) -> str:
+def _share(kind: str, photos: Sequence[Photo], having: Sequence[bool]) -> str:
     """For example "captions for 1 of 3 photos; first without: 2.jpg". `having` says it of each photo."""
-    text = f"{what} for {sum(having)} of {len(photos)} photos"
+    text = f"{kind} for {sum(having)} of {len(photos)} photos"
     return text if all(having) else f"{text}; first without: {photos[having.index(False)].source}"
 
 
@@ -372,10 +372,10 @@ def _check_share(option: str, share: str, having: Sequence[bool], least: float) 
         )
 
 
-def _rest(share: str, unused: Sequence[str], what: str, path: Path) -> str:
+def _rest(share: str, unused: Sequence[str], kind: str, path: Path) -> str:
     if not unused:
         return share
-    return f"{share}. {what} of {path} without a photo: {len(unused)}; first: {unused[0]}"
+    return f"{share}. {kind} of {path} without a photo: {len(unused)}; first: {unused[0]}"
 
 
 def _with_note(source: Source, note: str) -> Source:

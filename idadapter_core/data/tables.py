@@ -49,7 +49,7 @@ def read_entries(path: Path, layout: str, encoding: str, *, numbered: bool = Fal
         numbered: whether entries need no field that names a photo.
 
     Raises:
-        ConfigError: the file cannot be read as what its ending says.
+        ConfigError: the file is not of the kind that its ending says.
     """
     content = _bytes(path)
     ending = path.suffix.lower()
@@ -172,9 +172,9 @@ def _parsed(line: str) -> Entry | str:
         return f"the line is no JSON ({error})"
 
 
-def _object(value: object, what: str) -> Entry | str:
+def _object(value: object, name: str) -> Entry | str:
     if not isinstance(value, dict):
-        return f"{what} is no JSON object"
+        return f"{name} is no JSON object"
     try:
         return with_plain_keys(value)
     except InputError as error:

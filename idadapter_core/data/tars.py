@@ -47,27 +47,27 @@ class Part:
 class Sample:
     """The files of a tar that belong together: those with one name before the first dot, wherever they stand.
 
-    Names with more dots belong together by what is before the last one where each such name has a photo (`a.01.jpg, a.01.txt, a.02.jpg`).
+    Names with more dots belong together by the part before the last one where each such name has a photo (`a.01.jpg, a.01.txt, a.02.jpg`).
     """
 
     key: str
     parts: dict[str, Part] = field(
         default_factory=dict
-    )  # by what comes after the key and a dot, in lower case
+    )  # by the rest of the name after the key and a dot, in lower case
     problem: str = ""  # why its files cannot be told apart
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is in a tar."""
+    """The content of a tar."""
 
     samples: list[Sample]
     parts: list[Part]  # all whole files, hidden ones included
-    problem: str = ""  # what is wrong with the rest of it; "" where nothing is
+    problem: str = ""  # the damage to the rest of it; "" where there is none
 
 
 def read_shard(path: Path) -> Shard:
-    """The whole samples of a shard, in the order in which their names come first, and what is wrong with the rest of it.
+    """The whole samples of a shard, in the order in which their names come first, and the damage to the rest of it.
 
     Names with a part that starts with a dot, such as those that macOS adds, belong to no sample. Links within the shard are
     followed. Before a damage, the last sample counts as whole only where it has the same kinds of files as the one before it; in a
@@ -135,7 +135,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _choices(inside: str) -> Sequence[str]:
-    """What braces stand for; nothing where they are part of a name."""
+    """The texts that braces stand for; none where they are part of a name."""
     numbers = _RANGE.fullmatch(inside)
     if not numbers:
         return inside.split(",") if "," in inside else []
@@ -150,7 +150,7 @@ def _choices(inside: str) -> Sequence[str]:
 
 
 def _parts(path: Path) -> tuple[list[Part], str, str]:
-    """The whole files of a tar, what is wrong after them, and the name of the one that is cut off, where that is known.
+    """The whole files of a tar, the damage after them, and the name of the one that is cut off, where that is known.
 
     A tar ends with a block of zeros. tarfile takes anything that is no header for the end, so the block is looked at here.
     """
@@ -188,7 +188,7 @@ def _parts(path: Path) -> tuple[list[Part], str, str]:
 
 
 def _end_problem(path: Path, end: int) -> str:
-    """What is wrong where tarfile sees the end of a tar: there must be zeros, and nothing else up to the end of the file."""
+    """The damage where tarfile sees the end of a tar: there must be zeros, and nothing else up to the end of the file."""
     with path.open("rb") as file:
         file.seek(end)
         block = file.read(_BLOCK)
@@ -223,7 +223,7 @@ def _target(name: str, info: tarfile.TarInfo) -> str:
 
 
 def _linked(parts: list[Part], links: Sequence[tuple[int, str]]) -> list[Part]:
-    """Links with the place and size of what they speak of, where that is there."""
+    """Links with the place and size of the file that they speak of, where it is there."""
     resolved = list(parts)
     targets = dict(links)
     places: dict[str, list[int]] = {}
@@ -265,7 +265,7 @@ def _split(name: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------- samples
 
 
-_Members = list[tuple[str, Part]]  # each with what comes after the first dot of its name
+_Members = list[tuple[str, Part]]  # each with the part of its name after the first dot
 
 
 def _joined_by_case(groups: Mapping[str, _Members]) -> dict[str, _Members]:
@@ -323,7 +323,7 @@ def _unique(key: str, members: _Members) -> list[Sample]:
     if not twice:
         return [Sample(key, dict(members))]
     problem = (
-        f"{twice[0]} is there {twice.count(twice[0])} times in the shard, so it is unknown what belongs together; give every sample "
+        f"{twice[0]} is there {twice.count(twice[0])} times in the shard, so its files cannot be told apart; give every sample "
         "a name of its own"
     )
     photos = [(name, part) for name, part in members if name in _PHOTOS]

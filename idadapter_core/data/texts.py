@@ -22,10 +22,10 @@ _MARKS = (
 )
 _MARK = "\ufeff"
 _UNDECODED = re.compile("[\udc80-\udcff]")
-# Control characters that are no white space, what decoders put in place of bytes they cannot read, and no characters at all.
+# Control characters that are no white space, the mark that decoders leave for bytes they cannot read, and code points that are no characters.
 _SUSPECT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ufffe\uffff]")
 BLANK = " \t\r\n\v\f"
-"""What may stand around a file's name in a list; other white space may belong to the name."""
+"""White space that may stand around a file's name in a list; other kinds may belong to the name."""
 
 
 def check_encoding(name: str) -> None:
@@ -42,7 +42,7 @@ def check_encoding(name: str) -> None:
 def decode_text(content: bytes, encoding: str = "") -> str:
     """The text of a file: by its byte order mark (UTF-8, 16, 32), else as UTF-8, else in the encoding that is named.
 
-    A named encoding reads what is no UTF-8, and ASCII, where encodings like ISO-2022-JP hide their escapes. But to a UTF-16 without
+    A named encoding reads texts that are no UTF-8, and ASCII, where encodings like ISO-2022-JP hide their escapes. But to a UTF-16 without
     a mark, plain ASCII would be other letters, two in one.
 
     Raises:
@@ -140,7 +140,7 @@ def caption_of(text: str) -> str:
 
 def _decode(content: bytes, encoding: str) -> str:
     try:
-        return content.decode(encoding).lstrip(_MARK)  # programs that add a mark to what has one leave two
+        return content.decode(encoding).lstrip(_MARK)  # some programs add a second mark
     except UnicodeDecodeError as error:
         name = _NAMES.get(encoding, encoding)
         raise InputError(_no_text(content[error.start], error.start, name)) from error

@@ -18,7 +18,7 @@ Member = tuple[str, bytes | tuple[bytes, str]]
 
 
 def write_tar(path: Path, members: list[Member]) -> Path:
-    """With members in this order, names twice too; a link is its type and what it speaks of."""
+    """With members in this order, names twice too; a link is its type and its target."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members:
@@ -164,7 +164,7 @@ def test_what_is_unclear_is_refused_by_name(
 
 
 def test_gaps_in_json_are_no_captions(tmp_path: Path) -> None:
-    """pandas writes NaN for what is missing, and makes numbers of such a column floating point."""
+    """pandas writes NaN for missing values, and makes numbers of such a column floating point."""
     members: list[Member] = [
         *photos("a"),
         ("a.json", b'\xef\xbb\xbf{" Caption": NaN, "text": null, "Identity": 12.0}'),

@@ -32,7 +32,7 @@ CAFE = "a woman in a café"
         (codecs.BOM_UTF32_BE + CAFE.encode("utf-32-be"), ""),
         (CAFE.encode("cp1252"), "cp1252"),
         (CAFE.encode("utf-16-le"), "utf-16-le"),
-        # What tells its encoding by itself does so beside files of another one, too.
+        # Texts that tell their encoding by themselves do so beside files of another one, too.
         (CAFE.encode(), "cp1251"),
         (CAFE.encode("utf-16"), "cp1251"),
         (b"\xef\xbb\xbf\xef\xbb\xbf" + CAFE.encode(), ""),
