@@ -29,6 +29,7 @@ from ..faces.images import Image
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import some, state_digest, write_lines, write_safetensors
 from .photos import decode
+from .texts import read_file
 
 VERSION = 1
 OK = "ok"
@@ -166,7 +167,7 @@ class Index:
 def read_photo(root: Path, source: str, offset: int, size: int) -> bytes:
     """The bytes of a photo, in a file of its own or within a shard. Raises OSError."""
     if not offset:
-        return (root / source).read_bytes()
+        return read_file(root / source)
     with (root / source.rpartition(IN_SHARD)[0]).open("rb") as shard:
         shard.seek(offset)
         content = shard.read(size)

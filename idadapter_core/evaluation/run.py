@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image as PILImage
-
 from ..data.index import Index
 from ..extra import require, versions
 from ..faces.images import Image
@@ -28,7 +25,7 @@ from .people import Person, Photo, choose_people
 from .prompts import POSE, Prompt
 from .report import Pictures as ReportPictures, to_html
 from .statistics import FAR
-from .storage import Arrays, Picture, Pictures, key_of, write_file
+from .storage import Arrays, Picture, Pictures, key_of, read_picture, write_file
 from .summary import Summary, summarise, to_json, to_markdown
 
 log = logging.getLogger(__name__)
@@ -238,8 +235,7 @@ class _Evaluation:
         prompts = {prompt.text: prompt for prompt in self.prompts}
 
         def of_row(row: ImageRow) -> Image:
-            with PILImage.open(self.folder / row.picture) as image:
-                return np.asarray(image.convert("RGB"))
+            return read_picture(self.folder / row.picture)
 
         def base(row: ImageRow) -> Image:
             assert row.seed is not None

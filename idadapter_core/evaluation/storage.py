@@ -43,6 +43,18 @@ def key_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def read_picture(path: Path) -> Image:
+    """A picture that an evaluation wrote (H, W, 3), RGB uint8. Raises what `_UNREADABLE` lists."""
+    with _open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _open(path: Path) -> PILImage.Image:
+    return PILImage.open(
+        path, formats=("PNG",)
+    )  # no other format is written, and Pillow has programs start for some
+
+
 @dataclass(frozen=True)
 class Picture:
     """A generated picture on the disk."""
@@ -54,8 +66,7 @@ class Picture:
 
     def read(self) -> Image:
         """(H, W, 3), RGB uint8."""
-        with PILImage.open(self.path) as image:
-            return np.asarray(image.convert("RGB"))
+        return read_picture(self.path)
 
 
 class Pictures:
@@ -95,7 +106,7 @@ def _seconds_of(path: Path) -> float | None:
     if not path.is_file():
         return None
     try:
-        with PILImage.open(path) as image:
+        with _open(path) as image:
             image.load()  # a cut file shows only when it is read
             return float(image.info["seconds"])
     except _UNREADABLE as error:
