@@ -110,6 +110,48 @@ def refused_photo(server: ComfyServer, image: Callable[[Graph], Node] | str, **e
     return refusal(server, graph, "IDAdapterExtractFaces")
 
 
+# --- numbers ---
+
+
+def test_numbers_that_are_none_from_the_prompt_and_from_another_node(server: ComfyServer) -> None:
+    """ComfyUI's own limits let NaN through, and check nothing that comes over a link."""
+    nan, far = float("nan"), 10**12
+    graph, nodes = uniid_graph()
+    enriched = graph.add(
+        "IDAdapterEnrich", image=nodes["photos"], count=1, seed=0, flip=True, rotation=10.0, colour=0.1
+    )
+    rewire(graph, nodes["faces"], image=enriched)
+    told = []
+    for entry in list(graph.workflow.values()):
+        if not entry["class_type"].startswith("IDAdapter"):
+            continue
+        info = server.object_info(entry["class_type"])["input"]
+        for name, (kind, *_) in {**info["required"], **info.get("optional", {})}.items():
+            if kind not in ("FLOAT", "INT"):
+                continue
+            given = entry["inputs"][name]
+            sources: list[Any] = [nan, graph.add("PrimitiveFloat", value=nan)[0]]
+            if kind == "INT":
+                sources = [graph.add("PrimitiveInt", value=-far)[0]]
+            for source in sources:
+                entry["inputs"][name] = source
+                message = refusal(server, graph, entry["class_type"])
+                assert f": {name} must be a" in message, message
+                assert f"got {nan if kind == 'FLOAT' else -far}" in message
+            entry["inputs"][name] = given
+            told.append(name)
+    assert {
+        "index",
+        "references",
+        "weight",
+        "early_fraction",
+        "token_weight",
+        "count",
+        "seed",
+        "colour",
+    } <= set(told)
+
+
 # --- photos ---
 
 

@@ -1,0 +1,76 @@
+"""Numbers that reach a node: ComfyUI checks those that were typed in, but lets NaN pass, and none that come from another node."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
+
+from ...idadapter_core.errors import InputError
+from .messages import say, warning
+
+
+def checks_numbers(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The node class, whose `execute` now refuses numbers outside the ranges of its schema (InputError)."""
+    execute = vars(node)["execute"].__func__
+    signature = inspect.signature(execute)
+
+    @functools.cache
+    def schema() -> io.Schema:
+        return node.define_schema()
+
+    @functools.wraps(execute)
+    def checked(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(cls, *args, **kwargs).arguments
+        _require_numbers(schema(), given)
+        return execute(cls, *args, **kwargs)
+
+    setattr(node, "execute", classmethod(checked))  # noqa: B010 (mypy refuses to assign to a method)
+    return node
+
+
+def _require_numbers(schema: io.Schema, given: dict[str, Any]) -> None:
+    for entry in schema.inputs:
+        if not isinstance(entry, io.Float.Input | io.Int.Input) or entry.id not in given:
+            continue
+        value = given[entry.id]
+        if value is None and entry.optional:
+            continue
+        if not (reason := _fault(entry, value)):
+            continue
+        text = f"{entry.id} must be {reason}, got {_shown(value)}. Enter such a number, or repair the node that is wired to it."
+        if isinstance(value, float) and not math.isfinite(value):
+            _say_here(str(schema.display_name), text)
+        raise InputError(f"{schema.display_name}: {text}")
+
+
+def _fault(entry: io.Float.Input | io.Int.Input, value: object) -> str:
+    """What a value should be instead; empty where it is that."""
+    whole = isinstance(entry, io.Int.Input)
+    kind = "a whole number" if whole else "a number"
+    low, high = entry.min, entry.max
+    if low is not None and high is not None:
+        kind += f" from {low} to {high}" if whole else f" from {low:g} to {high:g}"
+    if not isinstance(value, Integral if whole else Real):
+        return kind
+    # Comparing, because a whole number can be too large for a float. NaN fails both.
+    above = value >= (-math.inf if low is None else low)  # type: ignore[operator]
+    below = value <= (math.inf if high is None else high)  # type: ignore[operator]
+    return "" if above and below and abs(value) != math.inf else kind  # type: ignore[arg-type]
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def _say_here(title: str, text: str) -> None:
+    """Show a refusal on the node that runs: ComfyUI's own report quotes the value, and with NaN in it no browser can read it."""
+    context = get_executing_context()
+    if context is not None:
+        say(context.node_id, title, "run", [warning(text)])
