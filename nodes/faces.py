@@ -17,10 +17,10 @@ from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, o
 from ..idadapter_core.faces.enrich import MAX_COLOUR, MAX_ROTATION, enrich
 from ..idadapter_core.faces.features import ON_MISSING, extract_features
 from ..idadapter_core.faces.iresnet import digest, load_iresnet
-from ..idadapter_core.faces.packages import find_packages, resolve_package
+from ..idadapter_core.faces.packages import find_packages, package_files, resolve_package
 from ..idadapter_core.faces.preview import draw_preview, face_mask
 from .host import images, paths
-from .host.memory import manage
+from .host.memory import manage, require_same_file
 from .host.vision import encode_heads
 from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket
 
@@ -47,9 +47,17 @@ class LoadedAnalyzer:
         return result
 
 
-def load_recognizer(path: Path) -> Any:
-    """A torch face network as a ModelPatcher."""
-    return manage(load_iresnet(path), load_recognizer, path)
+def load_recognizer(path: Path) -> tuple[Any, str]:
+    """A torch face network as a ModelPatcher, and its digest."""
+    network = load_iresnet(path)
+    name = digest(network)
+    return manage(network, _reload_recognizer, path, name), name
+
+
+def _reload_recognizer(path: Path, expected: str) -> Any:
+    patcher, found = load_recognizer(path)
+    require_same_file(path, expected, found)
+    return patcher
 
 
 class LoadFaceAnalyzer(io.ComfyNode):
@@ -97,13 +105,18 @@ class LoadFaceAnalyzer(io.ComfyNode):
         if recognizer == FROM_PACKAGE:
             return io.NodeOutput(LoadedAnalyzer(open_analyzer(folder, provider, recognition=True)))
         progress = comfy.utils.ProgressBar(3)
-        patcher = load_recognizer(paths.path_of(paths.RECOGNIZERS, recognizer))
-        progress.update(1)
-        recognizer_digest = digest(patcher.model)
-        progress.update(1)
+        patcher, recognizer_digest = load_recognizer(paths.path_of(paths.RECOGNIZERS, recognizer))
+        progress.update(2)
         analyzer = open_analyzer(folder, provider)
         progress.update(1)
         return io.NodeOutput(LoadedAnalyzer(analyzer, patcher, recognizer_digest))
+
+    @classmethod
+    def fingerprint_inputs(cls, package: str | None, recognizer: str | None, **_: Any) -> str:
+        packages = find_packages(paths.insightface_roots())
+        folders = [folder for name, folder in packages.items() if package in (name, None)]
+        models = paths.stamp(*(path for folder in folders for path in package_files(folder)))
+        return f"{models} {paths.stamp_of(paths.RECOGNIZERS, recognizer)}"
 
 
 class ExtractFaces(io.ComfyNode):
