@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -16,9 +15,9 @@ from ..idadapter_core.faces.align import square_crop
 from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
 from ..idadapter_core.faces.enrich import MAX_COLOUR, MAX_ROTATION, enrich
 from ..idadapter_core.faces.features import ON_MISSING, extract_features
+from ..idadapter_core.faces.images import check_image
 from ..idadapter_core.faces.iresnet import digest, load_iresnet
 from ..idadapter_core.faces.packages import find_packages, package_files, resolve_package
-from ..idadapter_core.faces.preview import draw_preview, face_mask
 from .host import images, paths
 from .host.memory import manage, require_same_file
 from .host.vision import encode_heads
@@ -173,12 +172,14 @@ class ExtractFaces(io.ComfyNode):
                 io.Mask.Output(
                     "boxes",
                     display_name="boxes",
-                    tooltip="One mask per photo: 1 inside the chosen faces' boxes.",
+                    tooltip="One mask per photo: 1 inside the chosen faces' boxes. As large as the photo; smaller for more than "
+                    "16 photos, as the preview.",
                 ),
                 io.Image.Output(
                     "preview",
                     display_name="preview",
-                    tooltip="The photos with numbered boxes; the chosen faces in green.",
+                    tooltip="The photos with numbered boxes; the chosen faces in green. Of more than 16 photos it is made smaller: "
+                    "16 megapixels for all, but at least a quarter of each side.",
                 ),
                 io.String.Output(
                     "report",
@@ -213,21 +214,16 @@ class ExtractFaces(io.ComfyNode):
         )
         features = extraction.features
         if clip_vision is not None:
-            heads = [square_crop(pictures[face.image_index], face) for face in features.faces]
+            heads = (square_crop(check_image(pictures[face.image_index]), face) for face in features.faces)
             patch_tokens, class_embedding = encode_heads(clip_vision, heads)
             features = replace(features, patch_tokens=patch_tokens, class_embedding=class_embedding)
-        height, width = pictures[0].shape[:2]
-        previews = [
-            draw_preview(picture, found, chosen)
-            for picture, found, chosen in zip(pictures, extraction.found, extraction.chosen, strict=True)
-        ]
-        boxes = torch.stack([face_mask(chosen, height, width) for chosen in extraction.chosen])
+        preview, boxes = images.previews(pictures, extraction.found, extraction.chosen)
         assert features.crops is not None  # extract_features always cuts them
         return io.NodeOutput(
             features,
             images.crops_to_image(features.crops),
             boxes,
-            images.to_image(previews),
+            preview,
             extraction.report,
         )
 
@@ -303,4 +299,4 @@ class EnrichPhotos(io.ComfyNode):
         if len(pictures) >= count:
             return io.NodeOutput(image)
         enriched = enrich(pictures, count, seed, flip=flip, rotation=rotation, colour=colour)
-        return io.NodeOutput(images.to_image(enriched))
+        return io.NodeOutput(images.to_image(enriched, len(enriched)))

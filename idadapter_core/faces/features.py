@@ -37,7 +37,7 @@ class Extraction:
 
 
 def extract_features(
-    images: Sequence[Image],
+    images: Sequence[Image | Tensor],
     analyzer: FaceAnalyzer,
     recognizer: Recognizer | None,
     *,
@@ -161,13 +161,16 @@ def _embed(analyzer: FaceAnalyzer, crops: Sequence[Image], check: Callable[[], N
 def _recognize(
     recognizer: Recognizer, crops: Tensor, check: Callable[[], None]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    results = []
+    embedding, stages = torch.empty(0), tuple[Tensor, ...]()
     for start in range(0, len(crops), _CHUNK):
         check()
-        results.append(recognizer(crops[start : start + _CHUNK]))
-    embedding = torch.cat([embedding.float().cpu() for embedding, _ in results])
-    stages = zip(*(stages for _, stages in results), strict=True)
-    return embedding, tuple(torch.cat([part.float().cpu() for part in parts]) for parts in stages)
+        part, maps = recognizer(crops[start : start + _CHUNK])
+        if start == 0:  # room for all at once: joining parts in the end would need it twice
+            embedding, *others = (torch.empty(len(crops), *t.shape[1:]) for t in (part, *maps))
+            stages = tuple(others)
+        for whole, piece in zip((embedding, *stages), (part, *maps), strict=True):
+            whole[start : start + _CHUNK] = piece
+    return embedding, stages
 
 
 def _describe(name: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str]) -> list[str]:

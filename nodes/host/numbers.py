@@ -59,8 +59,8 @@ def _fault(entry: io.Float.Input | io.Int.Input, value: object) -> str:
     if not isinstance(value, Integral if whole else Real):
         return kind
     # Comparing, because a whole number can be too large for a float. NaN fails both.
-    above = value >= (-math.inf if low is None else low)  # type: ignore[operator]
-    below = value <= (math.inf if high is None else high)  # type: ignore[operator]
+    above = value >= (-math.inf if low is None else low)
+    below = value <= (math.inf if high is None else high)
     return "" if above and below and abs(value) != math.inf else kind  # type: ignore[arg-type]
 
 

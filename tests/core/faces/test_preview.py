@@ -3,7 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from idadapter_core.faces.preview import CHOSEN_COLOR, OTHER_COLOR, draw_preview, face_mask
+from idadapter_core.faces.preview import (
+    CHOSEN_COLOR,
+    OTHER_COLOR,
+    SHOWN_PIXELS,
+    draw_preview,
+    face_mask,
+    shown_size,
+)
 from idadapter_core.types import Face
 
 
@@ -69,3 +76,19 @@ def test_mask_covers_the_boxes() -> None:
 
 def test_mask_of_a_face_outside_is_empty() -> None:
     assert face_mask([_face(-30, -30, -10, -10), _face(50, 50, 60, 60)], 8, 10).sum() == 0
+
+
+def test_sizes_that_are_shown() -> None:
+    assert shown_size(16, 4320, 7680) == (4320, 7680), "few photos are shown as they are"
+    assert shown_size(200, 64, 64) == (64, 64), "small ones, too"
+    height, width = shown_size(200, 720, 1280)
+    assert 200 * height * width == pytest.approx(SHOWN_PIXELS, rel=0.01)
+    assert width / height == pytest.approx(1280 / 720, rel=0.01)
+    assert shown_size(5000, 720, 1280) == (180, 320)
+    assert shown_size(10**6, 32, 32000) == (8, 8000)
+
+
+def test_a_small_mask_still_shows_a_small_box() -> None:
+    mask = face_mask([_face(100, 200, 101, 201)], 720, 1280, (72, 128))
+    assert mask.shape == (72, 128)
+    assert mask.sum() == mask[20, 10] == 1
