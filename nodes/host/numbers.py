@@ -12,7 +12,9 @@ from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 
 from ...idadapter_core.errors import InputError
-from .messages import say, warning
+from .messages import Message, say, warning
+
+_refused: set[str] = set()  # ids of nodes that show a refusal
 
 
 def checks_numbers(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
@@ -27,29 +29,32 @@ def checks_numbers(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     @functools.wraps(execute)
     def checked(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
         given = signature.bind_partial(cls, *args, **kwargs).arguments
-        _require_numbers(schema(), given)
+        title = str(schema().display_name)
+        if fault := _fault_of(schema(), given):
+            _tell(title, [warning(fault)])
+            raise InputError(f"{title}: {fault}")
+        _tell(title, [])
         return execute(cls, *args, **kwargs)
 
     setattr(node, "execute", classmethod(checked))  # noqa: B010 (mypy refuses to assign to a method)
     return node
 
 
-def _require_numbers(schema: io.Schema, given: dict[str, Any]) -> None:
+def _fault_of(schema: io.Schema, given: dict[str, Any]) -> str:
+    """What is wrong with the first number that is wrong; empty where all can be used."""
     for entry in schema.inputs:
         if not isinstance(entry, io.Float.Input | io.Int.Input) or entry.id not in given:
             continue
         value = given[entry.id]
         if value is None and entry.optional:
             continue
-        if not (reason := _fault(entry, value)):
-            continue
-        text = f"{entry.id} must be {reason}, got {_shown(value)}. Enter such a number, or repair the node that is wired to it."
-        if isinstance(value, float) and not math.isfinite(value):
-            _say_here(str(schema.display_name), text)
-        raise InputError(f"{schema.display_name}: {text}")
+        if wanted := _wanted(entry, value):
+            shown = _shown(value)
+            return f"{entry.id} must be {wanted}, got {shown}. Enter such a number, or repair the node that is wired to it."
+    return ""
 
 
-def _fault(entry: io.Float.Input | io.Int.Input, value: object) -> str:
+def _wanted(entry: io.Float.Input | io.Int.Input, value: object) -> str:
     """What a value should be instead; empty where it is that."""
     whole = isinstance(entry, io.Int.Input)
     kind = "a whole number" if whole else "a number"
@@ -69,8 +74,16 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _say_here(title: str, text: str) -> None:
-    """Show a refusal on the node that runs: ComfyUI's own report quotes the value, and with NaN in it no browser can read it."""
+def _tell(title: str, messages: list[Message]) -> None:
+    """Show a refusal on the node that runs, or take it away again.
+
+    ComfyUI's own report of an error quotes the values, and with NaN in it no browser can read it.
+    """
     context = get_executing_context()
-    if context is not None:
-        say(context.node_id, title, "run", [warning(text)])
+    if context is None or (not messages and context.node_id not in _refused):
+        return
+    say(context.node_id, title, "run", messages)
+    if messages:
+        _refused.add(context.node_id)
+    else:
+        _refused.discard(context.node_id)
