@@ -94,7 +94,7 @@ def _read_into_memory(path: Path, windows: Mapping[str, Tensor]) -> dict[str, Te
             target = tensors[key].view(-1).view(torch.uint8).numpy()
             begin, end = header[key]["data_offsets"] if key in header else (0, 0)
             file.seek(8 + length + begin)
-            if end - begin != target.nbytes or file.readinto(memoryview(target)) != target.nbytes:
+            if end - begin != target.nbytes or file.readinto(target.data) != target.nbytes:
                 raise OSError("another file took its place while it was read")
     return tensors
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 MIN_PHOTOS = 3
 """Of a person; with fewer, the median embedding says nothing."""
-_PROGRESS_VERSION = 1
+_PROGRESS_VERSION = 2
 _SYNC_SECONDS = 1.0
 _AHEAD = 4  # photos handed out to each worker before its results are back
 _NOUNS = {"M": "man", "F": "woman"}

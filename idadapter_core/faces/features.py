@@ -13,15 +13,25 @@ from torch import Tensor
 from ..errors import FaceError, InputError, NoFaceFoundError, RecognizerError
 from ..types import Face, FaceFeatures
 from .align import align_face
-from .detector import DETECTION_SIZES, FaceAnalyzer, order_faces, select_faces
+from .detector import FaceAnalyzer, Search, order_faces, select_faces
 from .images import Image, check_image, image_name
 
 log = logging.getLogger(__name__)
 
 ON_MISSING = ("error", "skip")
 SMALL_BOX = 64  # pixels
+WIDE, LARGE = (
+    1.6,
+    1024,
+)  # sides of a photo to each other, and pixels of the longer one: from here on a face may be small in it
 SMALL_EYE_DISTANCE = 20  # pixels
 _CHUNK = 16  # crops per call of the recogniser
+
+# ComfyUI has one size for all pictures of a batch, so what arrives here may not be what the user gave.
+_IN_A_BATCH = (
+    ". In a batch every photo but the first may have been scaled and cropped to the size of the first: crop or pad them to one shape "
+    "before they are joined. Or set on_missing to skip, to leave this photo out"
+)
 
 Recognizer = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
 
@@ -77,20 +87,20 @@ def extract_features(
     for position, given in enumerate(images):
         image = check_image(given, position, len(images))
         name = image_name(image, position, len(images))
-        faces = order_faces(analyzer.detect(image, position, check), select)
+        search = analyzer.search(image, position, check)
+        faces = order_faces(search.faces, select)
         found.append(tuple(faces))
         try:
-            picked, new_crops, left_out = _pick(image, faces, select, index)
+            picked, new_crops, left_out = _pick(image, search, faces, select, index)
         except FaceError as error:
             if on_missing == "error":
-                hint = "; or set on_missing to skip, to leave this photo out" if len(images) > 1 else ""
-                raise type(error)(f"{name}: {error}{hint}") from error
+                raise type(error)(f"{name}: {error}{_IN_A_BATCH if len(images) > 1 else ''}") from error
             chosen.append(())
             lines.append(f"{name}: skipped, {error}")
         else:
             chosen.append(tuple(picked))
             crops += new_crops
-            lines += _describe(name, faces, picked, left_out)
+            lines += _describe(name, search.step, faces, picked, left_out)
         progress()
 
     if not crops:
@@ -123,15 +133,11 @@ def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
 
 
 def _pick(
-    image: Image, faces: Sequence[Face], select: str, index: int
+    image: Image, search: Search, faces: Sequence[Face], select: str, index: int
 ) -> tuple[list[Face], list[Image], list[str]]:
     """The chosen faces that can be cut out, their crops, and why others cannot (only where all were asked for)."""
     if not faces:
-        raise NoFaceFoundError(
-            f"no face found. Tried detector sizes {DETECTION_SIZES[0]} to {DETECTION_SIZES[-1]} px and padding. "
-            "Use an upright, unobstructed face; a photo from a phone may lie on its side. In a batch every photo but the first may "
-            "have been cropped to the first one's shape: crop or pad them to one shape before they are joined"
-        )
+        raise NoFaceFoundError(_not_found(image, search))
     picked: list[Face] = []
     crops: list[Image] = []
     left_out: list[str] = []
@@ -147,6 +153,22 @@ def _pick(
     if not picked:
         raise FaceError(f"none of {len(faces)} faces can be used: {'; '.join(left_out)}")
     return picked, crops, left_out
+
+
+def _not_found(image: Image, search: Search) -> str:
+    height, width = image.shape[:2]
+    if search.too_small:
+        return (
+            f"the face in it is too small, about {search.too_small:.0f} px high; {SMALL_BOX} px and more make a good identity. Use "
+            "a photo taken from nearer, or the same photo in its full size, cropped to head and shoulders"
+        )
+    advice = "Use an upright, unobstructed face; a photo from a phone may lie on its side"
+    if max(height, width) >= WIDE * min(height, width) or max(height, width) > LARGE:
+        advice = (
+            "Is the face small in it? Crop the photo to head and shoulders. Otherwise use an upright, unobstructed face; a photo "
+            "from a phone may lie on its side"
+        )
+    return f"no face found (looked {search.step}). {advice}"
 
 
 def _embed(analyzer: FaceAnalyzer, crops: Sequence[Image], check: Callable[[], None]) -> Tensor:
@@ -173,9 +195,11 @@ def _recognize(
     return embedding, stages
 
 
-def _describe(name: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str]) -> list[str]:
+def _describe(
+    name: str, step: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str]
+) -> list[str]:
     noun = "1 face" if len(faces) == 1 else f"{len(faces)} faces"
-    lines = [f"{name}: {noun} found at {faces[0].detection_size} px"]
+    lines = [f"{name}: {noun} found {step}"]
     lines += [f"  warning: {reason}" for reason in left_out]
     if len(faces) > len(picked) + len(left_out):
         used, last = faces.index(picked[0]), len(faces) - 1

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
@@ -63,10 +63,10 @@ def _wanted(entry: io.Float.Input | io.Int.Input, value: object) -> str:
         kind += f" from {low} to {high}" if whole else f" from {low:g} to {high:g}"
     if not isinstance(value, Integral if whole else Real):
         return kind
-    # Comparing, because a whole number can be too large for a float. NaN fails both.
-    above = value >= (-math.inf if low is None else low)
-    below = value <= (math.inf if high is None else high)
-    return "" if above and below and abs(value) != math.inf else kind  # type: ignore[arg-type]
+    # Only compared, because a whole number can be too large for a float. NaN fails both.
+    number = cast(float, value)
+    inside = (-math.inf if low is None else low) <= number <= (math.inf if high is None else high)
+    return "" if inside and abs(number) != math.inf else kind
 
 
 def _shown(value: object) -> str:

@@ -158,9 +158,7 @@ def test_any_form_of_image_is_read(analyzer: FaceAnalyzer) -> None:
 
 class TestMissing:
     def test_error_names_the_photo(self, analyzer: FaceAnalyzer) -> None:
-        expected = (
-            r"image 2 of 4 \(768x1024\): no face found\. Tried detector sizes 640 to 128 px and padding"
-        )
+        expected = r"image 2 of 4 \(768x1024\): no face found \(looked at 640 to 128 px, with a border around it, at 1024 to 1280 px\)\."
         with pytest.raises(NoFaceFoundError, match=expected):
             extract_features([ONE, NOBODY, ONE, ONE], analyzer, None)
 
