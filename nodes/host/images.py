@@ -23,7 +23,8 @@ def photos(image: Tensor) -> list[Tensor]:
     """
     if image.ndim != 4:
         raise InputError(
-            f"expected an IMAGE of shape (batch, height, width, channels), got {tuple(image.shape)}"
+            f"expected an IMAGE of shape (batch, height, width, channels), got {tuple(image.shape)}; "
+            "repair the node that made it"
         )
     for index, photo in enumerate(image):
         require_image(photo, index, len(image))
