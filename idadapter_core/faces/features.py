@@ -28,10 +28,11 @@ SMALL_EYE_DISTANCE = 20  # pixels
 _CHUNK = 16  # crops per call of the recogniser
 
 # ComfyUI has one size for all pictures of a batch, so what arrives here may not be what the user gave.
-_IN_A_BATCH = (
+_CROPPED = (
     ". In a batch every photo but the first may have been scaled and cropped to the size of the first: crop or pad them to one shape "
-    "before they are joined. Or set on_missing to skip, to leave this photo out"
+    "before they are joined"
 )
+_SKIP = ". Or set on_missing to skip, to leave this photo out"
 
 Recognizer = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
 
@@ -94,7 +95,10 @@ def extract_features(
             picked, new_crops, left_out = _pick(image, search, faces, select, index)
         except FaceError as error:
             if on_missing == "error":
-                raise type(error)(f"{name}: {error}{_IN_A_BATCH if len(images) > 1 else ''}") from error
+                hint = ""
+                if len(images) > 1:
+                    hint = (_CROPPED if isinstance(error, NoFaceFoundError) else "") + _SKIP
+                raise type(error)(f"{name}: {error}{hint}") from error
             chosen.append(())
             lines.append(f"{name}: skipped, {error}")
         else:
