@@ -1,9 +1,9 @@
-"""Pictures of what the detector found."""
+"""Pictures of what the detector found, and of what became of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -15,30 +15,41 @@ from .images import Image
 
 CHOSEN_COLOR = (40, 220, 80)
 OTHER_COLOR = (255, 180, 40)
+LEFT_OUT_COLOR = (235, 40, 40)
+MOST_SHOWN = 8  # pictures in a node; a video has hundreds of frames
+LONGEST_SIDE = 768  # pixels of a picture in a node
+_EMPHASIS = 1.8  # a node is about a third of a picture wide: lines and numbers are drawn this much larger
+_TILE = LONGEST_SIDE // 3
+_GROUND = (48, 48, 48)
 
-FEW = 16  # photos: so many are shown as large as they are
-SHOWN_PIXELS = 2**24  # of all pictures of a larger batch
+FEW = 16  # photos: so many are given out as large as they are
+GIVEN_PIXELS = 2**24  # of all pictures of a larger batch
 LEAST_SHARE = 1 / 4  # of a photo's sides: smaller pictures would show nothing
 
 
-def shown_size(count: int, height: int, width: int) -> tuple[int, int]:
+def preview_size(count: int, height: int, width: int) -> tuple[int, int]:
     """(height, width) of pictures of `count` photos: the photos' own, or smaller for a video, whose photos fill the memory."""
     if count <= FEW:
         return height, width
-    share = min(1.0, max(LEAST_SHARE, math.sqrt(SHOWN_PIXELS / (count * height * width))))
+    share = min(1.0, max(LEAST_SHARE, math.sqrt(GIVEN_PIXELS / (count * height * width))))
     return max(round(height * share), 1), max(round(width * share), 1)
 
 
 def draw_preview(
-    image: Image, found: Sequence[Face], chosen: Sequence[Face], size: tuple[int, int] | None = None
+    image: Image,
+    found: Sequence[Face],
+    chosen: Sequence[Face],
+    emphasis: float = 1.0,
+    size: tuple[int, int] | None = None,
 ) -> Image:
     """A copy of the photo (H, W, 3), RGB uint8, with a box, number and score for each face.
 
     The numbers are the positions in `found`: pass the faces in selection order, and they are the values of `index`.
-    Chosen faces have a thick green box and a filled label, the others a thin orange one.
+    Chosen faces have a thick green box and a filled label, the others a thin orange one. `emphasis` multiplies the size of
+    labels and the width of lines.
 
     Args:
-        size: (height, width) to draw it at; None is the photo's own.
+        size: (height, width) to draw it at, of the photo's shape; None is the photo's own.
     """
     picture = PILImage.fromarray(image)
     if size is not None and size != image.shape[:2]:
@@ -46,8 +57,8 @@ def draw_preview(
     scale_x, scale_y = picture.width / image.shape[1], picture.height / image.shape[0]
     draw = ImageDraw.Draw(picture)
     short_side = min(picture.size)
-    font = ImageFont.load_default(size=max(12, round(short_side / 28)))
-    thin = max(1, round(short_side / 300))
+    font = ImageFont.load_default(size=max(12, round(emphasis * short_side / 28)))
+    thin = max(1, round(emphasis * short_side / 300))
     for number, face in enumerate(found):
         is_chosen = face in chosen
         color = CHOSEN_COLOR if is_chosen else OTHER_COLOR
@@ -63,6 +74,39 @@ def draw_preview(
         draw.rectangle((x, y, x + width, y + height), fill=color if is_chosen else (0, 0, 0), outline=color)
         draw.text((x + thin + 1, y + thin + 1), label, fill=(0, 0, 0) if is_chosen else color, font=font)
     return np.array(picture, dtype=np.uint8)
+
+
+def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -> Image:
+    """As `draw_preview`, of a copy whose longer side is at most 768 px. A photo without a chosen face was left out: it gets a
+    red frame."""
+    height, width = image.shape[:2]
+    scale = min(1.0, LONGEST_SIDE / max(height, width))
+    size = (max(round(height * scale), 1), max(round(width * scale), 1))
+    drawn = draw_preview(image, found, chosen, _EMPHASIS, size)
+    return drawn if chosen else _framed(drawn, "left out", LEFT_OUT_COLOR)
+
+
+def crop_sheet(crops: Tensor, captions: Sequence[str], left_out: Collection[int]) -> Image:
+    """All the faces in one picture, up to three in a row, each with a caption: those of `left_out` in a red frame, others in green.
+
+    `crops`: recogniser inputs (F, 3, H, W), RGB in [-1, 1], at least one.
+    """
+    columns = math.ceil(math.sqrt(len(crops)))
+    rows = math.ceil(len(crops) / columns)
+    sheet = PILImage.new("RGB", (_TILE * columns, _TILE * rows), _GROUND)
+    pixels = ((crops.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    for i, (crop, caption) in enumerate(zip(pixels.movedim(1, -1).numpy(), captions, strict=True)):
+        tile = np.array(PILImage.fromarray(crop).resize((_TILE, _TILE)), dtype=np.uint8)
+        color = LEFT_OUT_COLOR if i in left_out else CHOSEN_COLOR
+        corner = (i % columns * _TILE, i // columns * _TILE)
+        sheet.paste(PILImage.fromarray(_framed(tile, caption, color)), corner)
+    return np.array(sheet, dtype=np.uint8)
+
+
+def worth_showing(count: int, first: Collection[int]) -> list[int]:
+    """Which of `count` pictures a node shows, in their order: all, or 8 of them, those of `first` before others."""
+    by_rank = sorted(range(count), key=lambda i: (i not in first, i))
+    return sorted(by_rank[:MOST_SHOWN])
 
 
 def face_mask(faces: Sequence[Face], height: int, width: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -84,3 +128,23 @@ def face_mask(faces: Sequence[Face], height: int, width: int, size: tuple[int, i
 def _span(start: float, end: float) -> tuple[int, int]:
     first = max(round(start), 0)
     return first, max(round(end), first + 1 if end > 0 else 0)
+
+
+def _framed(image: Image, caption: str, color: tuple[int, int, int]) -> Image:
+    """A copy of a picture (H, W, 3) with a frame inside its edge and a caption in the lower left corner."""
+    picture = PILImage.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    short_side = min(picture.size)
+    width = max(2, round(short_side / 40))
+    font = ImageFont.load_default(size=max(12, round(short_side / 11)))
+    _, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
+    y = picture.height - (bottom - top) - 4 * width
+    draw.rectangle((0, y, right + 4 * width, picture.height), fill=color)
+    draw.text(
+        (2 * width, y + width - top),
+        caption,
+        fill=(255, 255, 255) if color == LEFT_OUT_COLOR else (0, 0, 0),
+        font=font,
+    )
+    draw.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=color, width=width)
+    return np.array(picture, dtype=np.uint8)

@@ -38,8 +38,10 @@ class Findings:
             messages.say(node_id, title, topic, found)
 
 
-def before_sampling(plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str, Any]]]) -> Findings:
-    """What can be told from the plan and the conditionings by role before the first model call."""
+def before_sampling(
+    plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str, Any]]], latents: int
+) -> Findings:
+    """What can be told before the first model call from the plan, the conditionings by role, and the number of latents."""
     found = Findings(plan)
     prompted: set[str] = set()
     for role, group in conditionings.items():
@@ -58,6 +60,8 @@ def before_sampling(plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str
     for application in plan.applications:
         if application.switched_on:
             found.about(application.node_id, APPLY, *_left_out(application, plan, prompted))
+            if application.masks > 1 and application.masks != latents:
+                found.about(application.node_id, APPLY, _mask_count(application.masks, latents))
     rescale = plan.rescaling
     if rescale is not None and not rescale.gated and not rescale.every_patch and plan.applications:
         if all(application.gated for application in plan.applications):
@@ -122,6 +126,11 @@ def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[
             "node, or add it with mode off if that is what you want."
         )
     return texts
+
+
+def _mask_count(masks: int, latents: int) -> str:
+    rest = "the others are not used" if masks > latents else "after the last mask they begin anew"
+    return f"attn_mask is a batch of {masks} for {latents} latents: each latent takes the mask of its number, and {rest}."
 
 
 def _cause(model_options: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from comfy.ldm.modules import attention as comfy_attention
 from torch import Tensor
 
 from ...idadapter_core.attention import add_residual, token_norms
+from ...idadapter_core.errors import InputError
 from .owners import owner_of
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -30,7 +31,17 @@ TOLERANCE = 0.25
 
 
 def text_attention(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
-    """The plain attention of a layer, through ComfyUI's own function and whatever overrides it."""
+    """The plain attention of a layer, through ComfyUI's own function and whatever overrides it.
+
+    Raises:
+        InputError: another node has put texts below those of the picture's rows.
+    """
+    if len(k) != len(q):
+        raise InputError(
+            f"another node gives the model's cross-attention {len(k)} texts for {len(q)} rows of the picture, as samplers with negative "
+            "guidance inside of the model do (KSamplerWithNAG). No identity can act beside that. Use an ordinary sampler; guidance "
+            "nodes that patch the MODEL work."
+        )
     out: Tensor = comfy_attention.optimized_attention(
         q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"), transformer_options=extra
     )

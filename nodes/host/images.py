@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.faces.images import Image, check_image, require_image
-from ...idadapter_core.faces.preview import draw_preview, face_mask, shown_size
+from ...idadapter_core.faces.preview import draw_preview, face_mask, preview_size
 from ...idadapter_core.types import Face
 
 
@@ -44,12 +46,12 @@ def to_image(pictures: Iterable[Image], count: int) -> Tensor:
 def previews(
     pictures: Sequence[Tensor], found: Sequence[Sequence[Face]], chosen: Sequence[Sequence[Face]]
 ) -> tuple[Tensor, Tensor]:
-    """IMAGE of photos with boxes around their faces, and MASK of the chosen ones; see `shown_size` for their size."""
+    """IMAGE of photos with boxes around their faces, and MASK of the chosen ones; see `preview_size` for their size."""
     count = len(pictures)
     height, width = pictures[0].shape[:2]
-    size = shown_size(count, height, width)
+    size = preview_size(count, height, width)
     drawn = (
-        draw_preview(check_image(picture, number, count), found[number], chosen[number], size)
+        draw_preview(check_image(picture, number, count), found[number], chosen[number], size=size)
         for number, picture in enumerate(pictures)
     )
     boxes = torch.zeros(count, *size)
@@ -61,3 +63,13 @@ def previews(
 def crops_to_image(crops: Tensor) -> Tensor:
     """Recogniser input (F, 3, H, W), RGB in [-1, 1] -> IMAGE (F, H, W, 3) in 0..1."""
     return ((crops + 1) / 2).movedim(1, -1).contiguous().cpu()
+
+
+def picture_ui(node: type[io.ComfyNode], pictures: Sequence[Image]) -> dict[str, Any]:
+    """The part of a node's UI output that shows pictures (H, W, 3), RGB uint8, of any sizes in it."""
+    if not pictures:
+        return {}
+    shown: dict[str, Any] = ui.PreviewImage(
+        [to_image([picture], 1)[0] for picture in pictures], cls=node
+    ).as_dict()
+    return shown

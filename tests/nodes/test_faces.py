@@ -113,7 +113,7 @@ def test_a_video_takes_little_more_memory_than_its_frames(
     from ComfyUI_IDAdapter.idadapter_core.faces import preview as previews
 
     count = 48
-    monkeypatch.setattr(previews, "SHOWN_PIXELS", 2**24 * count // 200, raising=False)
+    monkeypatch.setattr(previews, "GIVEN_PIXELS", 2**24 * count // 200, raising=False)
     frame = torch.from_numpy(synthesize(1280, 720, [MarkedFace(640, 360, 60)]))
     extract_frames(package_analyzer, frame[None].float() / 255)  # what is set up once
     with PeakMemory() as peak:
@@ -131,7 +131,7 @@ def test_masks_and_previews_of_many_photos_are_smaller_and_still_right(
 ) -> None:
     from ComfyUI_IDAdapter.idadapter_core.faces import preview as previews
 
-    monkeypatch.setattr(previews, "SHOWN_PIXELS", 100_000)
+    monkeypatch.setattr(previews, "GIVEN_PIXELS", 100_000)
     height, width = 240, 320
     frame = torch.from_numpy(synthesize(width, height, [MarkedFace(200, 120, 50)])).float() / 255
     features, _, boxes, preview, _ = extract_frames(package_analyzer, frame.expand(count, -1, -1, -1))

@@ -21,6 +21,7 @@ from tests.nodes.sampling import (
     attach,
     difference,
     draw,
+    noise,
     person,
     prompt,
     rescale,
@@ -230,6 +231,13 @@ def test_an_identity_attached_in_the_wrong_role(heard: Heard) -> None:
     sample(model, prompt(kind, "positive"), attach(prompt(kind, "negative"), identity, "positive"))
     (said,) = heard("Attach Identity to Conditioning")
     assert "attached as positive is used as negative" in said
+
+
+@pytest.mark.parametrize(("masks", "said"), [(3, "the others are not used"), (2, None), (1, None)])
+def test_masks_that_are_not_as_many_as_the_latents(masks: int, said: str | None, heard: Heard) -> None:
+    model = apply(unet("sd15"), "sd15", person("sd15"), mask=torch.ones(masks, 8, 8))
+    draw(rescale(model), "sd15", latent_noise=noise(2))
+    assert [said in text for text in heard(APPLY)] == ([True] if said else [])
 
 
 def test_messages_of_a_run_do_not_stay(events: dict[tuple[str, str], list[str]]) -> None:

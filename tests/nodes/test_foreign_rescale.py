@@ -279,6 +279,18 @@ def test_rounding_is_no_addition(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.out, other_order(q, k, v, {"n_heads": 4}), atol=2e-2, rtol=2e-2)
 
 
+def test_texts_below_those_of_the_picture_are_refused_in_words() -> None:
+    """KSamplerWithNAG puts its negative below the other texts, and replaces what an attn2 replacement goes past."""
+
+    def with_negative(n: Tensor, context: Tensor, value: Tensor, extra: dict[str, Any]) -> list[Tensor]:
+        return [n, *(torch.cat([x, x[:1]]) for x in (context, value))]
+
+    clone = unet(KIND).clone()
+    clone.set_model_attn2_patch(with_negative)
+    with pytest.raises(RuntimeError, match="3 texts for 2 rows of the picture.*Use an ordinary sampler"):
+        draw(apply(clone, KIND, person(KIND)), KIND)
+
+
 def test_owners_are_named_by_their_pack() -> None:
     from ComfyUI_IDAdapter.nodes.host.owners import owner_of
 
@@ -287,5 +299,7 @@ def test_owners_are_named_by_their_pack() -> None:
     attention.__module__ = "/home/me/ComfyUI/custom_nodes/ComfyUI-PLADIS_x_1.nodes"
     attention.__qualname__ = "wrap.<locals>.attention"
     assert owner_of(attention) == "ComfyUI-PLADIS.1 (wrap)"
+    attention.__module__ = "/home/me/packs/sd-perturbed-attention.pladis_utils"
+    assert owner_of(attention) == "sd-perturbed-attention (wrap)"
     assert owner_of(OtherPatch(own_tokens)).endswith("test_other_packs (OtherPatch)")
     assert owner_of(around_sites).endswith("sampling (around_sites)")
