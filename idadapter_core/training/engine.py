@@ -35,7 +35,7 @@ from ..methods import METHODS, idadapter
 from .adapters import trainable
 from .bundle import Bundle
 from .cache import Cache, kinds
-from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, write_checkpoint
+from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, load_optimizer, write_checkpoint
 from .config import RunConfig, TrainConfig, config_toml, differences, read_config, writable
 from .grids import sample_grid
 from .logs import RunLog
@@ -570,8 +570,7 @@ class _Run:
     def _load(self, start: Checkpoint) -> None:
         """The optimiser's state and the averaged weights of a checkpoint."""
         try:
-            state = torch.load(start.path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
-            self.optimizer.load_state_dict(state)
+            load_optimizer(self.optimizer, start.path / OPTIMIZER)
         except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{start.path}: the optimiser's state cannot be read ({error}). Remove this checkpoint to go on from the one before."
