@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -155,13 +156,10 @@ class _Run:
         self.signals = signals  # "stop" and "save", as this process alone has heard them
         self.watch = watch
         accelerate = require("accelerate")
-        kwargs = require(
-            "accelerate.utils"
-        ).DistributedDataParallelKwargs(
+        kwargs = require("accelerate.utils").DistributedDataParallelKwargs(
             # IDAdapter's gates are skipped where the identity is dropped in all of a micro-batch.
             find_unused_parameters=config.adapter.method == idadapter.METHOD,
             gradient_as_bucket_view=True,  # the gradients are not held twice
-            broadcast_buffers=False,  # they are those of frozen networks; and no process may wait for others in a forward pass
         )
         # Precision is ours: autocast over fp32 weights, and none around the face network. Without `cpu`, accelerate takes each of
         # several processes on a machine without accelerators for the only one.
@@ -460,7 +458,8 @@ class _Run:
             time.sleep(0.2)
         kept = self._keep() if self.rank == min(set(range(self.world)) - set(lost)) else ""
         who = f"{named(lost)} of {self.world}" if lost else "another process"
-        reason = f"{error}".split("\n")[0]
+        # gloo names a line of its own source first, and guesses at the reason after the first sentence.
+        reason = re.sub(r"^\[\S*\] *", "", f"{error}").split("\n")[0].split(". ")[0]
         return TrainingError(
             f"step {self.step + 1}: {who} is gone ({reason}). {kept} Its own messages and those of its machine say why (perhaps for "
             "want of memory); go on with --resume auto."
