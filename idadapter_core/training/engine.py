@@ -413,7 +413,8 @@ class _Run:
             yield
         except OSError as error:
             failure = TrainingError(
-                f"step {self.step}: {error}. Free some space or bring the folder back, then go on with --resume auto."
+                f"step {self.step}: {self.folder} cannot be written ({error}). Free some space or bring the folder back, then go on with "
+                "--resume auto."
             )
         except Exception as error:
             failure = error

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-
 from ..errors import TrainingError
 from ..waiting import TERMINATED, exit_now
 
