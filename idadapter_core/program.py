@@ -56,6 +56,13 @@ def run(work: Callable[[], int], *, error: int = 1, interrupted: str = "nothing 
     except KeyboardInterrupt:
         sys.stderr.write(f"\ninterrupted; {interrupted}\n")
         return INTERRUPTED
+    except UnicodeEncodeError as problem:
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        sys.stderr.write(
+            f"{problem.object!a} cannot be the name of a file in this shell's language; set PYTHONUTF8=1 (or LC_ALL=C.UTF-8)\n"
+        )
+        return error
     except Terminated:
         sys.stderr.write(f"stopped by SIGTERM; {interrupted}\n")
         return TERMINATED

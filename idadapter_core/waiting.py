@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import multiprocessing
+import multiprocessing.process
 import os
 import queue
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -117,12 +119,11 @@ def reason_of_death(exit_code: int | None) -> str:
     return f"it was ended by {name}"
 
 
-def kill_children() -> None:
-    """End all worker processes of this one at once, whatever they are stuck in."""
-    import multiprocessing
-
+def kill_children(but: Sequence[multiprocessing.process.BaseProcess] = ()) -> None:
+    """End the worker processes of this one at once, whatever they are stuck in, but for some."""
     for child in multiprocessing.active_children():
-        child.kill()
+        if child not in but:
+            child.kill()
 
 
 def exit_now(code: int) -> None:
