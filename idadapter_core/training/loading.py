@@ -7,6 +7,7 @@ import logging
 import multiprocessing.queues
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 1800.0
 """Seconds without any data after which waiting ends."""
 _BETWEEN_WARNINGS = 60.0  # seconds
+_LEAVE = 2.0  # seconds for workers to leave by themselves
 
 
 class Batches:
@@ -89,6 +91,8 @@ class Batches:
 
     def _wait(self, seconds: float) -> None:
         self._look()
+        if death := self._death():  # of which torch hears every 5 s
+            raise TrainingError(f"{death} {self._advice}".rstrip())
         if seconds - self._warned >= _BETWEEN_WARNINGS:
             self._warned = seconds
             log.warning("no data for %.0f s: %s", seconds, self._who())
@@ -106,11 +110,15 @@ class Batches:
     def _workers(self) -> list[Any]:
         return list(getattr(self._iterator, "_workers", ()))
 
+    def _death(self) -> str:
+        """How a worker died, in words; empty where none has."""
+        codes = [worker.exitcode for worker in self._workers() if not worker.is_alive()]
+        bad = [code for code in codes if code]
+        return f"a worker process of the loader died: {reason_of_death(bad[0])}." if bad else ""
+
     def _failure(self, error: Exception) -> str:
-        for worker in self._workers():
-            worker.join(0)
-            if not worker.is_alive() and worker.exitcode:
-                return f"a worker process of the loader died: {reason_of_death(worker.exitcode)}."
+        if death := self._death():
+            return death
         if getattr(error, "errno", None) == errno.ENOSPC:  # locks and queues live there, too
             return f"the loader failed: {memory_advice()}."
         return f"the loader failed: {error}. data.workers = 0 shows more of the error."
@@ -123,8 +131,12 @@ class Batches:
             self._kill()
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
-            shutdown()
-        self._kill()
+            # Torch waits long for each worker, and for ever for what one that died has begun to say.
+            leave = threading.Thread(target=shutdown, name="leave", daemon=True)
+            leave.start()
+            leave.join(_LEAVE)
+            self._kill()
+            leave.join(_LEAVE)
         self._aside.close()
         self._iterator = None
 
@@ -163,7 +175,7 @@ def _hand_over_error(queue: Any, error: Exception, item: tuple[Any, Any]) -> Non
         text = memory_advice()
     elif "Too many open files" in text or getattr(error, "errno", None) == errno.EMFILE:
         text = f"too many files are open ({error}). Raise the limit with `ulimit -n 65536`, or set data.workers = 0"
-    queue.put((item[0], TrainingError(f"a batch could not be handed over to the trainer: {text}.")))
+    queue.put((item[0], TrainingError(f"what a worker process read cannot be handed over: {text}.")))
 
 
 __all__ = ["PATIENCE", "Batches", "prepare_worker"]

@@ -255,23 +255,31 @@ def _store(rank: int, environ: Mapping[str, str], deadline: float, within: float
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     is_host = rank == 0 and not _has_launcher(environ)
+    address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    try:
+        if not is_host:
+            _reach(address, deadline)
+        return TCPStore(
+            *address, is_master=is_host, timeout=_TIMEOUT, wait_for_workers=False, multi_tenant=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        who = "cannot open" if is_host else f"nobody answered within {within:.0f} s at"
+        raise TrainingError(
+            f"{who} {_where(environ)}, where the processes of the run meet ({error}). Process 0 opens it: see that it runs, and that "
+            "MASTER_ADDR and MASTER_PORT are the same for all."
+        ) from error
+
+
+def _reach(address: tuple[str, int], deadline: float) -> None:
+    """Wait until somebody listens there: torch's own waiting hears no signals. Raises OSError."""
     while True:
         try:
-            return TCPStore(
-                environ["MASTER_ADDR"],
-                int(environ["MASTER_PORT"]),
-                is_master=is_host,
-                timeout=_TIMEOUT,
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except (RuntimeError, ValueError) as error:
-            if is_host or time.monotonic() > deadline:
-                who = "this process cannot open" if is_host else f"nobody answered within {within:.0f} s at"
-                raise TrainingError(
-                    f"{who} {_where(environ)}, where the processes of the run meet ({error}). Process 0 opens it: see that it runs, and "
-                    "that MASTER_ADDR and MASTER_PORT are the same for all."
-                ) from error
+            socket.create_connection(address, timeout=_BEAT).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 __all__ = ["ARRIVAL", "GRACE", "SILENCE", "WAITS", "WORKS", "WRITES", "Watch", "arrive", "named"]

@@ -6,12 +6,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,13 @@ class Process:
     """A training in processes of its own."""
 
     def __init__(
-        self, toy: Toy, folder: Path, *arguments: str, processes: int = 1, **sections: dict[str, Any]
+        self,
+        toy: Toy,
+        folder: Path,
+        *arguments: str,
+        processes: int = 1,
+        wrapper: Sequence[str] = (),
+        **sections: dict[str, Any],
     ):
         self.config = folder.parent / f"{folder.name}.toml"
         self.config.write_text(config_toml(toy.config(folder, **sections)), encoding="utf-8")
@@ -61,7 +69,7 @@ class Process:
         path = os.pathsep.join(str(p) for p in (shim_path(), ROOT) if p)
         self.log = (folder.parent / f"{folder.name}.log").open("wb+")
         self.process = subprocess.Popen(
-            [sys.executable, *(launcher if processes > 1 else []), *program],
+            [*wrapper, sys.executable, *(launcher if processes > 1 else []), *program],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stdout=self.log,
@@ -204,16 +212,18 @@ def test_one_of_two_processes_fails(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_one_process_dies(toy: Toy, tmp_path: Path) -> None:
-    """The other is ended by the launcher; the last checkpoint is whole, and the run goes on from it."""
+    """The other names it, and leaves a checkpoint of the steps done, from which the run goes on."""
     run = tmp_path / "run"
     settings = {"train": {"steps": 100_000}, "output": {"save_every": 2}}
     process = Process(toy, run, processes=2, **settings)
     wait_for(lambda: latest(run) is not None, process)
     process.family()[-1].kill()
-    code, _ = process.wait()
+    code, output = process.wait()
     assert code != 0
+    assert re.search("step .*: process [01] of 2 is gone .*The checkpoint of step [0-9]+ is written", output)
     found = latest(run)
     assert found is not None
+    assert found.step == read_log(run)[-1]["step"]
     settings["train"] = {"steps": found.step + 1}
     assert train(toy.config(run, **settings), resume="auto") == 0
     assert latest(run).step == found.step + 1  # type: ignore[union-attr]
