@@ -18,7 +18,7 @@ TOLERANCE = 0.02  # relative, between devices and after fp16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 an error or entries that differ."""
+    """Entry point; returns the exit code: 0 done, 1 an error or entries that differ, 130 interrupted, 143 after SIGTERM."""
     parser = Parser(
         prog="python -m idadapter_core.cache",
         description="Build or verify the cache of a training run.",

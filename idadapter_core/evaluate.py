@@ -13,7 +13,7 @@ from .training.config import add_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 a requirement is not met, 2 an error, 130 interrupted."""
+    """Entry point; returns the exit code: 0 done, 1 a requirement is not met, 2 an error, 130 interrupted, 143 after SIGTERM."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     return run(

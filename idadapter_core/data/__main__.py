@@ -34,7 +34,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted."""
+    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted, 143 after SIGTERM."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__.rpartition(".")[0]).setLevel(logging.INFO)
     options = _parser().parse_args(arguments)

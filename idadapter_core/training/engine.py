@@ -155,6 +155,9 @@ class _Run:
     ) -> None:
         self.signals = signals  # "stop" and "save", as this process alone has heard them
         self.watch = watch
+        self.step = 0
+        self.aside = Aside("disk")
+        self._updating = threading.Lock()  # held while weights, optimiser and step do not belong together
         accelerate = require("accelerate")
         kwargs = require("accelerate.utils").DistributedDataParallelKwargs(
             # IDAdapter's gates are skipped where the identity is dropped in all of a micro-batch.
@@ -212,8 +215,6 @@ class _Run:
         self.is_settled = False  # all processes know how the run ended
         self.saved = self.step if start is not None else -1
         self.log: RunLog | None = None
-        self.aside = Aside("disk")
-        self._updating = threading.Lock()  # held while weights, optimiser and step do not belong together
         if watch is not None:
             watch.save = self._keep
 

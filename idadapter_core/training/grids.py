@@ -72,11 +72,11 @@ def sample_grid(
         line = [_fit(to_levels((features.crops[0] + 1) / 2), size)]
         for prompt in config.output.prompts:
             picture = pipeline.generate(prompt, identity=identity, width=size, height=size, **settings)
-            line.append(_levels(picture))
+            line.append(_levels(picture, config))
         lines.append((photos[0].identity or photos[0].source, line))
     blank = np.full((size, size, 3), 255, np.uint8)
     alone = [
-        _levels(pipeline.generate(prompt, width=size, height=size, **settings))
+        _levels(pipeline.generate(prompt, width=size, height=size, **settings), config)
         for prompt in config.output.prompts
     ]
     grid = _grid([*lines, (BASE, [blank, *alone])], ("reference", *config.output.prompts))
@@ -86,10 +86,10 @@ def sample_grid(
     return grid
 
 
-def _levels(picture: Tensor) -> Image:
+def _levels(picture: Tensor, config: RunConfig) -> Image:
     """A picture (3, H, W) in 0..1 as (H, W, 3) uint8; white where it is not finite, which must not end a training."""
     try:
-        return to_levels(picture)
+        return to_levels(picture, config.train.precision)
     except InputError as error:
         log.warning("%s; it is white in the grid", error)
         return np.full((*picture.shape[1:], 3), 255, np.uint8)

@@ -265,16 +265,19 @@ def features_of(
     )
 
 
-def to_levels(picture: Tensor) -> Image:
+def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.precision") -> Image:
     """A picture (3, H, W) in 0..1 as (H, W, 3) uint8.
+
+    Args:
+        precision: that it was drawn in, as the configuration has it under `setting`.
 
     Raises:
         InputError: it has values that are not finite.
     """
     pixels = picture.detach().float().movedim(0, -1)
     if not torch.isfinite(pixels).all():
-        raise InputError(
-            "a generated picture has values that are not finite: the model does not stand this precision (bf16, fp16) or the "
-            "adapter's scale"
-        )
+        advice = "lower the adapter's scale, or see whether the base model alone draws a picture"
+        if precision != "no":
+            advice = f'set {setting} = "no", for this model may not stand {precision}; else {advice}'
+        raise InputError(f"a generated picture has values that are not finite: {advice}")
     return (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()
