@@ -347,7 +347,8 @@ class _Run:
         self._agree(failure)
         with self._waiting():
             torch.autograd.backward(done[-1][1]["loss"] / train.accumulate)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or float("inf")))
+            # On a GPU the waiting is here, where the number is asked for.
+            norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or float("inf")))
         if not math.isfinite(norm):  # the same in all processes, which have the same gradients now
             self.is_settled = True
             sources = ", ".join(source for batch, _ in done for source in batch.sources)
@@ -446,7 +447,7 @@ class _Run:
             try:
                 yield
                 return
-            except (IDAdapterError, torch.OutOfMemoryError):
+            except (IDAdapterError, torch.cuda.OutOfMemoryError):
                 raise
             except RuntimeError as error:
                 problem = error
@@ -519,7 +520,7 @@ class _Run:
     def _write_log(self, interval: _Interval) -> None:
         with self._waiting():
             together = [
-                self.accelerator.gather(torch.cat(values))
+                self.accelerator.gather(torch.cat(values)).float().cpu()
                 for values in (
                     interval.losses,
                     interval.mse,
@@ -531,7 +532,7 @@ class _Run:
             norms = self._norm_ratios(interval)
         with self._together():
             if self.log is not None:
-                values = self._values(interval, [values.float().cpu() for values in together])
+                values = self._values(interval, together)
                 values |= {"norm_ratios": norms} if norms else {}
                 self._tell(values)
                 self.log.show(
