@@ -122,6 +122,8 @@ class Watch:
                 gone = f"{error}".split("\n")[0]
             if not self._ended.is_set():
                 self._judge(gone)
+            if gone:  # torch writes a stack for each question that is not answered
+                self._ended.wait(4 * _BEAT)
 
     def _listen(self) -> None:
         """Signals of which the main thread may not have heard yet."""
@@ -157,7 +159,7 @@ class Watch:
         """Leave, where this process waits for others who will not come."""
         now = time.monotonic()
         is_stopped = self._stopped_at is not None
-        lost = self.silent(GRACE if is_stopped else SILENCE)
+        lost = self.silent(GRACE if is_stopped or gone else SILENCE)
         if gone and lost:
             host = "the launcher" if _has_launcher(os.environ) else "process 0"
             why = (
