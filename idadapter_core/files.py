@@ -163,6 +163,20 @@ def write_lines(path: Path, lines: Iterable[bytes]) -> None:
             file.write(line)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that a failure leaves an older one of that name untouched.
+
+    Raises:
+        CheckpointError: the folder or the disk does not allow it.
+    """
+    try:
+        write_lines(path, [content])
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}). Choose another folder, or free some space; then run it again."
+        ) from error
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write a file under that takes the place of `path`, flushed to the disk, when the block ends.

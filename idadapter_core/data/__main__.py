@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..extra import progress_bar
 from ..faces.detector import PROVIDERS
-from ..program import Parser, run
+from ..program import Parser, run, start
 from .dedupe import PEOPLE, dedupe, settings_of
 from .index import Index, read_index
 from .inventory import describe_inventory
@@ -36,9 +35,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted, 143 after SIGTERM."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__.rpartition(".")[0]).setLevel(logging.INFO)
     options = _parser().parse_args(arguments)
@@ -287,4 +284,4 @@ def _cores() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

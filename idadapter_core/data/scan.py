@@ -31,6 +31,7 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import some
+from ..waiting import kill_children
 from .entries import Photo
 from .index import IN_SHARD, OK, Index, Row, write_index
 from .measure import Limits, Measured, Models, judge, measure
@@ -45,6 +46,7 @@ MIN_PHOTOS = 3
 """Of a person; with fewer, the median embedding says nothing."""
 _PROGRESS_VERSION = 2
 _SYNC_SECONDS = 1.0
+_PATIENCE = 1800.0  # seconds without a result from any worker
 _AHEAD = 4  # photos handed out to each worker before its results are back
 _NOUNS = {"M": "man", "F": "woman"}
 
@@ -214,6 +216,7 @@ def _look(
         initializer=_start_worker,
         initargs=(looker,),
     )
+    others = multiprocessing.active_children()
     pending: dict[Future[Finding], Photo] = {}
     queue = iter(photos)
     try:
@@ -227,16 +230,28 @@ def _look(
                     break
             if not pending:
                 return
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            done = wait(pending, _PATIENCE, FIRST_COMPLETED).done
+            if not done:
+                raise InputError(
+                    f"no photo was looked at for {_PATIENCE:.0f} s: a worker is stuck at one of {_some_of(pending)}. Look at the disk that "
+                    "they are on, then give the same command again: it goes on from where it was."
+                )
+            for future in done:
                 finding = future.result()
                 yield pending.pop(future), finding
     except BrokenProcessPool as error:
         raise InputError(
-            f"a worker process died, perhaps for want of memory, at one of {some(photo.source for photo in pending.values())}. Give "
+            f"a worker process died, perhaps for want of memory, at one of {_some_of(pending)}. Give "
             "the same command again, with fewer --workers: it goes on from where it was."
         ) from error
     finally:
+        if pending:  # who leaves early waits for nobody: a worker may be stuck, and writes nothing
+            kill_children(others)
         pool.shutdown(cancel_futures=True)
+
+
+def _some_of(pending: Mapping[Future[Finding], Photo]) -> str:
+    return some(photo.source for photo in pending.values())
 
 
 @contextlib.contextmanager
@@ -258,9 +273,8 @@ _worker: tuple[Looker, Models] | None = None
 def _start_worker(looker: Looker) -> None:
     global _worker
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl+C is for the parent, which lets a worker finish its photo
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the parent, which ends its workers
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         import cv2

@@ -15,6 +15,7 @@ from typing import Any
 from ..data.index import Index
 from ..extra import require, versions
 from ..faces.images import Image
+from ..files import write_file
 from ..training.config import config_toml
 from .config import BASE_MODEL, PASTE, EvaluationConfig, RunEntry
 from .generate import Drawing, Generator
@@ -25,7 +26,7 @@ from .people import Person, Photo, choose_people
 from .prompts import POSE, Prompt
 from .report import Pictures as ReportPictures, to_html
 from .statistics import FAR
-from .storage import Arrays, Picture, Pictures, key_of, read_picture, write_file
+from .storage import Arrays, Picture, Pictures, key_of, read_picture
 from .summary import Summary, summarise, to_json, to_markdown
 
 log = logging.getLogger(__name__)

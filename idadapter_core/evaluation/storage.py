@@ -15,26 +15,11 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
 
-from ..errors import CheckpointError
 from ..faces.images import Image
-from ..files import write_lines
+from ..files import write_file
 
 log = logging.getLogger(__name__)
 _UNREADABLE = (OSError, ValueError, SyntaxError, KeyError)  # what Pillow and NumPy say of damaged files
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that a failure leaves an older one of that name untouched.
-
-    Raises:
-        CheckpointError: the folder or the disk does not allow it.
-    """
-    try:
-        write_lines(path, [content])
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error}). Choose another output.folder, or free some space; then run it again."
-        ) from error
 
 
 def key_of(facts: Mapping[str, Any]) -> str:

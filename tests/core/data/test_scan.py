@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from idadapter_core.data.shards import write_shards
 from idadapter_core.data.sources import list_photos
 from idadapter_core.data.split import SplitSettings
 from idadapter_core.data.stats import describe
-from idadapter_core.errors import ConfigError
+from idadapter_core.errors import ConfigError, InputError
 from idadapter_core.faces.align import align_face
 from idadapter_core.faces.features import crops_to_tensor
 from idadapter_core.faces.iresnet import IResNet, digest, save_iresnet
@@ -136,6 +137,36 @@ def test_the_number_of_workers_changes_nothing(scanned: Scanned, beside: Path) -
     index = again(scanned, beside, workers=2)
     assert beside.read_bytes() == scanned.index.path.read_bytes()
     torch.testing.assert_close(index.embeddings(), scanned.index.embeddings(), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process")
+def test_a_worker_that_is_stuck_holds_up_nobody(scanned: Scanned, beside: Path) -> None:
+    """A stopped process stands for one that a disk does not answer."""
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGSTOP)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        again(scanned, beside, workers=1, progress=stop)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process")
+def test_waiting_for_a_worker_ends(scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(done: int, total: int) -> None:
+        if done:
+            monkeypatch.setattr(scanning, "_PATIENCE", 0.2)
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGSTOP)
+
+    with pytest.raises(
+        InputError, match="no photo was looked at for 0 s: a worker is stuck at one of .*disk"
+    ):
+        again(scanned, beside, workers=1, progress=stop)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("killed", "done", "resumed"), [(0, 6, 0), (2, 3, 1)])
