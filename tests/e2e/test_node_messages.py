@@ -58,12 +58,9 @@ class Page:
 
     def messages(self, role: str, level: str = "") -> list[str]:
         """Texts of the messages on a node."""
-        query = (
-            f"[...({self.element(role)}?.querySelectorAll('p.{level}') ?? [])]"
-            if level
-            else (f"[...({self.element(role)}?.querySelectorAll('p') ?? [])]")
-        )
-        return list(self.browser.evaluate(f"{query}.map((line) => line.textContent)"))
+        selector = f"p.{level}" if level else "p"
+        lines = f"[...({self.element(role)}?.querySelectorAll('{selector}') ?? [])]"
+        return list(self.browser.evaluate(f"{lines}.map((line) => line.textContent)"))
 
     def say(self, node: str, topic: str, *messages: tuple[str, str], prompt_id: str | None = None) -> None:
         entries = [{"level": level, "text": text} for level, text in messages]
@@ -133,7 +130,7 @@ def browser(server: ComfyServer) -> Iterator[Browser]:
         faces=[face], background=(250, 250, 250)
     )  # the tiny network looks at the background, too
     server.add_input_image(STRANGER, Image.fromarray(photo))
-    with Browser(server.url) as running:
+    with Browser(server.url, timeout=30) as running:
         yield running
         running.use_renderer(False)  # the setting is the server's, and others look at it after us
 
@@ -306,6 +303,7 @@ def test_nothing_of_it_is_saved(page: Page) -> None:
 
 def test_a_node_in_a_subgraph_is_found(page: Page) -> None:
     browser = page.browser
+    original = browser.open_tab()
     browser.load_workflow(browser.serialize())  # a tab of its own
     inside = f"window.app.rootGraph.getNodeById({page.ids['apply']})"
     path = browser.evaluate(
@@ -319,29 +317,23 @@ def test_a_node_in_a_subgraph_is_found(page: Page) -> None:
         f".widgets.find((widget) => widget.name === '{WIDGET}')?.element.textContent"
     )
     assert text == LONG
-    browser.evaluate(
-        "window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow').then(() => undefined)"
-    )
+    browser.show_tab(original)
 
 
 def test_messages_follow_their_workflow(page: Page) -> None:
     """A copy of the workflow in another tab has the same node ids. The first one's messages wait until it is shown again."""
     browser, apply = page.browser, page.ids["apply"]
-    prompts: list[str] = browser.evaluate(
-        "(() => { window.__prompts = []; window.app.api.addEventListener('execution_start', ({detail}) =>"
-        "{ window.__prompts.push(detail.prompt_id); }); return window.__prompts; })()"
+    browser.evaluate(
+        "window.app.api.addEventListener('execution_start', ({detail}) => { window.__prompt = detail.prompt_id; })"
     )
     browser.run()
-    prompts = browser.evaluate("window.__prompts")
-    report = page.messages("prompt")
+    prompt_id = browser.evaluate("window.__prompt")
+    report, original = page.messages("prompt"), browser.open_tab()
     browser.load_workflow(browser.serialize())
     assert page.messages("prompt") == [], "the copy has not run"
-    page.say(apply, "run", ("warning", LONG), prompt_id=prompts[-1])
+    page.say(apply, "run", ("warning", LONG), prompt_id=prompt_id)
     assert page.messages("apply") == []
-    browser.evaluate(
-        "window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow').then(() => undefined)"
-    )
-    browser.wait_for("!window.app.extensionManager.spinner", "the tab did not open")
+    browser.show_tab(original)
     assert page.messages("prompt") == report != []
     assert page.messages("apply") == [LONG]
     page.say(apply, "run")
