@@ -51,9 +51,9 @@ def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], em
     return np.array(picture, dtype=np.uint8)
 
 
-def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -> Image:
+def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], name: str = "") -> Image:
     """As `draw_preview`, of a copy whose longer side is at most 768 px. A photo without a chosen face was left out: it gets a
-    red frame."""
+    red frame, with `name` in it."""
     picture = PILImage.fromarray(image)
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     scale = picture.width / image.shape[1]
@@ -61,7 +61,7 @@ def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -
     drawn = draw_preview(
         np.asarray(picture), list(small.values()), [small[face] for face in chosen], _EMPHASIS
     )
-    return drawn if chosen else _framed(drawn, "left out", LEFT_OUT_COLOR)
+    return drawn if chosen else _framed(drawn, f"{name} left out".strip(), LEFT_OUT_COLOR)
 
 
 def crop_sheet(crops: Tensor, captions: Sequence[str], left_out: Collection[int]) -> Image:
