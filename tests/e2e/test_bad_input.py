@@ -123,14 +123,14 @@ def refused_photo(server: ComfyServer, image: Callable[[Graph], Node] | str, **e
 
 def test_no_face(server: ComfyServer) -> None:
     message = refused_photo(server, EMPTY)
-    assert "image 1 of 1 (640x640): no face found" in message
+    assert f"image 1 of 1 ({EMPTY}, 640x640): no face found" in message
     assert "640 to 128 px" in message
     assert "upright" in message
 
 
 def test_no_face_in_one_photo_of_several(server: ComfyServer) -> None:
     message = refused_photo(server, lambda graph: add_photos(graph, [PERSON, EMPTY, PERSON]))
-    assert "image 2 of 3 (640x640): no face found" in message
+    assert f"image 2 of 3 ({EMPTY}, 640x640): no face found" in message
     assert "on_missing" in message
 
 
@@ -139,7 +139,7 @@ def test_a_photo_without_a_face_can_be_skipped(server: ComfyServer) -> None:
     report = add_text(graph, faces, 4)
     result = server.run(graph.workflow).check()
     assert len(result.images) == 2
-    assert "image 2 of 3 (640x640): skipped, no face found" in result.outputs[report.id]["text"][0]
+    assert f"image 2 of 3 ({EMPTY}, 640x640): skipped, no face found" in result.outputs[report.id]["text"][0]
 
 
 def test_no_face_in_any_photo_cannot_be_skipped(server: ComfyServer) -> None:
@@ -150,7 +150,7 @@ def test_no_face_in_any_photo_cannot_be_skipped(server: ComfyServer) -> None:
 
 def test_an_index_beyond_the_faces(server: ComfyServer) -> None:
     message = refused_photo(server, GROUP, index=3)
-    assert "image 1 of 1 (640x640): asked for face 4 (index 3, largest), found 3" in message
+    assert f"image 1 of 1 ({GROUP}, 640x640): asked for face 4 (index 3, largest), found 3" in message
     assert "lower the index" in message
 
 
@@ -164,7 +164,7 @@ def test_several_faces_are_reported(server: ComfyServer) -> None:
 
 def test_a_face_that_is_mostly_outside_the_photo(server: ComfyServer) -> None:
     message = refused_photo(server, CUT)
-    assert "image 1 of 1 (160x150)" in message
+    assert f"image 1 of 1 ({CUT}, 160x150)" in message
     assert "of the face lies inside the photo, at least 50% are needed" in message
     assert "shows the whole face" in message
 
@@ -172,7 +172,7 @@ def test_a_face_that_is_mostly_outside_the_photo(server: ComfyServer) -> None:
 def test_a_face_with_broken_landmarks_does_not_count(server: ComfyServer) -> None:
     nan = synthesize(faces=[MarkedFace(320, 300, 90, has_nan=True)])
     name = server.add_input_image("nan_landmarks.png", Image.fromarray(nan))
-    assert "image 1 of 1 (640x640): no face found" in refused_photo(server, name)
+    assert f"image 1 of 1 ({name}, 640x640): no face found" in refused_photo(server, name)
 
 
 def test_an_image_of_one_pixel(server: ComfyServer) -> None:
@@ -188,7 +188,7 @@ def test_a_photo_of_8k(server: ComfyServer) -> None:
     graph, faces = extract_graph(name)
     report = add_text(graph, faces, 4)
     result = server.run(graph.workflow).check()
-    assert "image 1 of 1 (7680x4320): 1 face found" in result.outputs[report.id]["text"][0]
+    assert f"image 1 of 1 ({name}, 7680x4320): 1 face found" in result.outputs[report.id]["text"][0]
     assert result.images[0].size == (112, 112)
 
 
