@@ -32,6 +32,7 @@ pytestmark = [
 ]
 
 STRANGER = "somebody_else.png"
+FIVE = (*PHOTOS[:2], STRANGER, PHOTOS[2], EMPTY)
 WIDGET = "idadapter_messages"
 EVENT = "idadapter.messages"
 TOAST = "document.querySelector('.p-toast-message')"
@@ -138,7 +139,7 @@ def browser(server: ComfyServer) -> Iterator[Browser]:
 @pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes_2"])
 def page(server: ComfyServer, browser: Browser, request: pytest.FixtureRequest) -> Page:
     browser.use_renderer(request.param)
-    graph, nodes = graph_of(*PHOTOS[:2], STRANGER, PHOTOS[2], EMPTY)
+    graph, nodes = graph_of(*FIVE)
     open_workflow(browser, graph)
     before, prompt = browser.serialize(), browser.graph_to_prompt()
     browser.run()
@@ -412,3 +413,19 @@ def test_a_file_that_is_not_there_is_named(page: Page) -> None:
     (text,) = toast_texts(page.browser)
     assert text.startswith('Load ID Adapter: adapter: "absent.safetensors" is not among the choices.')
     free_of_comfyui(page.browser)
+
+
+# --- afterwards ------------------------------------------------------------------------------------------------------
+
+
+def test_reports_come_back_after_the_page_was_loaded_anew(page: Page) -> None:
+    """The server runs nothing again: all results are the cached ones of the first run."""
+    browser = page.browser
+    browser.open()
+    open_workflow(browser, graph_of(*FIVE)[0])
+    assert page.messages("identity") == []
+    browser.run()
+    assert page.messages("identity")[0] == "used 3 of 4 photos"
+    assert page.messages("faces", "warning")[0].startswith("image 5 of 5 (empty.png, 640x640): left out")
+    browser.show(page.ids["identity"])
+    browser.wait_for(f"{picture_count(page, 'identity')} === 1", "no picture in the node")
