@@ -6,30 +6,37 @@ from comfy_api.latest import ComfyExtension, io
 
 from .adapter import ApplyIDAdapter, LoadIDAdapter, NormalizedRescaling
 from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
-from .host import exceptions, paths
+from .host import exceptions, graph, paths
+from .host.numbers import checks_numbers
 from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
+
+NODES: tuple[type[io.ComfyNode], ...] = tuple(
+    checks_numbers(node)
+    for node in (
+        LoadFaceAnalyzer,
+        ExtractFaces,
+        EnrichPhotos,
+        LoadIDAdapter,
+        MixFeatures,
+        ApplyIDAdapter,
+        NormalizedRescaling,
+        IDPrompt,
+        AttachIdentity,
+        SaveIdentity,
+        LoadIdentity,
+    )
+)
 
 
 class IDAdapterExtension(ComfyExtension):
     async def on_load(self) -> None:
         paths.register()
+        graph.listen()
         exceptions.use_short_names()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            LoadFaceAnalyzer,
-            ExtractFaces,
-            EnrichPhotos,
-            LoadIDAdapter,
-            MixFeatures,
-            ApplyIDAdapter,
-            NormalizedRescaling,
-            IDPrompt,
-            AttachIdentity,
-            SaveIdentity,
-            LoadIdentity,
-        ]
+        return list(NODES)
 
 
 __all__ = ["IDAdapterExtension"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import uuid
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -17,9 +19,10 @@ from ..idadapter_core.methods import METHODS
 from ..idadapter_core.mixing import face_names, left_out, mix_remarks
 from ..idadapter_core.types import MODES, OUTLIERS
 from .host import images, paths
+from .host.conditioning import ATTACHED, Attached
 from .host.memory import LoadedAdapter
-from .host.messages import Message, from_remarks, info, keeps_report, report_ui
-from .host.patching import ATTACHED
+from .host.messages import Message, from_remarks, info, keeps_report, node_id_of, report_ui
+from .host.plan import ATTACH
 from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket, file_options
 
 log = logging.getLogger(__name__)
@@ -179,6 +182,7 @@ class SaveIdentity(io.ComfyNode):
         path = paths.folder_of(paths.IDENTITIES) / identity_file(name)
         if not path.exists():
             save_identity(identity, path)
+            _saves.done(path)
             log.info("saved identity %s", path)
             done = f"Saved as {path.name} in {path.parent}. Load Identity lists it after a refresh (R)."
         elif identical(identity, load_identity(path)):
@@ -189,6 +193,41 @@ class SaveIdentity(io.ComfyNode):
                 f"in {path.parent}."
             )
         return io.NodeOutput(identity, ui=report_ui([info(done)]))
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str | None, **_: Any) -> str:
+        if name is None:  # another node gives it, and nobody knows it before that ran
+            return ""
+        return _saves.fingerprint(paths.folder_of(paths.IDENTITIES) / identity_file(name))
+
+
+class _Saves:
+    """Fingerprints for Save Identity: a missing file is always to be written, and one that is as the node left it is not.
+
+    The fingerprint of a file that was missing stays valid for the file then written. Otherwise each new identity would be saved a
+    second time when its prompt is queued again, and with it all would run again that comes after the node.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[Path, str] = {}
+        self._done: dict[
+            Path, tuple[str, str]
+        ] = {}  # the file's stamp after it was written, and the fingerprint
+
+    def fingerprint(self, path: Path) -> str:
+        if not path.exists():
+            self._begun[path] = uuid.uuid4().hex
+            return self._begun[path]
+        now = paths.stamp(path)
+        written, fingerprint = self._done.get(path, ("", ""))
+        return fingerprint if written == now else now
+
+    def done(self, path: Path) -> None:
+        if path in self._begun:
+            self._done[path] = (paths.stamp(path), self._begun.pop(path))
+
+
+_saves = _Saves()
 
 
 class LoadIdentity(io.ComfyNode):
@@ -218,9 +257,8 @@ class LoadIdentity(io.ComfyNode):
         return io.NodeOutput(loaded, ui=report_ui([_describe(loaded, identity)]))
 
     @classmethod
-    def fingerprint_inputs(cls, identity: str, **_: Any) -> float:
-        path = paths.find(paths.IDENTITIES, identity)
-        return path.stat().st_mtime if path is not None else 0.0
+    def fingerprint_inputs(cls, identity: str | None, **_: Any) -> str:
+        return paths.stamp_of(paths.IDENTITIES, identity)
 
 
 def _describe(identity: Identity, file: str) -> Message:
@@ -234,7 +272,7 @@ class AttachIdentity(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterAttach",
-            display_name="Attach Identity to Conditioning",
+            display_name=ATTACH,
             category=CATEGORY,
             description=(
                 "Makes an identity act only where this conditioning acts: one prompt of several, one region, one span of "
@@ -254,13 +292,15 @@ class AttachIdentity(io.ComfyNode):
                     tooltip="Where the conditioning will be wired: negative attaches the identity's unconditional tokens.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Conditioning.Output(tooltip="The same conditioning with the identity attached.")],
         )
 
     @classmethod
     def execute(cls, conditioning: list[list[Any]], identity: Identity, role: str) -> io.NodeOutput:
+        mark = Attached(identity, role, node_id_of(cls))
         attached = [
-            [states, {**options, ATTACHED: (*options.get(ATTACHED, ()), (identity, role))}]
+            [states, {**options, ATTACHED: (*options.get(ATTACHED, ()), mark)}]
             for states, options in conditioning
         ]
         return io.NodeOutput(attached)

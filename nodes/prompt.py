@@ -10,7 +10,8 @@ from comfy_api.latest import io
 from ..idadapter_core import Identity
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.methods.idadapter import IDENTIFIER
-from .host.messages import info, keeps_report, report_ui, warning
+from .host.messages import info, keeps_report, node_id_of, report_ui, warning
+from .host.plan import PROMPT
 from .host.text import CLASS_WORD, complete_prompt, encode_prompt
 from .sockets import CATEGORY, IdentitySocket
 
@@ -28,7 +29,7 @@ class IDPrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterPrompt",
-            display_name="ID Prompt",
+            display_name=PROMPT,
             category=CATEGORY,
             description=(
                 "A positive prompt with the identity in it. Write <class word> where the person's noun belongs: "
@@ -63,6 +64,7 @@ class IDPrompt(io.ComfyNode):
                     "name's; Normalized Identity Rescaling multiplies it by its text scales. IDAdapter: prompt weight of the word.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Conditioning.Output(
                     "conditioning", display_name="conditioning", tooltip="For the sampler's positive input."
@@ -82,7 +84,7 @@ class IDPrompt(io.ComfyNode):
         word = (identity.class_word or "person") if class_word == AUTO else class_word
         filled = re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
         prompt = complete_prompt(clip, filled, identity, word)
-        conditioning = encode_prompt(clip, prompt, identity, token_weight)
+        conditioning = encode_prompt(clip, prompt, identity, token_weight, node_id_of(cls))
         messages = [info(f'Encoded: "{prompt}"')]
         if prompt != text:
             messages.insert(0, info(_why(word, class_word, identity)))
@@ -92,7 +94,7 @@ class IDPrompt(io.ComfyNode):
             )
         if not identity.text_tokens:
             messages.append(warning(NO_TEXT_BRANCH))
-        return io.NodeOutput(conditioning, prompt, ui=report_ui(messages, "ID Prompt"))
+        return io.NodeOutput(conditioning, prompt, ui=report_ui(messages, PROMPT))
 
 
 def _why(word: str, class_word: str, identity: Identity) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..types import Identity
+from ..types import FaceFeatures, Identity
 from . import idadapter, uniid
 
 Config = uniid.UniIDConfig | idadapter.IDAdapterConfig
@@ -26,9 +26,15 @@ class Method:
         [Any, Any, Any, int], None
     ]  # (encoder, layers, config, seed): the start of a training
     encode: Callable[..., Identity]  # (encoder, config, features, mix)
+    require: Callable[
+        [FaceFeatures, Any], None
+    ]  # raises MismatchError where features lack what an adapter reads
     describe: Callable[[Any], list[str]]
     layers_prefix: str  # what stands before the names of the layers' weights in a file
     layers_head: str  # what the names of all layers' weights begin with in a file
+    made_to_be_rescaled: (
+        bool  # trained for identity alone, so that only rescaling at inference leaves the prompt a say
+    )
 
 
 METHODS = {
@@ -39,9 +45,11 @@ METHODS = {
         layers=lambda config, operations: uniid.SiteProjections(config),
         initialise=uniid.initialise,
         encode=uniid.encode,
+        require=uniid.require_stages,
         describe=uniid.describe,
         layers_prefix="adapter_branch.",
         layers_head="adapter_branch.adapter_modules.",
+        made_to_be_rescaled=True,
     ),
     idadapter.METHOD: Method(
         title="IDAdapter",
@@ -50,9 +58,11 @@ METHODS = {
         layers=idadapter.IDAdapterLayers,
         initialise=idadapter.initialise,
         encode=idadapter.encode,
+        require=idadapter.require_vision,
         describe=idadapter.describe,
         layers_prefix="layers.",
         layers_head="layers.",
+        made_to_be_rescaled=False,
     ),
 }
 

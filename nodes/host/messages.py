@@ -25,7 +25,8 @@ REPORT_KEY = "idadapter"  # in a node's UI output
 MOST_SHOWN = 12  # remarks on a node
 
 Level = Literal["info", "warning"]
-Topic = Literal["graph", "run"]  # found when the graph was queued, or while it was sampled
+# Found when the graph was queued; when a sampling run began; when it had ended.
+Topic = Literal["graph", "run", "result"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ def info(text: str) -> Message:
 
 def warning(text: str) -> Message:
     return Message("warning", text)
+
+
+def node_id_of(node: Any) -> str | None:
+    """ComfyUI's id of the node class that executes (its schema hides `unique_id`); None outside a prompt."""
+    found: str | None = getattr(getattr(node, "hidden", None), "unique_id", None)
+    return found
 
 
 def from_remarks(remarks: Iterable[Remark]) -> list[Message]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from ...idadapter_core.errors import MismatchError
 from ...idadapter_core.methods import idadapter
 from ...idadapter_core.methods.uniid import ENCODERS, normalize_text_tokens, reference_names
+from ...idadapter_core.sites import text_family_name
 from ...idadapter_core.types import Identity
-from .patching import TEXT_POSITIONS
+from .conditioning import PROMPTED, TEXT_POSITIONS, Prompted
 
 CLASS_WORD = "<class word>"  # in a prompt, the place of man, woman or another noun
 Conditioning = list[list[Any]]
@@ -45,13 +46,10 @@ def require_text_encoders(clip: Any, identity: Identity) -> None:
     found = encoder_widths(clip)
     wanted = {name: tokens.shape[-1] for name, tokens in identity.text_tokens.items()}
     if found != wanted:
-        here, there = (
-            ", ".join(f"{name} {width or '(no CLIP)'}" for name, width in side.items())
-            for side in (found, wanted)
-        )
+        here, there = text_family_name(found), text_family_name(wanted)
         raise MismatchError(
-            f"the identity's text tokens are for text encoders of widths {there}, this CLIP has {here}. "
-            "Use the CLIP of the model that the adapter was made for (SD1.5 has l 768; SD2.1 h 1024; SDXL l 768, g 1280)."
+            f"the identity's adapter was made for {there}, this CLIP is that of {here}. Wire the CLIP of a checkpoint of the adapter's "
+            "family, or use an adapter that was made for this one."
         )
 
 
@@ -104,8 +102,23 @@ def complete_prompt(clip: Any, text: str, identity: Identity, class_word: str) -
     return idadapter.with_identity_clause(text, class_word)
 
 
-def encode_prompt(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
-    """The text's conditioning with the identity in it. `token_weight` is how much its tokens count."""
+def encode_prompt(
+    clip: Any, text: str, identity: Identity, token_weight: float, node_id: str | None = None
+) -> Conditioning:
+    """The text's conditioning with the identity in it.
+
+    Args:
+        token_weight: how much its tokens count.
+        node_id: the node whose prompt it is, where messages about it are shown; None outside a queued prompt.
+    """
+    encoded = _encode(clip, text, identity, token_weight)
+    if node_id is None:
+        return encoded
+    mark = {PROMPTED: Prompted(identity.adapter, node_id)}
+    return [[states, {**options, **mark}] for states, options in encoded]
+
+
+def _encode(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
     if not identity.text_tokens:
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))
     require_text_encoders(clip, identity)

@@ -5,7 +5,7 @@ import { findNode, isOurs, onOpened, openWorkflow, rootGraph, workflowOf } from 
 
 const EVENT = "idadapter.messages";
 const REPORT_KEY = "idadapter";
-const TOPICS = ["graph", "run", "report"]; // in the order in which they are shown
+const TOPICS = ["graph", "run", "result", "report"]; // in the order in which they are shown
 const WIDGET = "idadapter_messages";
 const MARGIN = 6; // pixels around the text
 const TALLEST = 320; // pixels of the text; the rest is scrolled to
