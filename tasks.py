@@ -15,6 +15,7 @@ has changed. Settings, all optional, are environment variables:
     COMFYUI_PATH      an own ComfyUI folder to run against (default: a pinned release, fetched once)
     TORCH_INDEX_URL   package index to take torch from, for example one with CPU-only builds
     CHROMIUM          browser for the tests of the frontend (default: a Chromium or Chrome that is installed)
+    SCREENSHOTS       if set, tests of the frontend save what they look at in output/screenshots
     CI                if true, a missing browser is an error; otherwise the tests that need one are skipped
 """
 

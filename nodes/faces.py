@@ -243,7 +243,10 @@ def _node_pictures(pictures: Sequence[Tensor], extraction: Extraction) -> list[I
     """The photos with boxes, small; of many, those that were left out come first."""
     left_out = {i for i, chosen in enumerate(extraction.chosen) if not chosen}
     shown = worth_showing(len(pictures), left_out)
-    return [small_preview(check_image(pictures[i]), extraction.found[i], extraction.chosen[i]) for i in shown]
+    return [
+        small_preview(check_image(pictures[i]), extraction.found[i], extraction.chosen[i], f"image {i + 1}")
+        for i in shown
+    ]
 
 
 class EnrichPhotos(io.ComfyNode):

@@ -76,14 +76,14 @@ def draw_preview(
     return np.array(picture, dtype=np.uint8)
 
 
-def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -> Image:
+def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], name: str = "") -> Image:
     """As `draw_preview`, of a copy whose longer side is at most 768 px. A photo without a chosen face was left out: it gets a
-    red frame."""
+    red frame, with `name` in it."""
     height, width = image.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     size = (max(round(height * scale), 1), max(round(width * scale), 1))
     drawn = draw_preview(image, found, chosen, _EMPHASIS, size)
-    return drawn if chosen else _framed(drawn, "left out", LEFT_OUT_COLOR)
+    return drawn if chosen else _framed(drawn, f"{name} left out".strip(), LEFT_OUT_COLOR)
 
 
 def crop_sheet(crops: Tensor, captions: Sequence[str], left_out: Collection[int]) -> Image:

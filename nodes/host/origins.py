@@ -19,7 +19,8 @@ def photo_origins(node: Any, name: str, count: int) -> list[Origin | None]:
     """The file of each photo that is wired to the input `name` of a node; `node` is its holder of hidden inputs, `prompt` and
     `unique_id` among them, or None outside a prompt.
 
-    Followed are links through nodes that join batches, to Load Image. Empty where any other node is on the way, or where the
+    Followed are links to Load Image through nodes that join batches, and through Enrich Photos, whose variants are no file's.
+    Empty where any other node is on the way, or where the
     files hold another number of photos than `count`: what is not certain is not said.
     """
     if node is None:
@@ -39,6 +40,9 @@ def _behind(prompt: Mapping[str, Any], link: Any, depth: int) -> list[Origin | N
     if depth and node["class_type"] in ("ImageBatch", "BatchImagesNode"):
         inputs = sorted(node["inputs"].items(), key=lambda entry: _number(entry[0]))
         return [origin for _, value in inputs for origin in _behind(prompt, value, depth - 1)]
+    if depth and node["class_type"] == "IDAdapterEnrich":
+        given = _behind(prompt, node["inputs"]["image"], depth - 1)
+        return [*given, *[None] * (int(node["inputs"]["count"]) - len(given))]
     raise ValueError(f"{node['class_type']} may change photos")
 
 

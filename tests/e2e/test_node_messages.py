@@ -32,6 +32,7 @@ pytestmark = [
 ]
 
 STRANGER = "somebody_else.png"
+FIVE = (*PHOTOS[:2], STRANGER, PHOTOS[2], EMPTY)
 WIDGET = "idadapter_messages"
 EVENT = "idadapter.messages"
 TOAST = "document.querySelector('.p-toast-message')"
@@ -58,12 +59,9 @@ class Page:
 
     def messages(self, role: str, level: str = "") -> list[str]:
         """Texts of the messages on a node."""
-        query = (
-            f"[...({self.element(role)}?.querySelectorAll('p.{level}') ?? [])]"
-            if level
-            else (f"[...({self.element(role)}?.querySelectorAll('p') ?? [])]")
-        )
-        return list(self.browser.evaluate(f"{query}.map((line) => line.textContent)"))
+        selector = f"p.{level}" if level else "p"
+        lines = f"[...({self.element(role)}?.querySelectorAll('{selector}') ?? [])]"
+        return list(self.browser.evaluate(f"{lines}.map((line) => line.textContent)"))
 
     def say(self, node: str, topic: str, *messages: tuple[str, str], prompt_id: str | None = None) -> None:
         entries = [{"level": level, "text": text} for level, text in messages]
@@ -133,7 +131,7 @@ def browser(server: ComfyServer) -> Iterator[Browser]:
         faces=[face], background=(250, 250, 250)
     )  # the tiny network looks at the background, too
     server.add_input_image(STRANGER, Image.fromarray(photo))
-    with Browser(server.url) as running:
+    with Browser(server.url, timeout=30) as running:
         yield running
         running.use_renderer(False)  # the setting is the server's, and others look at it after us
 
@@ -141,7 +139,7 @@ def browser(server: ComfyServer) -> Iterator[Browser]:
 @pytest.fixture(scope="module", params=[False, True], ids=["classic", "nodes_2"])
 def page(server: ComfyServer, browser: Browser, request: pytest.FixtureRequest) -> Page:
     browser.use_renderer(request.param)
-    graph, nodes = graph_of(*PHOTOS[:2], STRANGER, PHOTOS[2], EMPTY)
+    graph, nodes = graph_of(*FIVE)
     open_workflow(browser, graph)
     before, prompt = browser.serialize(), browser.graph_to_prompt()
     browser.run()
@@ -306,6 +304,7 @@ def test_nothing_of_it_is_saved(page: Page) -> None:
 
 def test_a_node_in_a_subgraph_is_found(page: Page) -> None:
     browser = page.browser
+    original = browser.open_tab()
     browser.load_workflow(browser.serialize())  # a tab of its own
     inside = f"window.app.rootGraph.getNodeById({page.ids['apply']})"
     path = browser.evaluate(
@@ -319,29 +318,23 @@ def test_a_node_in_a_subgraph_is_found(page: Page) -> None:
         f".widgets.find((widget) => widget.name === '{WIDGET}')?.element.textContent"
     )
     assert text == LONG
-    browser.evaluate(
-        "window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow').then(() => undefined)"
-    )
+    browser.show_tab(original)
 
 
 def test_messages_follow_their_workflow(page: Page) -> None:
     """A copy of the workflow in another tab has the same node ids. The first one's messages wait until it is shown again."""
     browser, apply = page.browser, page.ids["apply"]
-    prompts: list[str] = browser.evaluate(
-        "(() => { window.__prompts = []; window.app.api.addEventListener('execution_start', ({detail}) =>"
-        "{ window.__prompts.push(detail.prompt_id); }); return window.__prompts; })()"
+    browser.evaluate(
+        "window.app.api.addEventListener('execution_start', ({detail}) => { window.__prompt = detail.prompt_id; })"
     )
     browser.run()
-    prompts = browser.evaluate("window.__prompts")
-    report = page.messages("prompt")
+    prompt_id = browser.evaluate("window.__prompt")
+    report, original = page.messages("prompt"), browser.open_tab()
     browser.load_workflow(browser.serialize())
     assert page.messages("prompt") == [], "the copy has not run"
-    page.say(apply, "run", ("warning", LONG), prompt_id=prompts[-1])
+    page.say(apply, "run", ("warning", LONG), prompt_id=prompt_id)
     assert page.messages("apply") == []
-    browser.evaluate(
-        "window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow').then(() => undefined)"
-    )
-    browser.wait_for("!window.app.extensionManager.spinner", "the tab did not open")
+    browser.show_tab(original)
     assert page.messages("prompt") == report != []
     assert page.messages("apply") == [LONG]
     page.say(apply, "run")
@@ -422,3 +415,19 @@ def test_a_file_that_is_not_there_is_named(page: Page) -> None:
     (text,) = toast_texts(page.browser)
     assert text.startswith('Load ID Adapter: adapter: "absent.safetensors" is not among the choices.')
     free_of_comfyui(page.browser)
+
+
+# --- afterwards ------------------------------------------------------------------------------------------------------
+
+
+def test_reports_come_back_after_the_page_was_loaded_anew(page: Page) -> None:
+    """The server runs nothing again: all results are the cached ones of the first run."""
+    browser = page.browser
+    browser.open()
+    open_workflow(browser, graph_of(*FIVE)[0])
+    assert page.messages("identity") == []
+    browser.run()
+    assert page.messages("identity")[0] == "used 3 of 4 photos"
+    assert page.messages("faces", "warning")[0].startswith("image 5 of 5 (empty.png, 640x640): left out")
+    browser.show(page.ids["identity"])
+    browser.wait_for(f"{picture_count(page, 'identity')} === 1", "no picture in the node")

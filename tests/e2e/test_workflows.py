@@ -20,6 +20,14 @@ from tests.tiny.idadapter import FILE_NAMES
 
 WORKFLOWS = {path.stem: path for path in sorted((REPOSITORY / "workflows").glob("*.json"))}
 TITLE_HEIGHT = 30
+# What nodes grow by, in pixels, when they show their report and picture: of four photos, with a warning.
+REPORTS = {
+    "IDAdapterExtractFaces": 430,
+    "IDAdapterMixFeatures": 340,
+    "IDAdapterLoadAdapter": 170,
+    "IDAdapterPrompt": 90,
+    "IDAdapterApply": 90,
+}
 
 # Inputs that name a file: the folder it belongs into, and the tiny file that stands for it.
 Stand = tuple[str, str]
@@ -157,9 +165,14 @@ def test_the_server_offers_it_as_a_template(server: ComfyServer, name: str) -> N
     assert json.loads(server.get(f"/api/workflow_templates/{PACK_NAME}/{name}.json")) == read(name)
 
 
-def test_no_node_covers_another(name: str) -> None:
+def test_no_node_covers_another_even_with_its_report(name: str) -> None:
     boxes = [
-        (node["id"], *node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
+        (
+            node["id"],
+            *node["pos"],
+            node["pos"][0] + node["size"][0],
+            node["pos"][1] + node["size"][1] + REPORTS.get(node["type"], 0),
+        )
         for node in read(name)["nodes"]
     ]
     overlapping = [

@@ -85,6 +85,18 @@ new Promise((done) => {
 })
 """
 
+_PREVIOUS_TAB = """
+new Promise((done) => {
+  const load = window.app.loadGraphData;
+  window.app.loadGraphData = async function (...parameters) {
+    window.app.loadGraphData = load;
+    await load.apply(this, parameters);
+    done();
+  };
+  window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow');
+})
+"""
+
 
 class BrowserError(RuntimeError):
     """Chromium is missing or broke, or JavaScript in the page threw an exception."""
@@ -254,6 +266,18 @@ class Browser:
         self.evaluate(_RUN)
         self.settle()
 
+    def open_tab(self) -> str:
+        """The path of the workflow whose tab is open; every tab has one, saved or not."""
+        return str(self.evaluate("window.app.extensionManager.workflow.activeWorkflow.path"))
+
+    def show_tab(self, path: str) -> None:
+        """Go back, tab by tab, to the one with that path."""
+        for _ in range(self.evaluate("window.app.extensionManager.workflow.openWorkflows.length")):
+            if self.open_tab() == path:
+                return self._show_all()
+            self.evaluate(_PREVIOUS_TAB)
+        raise BrowserError(f"No tab has the path {path}.")
+
     def receive(self, event: str, data: dict[str, Any]) -> None:
         """Have the frontend take a message for one that the server sent."""
         message = json.dumps(json.dumps({"type": event, "data": data}))
@@ -353,8 +377,13 @@ class Browser:
             self._command("Page.addScriptToEvaluateOnNewDocument", source=script)
 
     def wait_for(self, condition: str, failure: str) -> None:
+        """Wait until a JavaScript expression is true, and what follows from it is drawn.
+
+        Raises:
+            BrowserError: with the text `failure`, if it does not become true.
+        """
         deadline = time.monotonic() + self.timeout
-        while not self.evaluate(condition):
+        while not self.evaluate(f"Boolean({condition})"):
             if time.monotonic() > deadline:
                 raise BrowserError(f"{failure} within {self.timeout} s; console: {self.console_errors}")
             time.sleep(0.2)

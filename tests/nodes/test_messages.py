@@ -6,6 +6,7 @@ import copy
 import logging
 import multiprocessing
 import pickle
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from idadapter_core import errors as core_errors
-from tests.harness.comfy import pack_nodes
+from tests.harness.comfy import REPOSITORY, pack_nodes
 
 SEND = "idadapter.messages"
 
@@ -143,6 +144,20 @@ def test_a_worker_process_can_raise_it(pack_errors: Any) -> None:
             pool.submit(fail).result()
 
 
+def test_the_extension_and_the_server_speak_of_the_same_things(pack: ModuleType) -> None:
+    from ComfyUI_IDAdapter.nodes.host import messages
+
+    errors, shown = (
+        (REPOSITORY / "web" / "js" / name).read_text(encoding="utf-8")
+        for name in ("errors.js", "messages.js")
+    )
+    listed = re.search(r"ERRORS = new Set\(\[(.*?)\]\)", errors, re.DOTALL)
+    assert listed is not None
+    assert sorted(re.findall(r'"(\w+)"', listed[1])) == sorted(NAMES)
+    assert f'EVENT = "{messages.EVENT}"' in shown
+    assert f'REPORT_KEY = "{messages.REPORT_KEY}"' in shown
+
+
 # --- the files behind photos ---
 
 
@@ -183,6 +198,8 @@ PROMPT = {
     "6": {"class_type": "ImageScale", "inputs": {"image": ["1", 0], "width": 8}},
     "7": {"class_type": "ImageBatch", "inputs": {"image1": ["7", 0], "image2": ["1", 0]}},
     "8": load("absent.png"),
+    "9": {"class_type": "IDAdapterEnrich", "inputs": {"image": ["4", 0], "count": 3}},
+    "10": {"class_type": "IDAdapterEnrich", "inputs": {"image": ["4", 0], "count": 1}},
 }
 WIDE, UPRIGHT, FRAME = ("wide.png", 64, 48), ("upright.jpg", 48, 64), ("three.webp", 64, 48)
 
@@ -198,16 +215,18 @@ WIDE, UPRIGHT, FRAME = ("wide.png", 64, 48), ("upright.jpg", 48, 64), ("three.we
         ("6", 1, []),  # changed on the way
         ("7", 2, []),  # wired in a circle
         ("8", 1, []),
-        ("9", 1, []),
+        ("9", 3, [WIDE, UPRIGHT, None]),
+        ("10", 2, [WIDE, UPRIGHT]),
+        ("11", 1, []),
     ],
 )
 def test_photos_are_followed_to_their_files(
-    photos: None, source: str, count: int, expected: list[tuple[str, int, int]]
+    photos: None, source: str, count: int, expected: list[tuple[str, int, int] | None]
 ) -> None:
     from ComfyUI_IDAdapter.nodes.host.origins import photo_origins
 
     prompt = {**PROMPT, "12:3": {"class_type": "IDAdapterExtractFaces", "inputs": {"image": [source, 0]}}}
     found = photo_origins(SimpleNamespace(prompt=prompt, unique_id="12:3"), "image", count)
-    assert [(origin.file, origin.width, origin.height) for origin in found if origin] == expected
+    assert [origin and (origin.file, origin.width, origin.height) for origin in found] == expected
     assert photo_origins(SimpleNamespace(prompt=prompt, unique_id="99"), "image", count) == []
     assert photo_origins(None, "image", count) == []
