@@ -123,26 +123,54 @@ def sample_norm(x: Tensor) -> Tensor:
     bf16 three times faster than a single fp32 reduction. The norm of a token can exceed the range of fp16, so there the
     first stage is in fp32 too.
     """
-    token_dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    token_norms = torch.linalg.vector_norm(x, dim=-1, dtype=token_dtype)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(token_norms, dim=-1, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(token_norms(x), dim=-1, dtype=dtype)
     return norm
 
 
-def rescale_factor(base_norm: Tensor, residual: Tensor, scale: Tensor | float, eps: float = 1e-6) -> Tensor:
+def token_norms(x: Tensor) -> Tensor:
+    """Norm over channels of each token: (B, N, C) -> (B, N), in the dtype of `x`, or fp32 where that is fp16."""
+    norms: Tensor = torch.linalg.vector_norm(
+        x, dim=-1, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype
+    )
+    return norms
+
+
+def rescale_factor(
+    base_norm: Tensor,
+    residual: Tensor,
+    scale: Tensor | float,
+    eps: float = 1e-6,
+    *,
+    at_most: float | None = None,
+) -> Tensor:
     """Factor (B, 1, 1), in the dtype of `residual`, that gives `residual` the norm scale * base_norm (B,) per sample.
 
     It is held within the range of that dtype: an infinite factor would turn the zeros of a residual into NaN.
+
+    Args:
+        at_most: the factor that `residual` has without rescaling. If given, rescaling can only weaken: the factor gets its sign,
+            and its size where the norm then stays below scale * base_norm.
     """
-    return _bounded_factor(base_norm, sample_norm(residual), scale, residual.dtype, eps)[:, None, None]
+    norm = sample_norm(residual)
+    return norm_factor(base_norm, norm, scale, residual.dtype, eps, at_most=at_most)[:, None, None]
 
 
-def _bounded_factor(
-    base_norm: Tensor, residual_norm: Tensor, scale: Tensor | float, dtype: torch.dtype, eps: float
+def norm_factor(
+    base_norm: Tensor,
+    residual_norm: Tensor,
+    scale: Tensor | float,
+    dtype: torch.dtype,
+    eps: float = 1e-6,
+    *,
+    at_most: float | None = None,
 ) -> Tensor:
+    """`rescale_factor` (B,) from norms (B,)."""
     largest = torch.finfo(dtype).max
-    return (scale * base_norm / residual_norm.clamp_min(eps)).clamp(-largest, largest).to(dtype)
+    factor = scale * base_norm / residual_norm.clamp_min(eps)
+    if at_most is not None:
+        factor = factor.clamp(max=abs(at_most)) * (1.0 if at_most >= 0 else -1.0)
+    return factor.clamp(-largest, largest).to(dtype)
 
 
 def normalized_rescale(base: Tensor, residual: Tensor, scale: Tensor | float, eps: float = 1e-6) -> Tensor:
@@ -262,6 +290,7 @@ def add_identity(
     scale: Tensor | float,
     *,
     base_norm: Tensor | None = None,
+    at_most: float | None = None,
     mask: Tensor | None = None,
     eps: float = 1e-6,
     inplace: bool = False,
@@ -274,16 +303,17 @@ def add_identity(
         identity: K_id and V_id of G identities, rows of one identity side by side (see `identity_attention`).
         scale: s_a, a number or a tensor broadcasting against (B,).
         base_norm: (B,) norms that the residual is rescaled to (see `normalized_rescale`); None leaves it as trained.
+        at_most: with `base_norm`, the factor without rescaling, which rescaling then only weakens (see `rescale_factor`).
         mask: (1 or B, N, 1) in 0..1, how much of the residual each image token gets. The norms ignore it, so the
             strength inside a mask does not depend on the size of the mask.
     """
     if isinstance(identity, BlockKeysValues):
-        return _add_blocks(base, query, identity, scale, base_norm, mask, eps, inplace)
+        return _add_blocks(base, query, identity, scale, base_norm, at_most, mask, eps, inplace)
     residual = identity_attention(query, identity)
     if base_norm is None:
         factor = torch.as_tensor(scale, dtype=residual.dtype, device=residual.device).reshape(-1, 1, 1)
     else:
-        factor = rescale_factor(base_norm, residual, scale, eps)
+        factor = rescale_factor(base_norm, residual, scale, eps, at_most=at_most)
     return add_residual(base, residual, factor if mask is None else factor * mask.to(factor.dtype), inplace)
 
 
@@ -293,6 +323,7 @@ def _add_blocks(
     identity: BlockKeysValues,
     scale: Tensor | float,
     base_norm: Tensor | None,
+    at_most: float | None,
     mask: Tensor | None,
     eps: float,
     inplace: bool,
@@ -310,7 +341,7 @@ def _add_blocks(
         moments = (by_row @ by_row.transpose(-1, -2)).float()
         gram = identity.gram.repeat_interleave(rows // groups, dim=0)
         norm = (moments * gram).sum(dim=(1, 2, 3)).clamp_min(0).sqrt()
-        factor = _bounded_factor(base_norm, norm, scale, base.dtype, eps)
+        factor = norm_factor(base_norm, norm, scale, base.dtype, eps, at_most=at_most)
     values = identity.values
     if rows == groups and mask is None:
         values = values * factor[:, None, None]

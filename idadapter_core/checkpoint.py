@@ -52,6 +52,11 @@ class Adapter:
         """The UNet it was made for, in words."""
         return family_name(len(self.config.site_widths), self.config.context_width)
 
+    @property
+    def made_to_be_rescaled(self) -> bool:
+        """Whether it acts as it should with normalized rescaling only."""
+        return METHODS[self.method].made_to_be_rescaled
+
     def encode(self, features: FaceFeatures, mix: Mix | None = None) -> Identity:
         """One identity from the photos of one person (see `encode` in `methods`).
 

@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .adapter import ApplyIDAdapter, LoadIDAdapter, NormalizedRescaling
 from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
-from .host import paths
+from .host import graph, paths
 from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
 
@@ -14,6 +14,7 @@ from .prompt import IDPrompt
 class IDAdapterExtension(ComfyExtension):
     async def on_load(self) -> None:
         paths.register()
+        graph.listen()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

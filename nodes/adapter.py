@@ -17,11 +17,22 @@ from ..idadapter_core.schedule import RescaleSchedule
 from .host import paths
 from .host.gates import delta_strength, load_with, patch_weights
 from .host.memory import LoadedAdapter, manage
-from .host.plan import Application, Rescale, model_name, plan_of, site_widths, with_plan
+from .host.messages import Message, node_id_of, report, warning
+from .host.plan import (
+    APPLY,
+    RESCALE,
+    Application,
+    Rescale,
+    RescaleMode,
+    model_name,
+    plan_of,
+    site_widths,
+    with_plan,
+)
 from .sockets import CATEGORY, NONE, AdapterSocket, IdentitySocket, file_options
 
 log = logging.getLogger(__name__)
-RESCALE_MODES = ("normalized", "off")
+RESCALE_MODES: tuple[RescaleMode, ...] = ("normalized", "limit", "off")
 SCOPES = ("ID adapters", "every attention patch")
 
 
@@ -100,7 +111,7 @@ class ApplyIDAdapter(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterApply",
-            display_name="Apply ID Adapter",
+            display_name=APPLY,
             category=CATEGORY,
             description=(
                 "Makes a model draw this person. For several people use one node each, with masks. The positive prompts get "
@@ -146,6 +157,7 @@ class ApplyIDAdapter(io.ComfyNode):
                     "IDAdapter's changed K/V weights have no place or time and stay outside masks and percents.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
         )
 
@@ -168,8 +180,6 @@ class ApplyIDAdapter(io.ComfyNode):
         plan = plan_of(model)
         adapter.adapter.require_identity(identity, "the identity")
         adapter.adapter.require_sites(plan.sites, site_widths(model, plan.sites), model_name(model))
-        if attn_mask is not None and not attn_mask.any():
-            log.warning("Apply ID Adapter: attn_mask is black everywhere, so this identity does not act")
         application = Application(
             adapter.adapter,
             identity,
@@ -177,13 +187,26 @@ class ApplyIDAdapter(io.ComfyNode):
             start_percent,
             end_percent,
             None if attn_mask is None else check_mask(attn_mask),
+            node_id_of(cls),
         )
         applications = (*plan.applications, application)
         patched = with_plan(model, applications=applications)
         load_with(patched, adapter)
         before, after = (delta_strength(some, adapter.adapter) for some in (plan.applications, applications))
         patch_weights(patched, plan, adapter.adapter, before, after)
-        return io.NodeOutput(patched)
+        return io.NodeOutput(patched, ui=report(APPLY, _warnings(application)))
+
+
+def _warnings(application: Application) -> list[Message]:
+    """What an application cannot do, as far as the node itself can tell."""
+    texts = list(application.adapter.notes)
+    if application.weight == 0:
+        texts.append("weight is 0, so this identity does not act")
+    if application.start_percent == application.end_percent:
+        texts.append("start_percent equals end_percent, so this identity does not act")
+    if application.mask is not None and not application.mask.any():
+        texts.append("attn_mask is black everywhere, so this identity does not act")
+    return [warning(text) for text in texts]
 
 
 def check_mask(mask: Tensor) -> Tensor:
@@ -211,7 +234,7 @@ class NormalizedRescaling(io.ComfyNode):
 
         return io.Schema(
             node_id="IDAdapterRescale",
-            display_name="Normalized Identity Rescaling",
+            display_name=RESCALE,
             category=CATEGORY,
             description=(
                 "Balances identity against the prompt by the lengths of both (UniID): in each layer the adapter's part is set to "
@@ -227,7 +250,9 @@ class NormalizedRescaling(io.ComfyNode):
                     "mode",
                     options=list(RESCALE_MODES),
                     default="normalized",
-                    tooltip="off: the adapter acts as trained times its weight, text tokens at scale 1.",
+                    tooltip="normalized: what is added gets exactly the scale's length, so weights and fades inside other packs' nodes no "
+                    "longer matter. limit: it gets at most that length and keeps its own below, so they do matter; the better choice "
+                    "for `every attention patch`. off: everything acts as trained times its weight, text tokens at scale 1.",
                 ),
                 scale(
                     "adapter_early",
@@ -254,7 +279,8 @@ class NormalizedRescaling(io.ComfyNode):
                     options=list(SCOPES),
                     default=SCOPES[0],
                     tooltip="every attention patch: what IPAdapter, InstantID or PuLID add in the model's cross-attention is "
-                    "rescaled in the same way.",
+                    "rescaled, too, inside their masks. Mode limit keeps their weight dials working. What changes the text's attention "
+                    "itself (PLADIS, NAG) is left alone.",
                 ),
                 io.Boolean.Input(
                     "gated",
@@ -264,6 +290,7 @@ class NormalizedRescaling(io.ComfyNode):
                     "layer's self-attention. Off: they act as trained, times the weight.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
         )
 
@@ -281,5 +308,11 @@ class NormalizedRescaling(io.ComfyNode):
         gated: bool = False,
     ) -> io.NodeOutput:
         schedule = RescaleSchedule(adapter_early, adapter_late, text_early, text_late, early_fraction)
-        rescale = Rescale(schedule, scope == SCOPES[1], gated) if mode == RESCALE_MODES[0] else None
+        chosen = next((known for known in RESCALE_MODES if known == mode), None)
+        if chosen is None or scope not in SCOPES:
+            raise InputError(
+                f"{RESCALE} knows the modes {', '.join(RESCALE_MODES)} and the scopes {', '.join(SCOPES)}, got {mode!r} and {scope!r}. "
+                "Choose from the lists."
+            )
+        rescale = Rescale(schedule, scope == SCOPES[1], gated, chosen, node_id_of(cls))
         return io.NodeOutput(with_plan(model, rescale=rescale))

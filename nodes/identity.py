@@ -14,8 +14,10 @@ from ..idadapter_core.errors import InputError
 from ..idadapter_core.mixing import mix_report, mix_warnings
 from ..idadapter_core.types import MODES, OUTLIERS
 from .host import paths
+from .host.conditioning import ATTACHED, Attached
 from .host.memory import LoadedAdapter
-from .host.patching import ATTACHED
+from .host.messages import node_id_of
+from .host.plan import ATTACH
 from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket, file_options
 
 log = logging.getLogger(__name__)
@@ -203,7 +205,7 @@ class AttachIdentity(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterAttach",
-            display_name="Attach Identity to Conditioning",
+            display_name=ATTACH,
             category=CATEGORY,
             description=(
                 "Makes an identity act only where this conditioning acts: one prompt of several, one region, one span of "
@@ -223,13 +225,15 @@ class AttachIdentity(io.ComfyNode):
                     tooltip="Where the conditioning will be wired: negative attaches the identity's unconditional tokens.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Conditioning.Output(tooltip="The same conditioning with the identity attached.")],
         )
 
     @classmethod
     def execute(cls, conditioning: list[list[Any]], identity: Identity, role: str) -> io.NodeOutput:
+        mark = Attached(identity, role, node_id_of(cls))
         attached = [
-            [states, {**options, ATTACHED: (*options.get(ATTACHED, ()), (identity, role))}]
+            [states, {**options, ATTACHED: (*options.get(ATTACHED, ()), mark)}]
             for states, options in conditioning
         ]
         return io.NodeOutput(attached)

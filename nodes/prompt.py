@@ -10,6 +10,8 @@ from comfy_api.latest import io
 
 from ..idadapter_core import Identity
 from ..idadapter_core.errors import InputError
+from .host.messages import node_id_of
+from .host.plan import PROMPT
 from .host.text import CLASS_WORD, complete_prompt, encode_prompt
 from .sockets import CATEGORY, IdentitySocket
 
@@ -23,7 +25,7 @@ class IDPrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterPrompt",
-            display_name="ID Prompt",
+            display_name=PROMPT,
             category=CATEGORY,
             description=(
                 "A positive prompt with the identity in it. Write <class word> where the person's noun belongs: "
@@ -58,6 +60,7 @@ class IDPrompt(io.ComfyNode):
                     "name's; Normalized Identity Rescaling multiplies it by its text scales. IDAdapter: prompt weight of the word.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Conditioning.Output(
                     "conditioning", display_name="conditioning", tooltip="For the sampler's positive input."
@@ -81,4 +84,5 @@ class IDPrompt(io.ComfyNode):
         word = (identity.class_word or "person") if class_word == AUTO else class_word
         prompt = re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
         prompt = complete_prompt(clip, prompt, identity, word)
-        return io.NodeOutput(encode_prompt(clip, prompt, identity, token_weight), prompt)
+        conditioning = encode_prompt(clip, prompt, identity, token_weight, node_id_of(cls))
+        return io.NodeOutput(conditioning, prompt)

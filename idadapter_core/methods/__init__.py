@@ -29,6 +29,9 @@ class Method:
     describe: Callable[[Any], list[str]]
     layers_prefix: str  # what stands before the names of the layers' weights in a file
     layers_head: str  # what the names of all layers' weights begin with in a file
+    made_to_be_rescaled: (
+        bool  # trained for identity alone, so that only rescaling at inference leaves the prompt a say
+    )
 
 
 METHODS = {
@@ -42,6 +45,7 @@ METHODS = {
         describe=uniid.describe,
         layers_prefix="adapter_branch.",
         layers_head="adapter_branch.adapter_modules.",
+        made_to_be_rescaled=True,
     ),
     idadapter.METHOD: Method(
         title="IDAdapter",
@@ -53,6 +57,7 @@ METHODS = {
         describe=idadapter.describe,
         layers_prefix="layers.",
         layers_head="layers.",
+        made_to_be_rescaled=False,
     ),
 }
 

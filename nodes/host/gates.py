@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +14,13 @@ from torch import Tensor
 from ...idadapter_core import Adapter
 from ...idadapter_core.attention import rescale_factor, sample_norm
 from ...idadapter_core.checkpoint import identical
-from ...idadapter_core.errors import MismatchError
+from ...idadapter_core.errors import InputError, MismatchError
 from ...idadapter_core.methods.idadapter import GateIdentity
 from ...idadapter_core.sites import Site
-from .call import CALL, Acting, Call
+from .call import Acting, Call, call_of
 from .memory import LoadedAdapter
 from .plan import KEY, Application, Plan, plan_of
-from .run import Row, expand_rows
-
-SELF_NORM = f"{KEY}_self_norm"  # in a block's options: norm of its self-attention's output, per row
+from .run import Row, expand_rows, tokens_size
 
 
 def load_with(model: Any, adapter: LoadedAdapter) -> None:
@@ -92,6 +91,11 @@ def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after
     # Differences add up to what one patch of the new strength would do, whatever lies between them.
     applied = model.add_patches(patches, after - before)
     if missing := sorted(set(patches) - set(applied)):
+        if any("_orig_mod" in key for key in model.model_state_dict()):
+            raise MismatchError(
+                f"this model was compiled by another node, which hides the weights that {adapter.name} changes. Put Apply ID Adapter "
+                "before that node, or compile with ComfyUI's own TorchCompileModel, which may stand before or after."
+            )
         raise MismatchError(
             f"{adapter.name} changes weights that this model has not: {', '.join(missing[:3])}. Load a model of the adapter's "
             f"family ({adapter.family})."
@@ -100,7 +104,9 @@ def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after
 
 def remember_norm(n: Tensor, extra: dict[str, Any]) -> Tensor:
     """An attn1_output_patch: what the gated residual of this block is measured against."""
-    extra[SELF_NORM] = sample_norm(n)
+    call = call_of(extra)
+    if call is not None:
+        call.self_norm[:] = [sample_norm(n)]
     return n
 
 
@@ -109,10 +115,23 @@ class GatePatch:
 
     def __init__(self, sites: Sequence[Site]):
         self.sites = {site.comfy: site for site in sites}
+        self.depths = Counter(site.comfy[:2] for site in sites)
+
+    def _site(self, extra: Mapping[str, Any]) -> Site | None:
+        """The site of a block; None where another node's copy of the block does not say."""
+        block, depth = tuple(extra.get("block") or ())[:2], extra.get("block_index")
+        if depth is None and self.depths.get(block) == 1:
+            depth = 0
+        return self.sites.get((*block, depth))
 
     def __call__(self, x: Tensor, extra: dict[str, Any]) -> Tensor:
-        call: Call = extra[CALL]
-        site = self.sites[extra["block"][0], extra["block"][1], extra["block_index"]]
+        call = call_of(extra)
+        if call is None:
+            return x
+        site = self._site(extra)
+        if site is None:
+            call.run.placed = False
+            return x
         groups: dict[str, list[Acting]] = {}  # by digest: one file loaded twice is one adapter
         for acting in call.gated:
             adapter = call.run.plan.applications[acting.number].adapter
@@ -139,7 +158,8 @@ class GatePatch:
                 if call.gates_normalized:
                     for (identity, acting), mask in zip(people, masks, strict=True):
                         residual = gate.residual(x[part], [identity])
-                        factor = rescale_factor(extra[SELF_NORM][part], residual, acting.strength)
+                        norm = _self_norm(call, x)[part]
+                        factor = rescale_factor(norm, residual, acting.strength, at_most=acting.at_most)
                         out[part] += residual * (factor if mask is None else factor * mask)
                     continue
                 identities = [
@@ -151,6 +171,20 @@ class GatePatch:
                 else:
                     out[part] += gate.residual(x[part], identities)
         return out
+
+
+def _self_norm(call: Call, x: Tensor) -> Tensor:
+    """Norm of this block's self-attention output for each row of x.
+
+    Raises:
+        InputError: the block was not asked for it.
+    """
+    if not call.self_norm or len(call.self_norm[0]) != len(x):
+        raise InputError(
+            "another node runs this model's transformer blocks by itself, so gated layers cannot be measured against self-attention. "
+            "Switch `gated` off in Normalized Identity Rescaling, or remove that node."
+        )
+    return call.self_norm[0]
 
 
 class _Gate:
@@ -175,7 +209,7 @@ class _Gate:
         """The mask of an application for these rows, (1 or rows, N, 1)."""
         if not acting.masked:
             return None
-        size = tuple(self.extra["activations_shape"][-2:])
+        size = tokens_size(self.extra, x.shape[1], self.call.latent_size)
         return self.call.run.mask(acting.number, rows, size, x.device, x.dtype)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

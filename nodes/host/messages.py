@@ -17,7 +17,8 @@ EVENT = "idadapter.messages"
 REPORT_KEY = "idadapter"  # in a node's UI output
 
 Level = Literal["info", "warning"]
-Topic = Literal["graph", "run"]  # found when the graph was queued, or while it was sampled
+# Found when the graph was queued; when a sampling run began; when it had ended.
+Topic = Literal["graph", "run", "result"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,19 @@ def warning(text: str) -> Message:
     return Message("warning", text)
 
 
+def node_id_of(node: Any) -> str | None:
+    """ComfyUI's id of the node class that executes (its schema hides `unique_id`); None outside a prompt."""
+    found: str | None = getattr(getattr(node, "hidden", None), "unique_id", None)
+    return found
+
+
+def report(title: str, messages: Iterable[Message]) -> dict[str, list[Any]]:
+    """`report_ui` of a node that executes now; its warnings are logged."""
+    messages = tuple(messages)
+    _log(title, messages)
+    return report_ui(messages)
+
+
 def report_ui(messages: Iterable[Message]) -> dict[str, list[Any]]:
     """The part of a node's UI output that holds its report."""
     return {REPORT_KEY: [asdict(message) for message in messages]}
@@ -52,14 +66,19 @@ def say(
         client: the frontend that queued the prompt; the one whose prompt runs by default.
     """
     messages = tuple(messages)
-    for message in messages:
-        if message.level == "warning":
-            log.warning("%s: %s", title, message.text)
+    _log(title, messages)
     if node_id is None:
         return
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
-    if server is not None:
+    client = client or getattr(server, "client_id", None)
+    if server is not None and client is not None:  # without a client the event would go to all of them
         data = {"node": node_id, "topic": topic, "messages": [asdict(message) for message in messages]}
-        server.send_sync(EVENT, data, server.client_id if client is None else client)
+        server.send_sync(EVENT, data, client)
+
+
+def _log(title: str, messages: Iterable[Message]) -> None:
+    for message in messages:
+        if message.level == "warning":
+            log.warning("%s: %s", title, message.text)

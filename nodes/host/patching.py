@@ -11,31 +11,35 @@ Three wrappers on the MODEL, all without state of their own:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+import weakref
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import comfy.conds
 import torch
-from comfy.ldm.modules import attention as comfy_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...idadapter_core.attention import add_identity, add_residual, sample_norm
+from ...idadapter_core.attention import add_identity, sample_norm
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.sites import Site
-from .call import CALL, Acting, Call
+from .call import CALL, Acting, Call, call_of, calling
 from .compilation import has_compile_wrapper, uncompiled
+from .conditioning import TEXT_POSITIONS, Attached, attached_to, is_negative
+from .findings import after_sampling, before_sampling, run_lost
+from .foreign import OVERRIDE, ForeignSlot, Replacement, Rescaled, Scale, text_attention
 from .gates import GatePatch, loaded_gates, remember_norm
-from .plan import KEY, Application, Plan
-from .run import Handle, Row, Rows, RowTags, Run, expand_rows, tile_rows
+from .plan import KEY, Application, Plan, Rescale
+from .run import Handle, Row, Rows, RowTags, Run, expand_rows, tile_rows, tokens_size
 
 log = logging.getLogger(__name__)
 
-# Share of the text's norm below which another pack's residual counts as rounding and is not rescaled.
-FOREIGN_FLOOR = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
-ATTACHED = f"{KEY}_attached"  # in a conditioning: identities of its own, as (Identity, role) pairs
-TEXT_POSITIONS = f"{KEY}_text"  # in a conditioning: the neighbouring positions of its identity text tokens
+_running: Counter[Plan] = Counter()  # plans whose runs were begun and have not ended
+_lost: weakref.WeakValueDictionary[int, Tensor] = (
+    weakref.WeakValueDictionary()
+)  # noise levels of runs told of
 
 
 def install(model: Any) -> None:
@@ -61,53 +65,59 @@ def outer_sample(
 ) -> Any:
     """Start a run: tag the conditionings of this run, and free its caches when it ends, however it ends."""
     guider = executor.class_obj
-    plan: Plan = guider.model_options["transformer_options"][KEY]
+    plan: Plan | None = guider.model_options.get("transformer_options", {}).get(KEY)
+    if plan is None:
+        log.warning("another node took the identity's plan from this model, so no identity acts")
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     height, width = noise.shape[-2:]
     run = Run(plan, tuple(sigmas.tolist()), (height, width), noise.shape[0])
-    _warn_of_idle_rescaling(plan)
+    before_sampling(plan, guider.conds).say("run")
     for role, conditionings in guider.conds.items():
         for conditioning in conditionings:
             _tag(run, role, conditioning)
+    _running[plan] += 1
     try:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        run.settle_trials()
+        changing = [slot.owner for slot in run.foreign.values() if slot.adds is False]
+        called = run.calls > 0 or run.steps < 1
+        after_sampling(plan, called, guider.model_options, changing, run.placed).say("result")
+        return result
     finally:
+        _running[plan] -= 1
+        if not _running[plan]:
+            del _running[plan]
         run.clear()
 
 
-def _warn_of_idle_rescaling(plan: Plan) -> None:
-    rescale = plan.rescale
-    if rescale is None or rescale.gated or rescale.every_patch or not plan.applications:
+def _tell_of_lost_run(options: dict[str, Any]) -> None:
+    """Say once per sampling that a model call of a plan came by without the run that `outer_sample` begins."""
+    plan, sigmas = options.get(KEY), options.get("sample_sigmas")
+    if not isinstance(plan, Plan) or plan in _running or not any(a.acts for a in plan.applications):
         return
-    if all(application.gated for application in plan.applications):
-        log.warning(
-            "Normalized Identity Rescaling has nothing to rescale: every adapter on this model is an IDAdapter. Switch `gated` on "
-            "to rescale its gated layers, or remove the node."
-        )
+    if not isinstance(sigmas, Tensor) or _lost.get(id(sigmas)) is sigmas:
+        return
+    _lost[id(sigmas)] = sigmas
+    run_lost(plan).say("result")
 
 
 def _tag(run: Run, role: str, conditioning: dict[str, Any]) -> None:
-    negative = "negative" in role
-    attached = conditioning.get(ATTACHED)
-    if attached is None:
-        handles = tuple(run.handle(a, a.identity, negative) for a in run.plan.applications)
-    else:
-        if any((kind == "negative") != negative for _, kind in attached):
-            log.warning(
-                "a conditioning with an identity attached as %s is used as %s; attach it in the role it is used in",
-                "positive" if negative else "negative",
-                role,
-            )
+    negative = is_negative(role)
+    attached = attached_to(conditioning)
+    if attached:
         handles = _attached_handles(run, attached)
+    else:
+        handles = tuple(run.handle(a, a.identity, negative) for a in run.plan.applications)
     tags = RowTags(run, handles, tuple(conditioning.get(TEXT_POSITIONS, ())))
     conditioning["model_conds"] = {**conditioning.get("model_conds", {}), KEY: tags}
 
 
-def _attached_handles(run: Run, attached: tuple[Any, ...]) -> tuple[Handle | None, ...]:
+def _attached_handles(run: Run, attached: tuple[Attached, ...]) -> tuple[Handle | None, ...]:
     """Each attached identity takes the place of the next application of its adapter; the others stay silent."""
     handles: list[Handle | None] = [None] * len(run.plan.applications)
     free = list(enumerate(run.plan.applications))
-    for identity, role in attached:
-        match = next((item for item in free if item[1].adapter.digest == identity.adapter), None)
+    for one in attached:
+        match = next((item for item in free if item[1].adapter.digest == one.identity.adapter), None)
         if match is None:
             names = ", ".join(sorted({a.adapter.name for a in run.plan.applications})) or "none"
             raise InputError(
@@ -117,7 +127,7 @@ def _attached_handles(run: Run, attached: tuple[Any, ...]) -> tuple[Handle | Non
             )
         free.remove(match)
         number, application = match
-        handles[number] = run.handle(application, identity, role == "negative")
+        handles[number] = run.handle(application, one.identity, one.negative)
     return tuple(handles)
 
 
@@ -125,9 +135,15 @@ def calc_cond_batch(
     executor: Any, model: Any, conds: list[Any], x_in: Tensor, timestep: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Scale the identity's text tokens for this step. ControlNets, which run later, see the scaled tokens too."""
-    tagged = [_tags(c) for group in conds for c in group or ()]
-    runs = [tags.run for tags in tagged if tags is not None and tags.text_positions]
-    rescale = runs[0].plan.rescale if runs else None
+    tagged = [tags for group in conds for c in group or () if (tags := _tags(c)) is not None]
+    for tags in tagged:
+        tags.run.current_size = (x_in.shape[-2], x_in.shape[-1])
+    if not tagged:
+        _tell_of_lost_run(
+            (args[0] if args else kwargs.get("model_options", {})).get("transformer_options", {})
+        )
+    runs = [tags.run for tags in tagged if tags.text_positions]
+    rescale = runs[0].plan.rescaling if runs else None
     if rescale is None:
         return executor(model, conds, x_in, timestep, *args, **kwargs)
     run = runs[0]
@@ -135,9 +151,10 @@ def calc_cond_batch(
 
     def scaled(conditioning: dict[str, Any]) -> dict[str, Any]:
         positions = _text_positions(conditioning)
-        if not positions or scale == 1:
+        text = conditioning.get("model_conds", {}).get("c_crossattn")
+        if not positions or scale == 1 or text is None:
             return conditioning
-        states = conditioning["model_conds"]["c_crossattn"].cond.clone()
+        states = text.cond.clone()
         states[:, positions[0] : positions[-1] + 1] *= scale
         model_conds = {**conditioning["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(states)}
         return {**conditioning, "model_conds": model_conds}
@@ -147,7 +164,7 @@ def calc_cond_batch(
 
 
 def _tags(conditioning: dict[str, Any]) -> RowTags | None:
-    tags = conditioning["model_conds"].get(KEY)
+    tags = conditioning.get("model_conds", {}).get(KEY)
     return tags if isinstance(tags, RowTags) else None
 
 
@@ -172,14 +189,28 @@ def apply_model(
     options = transformer_options or {}
     rows = kwargs.pop(KEY, None)
     if not isinstance(rows, Rows):
+        _tell_of_lost_run(options)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     run, model = rows.run, executor.class_obj
+    run.calls += 1
+    run.settle_trials()
     replacements = options.get("patches_replace", {}).get("attn2", {})
-    call = _call(rows, bool(replacements), model, x, options)
+    call = _call(rows, bool(replacements), model, x, t, options)
     if call is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     if call.acting or call.gated:
         run.project(x.device, model.get_dtype_inference(), call.gates)
+    options = _bind(call, replacements, options)
+    with ExitStack() as around:
+        around.enter_context(calling(call))
+        if has_compile_wrapper(options) or run.has_compiled_modules(model.diffusion_model):
+            around.enter_context(uncompiled())
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def _bind(call: Call, replacements: dict[Any, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the model call's options with our patches over what other packs have put there."""
+    run = call.run
     options = {**options, CALL: call}
     if call.acting or call.foreign_scale is not None:
         bound = dict(replacements)
@@ -194,14 +225,14 @@ def apply_model(
         if call.gates_normalized:
             patches["attn1_output_patch"] = [*patches.get("attn1_output_patch", ()), remember_norm]
         options["patches"] = patches
-    compiled = has_compile_wrapper(options) or run.has_compiled_modules(model.diffusion_model)
-    with uncompiled() if compiled else nullcontext():
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    return options
 
 
-def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, Any]) -> Call | None:
+def _call(
+    rows: Rows, foreign: bool, model: Any, x: Tensor, t: Tensor, options: dict[str, Any]
+) -> Call | None:
     run, plan = rows.run, rows.run.plan
-    rescale = plan.rescale
+    rescale = plan.rescaling
     present = [
         n for n in range(len(plan.applications)) if any(row.handles[n] is not None for row in rows.rows)
     ]
@@ -209,48 +240,90 @@ def _call(rows: Rows, foreign: bool, model: Any, x: Tensor, options: dict[str, A
     if not present and not foreign:
         return None
     # The noise level decides what acts: the host waits for it here, once per model call, and in no layer.
-    sigma = float(options["sigmas"].max()) if "sigmas" in options else 0.0
+    sigma = float(options.get("sigmas", t).max())
     scale = 1.0 if rescale is None else rescale.schedule.adapter_scale(run.step(sigma), run.steps)
-    gates_normalized = rescale is not None and rescale.gated
     acting: list[Acting] = []
     gated: list[Acting] = []
     for number in present:
         application = plan.applications[number]
-        strength = application.weight * (1.0 if application.gated and not gates_normalized else scale)
-        if strength != 0 and run.in_window(number, model.model_sampling, sigma):
+        strength, at_most = _strength(application, rescale, scale)
+        if strength != 0 and at_most != 0 and run.in_window(number, model.model_sampling, sigma):
             kind = gated if application.gated else acting
             on_device = torch.full((), strength, device=x.device)
-            kind.append(Acting(number, strength, on_device, application.mask is not None))
+            kind.append(Acting(number, strength, at_most, on_device, application.mask is not None))
     if not acting and not gated and not foreign:
         return None
     tiled = tile_rows(rows.rows, x.shape[0])
-    for masked in (a for a in (*acting, *gated) if a.masked):
-        _require_whole_pictures(run, rows.rows, x, plan.applications[masked.number])
+    if any(a.masked for a in (*acting, *gated)):
+        window = _window(options)
+        if window is not None:
+            tiled = _numbered(tiled, window)
+        for masked in (a for a in (*acting, *gated) if a.masked):
+            _require_whole_pictures(
+                run, rows.rows, x, plan.applications[masked.number], windowed=window is not None
+            )
+    limits = rescale is not None and rescale.mode == "limit"
     return Call(
         run=run,
         rows=tiled,
         acting=tuple(acting),
         gated=tuple(gated),
         normalized=rescale is not None,
-        gates_normalized=gates_normalized,
-        foreign_scale=torch.full((), scale, device=x.device) if foreign else None,
+        gates_normalized=rescale is not None and rescale.gated,
+        foreign_scale=Scale(torch.full((), scale, device=x.device), limits) if foreign else None,
+        latent_size=(x.shape[-2], x.shape[-1]),
         gates=loaded_gates(model, plan),
         owns_stream=not options.get("patches", {}).get("middle_patch"),
     )
 
 
-def _require_whole_pictures(run: Run, rows: tuple[Row, ...], x: Tensor, application: Application) -> None:
-    """Raise InputError where a mask cannot be laid on the rows: the call holds tiles or other latents than the run's."""
-    size = tuple(x.shape[-2:])
-    whole = len(rows) == x.shape[0] and all(size == (row.area or run.latent_size)[:2] for row in rows)
-    mask = application.mask
-    if mask is not None and mask.shape[0] > 1:
-        whole = whole and max(row.image for row in rows) + 1 == run.latents
-    if not whole:
-        raise InputError(
-            "attn_mask cannot follow the tiles or windows that another node cuts this model call into; sample without them, or "
-            "without the mask."
+def _strength(application: Application, rescale: Rescale | None, scale: float) -> tuple[float, float | None]:
+    """`strength` and `at_most` of an application in one step (see `Acting`)."""
+    if rescale is None or (application.gated and not rescale.gated):
+        return application.weight, None
+    if rescale.mode == "limit":
+        return scale, application.weight
+    return application.weight * scale, None
+
+
+def _require_whole_pictures(
+    run: Run, rows: tuple[Row, ...], x: Tensor, application: Application, windowed: bool
+) -> None:
+    """Raise InputError where a mask cannot be laid on the rows of a model call.
+
+    Args:
+        windowed: whether `Row.image` is known to be the latent's number in the whole batch.
+    """
+    (height, width), now, size = run.latent_size, run.current_size, tuple(x.shape[-2:])
+    reason = None
+    if abs(now[0] * width - now[1] * height) > max(height, width):
+        reason = f"a sampler that changes the shape of the latent, here from {height} x {width} to {now[0]} x {now[1]}"
+    elif len(rows) != x.shape[0] or any(size != (row.area or now)[:2] for row in rows):
+        reason = (
+            "the tiles that another node cuts this model call into, because it does not say where they lie"
         )
+    elif application.masks > 1 and not windowed and max(row.image for row in rows) + 1 != run.latents:
+        reason = (
+            f"the windows that another node cuts the batch of {run.latents} latents into, because it does not say which they hold "
+            "(one mask for all of them can)"
+        )
+    if reason is not None:
+        raise InputError(
+            f"{application.title}: attn_mask cannot follow {reason}. Sample without that node, or without the mask."
+        )
+
+
+def _window(options: dict[str, Any]) -> list[int] | None:
+    """The latents of the batch that a model call holds, where it is a window of a longer one: AnimateDiff's or ComfyUI's own."""
+    indices = (options.get("ad_params") or {}).get("sub_idxs")
+    if indices is None and getattr(window := options.get("context_window"), "dim", None) == 0:
+        indices = getattr(window, "index_list", None)
+    return None if indices is None else [int(index) for index in indices]
+
+
+def _numbered(rows: tuple[Row, ...], window: list[int]) -> tuple[Row, ...]:
+    """The rows with the latents' numbers in the whole batch in place of those in the window."""
+    return tuple(replace(row, image=window[row.image]) if row.image < len(window) else row for row in rows)
 
 
 def _gate_patch(run: Run) -> GatePatch:
@@ -261,14 +334,11 @@ def _gate_patch(run: Run) -> GatePatch:
     return patch
 
 
-Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
-
-
 def _chain(run: Run, site: Site, previous: Replacement | None) -> SiteAttention:
     # The same object in every step, so that a compiled graph stays valid. The run keeps `previous` alive with it.
     key = (site, id(previous))
     if key not in run.chains:
-        run.chains[key] = SiteAttention(site, previous)
+        run.chains[key] = SiteAttention(site, None if previous is None else run.foreign_slot(previous))
     chain: SiteAttention = run.chains[key]
     return chain
 
@@ -276,16 +346,17 @@ def _chain(run: Run, site: Site, previous: Replacement | None) -> SiteAttention:
 class SiteAttention:
     """The attn2 replacement of one site: text attention (or another pack's), plus what the acting identities add."""
 
-    def __init__(self, site: Site, previous: Replacement | None):
+    def __init__(self, site: Site, previous: ForeignSlot | None):
         self.site = site
         self.previous = previous
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
-        call: Call = extra[CALL]
-        out, reference, ours = self._base(call, q, k, v, extra)
-        if not call.acting:
-            return out
-        norm = sample_norm(reference) if call.normalized else None
+        call = call_of(extra)
+        base = self._base(call, q, k, v, extra)
+        if call is None or not call.acting:
+            return base.out
+        out, ours = base.out, base.fresh
+        norm = sample_norm(base.text) if call.normalized else None
         rows = expand_rows(call.rows, extra, q.shape[0])
         for acting in call.acting:
             for segment in call.run.segments(rows, acting.number):
@@ -295,40 +366,28 @@ class SiteAttention:
                 )
                 mask = None
                 if acting.masked:
-                    size = tuple(extra["activations_shape"][-2:])
+                    size = tokens_size(extra, q.shape[1], call.latent_size)
                     mask = call.run.mask(acting.number, rows[span], size, q.device, q.dtype)
                 if not ours:  # another owner may still hold this tensor
                     out, ours = out.clone(memory_format=torch.contiguous_format), True
-                base_norm = None if norm is None else norm[span]
                 add_identity(
-                    out[span], q[span], identity, acting.scale, base_norm=base_norm, mask=mask, inplace=True
+                    out[span],
+                    q[span],
+                    identity,
+                    acting.scale,
+                    base_norm=None if norm is None else norm[span],
+                    at_most=acting.at_most,
+                    mask=mask,
+                    inplace=True,
                 )
         return out
 
-    def _base(
-        self, call: Call, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, bool]:
-        """The output to add to, the tensor whose norm counts as the text's, and whether the output is ours to overwrite."""
-
-        def text_attention() -> Tensor:
-            out: Tensor = comfy_attention.optimized_attention(
-                q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"], transformer_options=extra
-            )
-            return out
-
+    def _base(self, call: Call | None, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Rescaled:
+        """The output to add to."""
         if self.previous is None:
-            out = text_attention()
-            overridden = "optimized_attention_override" in extra
-            return out, out, not overridden and not out.requires_grad
-        out = self.previous(q, k, v, extra)
-        if call.foreign_scale is None:
-            return out, out, False
-        text = text_attention()
-        residual = out - text
-        norm, added = sample_norm(text), sample_norm(residual)
-        # What is not there stays away: two ways of computing the same attention differ by their rounding.
-        factor = torch.where(
-            added > FOREIGN_FLOOR.get(q.dtype, 0.0) * norm, call.foreign_scale * norm / added, 1.0
-        )
-        rescaled = add_residual(text, residual, factor.to(text.dtype)[:, None, None])
-        return rescaled, text, not rescaled.requires_grad
+            out = text_attention(q, k, v, extra)
+            return Rescaled(out, out, OVERRIDE not in extra and not out.requires_grad)
+        if call is None or call.foreign_scale is None:
+            out = self.previous.replacement(q, k, v, extra)
+            return Rescaled(out, out, False)
+        return self.previous.rescaled(q, k, v, extra, call.foreign_scale)

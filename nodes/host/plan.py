@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from comfy.utils import get_attr
 from torch import Tensor
@@ -12,6 +12,9 @@ from ...idadapter_core import Adapter, Identity
 from ...idadapter_core.schedule import RescaleSchedule
 from ...idadapter_core.sites import Site, attention_sites
 
+# Display names of nodes that messages speak of.
+APPLY, RESCALE = "Apply ID Adapter", "Normalized Identity Rescaling"
+PROMPT, ATTACH = "ID Prompt", "Attach Identity to Conditioning"
 KEY = "idadapter"  # in transformer_options, model_conds and the wrappers' registry
 
 
@@ -32,6 +35,17 @@ class Application(_Shared):
     start_percent: float
     end_percent: float
     mask: Tensor | None  # (B, H, W) in 0..1
+    node_id: str | None = None  # of the Apply ID Adapter, where messages about it are shown
+
+    @property
+    def title(self) -> str:
+        """How messages name it."""
+        return f"{APPLY} (node {self.node_id})" if self.node_id else APPLY
+
+    @property
+    def masks(self) -> int:
+        """How many masks there are: none, one for all latents, or a batch."""
+        return 0 if self.mask is None else self.mask.shape[0]
 
     @property
     def switched_on(self) -> bool:
@@ -50,6 +64,9 @@ class Application(_Shared):
         return self.switched_on and (not self.gated or any(any(pair) for pair in self.adapter.gates.values()))
 
 
+RescaleMode = Literal["normalized", "limit", "off"]
+
+
 @dataclass(frozen=True)
 class Rescale:
     """Normalized Identity Rescaling: its schedule, and whether it covers other packs' attention patches and gated adapters."""
@@ -57,6 +74,8 @@ class Rescale:
     schedule: RescaleSchedule
     every_patch: bool = False
     gated: bool = False
+    mode: RescaleMode = "normalized"
+    node_id: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +84,19 @@ class Plan(_Shared):
 
     sites: tuple[Site, ...]
     applications: tuple[Application, ...] = ()
-    rescale: Rescale | None = None
+    rescale: Rescale | None = None  # the node; None where there is none
+
+    @property
+    def rescaling(self) -> Rescale | None:
+        """The rescaling that acts."""
+        return None if self.rescale is None or self.rescale.mode == "off" else self.rescale
 
 
 def plan_of(model: Any) -> Plan:
     """The plan of a MODEL, or an empty one for its UNet."""
     plan = model.model_options.get("transformer_options", {}).get(KEY)
-    return plan or Plan(attention_sites(model.model_state_dict()))
+    # Modules that another node has compiled carry this part in their names.
+    return plan or Plan(attention_sites(key.replace("_orig_mod.", "") for key in model.model_state_dict()))
 
 
 def with_plan(model: Any, **changes: Any) -> Any:

@@ -18,6 +18,7 @@ from ...idadapter_core.methods.idadapter import GateIdentity
 from ...idadapter_core.schedule import step_index
 from ...idadapter_core.sites import Site
 from .compilation import has_compiled_modules
+from .foreign import ForeignSlot
 from .plan import Application, Plan
 
 
@@ -122,8 +123,16 @@ class Run:
     _segments: dict[Any, tuple[Segment, ...]] = field(default_factory=dict)
     _spans: dict[Any, tuple[Span, ...]] = field(default_factory=dict)
     _masks: dict[Any, Tensor] = field(default_factory=dict)
+    foreign: dict[int, ForeignSlot] = field(
+        default_factory=dict
+    )  # by id of the replacement, which it keeps alive
     chains: dict[Any, Any] = field(default_factory=dict)
     gate_patch: Any = None
+    calls: int = 0  # model calls that came by
+    placed: bool = True  # every gated layer that ran could tell which it is
+
+    def __post_init__(self) -> None:
+        self.current_size = self.latent_size  # of the whole latent now: some samplers enlarge it on the way
 
     def clear(self) -> None:
         """Free everything that was computed; a finished run may still be referenced by a sampler's leftovers."""
@@ -136,6 +145,7 @@ class Run:
             self._segments,
             self._spans,
             self._masks,
+            self.foreign,
             self.chains,
         ):
             cache.clear()
@@ -146,6 +156,18 @@ class Run:
 
     def step(self, sigma: float) -> int:
         return step_index(sigma, self.sigmas)
+
+    def foreign_slot(self, replacement: Any) -> ForeignSlot:
+        """The state of another pack's replacement in this run."""
+        return self.foreign.setdefault(id(replacement), ForeignSlot(replacement))
+
+    def settle_trials(self) -> None:
+        """Read what was found out about other packs' replacements: one wait for all of them."""
+        open_slots = [(slot, trial) for slot in self.foreign.values() if (trial := slot.trial) is not None]
+        if open_slots:
+            outcomes = torch.stack([trial.to(open_slots[0][1].device) for _, trial in open_slots]).tolist()
+            for (slot, _), (live, additive) in zip(open_slots, outcomes, strict=True):
+                slot.settle(live, additive)
 
     def handle(self, application: Application, identity: Any, negative: bool) -> Handle | None:
         """The handle of an identity in a role; None where the adapter is skipped."""
@@ -272,7 +294,7 @@ class Run:
         views = tuple((row.area, row.image % mask.shape[0]) for row in rows)
         if len(set(views)) == 1:
             views = views[:1]
-        key = (application, views, size, device, dtype)
+        key = (application, views, size, self.current_size, device, dtype)
         if key not in self._masks:
             self._masks[key] = torch.stack([self._view(mask, *view, size) for view in views]).to(
                 device, dtype
@@ -283,11 +305,31 @@ class Run:
         view = mask[image][None, None]
         if area is not None:
             height, width, y, x = area
-            view = F.interpolate(view, self.latent_size, mode="area")
+            view = F.interpolate(view, self.current_size, mode="area")
             view = view[..., y : y + height, x : x + width]
         # The share of a token's area that the mask covers: a hard edge leaks nothing into the token beside it.
         view = F.interpolate(view, size, mode="area")
         return view.flatten()[:, None]
+
+
+def tokens_size(extra: Mapping[str, Any], count: int, latent_size: Sequence[int]) -> tuple[int, int]:
+    """(h, w) of the image tokens in a block, from its options or, where another node's block names none, from their count.
+
+    Raises:
+        InputError: no halving of the latent has so many tokens.
+    """
+    if (shape := extra.get("activations_shape")) is not None:
+        return int(shape[-2]), int(shape[-1])
+    height, width = latent_size
+    while True:
+        if height * width == count:
+            return height, width
+        if height * width < count or height * width == 1:
+            raise InputError(
+                f"attn_mask cannot be laid on {count} image tokens: another node's block does not name their height and width, and "
+                f"no halving of a latent of {latent_size[0]} x {latent_size[1]} has as many. Sample without that node, or without the mask."
+            )
+        height, width = -(-height // 2), -(-width // 2)
 
 
 def _segments(handles: tuple[Handle | None, ...]) -> tuple[Segment, ...]:

@@ -13,7 +13,7 @@ from ...idadapter_core.errors import MismatchError
 from ...idadapter_core.methods import idadapter
 from ...idadapter_core.methods.uniid import ENCODERS, normalize_text_tokens, reference_names
 from ...idadapter_core.types import Identity
-from .patching import TEXT_POSITIONS
+from .conditioning import PROMPTED, TEXT_POSITIONS, Prompted
 
 CLASS_WORD = "<class word>"  # in a prompt, the place of man, woman or another noun
 Conditioning = list[list[Any]]
@@ -104,8 +104,20 @@ def complete_prompt(clip: Any, text: str, identity: Identity, class_word: str) -
     return idadapter.with_identity_clause(text, class_word)
 
 
-def encode_prompt(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
-    """The text's conditioning with the identity in it. `token_weight` is how much its tokens count."""
+def encode_prompt(
+    clip: Any, text: str, identity: Identity, token_weight: float, node_id: str | None = None
+) -> Conditioning:
+    """The text's conditioning with the identity in it.
+
+    Args:
+        token_weight: how much its tokens count.
+        node_id: the node whose prompt it is, where messages about it are shown.
+    """
+    mark = {PROMPTED: Prompted(identity.adapter, node_id)}
+    return [[states, {**options, **mark}] for states, options in _encode(clip, text, identity, token_weight)]
+
+
+def _encode(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
     if not identity.text_tokens:
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))
     require_text_encoders(clip, identity)

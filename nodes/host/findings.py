@@ -1,0 +1,156 @@
+"""What a sampling run has to say about the nodes behind it: what the user left out, and what could not act."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+
+from . import messages
+from .conditioning import PROMPTED, Prompted, attached_to, is_negative
+from .messages import Message, warning
+from .owners import owner_of
+from .plan import APPLY, ATTACH, KEY, PROMPT, RESCALE, Application, Plan
+
+
+@dataclass
+class Findings:
+    """Messages by the node that shows them. Nodes without any are told, too, so that old messages go."""
+
+    plan: Plan
+    _nodes: dict[tuple[str | None, str], list[Message]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for application in self.plan.applications:
+            self.about(application.node_id, APPLY)
+        if self.plan.rescale is not None:
+            self.about(self.plan.rescale.node_id, RESCALE)
+
+    def about(self, node_id: str | None, title: str, *texts: str) -> None:
+        """Warnings about a node."""
+        known = self._nodes.setdefault((node_id, title), [])
+        known += [message for message in map(warning, texts) if message not in known]
+
+    def say(self, topic: messages.Topic) -> None:
+        for (node_id, title), found in self._nodes.items():
+            messages.say(node_id, title, topic, found)
+
+
+def before_sampling(plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str, Any]]]) -> Findings:
+    """What can be told from the plan and the conditionings by role before the first model call."""
+    found = Findings(plan)
+    prompted: set[str] = set()
+    for role, group in conditionings.items():
+        for options in group:
+            for attached in attached_to(options):
+                wrong = attached.negative != is_negative(role)
+                text = f"the identity is attached as {attached.role}, but the prompt is used as {role}. Set `role` to that."
+                found.about(attached.node_id, ATTACH, *([text] if wrong else []))
+            made_by: Prompted | None = options.get(PROMPTED)
+            if made_by is None:
+                continue
+            wrong = is_negative(role) and not _is_zero(options.get("cross_attn"))
+            found.about(made_by.node_id, PROMPT, *([_WIRED_TO_NEGATIVE] if wrong else []))
+            if not is_negative(role):
+                prompted.add(made_by.adapter)
+    for application in plan.applications:
+        if application.switched_on:
+            found.about(application.node_id, APPLY, *_left_out(application, plan, prompted))
+    rescale = plan.rescaling
+    if rescale is not None and not rescale.gated and not rescale.every_patch and plan.applications:
+        if all(application.gated for application in plan.applications):
+            found.about(rescale.node_id, RESCALE, _NOTHING_TO_RESCALE)
+    return found
+
+
+def after_sampling(
+    plan: Plan, called: bool, model_options: Mapping[str, Any], not_additions: Iterable[str], placed: bool
+) -> Findings:
+    """What turned out while sampling.
+
+    Args:
+        called: whether any model call of the run came by.
+        not_additions: owners of replacements that rescaling left alone.
+        placed: whether every gated layer could tell where it is.
+    """
+    found = Findings(plan)
+    acting = [application for application in plan.applications if application.acts]
+    if not called:
+        cause = _cause(model_options)
+        for application in acting:
+            found.about(application.node_id, APPLY, f"the identity did not act in this picture: {cause}")
+        rescale = plan.rescaling
+        if rescale is not None and rescale.every_patch:
+            found.about(rescale.node_id, RESCALE, f"nothing was rescaled in this picture: {cause}")
+    if not placed:
+        for application in (a for a in acting if a.gated):
+            found.about(application.node_id, APPLY, _UNPLACED)
+    if plan.rescale is not None:
+        for owner in sorted(set(not_additions)):
+            found.about(
+                plan.rescale.node_id,
+                RESCALE,
+                f"{owner} changes the text's attention itself and adds nothing to it, so it is left as it is.",
+            )
+    return found
+
+
+def run_lost(plan: Plan) -> Findings:
+    """Another node has taken away the wrapper with which a run begins, so nothing can act."""
+    found = Findings(plan)
+    for application in plan.applications:
+        if application.acts:
+            found.about(
+                application.node_id, APPLY, f"the identity did not act in this picture: {_WRAPPERS_TAKEN}."
+            )
+    return found
+
+
+def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[str]:
+    adapter, texts = application.adapter, []
+    if application.identity.text_tokens and adapter.digest not in prompted:
+        texts.append(
+            "no positive prompt has this adapter's identity in it, so only a part of the adapter acts. Use ID Prompt, with the same "
+            "identity, in place of CLIP Text Encode for the positive prompt."
+        )
+    if adapter.made_to_be_rescaled and plan.rescale is None:
+        texts.append(
+            f"{RESCALE} is not on this model, so the identity acts as strongly as it was trained and can drown the prompt. Add the "
+            "node, or add it with mode off if that is what you want."
+        )
+    return texts
+
+
+def _cause(model_options: Mapping[str, Any]) -> str:
+    options = model_options.get("transformer_options", {})
+    wrappers = options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if not wrappers.get(KEY):
+        others = ", ".join(sorted(str(key) for key, some in wrappers.items() if some))
+        known = f" (wrappers now on it: {others})" if others else ""
+        return f"{_WRAPPERS_TAKEN}{known}."
+    wrapper = model_options.get("model_function_wrapper")
+    if wrapper is not None:
+        return f"{owner_of(wrapper)} computes the UNet's blocks itself, past ComfyUI's hooks. Remove that node from this model."
+    return "another node computes the model by itself, past ComfyUI's hooks. Remove the nodes that speed up or replace sampling."
+
+
+def _is_zero(states: Any) -> bool:
+    """Whether text states are those of Conditioning Zero Out, which is a usual negative."""
+    return states is not None and not bool(states.any())
+
+
+_WRAPPERS_TAKEN = f"another node has taken this pack's wrappers from the model. Put {APPLY} after that node, next to the sampler"
+_WIRED_TO_NEGATIVE = (
+    "this prompt is wired to a negative input, so the sampler steers away from the person. Wire it to positive; the negative "
+    "prompt is an ordinary CLIP Text Encode."
+)
+_NOTHING_TO_RESCALE = (
+    "every adapter on this model is an IDAdapter, so there is nothing to rescale. Switch `gated` on to rescale its gated layers, "
+    "or remove the node."
+)
+_UNPLACED = (
+    "another node runs transformer blocks of its own without saying which, and the identity could not act in those. Remove that "
+    "node, or use an adapter that acts in cross-attention (UniID)."
+)
