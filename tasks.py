@@ -414,13 +414,29 @@ def command_lint(_: list[str]) -> int:
     return lint()
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_workers(arguments: Sequence[str]) -> int:
+    """How many processes run the tests: one per core, up to four, as each may start a ComfyUI of its own."""
+    alone = {"-s", "--pdb", "--capture=no", "--collect-only", "--co"}
+    return 1 if alone & set(arguments) else min(cores(), 4)
+
+
 def command_test(arguments: list[str]) -> int:
     comfyui = set_up()
     ensure_browser()
     if lint():
         say("\ntest: lint failed, see above; the tests were not run, they run only on code that passes it")
         return 1
-    code = run_openly([PYTHON, "-m", "pytest", *arguments], child_environment(comfyui))
+    workers = count_workers(arguments)
+    environment = child_environment(comfyui)
+    # The tests' tensors are tiny: a thread for each worker, and none that waits for another.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, workers))))
+    side_by_side = ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 else []
+    code = run_openly([PYTHON, "-m", "pytest", *side_by_side, *arguments], environment)
     outcome = {0: "tests passed", 1: "tests failed", 5: "no tests were found"}.get(
         code, f"pytest stopped with exit code {code}"
     )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import InputError
-from .types import Face, FaceFeatures, Mix
+from .types import Face, FaceFeatures, Mix, Remark
 
 FULL_EYE_DISTANCE = 60.0  # pixels; beyond it a face is not better, the networks see it scaled down
 OUTLIER_RATIO = 0.5  # of the agreement of the others
@@ -107,22 +107,41 @@ def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:
     return tuple(sorted(found, key=lambda outlier: outlier.face))
 
 
-def mix_report(features: FaceFeatures, mix: Mix) -> str:
-    """What `select_references` does with each face and why, one line each, after a line that counts.
+def mix_remarks(features: FaceFeatures, mix: Mix) -> tuple[Remark, ...]:
+    """What `select_references` does with each face and why, one remark each, after one that counts.
+
+    Warnings are those about photos that may show another person: outliers, and two photos that hardly agree.
 
     Raises:
         InputError: as `select_references`.
     """
-    return "\n".join(line for line, _ in _explain(features, mix))
+    choice = _choose(features, mix)
+    names = face_names(features)
+    noun, plural = names[0].partition(" ")[0], "s" if len(features) > 1 else ""
+    counted = Remark(f"used {len(choice.chosen)} of {len(features)} {noun}{plural}")
+    each = [_remark_on(i, name, choice, mix) for i, name in enumerate(names)]
+    return (counted, *each, *_doubtful_pair(features, choice, noun))
 
 
-def mix_warnings(features: FaceFeatures, mix: Mix) -> tuple[str, ...]:
-    """The lines of `mix_report` that tell of photos which may show another person.
+def left_out(features: FaceFeatures, mix: Mix) -> tuple[int, ...]:
+    """Indices of the faces that `select_references` leaves out, for whatever reason.
 
     Raises:
         InputError: as `select_references`.
     """
-    return tuple(line for line, is_warning in _explain(features, mix) if is_warning)
+    chosen = _choose(features, mix).chosen
+    return tuple(i for i in range(len(features)) if i not in chosen)
+
+
+def face_names(features: FaceFeatures) -> list[str]:
+    """What messages call each face: "photo 3" where every photo gave one face, else "face 2 (photo 1)"; "face 2" where that is
+    not known."""
+    photos = [face.image_index + 1 for face in features.faces]
+    if not photos:
+        return [f"face {i + 1}" for i in range(len(features))]
+    if len(set(photos)) == len(photos):
+        return [f"photo {photo}" for photo in photos]
+    return [f"face {i + 1} (photo {photo})" for i, photo in enumerate(photos)]
 
 
 def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
@@ -233,48 +252,42 @@ def _cosines(x: Tensor) -> NDArray[np.float64]:
     return np.asarray(unit @ unit.T, dtype=np.float64)
 
 
-def _explain(features: FaceFeatures, mix: Mix) -> list[tuple[str, bool]]:
-    """Lines of the report, and whether each is a warning."""
-    choice = _choose(features, mix)
-    count, names = len(features), _names(features)
-    noun = names[0].partition(" ")[0]
-    lines = [(f"used {len(choice.chosen)} of {count} {noun}{'s' if count > 1 else ''}", False)]
+def _remark_on(i: int, name: str, choice: _Choice, mix: Mix) -> Remark:
+    """What becomes of one face."""
     largest = max(choice.weights)
-    total = sum(choice.weights[i] / largest for i in choice.chosen)
-    for i, name in enumerate(names):
-        weight = f"weight {choice.weights[i] / largest / total:.3g}"
-        disagrees = ""
-        if outlier := choice.outliers.get(i):
-            numbers = f"cosine {outlier.agreement:.2f}; among the others {outlier.others:.2f}"
-            disagrees = f"disagrees with the others ({numbers})"
-        if i in choice.rejected:
-            lines.append((f"{name}: left out, it {disagrees}. Probably another person.", True))
-        elif choice.weights[i] == 0:
-            lines.append((f"{name}: left out, its weight is 0", False))
-        elif i not in choice.chosen:
-            lines.append((f"{name}: left out, no more than {mix.references} are wanted (references)", False))
-        elif disagrees:
-            way_out = "give it weight 0" if mix.weights else "set outliers to reject"
-            hint = f"Probably another person: {way_out} to leave it out."
-            lines.append((f"{name}: {disagrees}, kept with {weight}. {hint}", True))
-        else:
-            lines.append((f"{name}: {weight}", False))
-    pair = [i for i in range(count) if choice.weights[i] > 0]
-    if len(pair) == 2:
-        cosine = _cosines(features.embedding[pair])[0, 1]
-        if cosine < DOUBTFUL_PAIR:
-            check = (
-                f"the two {noun}s hardly agree (cosine {cosine:.2f}); check that both show the same person"
-            )
-            lines.append((check, True))
-    return lines
+    total = sum(choice.weights[j] / largest for j in choice.chosen)
+    weight = f"weight {choice.weights[i] / largest / total:.3g}"
+    disagrees = ""
+    if outlier := choice.outliers.get(i):
+        numbers = f"cosine {outlier.agreement:.2f}; among the others {outlier.others:.2f}"
+        disagrees = f"disagrees with the others ({numbers})"
+    if i in choice.rejected:
+        return Remark(f"{name}: left out, it {disagrees}. Probably another person.", is_warning=True)
+    if choice.weights[i] == 0:
+        return Remark(f"{name}: left out, its weight is 0")
+    if i not in choice.chosen:
+        return Remark(f"{name}: left out, no more than {mix.references} are wanted (references)")
+    if disagrees:
+        way_out = "give it weight 0" if mix.weights else "set outliers to reject"
+        hint = f"Probably another person: {way_out} to leave it out."
+        return Remark(f"{name}: {disagrees}, kept with {weight}. {hint}", is_warning=True)
+    return Remark(f"{name}: {weight}")
 
 
-def _names(features: FaceFeatures) -> list[str]:
-    """Of each face: "photo 3" where every photo gave one face, else "face 2 (photo 1)"; "face 2" where that is not known."""
-    photos = [face.image_index + 1 for face in features.faces]
-    if not photos:
-        return [f"face {i + 1}" for i in range(len(features))]
-    if len(set(photos)) == len(photos):
-        return [f"photo {photo}" for photo in photos]
-    return [f"face {i + 1} (photo {photo})" for i, photo in enumerate(photos)]
+def _doubtful_pair(features: FaceFeatures, choice: _Choice, noun: str) -> tuple[Remark, ...]:
+    """A warning where there are two faces and they hardly agree.
+
+    Two cannot outvote each other, so neither is left out. The threshold is absolute for want of a third photo: cosines of
+    recognisers are near 0 for two people, and rarely below 0.2 for two photos of one.
+    """
+    pair = [i for i, weight in enumerate(choice.weights) if weight > 0]
+    if len(pair) != 2:
+        return ()
+    cosine = _cosines(features.embedding[pair])[0, 1]
+    if cosine >= DOUBTFUL_PAIR:
+        return ()
+    text = (
+        f"the two {noun}s are hardly alike (cosine {cosine:.2f}; two photos of one person are mostly above {DOUBTFUL_PAIR}). "
+        f"Probably two people, and the identity will be a blend of both: use {noun}s of one person."
+    )
+    return (Remark(text, is_warning=True),)

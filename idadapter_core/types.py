@@ -18,6 +18,14 @@ OUTLIERS = ("reject", "keep")
 
 
 @dataclass(frozen=True)
+class Remark:
+    """One sentence of a report to the user."""
+
+    text: str
+    is_warning: bool = False
+
+
+@dataclass(frozen=True)
 class Face:
     """One detected face. Pixel coordinates refer to the photo as given, x to the right and y down."""
 

@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .adapter import ApplyIDAdapter, LoadIDAdapter, NormalizedRescaling
 from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
-from .host import graph, paths
+from .host import exceptions, graph, paths
 from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
 
@@ -15,6 +15,7 @@ class IDAdapterExtension(ComfyExtension):
     async def on_load(self) -> None:
         paths.register()
         graph.listen()
+        exceptions.use_short_names()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

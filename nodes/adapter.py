@@ -11,13 +11,13 @@ import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..idadapter_core import Identity, load_adapter
+from ..idadapter_core import Adapter, Identity, load_adapter
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.schedule import RescaleSchedule
 from .host import paths
 from .host.gates import delta_strength, load_with, patch_weights
 from .host.memory import LoadedAdapter, manage
-from .host.messages import Message, node_id_of, report, warning
+from .host.messages import Message, info, keeps_report, node_id_of, report_ui, warning
 from .host.plan import (
     APPLY,
     RESCALE,
@@ -63,6 +63,7 @@ def _reload_gates(path: Path) -> object:
 
 class LoadIDAdapter(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterLoadAdapter",
@@ -101,13 +102,20 @@ class LoadIDAdapter(io.ComfyNode):
     def execute(cls, adapter: str, text_branch: str) -> io.NodeOutput:
         second = None if text_branch == NONE else paths.path_of(paths.ADAPTERS, text_branch)
         loaded = load(paths.path_of(paths.ADAPTERS, adapter), second)
-        for note in loaded.adapter.notes:
-            log.warning("%s: %s", loaded.adapter.name, note)
-        return io.NodeOutput(loaded, loaded.adapter.info)
+        return io.NodeOutput(
+            loaded, loaded.adapter.info, ui=report_ui(_report(loaded.adapter), "Load ID Adapter")
+        )
+
+
+def _report(adapter: Adapter) -> list[Message]:
+    """What the files hold; its notes are warnings."""
+    facts = [line for line in adapter.info.splitlines() if not line.startswith("Note: ")]
+    return [*map(info, facts), *(warning(f"{adapter.name}: {note}") for note in adapter.notes)]
 
 
 class ApplyIDAdapter(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterApply",
@@ -194,7 +202,7 @@ class ApplyIDAdapter(io.ComfyNode):
         load_with(patched, adapter)
         before, after = (delta_strength(some, adapter.adapter) for some in (plan.applications, applications))
         patch_weights(patched, plan, adapter.adapter, before, after)
-        return io.NodeOutput(patched, ui=report(APPLY, _warnings(application)))
+        return io.NodeOutput(patched, ui=report_ui(_warnings(application), APPLY))
 
 
 def _warnings(application: Application) -> list[Message]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from torch import Tensor
 from ..idadapter_core.faces.align import square_crop
 from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
 from ..idadapter_core.faces.enrich import MAX_COLOUR, MAX_ROTATION, enrich
-from ..idadapter_core.faces.features import ON_MISSING, extract_features
+from ..idadapter_core.faces.features import ON_MISSING, Extraction, extract_features
+from ..idadapter_core.faces.images import Image
 from ..idadapter_core.faces.iresnet import digest, load_iresnet
 from ..idadapter_core.faces.packages import find_packages, resolve_package
-from ..idadapter_core.faces.preview import draw_preview, face_mask
+from ..idadapter_core.faces.preview import draw_preview, face_mask, small_preview, worth_showing
 from .host import images, paths
 from .host.memory import manage
+from .host.messages import from_remarks, info, keeps_report, report_ui
+from .host.origins import photo_origins
 from .host.vision import encode_heads
 from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket
 
@@ -108,6 +112,7 @@ class LoadFaceAnalyzer(io.ComfyNode):
 
 class ExtractFaces(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterExtractFaces",
@@ -173,6 +178,7 @@ class ExtractFaces(io.ComfyNode):
                     tooltip="What was found where, and what to watch out for.",
                 ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -195,6 +201,7 @@ class ExtractFaces(io.ComfyNode):
             index=index,
             on_missing=on_missing,
             recognizer_digest=analyzer.recognizer_digest,
+            origins=photo_origins(cls.hidden, "image", len(pictures)),
             progress=lambda: progress.update(1),
             check=comfy.model_management.throw_exception_if_processing_interrupted,
         )
@@ -216,11 +223,23 @@ class ExtractFaces(io.ComfyNode):
             boxes,
             images.to_image(previews),
             extraction.report,
+            ui={
+                **images.picture_ui(cls, _node_pictures(pictures, extraction)),
+                **report_ui(from_remarks(extraction.remarks)),
+            },
         )
+
+
+def _node_pictures(pictures: Sequence[Image], extraction: Extraction) -> list[Image]:
+    """The photos with boxes, small; of many, those that were left out come first."""
+    left_out = {i for i, chosen in enumerate(extraction.chosen) if not chosen}
+    shown = worth_showing(len(pictures), left_out)
+    return [small_preview(pictures[i], extraction.found[i], extraction.chosen[i]) for i in shown]
 
 
 class EnrichPhotos(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterEnrich",
@@ -288,6 +307,8 @@ class EnrichPhotos(io.ComfyNode):
     ) -> io.NodeOutput:
         pictures = images.photos(image)
         if len(pictures) >= count:
-            return io.NodeOutput(image)
+            passed = info(f"{len(pictures)} photos were given and {count} wanted, so they pass unchanged.")
+            return io.NodeOutput(image, ui=report_ui([passed]))
         enriched = enrich(pictures, count, seed, flip=flip, rotation=rotation, colour=colour)
-        return io.NodeOutput(images.to_image(enriched))
+        made = info(f"{len(pictures)} given, {count - len(pictures)} made of them: {count} photos.")
+        return io.NodeOutput(images.to_image(enriched), ui=report_ui([made]))

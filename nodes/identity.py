@@ -11,12 +11,15 @@ from comfy_api.latest import io
 from ..idadapter_core import FaceFeatures, Identity, Mix
 from ..idadapter_core.checkpoint import identical, load_identity, save_identity
 from ..idadapter_core.errors import InputError
-from ..idadapter_core.mixing import mix_report, mix_warnings
+from ..idadapter_core.faces.images import Image
+from ..idadapter_core.faces.preview import crop_sheet, worth_showing
+from ..idadapter_core.methods import METHODS
+from ..idadapter_core.mixing import face_names, left_out, mix_remarks
 from ..idadapter_core.types import MODES, OUTLIERS
-from .host import paths
+from .host import images, paths
 from .host.conditioning import ATTACHED, Attached
 from .host.memory import LoadedAdapter
-from .host.messages import node_id_of
+from .host.messages import Message, from_remarks, info, keeps_report, node_id_of, report_ui
 from .host.plan import ATTACH
 from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket, file_options
 
@@ -40,6 +43,7 @@ def parse_weights(text: str) -> tuple[float, ...]:
 
 class MixFeatures(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterMixFeatures",
@@ -109,9 +113,24 @@ class MixFeatures(io.ComfyNode):
         own_number = getattr(adapter.adapter.config, "references", 0)
         mix = Mix(mode, references or own_number, parse_weights(weights), outliers)
         identity = adapter.encode(faces, mix)
-        for warning in mix_warnings(faces, mix):
-            log.warning("Mix Face Features: %s", warning)
-        return io.NodeOutput(identity, mix_report(faces, mix))
+        remarks = mix_remarks(faces, mix)
+        shown = images.picture_ui(cls, _faces_of(faces, mix))
+        return io.NodeOutput(
+            identity,
+            "\n".join(remark.text for remark in remarks),
+            ui={**shown, **report_ui(from_remarks(remarks), "Mix Face Features")},
+        )
+
+
+def _faces_of(faces: FaceFeatures, mix: Mix) -> list[Image]:
+    """The picture of a mix: the faces with their names, or nothing where the features hold no crops."""
+    if faces.crops is None:
+        return []
+    absent = left_out(faces, mix)
+    shown = worth_showing(len(faces), absent)
+    names = [name.partition(" (")[0] for name in face_names(faces)]
+    captions = [f"{names[i]} left out" if i in absent else names[i] for i in shown]
+    return [crop_sheet(faces.crops[shown], captions, [shown.index(i) for i in absent if i in shown])]
 
 
 def identity_file(name: str) -> str:
@@ -138,6 +157,7 @@ def identity_file(name: str) -> str:
 
 class SaveIdentity(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterSaveIdentity",
@@ -161,16 +181,20 @@ class SaveIdentity(io.ComfyNode):
         if not path.exists():
             save_identity(identity, path)
             log.info("saved identity %s", path)
-        elif not identical(identity, load_identity(path)):
+            done = f"Saved as {path.name} in {path.parent}. Load Identity lists it after a refresh (R)."
+        elif identical(identity, load_identity(path)):
+            done = f"{path.name} in {path.parent} holds this identity already."
+        else:
             raise InputError(
                 f"{path.name} already holds another identity and is not overwritten. Choose another name, or delete the file "
                 f"in {path.parent}."
             )
-        return io.NodeOutput(identity)
+        return io.NodeOutput(identity, ui=report_ui([info(done)]))
 
 
 class LoadIdentity(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterLoadIdentity",
@@ -192,12 +216,18 @@ class LoadIdentity(io.ComfyNode):
     def execute(cls, identity: str, adapter: LoadedAdapter) -> io.NodeOutput:
         loaded = load_identity(paths.path_of(paths.IDENTITIES, identity))
         adapter.adapter.require_identity(loaded, identity)
-        return io.NodeOutput(loaded)
+        return io.NodeOutput(loaded, ui=report_ui([_describe(loaded, identity)]))
 
     @classmethod
     def fingerprint_inputs(cls, identity: str, **_: Any) -> float:
         path = paths.find(paths.IDENTITIES, identity)
         return path.stat().st_mtime if path is not None else 0.0
+
+
+def _describe(identity: Identity, file: str) -> Message:
+    """What an identity from a file is."""
+    seen = f", seen as a {identity.class_word}" if identity.class_word else ""
+    return info(f"{file}: an identity for {METHODS[identity.method].title}{seen}.")
 
 
 class AttachIdentity(io.ComfyNode):

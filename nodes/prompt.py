@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -10,18 +9,23 @@ from comfy_api.latest import io
 
 from ..idadapter_core import Identity
 from ..idadapter_core.errors import InputError
-from .host.messages import node_id_of
+from ..idadapter_core.methods.idadapter import IDENTIFIER
+from .host.messages import info, keeps_report, node_id_of, report_ui, warning
 from .host.plan import PROMPT
 from .host.text import CLASS_WORD, complete_prompt, encode_prompt
 from .sockets import CATEGORY, IdentitySocket
 
-log = logging.getLogger(__name__)
 AUTO = "auto"
+NO_TEXT_BRANCH = (
+    "the adapter of this identity has no text branch, so the prompt is encoded without identity tokens; the person comes from "
+    "Apply ID Adapter alone"
+)
 CLASS_WORDS = (AUTO, "person", "woman", "man", "girl", "boy")
 
 
 class IDPrompt(io.ComfyNode):
     @classmethod
+    @keeps_report
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterPrompt",
@@ -77,12 +81,29 @@ class IDPrompt(io.ComfyNode):
             raise InputError(
                 "ID Prompt got no CLIP: this checkpoint holds no text encoder. Load one with a CLIP loader and wire it to `clip`."
             )
-        if not identity.text_tokens:
-            log.warning(
-                "ID Prompt: the adapter of this identity has no text branch, so the prompt is encoded without identity tokens"
-            )
         word = (identity.class_word or "person") if class_word == AUTO else class_word
-        prompt = re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
-        prompt = complete_prompt(clip, prompt, identity, word)
+        filled = re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
+        prompt = complete_prompt(clip, filled, identity, word)
         conditioning = encode_prompt(clip, prompt, identity, token_weight, node_id_of(cls))
-        return io.NodeOutput(conditioning, prompt)
+        messages = [info(f'Encoded: "{prompt}"')]
+        if prompt != text:
+            messages.insert(0, info(_why(word, class_word, identity)))
+        if prompt != filled:
+            messages.insert(
+                1, info(f'The text had no "{IDENTIFIER}", the word of the identity, so it was added.')
+            )
+        if not identity.text_tokens:
+            messages.append(warning(NO_TEXT_BRANCH))
+        return io.NodeOutput(conditioning, prompt, ui=report_ui(messages, PROMPT))
+
+
+def _why(word: str, class_word: str, identity: Identity) -> str:
+    """The noun that was chosen, and by whom."""
+    if class_word != AUTO:
+        return f'Class word: "{word}", as chosen.'
+    seen = (
+        "as the face package sees the photos"
+        if identity.class_word
+        else "because the photos do not tell more"
+    )
+    return f'Class word: "{word}", {seen}.'

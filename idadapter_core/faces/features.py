@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import FaceError, InputError, NoFaceFoundError, RecognizerError
-from ..types import Face, FaceFeatures
+from ..types import Face, FaceFeatures, Remark
 from .align import align_face
 from .detector import DETECTION_SIZES, FaceAnalyzer, order_faces, select_faces
-from .images import Image, check_image, image_name
+from .images import Image, Origin, check_image, image_name
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class Extraction:
 
     features: FaceFeatures
     report: str
+    remarks: tuple[Remark, ...]  # the same, a sentence or two for each photo and warning
     found: tuple[tuple[Face, ...], ...]  # every face of each photo, in the order that `index` counts in
     chosen: tuple[tuple[Face, ...], ...]  # the faces of `features`; empty for a photo that was left out
 
@@ -45,6 +46,7 @@ def extract_features(
     index: int = 0,
     on_missing: str = "error",
     recognizer_digest: str = "",
+    origins: Sequence[Origin | None] = (),
     progress: Callable[[], None] = lambda: None,
     check: Callable[[], None] = lambda: None,
 ) -> Extraction:
@@ -54,7 +56,8 @@ def extract_features(
     `recognizer` maps crops (F, 3, 112, 112), RGB in [-1, 1], float32, to the embedding (F, 512) and four stages;
     `recognizer_digest` names its weights. Without it the package's own recogniser gives the embedding, and there
     are no stages. `on_missing="skip"` leaves out photos without the wanted face. With select="all", a face that cannot
-    be cut out is left out as long as the photo has another one.
+    be cut out is left out as long as the photo has another one. `origins` holds the file behind each photo, for messages, or
+    nothing.
 
     `progress` is called after each photo; `check` before each detection attempt and each call of the recogniser, to end
     the work by raising.
@@ -73,28 +76,33 @@ def extract_features(
     found: list[tuple[Face, ...]] = []
     chosen: list[tuple[Face, ...]] = []
     crops: list[Image] = []
-    lines: list[str] = []
+    accounts: list[_Account] = []
     for position, given in enumerate(images):
         image = check_image(given, position, len(images))
-        name = image_name(image, position, len(images))
+        origin = origins[position] if origins else None
+        name = image_name(image, position, len(images), origin)
         faces = order_faces(analyzer.detect(image, position, check), select)
         found.append(tuple(faces))
         try:
             picked, new_crops, left_out = _pick(image, faces, select, index)
         except FaceError as error:
+            reason = f"{error}{_crop_hint(image, position, len(images), origin) if not faces else ''}"
             if on_missing == "error":
                 hint = "; or set on_missing to skip, to leave this photo out" if len(images) > 1 else ""
-                raise type(error)(f"{name}: {error}{hint}") from error
+                raise type(error)(f"{name}: {reason}{hint}") from error
             chosen.append(())
-            lines.append(f"{name}: skipped, {error}")
+            accounts.append(_Account(name, skipped=reason))
         else:
             chosen.append(tuple(picked))
             crops += new_crops
-            lines += _describe(name, faces, picked, left_out)
+            scale = 1.0 if origin is None else origin.scale_to(image)
+            accounts.append(_describe(name, faces, picked, left_out, scale))
         progress()
 
+    report = "\n".join(line for account in accounts for line in account.lines())
     if not crops:
-        raise NoFaceFoundError("no photo shows a usable face.\n" + "\n".join(lines))
+        raise NoFaceFoundError(f"no photo shows a usable face.\n{report}")
+    remarks = tuple(remark for account in accounts for remark in account.remarks())
     crop_tensor = crops_to_tensor(crops)
     if recognizer is None:
         embedding = _embed(analyzer, crops, check)
@@ -113,7 +121,7 @@ def extract_features(
         recognizer=recognizer_digest,
         crops=crop_tensor,
     )
-    return Extraction(features, "\n".join(lines), tuple(found), tuple(chosen))
+    return Extraction(features, report, remarks, tuple(found), tuple(chosen))
 
 
 def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
@@ -129,8 +137,7 @@ def _pick(
     if not faces:
         raise NoFaceFoundError(
             f"no face found. Tried detector sizes {DETECTION_SIZES[0]} to {DETECTION_SIZES[-1]} px and padding. "
-            "Use an upright, unobstructed face; a photo from a phone may lie on its side. In a batch every photo but the first may "
-            "have been cropped to the first one's shape: crop or pad them to one shape before they are joined"
+            "Use an upright, unobstructed face; a photo from a phone may lie on its side"
         )
     picked: list[Face] = []
     crops: list[Image] = []
@@ -170,25 +177,70 @@ def _recognize(
     return embedding, tuple(torch.cat([part.float().cpu() for part in parts]) for parts in stages)
 
 
-def _describe(name: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str]) -> list[str]:
+def _crop_hint(image: Image, position: int, count: int, origin: Origin | None) -> str:
+    """What joining photos to a batch may have done to one without a face: nothing, a crop for certain, or a possible one."""
+    if count == 1 or position == 0 or (origin is not None and not origin.is_cropped(image)):
+        return ""
+    has_been = "may have been" if origin is None else "was"
+    return (
+        f". It {has_been} cropped to the shape of the first photo when they were joined: crop or pad the photos to one shape "
+        "before that"
+    )
+
+
+@dataclass(frozen=True)
+class _Account:
+    """What became of one photo."""
+
+    name: str
+    head: str = ""
+    faces: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    skipped: str = ""  # why the photo was left out
+
+    def lines(self) -> list[str]:
+        """For the report."""
+        if self.skipped:
+            return [f"{self.name}: skipped, {self.skipped}"]
+        warnings = [f"  warning: {warning}" for warning in self.warnings]
+        return [f"{self.name}: {self.head}", *warnings, *(f"  {face}" for face in self.faces)]
+
+    def remarks(self) -> list[Remark]:
+        if self.skipped:
+            return [Remark(f"{self.name}: left out, {self.skipped}.", is_warning=True)]
+        warnings = [Remark(f"{self.name}: {warning}.", is_warning=True) for warning in self.warnings]
+        return [Remark(f"{self.name}: {self.head}; {'; '.join(self.faces)}."), *warnings]
+
+
+def _describe(
+    name: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str], scale: float
+) -> _Account:
+    """`scale`: pixels of the photo per pixel of the user's file."""
     noun = "1 face" if len(faces) == 1 else f"{len(faces)} faces"
-    lines = [f"{name}: {noun} found at {faces[0].detection_size} px"]
-    lines += [f"  warning: {reason}" for reason in left_out]
+    warnings = list(left_out)
     if len(faces) > len(picked) + len(left_out):
         used, last = faces.index(picked[0]), len(faces) - 1
-        lines.append(f"  warning: several faces; used index {used} of 0 to {last}")
-    for face in picked:
-        person = ", ".join(str(fact) for fact in (face.sex, face.age) if fact is not None)
-        lines.append(
-            f"  face {faces.index(face)}: {face.width:.0f}x{face.height:.0f} px, score {face.score:.2f}"
-            f"{f', {person}' if person else ''}"
+        warnings.append(
+            f"several faces; used index {used} of 0 to {last}. If that is another person, change select or index"
         )
+    for face in picked:
         if min(face.width, face.height) < SMALL_BOX or face.eye_distance < SMALL_EYE_DISTANCE:
-            lines.append(
-                f"  warning: small face ({face.width:.0f}x{face.height:.0f} px, eyes {face.eye_distance:.0f} px apart); "
+            warnings.append(
+                f"small face ({face.width:.0f}x{face.height:.0f} px, eyes {face.eye_distance:.0f} px apart); "
                 "the identity will be weak"
             )
-    for line in lines:
-        if "warning" in line:
-            log.warning("%s:%s", name, line.removeprefix("  warning:"))
-    return lines
+    for warning in warnings:
+        log.warning("%s: %s", name, warning)
+    lines = tuple(_describe_face(faces.index(face), face, scale) for face in picked)
+    return _Account(name, f"{noun} found at {faces[0].detection_size} px", lines, tuple(warnings))
+
+
+def _describe_face(index: int, face: Face, scale: float) -> str:
+    person = "".join(f", {fact}" for fact in (face.sex, face.age) if fact is not None)
+    in_file = ""
+    if scale != 1:
+        in_file = f" ({face.width / scale:.0f}x{face.height / scale:.0f} px in the file)"
+    return (
+        f"face {index}: {face.width:.0f}x{face.height:.0f} px{in_file} at ({face.box[0]:.0f}, {face.box[1]:.0f}), "
+        f"score {face.score:.2f}{person}"
+    )

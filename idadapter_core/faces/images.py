@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -65,9 +67,40 @@ def to_bgr_uint8(image: Image) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image[..., ::-1])
 
 
-def image_name(image: Image, index: int, count: int) -> str:
-    """How messages name a photo: "image 2 of 4 (768x1024)", width first."""
-    return f"image {index + 1} of {count} ({image.shape[1]}x{image.shape[0]})"
+@dataclass(frozen=True)
+class Origin:
+    """The user's file behind a photo, where the host knows it. Sizes are in pixels, as the file is seen upright."""
+
+    file: str
+    width: int
+    height: int
+
+    def scale_to(self, image: Image) -> float:
+        """Pixels of the photo (H, W, 3) per pixel of the file. What was cut off to get the photo's shape changes nothing."""
+        height, width = image.shape[:2]
+        return max(float(width / self.width), float(height / self.height))
+
+    def is_cropped(self, image: Image) -> bool:
+        """Whether a part of the file is missing in the photo (H, W, 3). Rounding, by up to a pixel, is no crop."""
+        scale = self.scale_to(image)
+        height, width = image.shape[:2]
+        return bool(self.width * scale - width > 1 or self.height * scale - height > 1)
+
+
+def image_name(image: Image, index: int, count: int, origin: Origin | None = None) -> str:
+    """How messages name a photo: "image 2 of 4 (768x1024)", width first.
+
+    With its origin: "image 2 of 4 (anna.jpg, 3000x4000)", and how it was changed on its way here, if it was.
+    """
+    height, width = image.shape[:2]
+    facts = f"{width}x{height}"
+    if origin is not None:
+        facts = f"{origin.file}, {origin.width}x{origin.height}"
+        if origin.is_cropped(image):
+            facts += f", cropped to {width}x{height}"
+        elif (width, height) != (origin.width, origin.height):
+            facts += f", scaled to {width}x{height}"
+    return f"image {index + 1} of {count} ({facts})"
 
 
 def _check_values(image: np.ndarray, name: str) -> None:

@@ -1,8 +1,10 @@
-"""Pictures of what the detector found."""
+"""Pictures of what the detector found, and of what became of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,19 +16,26 @@ from .images import Image
 
 CHOSEN_COLOR = (40, 220, 80)
 OTHER_COLOR = (255, 180, 40)
+LEFT_OUT_COLOR = (235, 40, 40)
+MOST_SHOWN = 8  # pictures in a node; a video has hundreds of frames
+LONGEST_SIDE = 768  # pixels of a picture in a node
+_EMPHASIS = 1.8  # a node is about a third of a picture wide: lines and numbers are drawn this much larger
+_TILE = LONGEST_SIDE // 3
+_GROUND = (48, 48, 48)
 
 
-def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -> Image:
+def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], emphasis: float = 1.0) -> Image:
     """A copy of the photo (H, W, 3), RGB uint8, with a box, number and score for each face.
 
     The numbers are the positions in `found`: pass the faces in selection order, and they are the values of `index`.
-    Chosen faces have a thick green box and a filled label, the others a thin orange one.
+    Chosen faces have a thick green box and a filled label, the others a thin orange one. `emphasis` multiplies the size of
+    labels and the width of lines.
     """
     picture = PILImage.fromarray(image)
     draw = ImageDraw.Draw(picture)
     short_side = min(picture.size)
-    font = ImageFont.load_default(size=max(12, round(short_side / 28)))
-    thin = max(1, round(short_side / 300))
+    font = ImageFont.load_default(size=max(12, round(emphasis * short_side / 28)))
+    thin = max(1, round(emphasis * short_side / 300))
     for number, face in enumerate(found):
         is_chosen = face in chosen
         color = CHOSEN_COLOR if is_chosen else OTHER_COLOR
@@ -42,6 +51,42 @@ def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) ->
     return np.array(picture, dtype=np.uint8)
 
 
+def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -> Image:
+    """As `draw_preview`, of a copy whose longer side is at most 768 px. A photo without a chosen face was left out: it gets a
+    red frame."""
+    picture = PILImage.fromarray(image)
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    scale = picture.width / image.shape[1]
+    small = {face: _scaled(face, scale) for face in found}
+    drawn = draw_preview(
+        np.asarray(picture), list(small.values()), [small[face] for face in chosen], _EMPHASIS
+    )
+    return drawn if chosen else _framed(drawn, "left out", LEFT_OUT_COLOR)
+
+
+def crop_sheet(crops: Tensor, captions: Sequence[str], left_out: Collection[int]) -> Image:
+    """All the faces in one picture, up to three in a row, each with a caption: those of `left_out` in a red frame, others in green.
+
+    `crops`: recogniser inputs (F, 3, H, W), RGB in [-1, 1], at least one.
+    """
+    columns = math.ceil(math.sqrt(len(crops)))
+    rows = math.ceil(len(crops) / columns)
+    sheet = PILImage.new("RGB", (_TILE * columns, _TILE * rows), _GROUND)
+    pixels = ((crops.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    for i, (crop, caption) in enumerate(zip(pixels.movedim(1, -1).numpy(), captions, strict=True)):
+        tile = np.array(PILImage.fromarray(crop).resize((_TILE, _TILE)), dtype=np.uint8)
+        color = LEFT_OUT_COLOR if i in left_out else CHOSEN_COLOR
+        corner = (i % columns * _TILE, i // columns * _TILE)
+        sheet.paste(PILImage.fromarray(_framed(tile, caption, color)), corner)
+    return np.array(sheet, dtype=np.uint8)
+
+
+def worth_showing(count: int, first: Collection[int]) -> list[int]:
+    """Which of `count` pictures a node shows, in their order: all, or 8 of them, those of `first` before others."""
+    by_rank = sorted(range(count), key=lambda i: (i not in first, i))
+    return sorted(by_rank[:MOST_SHOWN])
+
+
 def face_mask(faces: Sequence[Face], height: int, width: int) -> Tensor:
     """A mask (height, width), float32: 1 inside the box of any of the faces, 0 elsewhere."""
     mask = torch.zeros(height, width)
@@ -49,3 +94,29 @@ def face_mask(faces: Sequence[Face], height: int, width: int) -> Tensor:
         x1, y1, x2, y2 = face.box
         mask[max(round(y1), 0) : max(round(y2), 0), max(round(x1), 0) : max(round(x2), 0)] = 1
     return mask
+
+
+def _scaled(face: Face, scale: float) -> Face:
+    """The face in a photo of another size; only its box is."""
+    x1, y1, x2, y2 = face.box
+    return replace(face, box=(x1 * scale, y1 * scale, x2 * scale, y2 * scale))
+
+
+def _framed(image: Image, caption: str, color: tuple[int, int, int]) -> Image:
+    """A copy of a picture (H, W, 3) with a frame inside its edge and a caption in the lower left corner."""
+    picture = PILImage.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    short_side = min(picture.size)
+    width = max(2, round(short_side / 40))
+    font = ImageFont.load_default(size=max(12, round(short_side / 11)))
+    _, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
+    y = picture.height - (bottom - top) - 4 * width
+    draw.rectangle((0, y, right + 4 * width, picture.height), fill=color)
+    draw.text(
+        (2 * width, y + width - top),
+        caption,
+        fill=(255, 255, 255) if color == LEFT_OUT_COLOR else (0, 0, 0),
+        font=font,
+    )
+    draw.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=color, width=width)
+    return np.array(picture, dtype=np.uint8)

@@ -58,7 +58,15 @@ def has_compile_wrapper(options: dict[str, Any]) -> bool:
 
 def has_compiled_modules(unet: Any) -> bool:
     """Whether a UNet, or anything in it, is compiled by another way."""
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in unet.modules())
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in _all_modules(unet))
+
+
+def _all_modules(module: Any) -> Iterator[Any]:
+    """A module and all modules in it. Not `modules()`: a pack patches it to hide the modules that it has compiled."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _all_modules(child)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ class Prompted:
     """Which ID Prompt made a conditioning, and for which adapter."""
 
     adapter: str  # digest
-    node_id: str | None = None
+    node_id: str
 
 
 def attached_to(options: Mapping[str, Any]) -> tuple[Attached, ...]:

@@ -38,15 +38,17 @@ class Findings:
             messages.say(node_id, title, topic, found)
 
 
-def before_sampling(plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str, Any]]]) -> Findings:
-    """What can be told from the plan and the conditionings by role before the first model call."""
+def before_sampling(
+    plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str, Any]]], latents: int
+) -> Findings:
+    """What can be told before the first model call from the plan, the conditionings by role, and the number of latents."""
     found = Findings(plan)
     prompted: set[str] = set()
     for role, group in conditionings.items():
         for options in group:
             for attached in attached_to(options):
                 wrong = attached.negative != is_negative(role)
-                text = f"the identity is attached as {attached.role}, but the prompt is used as {role}. Set `role` to that."
+                text = f"a conditioning with an identity attached as {attached.role} is used as {role}; attach it in the role it is used in"
                 found.about(attached.node_id, ATTACH, *([text] if wrong else []))
             made_by: Prompted | None = options.get(PROMPTED)
             if made_by is None:
@@ -58,6 +60,8 @@ def before_sampling(plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str
     for application in plan.applications:
         if application.switched_on:
             found.about(application.node_id, APPLY, *_left_out(application, plan, prompted))
+            if application.masks > 1 and application.masks != latents:
+                found.about(application.node_id, APPLY, _mask_count(application.masks, latents))
     rescale = plan.rescaling
     if rescale is not None and not rescale.gated and not rescale.every_patch and plan.applications:
         if all(application.gated for application in plan.applications):
@@ -110,7 +114,8 @@ def run_lost(plan: Plan) -> Findings:
 
 def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[str]:
     adapter, texts = application.adapter, []
-    if application.identity.text_tokens and adapter.digest not in prompted:
+    in_a_graph = application.node_id is not None  # elsewhere prompts carry no mark
+    if in_a_graph and application.identity.text_tokens and adapter.digest not in prompted:
         texts.append(
             "no positive prompt has this adapter's identity in it, so only a part of the adapter acts. Use ID Prompt, with the same "
             "identity, in place of CLIP Text Encode for the positive prompt."
@@ -121,6 +126,11 @@ def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[
             "node, or add it with mode off if that is what you want."
         )
     return texts
+
+
+def _mask_count(masks: int, latents: int) -> str:
+    rest = "the others are not used" if masks > latents else "after the last mask they begin anew"
+    return f"attn_mask is a batch of {masks} for {latents} latents: each latent takes the mask of its number, and {rest}."
 
 
 def _cause(model_options: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 A replacement can add something (IPAdapter, InstantID, PuLID: attention to tokens of their own) or change the text's attention
 itself (PLADIS, NAG, Attention Couple). Only an addition has a length of its own that can be compared with the text's, so only
 additions are rescaled. Objects that others can `add` callbacks to are sums by convention. Any other replacement is tried out
-once: with halved values the text's attention halves exactly, and an addition stays as it is.
+once in a run: with halved values the text's attention halves exactly, and an addition stays as it is. The same trial tells whether
+a replacement computes the text's attention with or without an override that others have put on all attention.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from comfy.ldm.modules import attention as comfy_attention
 from torch import Tensor
 
 from ...idadapter_core.attention import add_residual, token_norms
+from ...idadapter_core.errors import InputError
 from .owners import owner_of
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -29,7 +31,17 @@ TOLERANCE = 0.25
 
 
 def text_attention(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
-    """The plain attention of a layer, through ComfyUI's own function and whatever overrides it."""
+    """The plain attention of a layer, through ComfyUI's own function and whatever overrides it.
+
+    Raises:
+        InputError: another node has put texts below those of the picture's rows.
+    """
+    if len(k) != len(q):
+        raise InputError(
+            f"another node gives the model's cross-attention {len(k)} texts for {len(q)} rows of the picture, as samplers with negative "
+            "guidance inside of the model do (KSamplerWithNAG). No identity can act beside that. Use an ordinary sampler; guidance "
+            "nodes that patch the MODEL work."
+        )
     out: Tensor = comfy_attention.optimized_attention(
         q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"), transformer_options=extra
     )
@@ -59,20 +71,22 @@ class ForeignSlot:
     def __init__(self, replacement: Replacement):
         self.replacement = replacement
         self.adds: bool | None = True if callable(getattr(replacement, "add", None)) else None
-        self._trial: Tensor | None = None  # (2,) bool: whether anything was added, whether it is an addition
+        self.overridden: bool | None = (
+            None  # whether its text attention goes through an override of all attention
+        )
+        self.trial: Tensor | None = None
+        """(3,) bool on the device: the outcome of a trial that was not read yet. Whether anything was added, whether it is an
+        addition, whether the text's attention is overridden."""
 
     @property
     def owner(self) -> str:
         return owner_of(self.replacement)
 
-    @property
-    def trial(self) -> Tensor | None:
-        """The outcome of the latest trial, still on its device; None where there was none."""
-        return self._trial if self.adds is None else None
-
-    def settle(self, live: bool, additive: bool) -> None:
-        """Take in what `trial` says, once it was read."""
-        if live:
+    def settle(self, live: bool, additive: bool, overridden: bool) -> None:
+        """Take in the outcome of a trial."""
+        self.trial = None
+        self.overridden = overridden
+        if self.adds is None and live:
             self.adds = additive
 
     def rescaled(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], scale: Scale) -> Rescaled:
@@ -80,45 +94,47 @@ class ForeignSlot:
         out = self.replacement(q, k, v, extra)
         if self.adds is False:
             return Rescaled(out, out, False)
-        text = self._nearest_text(q, k, v, extra, out)
+        has_override = OVERRIDE in extra
+        if self.adds and not (has_override and self.overridden is None):
+            text = _text(q, k, v, extra, overridden=self.overridden is not False)
+            return self._rescale(out, text, scale)
+        halved = self.replacement(q, k, v * 0.5, dict(extra))
+        estimate = 2 * (out.float() - halved.float())  # of the text's attention
+        text = _text(q, k, v, extra, overridden=True)
+        overridden = torch.ones((), dtype=torch.bool, device=q.device)
+        if has_override:
+            plain = _text(q, k, v, extra, overridden=False)
+            overridden = (text.float() - estimate).norm() <= (plain.float() - estimate).norm()
+            text = torch.where(overridden, text, plain)
+        residual = (out - text).float()
+        live = _live(token_norms(text).float(), token_norms(residual), q.dtype)
+        off = (text.float() - estimate).norm()
+        additive = off <= TOLERANCE * torch.minimum(residual.norm(), text.float().norm())
+        if self.adds:
+            additive = torch.ones_like(additive)
+        self.trial = torch.stack([live.any(), additive, overridden])
+        found = self._rescale(out, text, scale)
+        # Reading the outcome here would make the host wait in a layer.
+        return Rescaled(torch.where(additive, found.out, out), torch.where(additive, text, out), found.fresh)
+
+    def _rescale(self, out: Tensor, text: Tensor, scale: Scale) -> Rescaled:
         residual = out - text
         text_norms, added_norms = token_norms(text).float(), token_norms(residual).float()
-        live = added_norms > FLOOR.get(q.dtype, 0.0) * text_norms
-        factor = _factor(text_norms, added_norms, live, scale)
-        reference = text
-        if self.adds is None:
-            additive = self._try_out(q, k, v, extra, text, residual, live)
-            factor = torch.where(additive, factor, 1.0)
-            reference = torch.where(additive, text, out)
+        factor = _factor(text_norms, added_norms, _live(text_norms, added_norms, out.dtype), scale)
         result = add_residual(text, residual, factor.to(text.dtype)[..., None])
-        return Rescaled(result, reference, not result.requires_grad)
+        return Rescaled(result, text, not result.requires_grad)
 
-    def _nearest_text(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], out: Tensor) -> Tensor:
-        """Plain text attention (B, N, C). A replacement may know nothing of an override that others have put there."""
-        text = text_attention(q, k, v, extra)
-        if OVERRIDE not in extra:
-            return text
-        plain = text_attention(q, k, v, {name: value for name, value in extra.items() if name != OVERRIDE})
-        distances = [(out - reference).float().flatten(1).norm(dim=1) for reference in (text, plain)]
-        return torch.where((distances[1] < distances[0])[:, None, None], plain, text)
 
-    def _try_out(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        extra: dict[str, Any],
-        text: Tensor,
-        residual: Tensor,
-        live: Tensor,
-    ) -> Tensor:
-        """Whether `residual` is an addition, 0-d on the device: reading it here would make the host wait."""
-        halved = self.replacement(q, k, v * 0.5, dict(extra))
-        addition = 2 * halved.float() - (text + residual).float()
-        off = (addition - residual.float()).norm()
-        additive = off <= TOLERANCE * torch.minimum(residual.float().norm(), text.float().norm())
-        self._trial = torch.stack([live.any(), additive])
-        return additive
+def _text(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], overridden: bool) -> Tensor:
+    """Plain text attention (B, N, C). A replacement may know nothing of an override that others have put there."""
+    if not overridden:
+        extra = {name: value for name, value in extra.items() if name != OVERRIDE}
+    return text_attention(q, k, v, extra)
+
+
+def _live(text_norms: Tensor, added_norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where (B, N) more than rounding was added."""
+    return added_norms > FLOOR.get(dtype, 0.0) * text_norms
 
 
 def _factor(text_norms: Tensor, added_norms: Tensor, live: Tensor, scale: Scale) -> Tensor:

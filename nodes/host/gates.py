@@ -157,9 +157,11 @@ class GatePatch:
                 masks = [gate.mask(acting, rows[part], x) for _, acting in people]
                 if call.gates_normalized:
                     for (identity, acting), mask in zip(people, masks, strict=True):
-                        residual = gate.residual(x[part], [identity])
+                        # A limit holds what the adapter adds at its weight; its feed-forward makes that no mere multiple.
+                        weight, at_most = (1.0, None) if acting.at_most is None else (acting.at_most, 1.0)
+                        residual = gate.residual(x[part], [replace(identity, strength=weight)])
                         norm = _self_norm(call, x)[part]
-                        factor = rescale_factor(norm, residual, acting.strength, at_most=acting.at_most)
+                        factor = rescale_factor(norm, residual, acting.strength, at_most=at_most)
                         out[part] += residual * (factor if mask is None else factor * mask)
                     continue
                 identities = [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...idadapter_core.errors import InputError
@@ -32,3 +34,13 @@ def to_image(pictures: Sequence[Image]) -> Tensor:
 def crops_to_image(crops: Tensor) -> Tensor:
     """Recogniser input (F, 3, H, W), RGB in [-1, 1] -> IMAGE (F, H, W, 3) in 0..1."""
     return ((crops + 1) / 2).movedim(1, -1).contiguous().cpu()
+
+
+def picture_ui(node: type[io.ComfyNode], pictures: Sequence[Image]) -> dict[str, Any]:
+    """The part of a node's UI output that shows pictures (H, W, 3), RGB uint8, of any sizes in it."""
+    if not pictures:
+        return {}
+    shown: dict[str, Any] = ui.PreviewImage(
+        [to_image([picture])[0] for picture in pictures], cls=node
+    ).as_dict()
+    return shown

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 _PACK = re.compile(r"custom_nodes[/\\]([^/\\]+)")
+_FOLDER = re.compile(r"[/\\]([^/\\]+)$")  # of a pack that is kept elsewhere
 
 
 def owner_of(thing: Any) -> str:
@@ -17,7 +18,7 @@ def owner_of(thing: Any) -> str:
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     module = str(getattr(thing, "__module__", None) or type(thing).__module__)
     name = named.__qualname__.split(".<locals>")[0]
-    if pack := _PACK.search(module):
-        # ComfyUI names a pack's module by its path, in which dots would part packages.
+    if (pack := _PACK.search(module)) or (pack := _FOLDER.search(module)):
+        # ComfyUI names a pack's module by its path, in which it replaces dots.
         module = pack[1].split(".")[0].replace("_x_", ".")
     return f"{module} ({name})"

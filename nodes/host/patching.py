@@ -71,7 +71,7 @@ def outer_sample(
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     height, width = noise.shape[-2:]
     run = Run(plan, tuple(sigmas.tolist()), (height, width), noise.shape[0])
-    before_sampling(plan, guider.conds).say("run")
+    before_sampling(plan, guider.conds, noise.shape[0]).say("run")
     for role, conditionings in guider.conds.items():
         for conditioning in conditionings:
             _tag(run, role, conditioning)
@@ -304,7 +304,7 @@ def _require_whole_pictures(
         )
     elif application.masks > 1 and not windowed and max(row.image for row in rows) + 1 != run.latents:
         reason = (
-            f"the windows that another node cuts the batch of {run.latents} latents into, because it does not say which they hold "
+            f"the tiles or windows that another node cuts the batch of {run.latents} latents into, because it does not say which they hold "
             "(one mask for all of them can)"
         )
     if reason is not None:
@@ -317,7 +317,11 @@ def _window(options: dict[str, Any]) -> list[int] | None:
     """The latents of the batch that a model call holds, where it is a window of a longer one: AnimateDiff's or ComfyUI's own."""
     indices = (options.get("ad_params") or {}).get("sub_idxs")
     if indices is None and getattr(window := options.get("context_window"), "dim", None) == 0:
-        indices = getattr(window, "index_list", None)
+        anchor = getattr(
+            window, "causal_anchor_index", None
+        )  # a latent before the window, which goes along with it
+        first = [] if anchor is None or anchor < 0 else [anchor]
+        indices = [*first, *getattr(window, "index_list", ())]
     return None if indices is None else [int(index) for index in indices]
 
 

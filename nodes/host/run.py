@@ -163,11 +163,11 @@ class Run:
 
     def settle_trials(self) -> None:
         """Read what was found out about other packs' replacements: one wait for all of them."""
-        open_slots = [(slot, trial) for slot in self.foreign.values() if (trial := slot.trial) is not None]
-        if open_slots:
-            outcomes = torch.stack([trial.to(open_slots[0][1].device) for _, trial in open_slots]).tolist()
-            for (slot, _), (live, additive) in zip(open_slots, outcomes, strict=True):
-                slot.settle(live, additive)
+        tried = [(slot, slot.trial) for slot in self.foreign.values() if slot.trial is not None]
+        if tried:
+            outcomes = torch.stack([trial.to(tried[0][1].device) for _, trial in tried]).tolist()
+            for (slot, _), (live, additive, overridden) in zip(tried, outcomes, strict=True):
+                slot.settle(live, additive, overridden)
 
     def handle(self, application: Application, identity: Any, negative: bool) -> Handle | None:
         """The handle of an identity in a role; None where the adapter is skipped."""

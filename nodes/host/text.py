@@ -111,10 +111,13 @@ def encode_prompt(
 
     Args:
         token_weight: how much its tokens count.
-        node_id: the node whose prompt it is, where messages about it are shown.
+        node_id: the node whose prompt it is, where messages about it are shown; None outside a queued prompt.
     """
+    encoded = _encode(clip, text, identity, token_weight)
+    if node_id is None:
+        return encoded
     mark = {PROMPTED: Prompted(identity.adapter, node_id)}
-    return [[states, {**options, **mark}] for states, options in _encode(clip, text, identity, token_weight)]
+    return [[states, {**options, **mark}] for states, options in encoded]
 
 
 def _encode(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:

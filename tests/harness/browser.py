@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import aiohttp
+from PIL import Image
 
 from tests.harness.workflow import Workflow
 
@@ -50,6 +52,9 @@ new MutationObserver((changes) => {
 }).observe(document, {childList: true, subtree: true});
 """
 
+# A changed workflow has the frontend ask before the page is left, which nobody would answer.
+_LEAVE_UNASKED = "window.addEventListener('beforeunload', (event) => event.stopImmediatePropagation(), true);"
+
 # What the frontend logs by itself: a style sheet that is not there, its own start order, and the downloads of models
 # for its first workflow, which a server without API nodes forbids it.
 _FRONTEND_NOISE = ("/user.css", "graph accessed before initialization", "Content Security Policy")
@@ -72,6 +77,15 @@ _LIST_NODES = """
 """
 
 
+_RUN = """
+new Promise((done) => {
+  const ends = ['execution_success', 'execution_error', 'execution_interrupted'];
+  for (const end of ends) window.app.api.addEventListener(end, () => done(), {once: true});
+  window.app.queuePrompt(0).then((accepted) => { if (!accepted) done(); });
+})
+"""
+
+
 class BrowserError(RuntimeError):
     """Chromium is missing or broke, or JavaScript in the page threw an exception."""
 
@@ -86,6 +100,39 @@ class GraphNode:
     known: bool
     """The frontend knows the type; otherwise it draws the node as missing."""
     has_errors: bool
+
+
+@dataclass(frozen=True)
+class Rect:
+    """A rectangle in pixels of the page."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @property
+    def width(self) -> float:
+        return self.right - self.left
+
+    @property
+    def height(self) -> float:
+        return self.bottom - self.top
+
+    def overlaps(self, other: Rect) -> bool:
+        """Whether they share more than a border."""
+        return (
+            min(self.right, other.right) - max(self.left, other.left) > 1
+            and min(self.bottom, other.bottom) - max(self.top, other.top) > 1
+        )
+
+    def contains(self, other: Rect) -> bool:
+        return (
+            self.left <= other.left + 1
+            and self.top <= other.top + 1
+            and other.right <= self.right + 1
+            and other.bottom <= self.bottom + 1
+        )
 
 
 def find_chromium() -> str | None:
@@ -150,7 +197,15 @@ class Browser:
         self.console_errors.clear()
         self._command("Page.navigate", url=self.url)
         opened = "Boolean(window.app?.isGraphReady && window.app.rootGraph.nodes.length)"
-        self._wait_for(opened, "the frontend opened no workflow")
+        self.wait_for(opened, "the frontend opened no workflow")
+
+    def use_renderer(self, nodes_2: bool) -> None:
+        """Draw nodes as Nodes 2.0 does, in HTML, or in the classic way, on a canvas; the frontend is loaded anew."""
+        value = json.dumps(nodes_2)
+        self.evaluate(f"window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {value})")
+        self.open()
+        if self.evaluate("Boolean(window.LiteGraph.vueNodesMode)") is not nodes_2:
+            raise BrowserError("The frontend did not change its renderer.")
 
     def close(self) -> None:
         """End Chromium with all its processes."""
@@ -194,6 +249,35 @@ class Browser:
         self.evaluate(f"Promise.resolve(window.app.loadApiJson({arguments})).then(() => undefined)")
         self._show_all()
 
+    def run(self) -> None:
+        """Queue the open workflow, as by the Run button, and wait until it has ended in any way or was refused."""
+        self.evaluate(_RUN)
+        self.settle()
+
+    def receive(self, event: str, data: dict[str, Any]) -> None:
+        """Have the frontend take a message for one that the server sent."""
+        message = json.dumps(json.dumps({"type": event, "data": data}))
+        self.evaluate(
+            f"window.app.api.socket.dispatchEvent(new MessageEvent('message', {{data: {message}}}))"
+        )
+        self.settle()
+
+    def show(self, node_id: str) -> None:
+        """Bring a node of the open graph to the middle of the page, in its full size."""
+        self.evaluate(
+            f"(() => {{ const canvas = window.app.canvas; canvas.ds.scale = 1;"
+            f"canvas.centerOnNode(canvas.graph.getNodeById({node_id})); canvas.setDirty(true, true); }})()"
+        )
+        self.settle()
+
+    def rect(self, element: str) -> Rect | None:
+        """Where on the page an element is; None if there is none. `element` is a JavaScript expression."""
+        found = self.evaluate(
+            f"(() => {{ const box = ({element})?.getBoundingClientRect();"
+            "return box && [box.left, box.top, box.right, box.bottom]; })()"
+        )
+        return None if found is None else Rect(*found)
+
     def serialize(self) -> dict[str, Any]:
         """The open workflow in the frontend's own format, as it would be saved."""
         return dict(self.evaluate("window.app.rootGraph.serialize()"))
@@ -228,8 +312,14 @@ class Browser:
 
     def screenshot(self, path: Path) -> None:
         """Save the page as a PNG file."""
-        picture = self._command("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(picture))
+        path.write_bytes(self._capture())
+
+    def picture(self) -> Image.Image:
+        """The page as it looks now."""
+        return Image.open(io.BytesIO(self._capture())).convert("RGB")
+
+    def _capture(self) -> bytes:
+        return base64.b64decode(self._command("Page.captureScreenshot", format="png")["data"])
 
     def _connect(self) -> None:
         port_file = self._profile / "DevToolsActivePort"
@@ -259,24 +349,25 @@ class Browser:
             deviceScaleFactor=1,
             mobile=False,
         )
-        self._command("Page.addScriptToEvaluateOnNewDocument", source=_RECORD_TOASTS)
+        for script in (_RECORD_TOASTS, _LEAVE_UNASKED):
+            self._command("Page.addScriptToEvaluateOnNewDocument", source=script)
 
-    def _wait_for(self, condition: str, failure: str) -> None:
+    def wait_for(self, condition: str, failure: str) -> None:
         deadline = time.monotonic() + self.timeout
         while not self.evaluate(condition):
             if time.monotonic() > deadline:
                 raise BrowserError(f"{failure} within {self.timeout} s; console: {self.console_errors}")
             time.sleep(0.2)
-        self._settle()
+        self.settle()
 
     def _show_all(self) -> None:
-        self._settle()
+        self.settle()
         self.evaluate(
             "window.app.extensionManager.command.execute('Comfy.Canvas.FitView').then(() => undefined)"
         )
-        self._settle()
+        self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Let the page draw what has changed: three frames, and the tasks between them."""
         frame = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))"
         self.evaluate(f"{frame}.then(() => {frame}).then(() => {frame})")

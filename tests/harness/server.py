@@ -84,8 +84,13 @@ class RunResult:
 
     @property
     def images(self) -> list[Image.Image]:
-        """All images of all output nodes."""
-        return [image for images in self.images_by_node.values() for image in images]
+        """All images of the nodes that save or preview images; not those that the pack's nodes show of their work."""
+        return [
+            image
+            for node, images in self.images_by_node.items()
+            if "idadapter" not in self.outputs[node]
+            for image in images
+        ]
 
     @property
     def ok(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -31,3 +31,15 @@ def _no_model_outlives_the_tests() -> Iterator[None]:
 
     comfy.model_management.unload_all_models()
     gc.collect()
+
+
+@pytest.fixture
+def heard(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
+    """What the pack has warned of so far on nodes of one display name."""
+    caplog.set_level("WARNING")
+
+    def on(title: str) -> list[str]:
+        start = f"{title}: "
+        return [text.removeprefix(start) for text in caplog.messages if text.startswith(start)]
+
+    return on

@@ -168,3 +168,18 @@ def test_another_packs_output_patch_counts() -> None:
         added, length = (site.after - site.before).norm(), site.self_attention.norm()
         torch.testing.assert_close(added, 0.5 * length, rtol=1e-3, atol=0)
     assert torch.equal(draw(theirs(ours(unet(KIND))), KIND, steps=1, cfg=1.0), before)
+
+
+def test_limit_weakens_gated_layers_and_no_more() -> None:
+    made = Made(KIND)
+
+    def drawn(weight: float, **options: Any) -> torch.Tensor:
+        return draw(rescale(apply(unet(KIND), made, person(made), weight), gated=True, **options), KIND)
+
+    free = draw(apply(unet(KIND), made, person(made), 0.6), KIND)
+    assert difference(drawn(0.6, mode="limit", adapter_early=50, adapter_late=50), free) < 1e-5
+    # The K/V deltas follow the weight alone, so it stays the same here.
+    low = {"adapter_early": 1e-3, "adapter_late": 1e-3}
+    held, scaled = drawn(1.0, mode="limit", **low), drawn(1.0, **low)
+    assert difference(held, scaled) < 1e-5
+    assert difference(held, free) > 0.01

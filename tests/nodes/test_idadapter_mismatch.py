@@ -133,3 +133,57 @@ def test_a_mask_that_is_none_and_a_window_that_is_none() -> None:
         apply(unet("sd15"), made, person(made), mask=torch.ones(1, 3, 8, 8))
     with pytest.raises(InputError, match=r"start_percent \(0.6\) lies after end_percent \(0.2\)"):
         apply(unet("sd15"), made, person(made), 1.0, 0.6, 0.2)
+
+
+@pytest.fixture
+def compiled_elsewhere() -> Any:
+    """A MODEL as nodes of other packs compile it: in place, by which the names of its weights change."""
+    model = tiny_unet("sd15")
+    unet = model.model.diffusion_model
+    for transformer in (unet.middle_block[1], unet.input_blocks[1][1]):
+        transformer.transformer_blocks[0] = torch.compile(transformer.transformer_blocks[0], backend="eager")
+    assert any("_orig_mod" in key for key in model.model_state_dict())
+    return model
+
+
+def test_weights_that_another_nodes_compilation_hides(compiled_elsewhere: Any) -> None:
+    from ComfyUI_IDAdapter.idadapter_core.errors import MismatchError
+
+    made = Made("sd15")
+    with pytest.raises(
+        MismatchError,
+        match="compiled by another node.*Put Apply ID Adapter before that node.*TorchCompileModel",
+    ):
+        apply(compiled_elsewhere, made, person(made))
+
+
+def test_adapters_that_change_no_weights_act_in_a_compiled_model(compiled_elsewhere: Any) -> None:
+    gated = Made("sd15", delta=0.0)
+    for model in (
+        apply(compiled_elsewhere, gated, person(gated)),
+        sampling.apply(compiled_elsewhere, "sd15", sampling.person("sd15")),
+    ):
+        draws = [sampling.draw(some, "sd15") for some in (model, compiled_elsewhere)]
+        assert sampling.difference(*draws) > 0.01
+    plain = sampling.apply(unet("sd15"), "sd15", sampling.person("sd15"))
+    applied = sampling.apply(compiled_elsewhere, "sd15", sampling.person("sd15"))
+    assert sampling.difference(sampling.draw(applied, "sd15"), sampling.draw(plain, "sd15")) < 1e-5
+
+
+def test_a_compiled_module_that_hides_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WaveSpeed has compiled modules pass for what is in them."""
+    from ComfyUI_IDAdapter.nodes.host.compilation import has_compiled_modules
+
+    compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 2)), backend="eager")
+    holder = torch.nn.ModuleList([torch.nn.Sequential(compiled)])
+    monkeypatch.setattr(type(compiled), "modules", lambda self: self._orig_mod.modules(), raising=False)
+    monkeypatch.setattr(
+        type(compiled),
+        "named_modules",
+        lambda self, *a, **k: self._orig_mod.named_modules(*a, **k),
+        raising=False,
+    )
+    assert not any(hasattr(module, "_orig_mod") for module in holder.modules())
+    assert has_compiled_modules(holder)
+    assert has_compiled_modules(compiled)
+    assert not has_compiled_modules(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))

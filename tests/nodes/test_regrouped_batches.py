@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.nodes.sampling import apply, difference, draw, noise, person, rescale, unet
+from tests.nodes.sampling import apply, difference, draw, noise, person, prompt, rescale, unet
 from tests.nodes.test_other_packs import OtherPatch, other_callback
 
 KIND = "sd15"
@@ -179,17 +181,121 @@ def test_a_mask_does_not_follow_a_half_of_the_picture() -> None:
     assert torch.isfinite(draw(halves(apply(unet(KIND), KIND, person(KIND))), KIND, latent_noise=wide)).all()
 
 
-def test_masks_of_a_batch_do_not_follow_a_window_of_it() -> None:
-    """Context windows run a few latents of the batch at a time."""
-
+def in_windows(model: Any) -> Any:
+    """ComfyUI's own context windows: two latents of the batch at a time."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
-    masks = torch.zeros(4, 8, 8)
-    masks[2] = 1
-    model = apply(unet(KIND), KIND, person(KIND), mask=masks)
-    windows = ContextWindowsManualNode.execute(
+    return ContextWindowsManualNode.execute(
         model, context_length=2, context_overlap=0, context_schedule="standard_static", context_stride=1,
         closed_loop=False, fuse_method="pyramid", dim=0, freenoise=False,
     ).result[0]  # fmt: skip
+
+
+def in_animatediffs_windows(model: Any) -> Any:
+    """AnimateDiff's: it takes its windows from the batch itself and says which in its parameters."""
+
+    def wrapper(
+        executor: Any, run_model: Any, conds: Any, x: Tensor, t: Tensor, options: dict[str, Any]
+    ) -> Any:
+        parts = []
+        for window in ([0, 1], [2, 3]):
+            told = {**options["transformer_options"], "ad_params": {"sub_idxs": window, "full_length": 4}}
+            parts.append(
+                executor(run_model, conds, x[window], t[window], {**options, "transformer_options": told})
+            )
+        return [torch.cat(halves) for halves in zip(*parts, strict=True)]
+
+    clone = model.clone()
+    clone.add_wrapper_with_key("calc_cond_batch", "windows", wrapper)
+    return clone
+
+
+@pytest.mark.parametrize("windows", [in_windows, in_animatediffs_windows])
+def test_masks_of_a_batch_follow_its_windows(windows: Callable[[Any], Any]) -> None:
+    """The picture is that of the whole batch at once."""
+    masks = torch.zeros(4, 8, 8)
+    masks[2] = 1
+    masks[3, :, :4] = 1
+    model = apply(windows(unet(KIND)), KIND, person(KIND), mask=masks)
+    whole = apply(unet(KIND), KIND, person(KIND), mask=masks)
+    found, want = draw(model, KIND, latent_noise=noise(4)), draw(whole, KIND, latent_noise=noise(4))
+    assert difference(found, want) < 1e-4
+    assert difference(draw(apply(unet(KIND), KIND, person(KIND)), KIND, latent_noise=noise(4)), want) > 0.01
+
+
+def test_masks_of_a_batch_do_not_follow_windows_that_are_not_told() -> None:
+    masks = torch.ones(4, 8, 8)
+
+    def wrapper(executor: Any, run_model: Any, conds: Any, x: Tensor, t: Tensor, options: Any) -> Any:
+        parts = [executor(run_model, conds, x[i : i + 2], t[i : i + 2], options) for i in (0, 2)]
+        return [torch.cat(halves) for halves in zip(*parts, strict=True)]
+
+    clone = unet(KIND).clone()
+    clone.add_wrapper_with_key("calc_cond_batch", "windows", wrapper)
     with pytest.raises(RuntimeError, match="attn_mask cannot follow the tiles or windows"):
-        draw(windows, KIND, latent_noise=noise(4))
+        draw(apply(clone, KIND, person(KIND), mask=masks), KIND, latent_noise=noise(4))
+    assert (
+        draw(apply(clone, KIND, person(KIND), mask=masks[:1]), KIND, latent_noise=noise(4)).isfinite().all()
+    )
+
+
+def test_the_message_names_the_node_and_the_real_reason() -> None:
+    from ComfyUI_IDAdapter.nodes.host.plan import plan_of
+
+    model = apply(unet(KIND), KIND, person(KIND), mask=torch.ones(1, 8, 8))
+    application = replace(plan_of(model).applications[0], node_id="12")
+    assert application.title == "Apply ID Adapter (node 12)"
+
+
+class TestSamplersThatEnlargeTheLatent:
+    """SamplerLCMUpscale starts small and enlarges the latent on the way."""
+
+    @staticmethod
+    def lcm_upscale(ratio: float = 2.0) -> Any:
+        from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+        return SamplerLCMUpscale.execute(ratio, -1, "nearest-exact").result[0]
+
+    @staticmethod
+    def drawn(model: Any, sampler: Any, latent: Tensor) -> Tensor:
+        import comfy.samplers
+
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(prompt(KIND, "positive"), prompt(KIND, "negative"))
+        guider.set_cfg(4.0)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
+        with torch.inference_mode():
+            result: Tensor = guider.sample(
+                latent, torch.zeros_like(latent), sampler, sigmas, disable_pbar=True, seed=0
+            )
+        return result
+
+    @pytest.mark.parametrize("ratio", [2.0, 1.37, 0.75])
+    def test_a_mask_follows_them(self, ratio: float) -> None:
+        """The same aspect at another size: white everywhere is as good as no mask, and half a mask is neither that nor none."""
+        latent = noise(1, 12, 8)
+
+        def drawn(mask: Tensor | None) -> Tensor:
+            torch.manual_seed(0)
+            model = rescale(apply(unet(KIND), KIND, person(KIND), mask=mask))
+            return self.drawn(model, self.lcm_upscale(ratio), latent)
+
+        half = torch.zeros(1, 12, 8)
+        half[..., :4] = 1
+        free, white, left = drawn(None), drawn(torch.ones(1, 12, 8)), drawn(half)
+        assert free.shape[-2:] == (round(12 * ratio), round(8 * ratio))
+        assert difference(white, free) < 1e-5
+        torch.manual_seed(0)
+        plain = self.drawn(unet(KIND), self.lcm_upscale(ratio), latent)
+        assert min(difference(left, free), difference(left, plain)) > 0.01
+
+    def test_another_shape_is_refused_with_the_real_reason(self) -> None:
+        import comfy.samplers
+
+        def stretching(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
+            denoised: Tensor = model(x.repeat(1, 1, 1, 2), sigmas[0] * x.new_ones([1]), **(extra_args or {}))
+            return denoised
+
+        model = apply(unet(KIND), KIND, person(KIND), mask=torch.ones(1, 8, 8))
+        with pytest.raises(RuntimeError, match=r"changes the shape of the latent, here from 8 x 8 to 8 x 16"):
+            self.drawn(model, comfy.samplers.KSAMPLER(stretching), noise())

@@ -125,7 +125,7 @@ def test_photos_of_one_person_need_no_warning(
 def test_two_people_are_reported(analyzer: Any, caplog: pytest.LogCaptureFixture) -> None:
     _, report = mix(extract(analyzer, person(), stranger()))
     last = report.splitlines()[-1]
-    assert last.startswith("the two photos hardly agree (cosine -0.")
+    assert last.startswith("the two photos are hardly alike (cosine -0.")
     assert f"Mix Face Features: {last}" in caplog.text
 
 

@@ -11,6 +11,7 @@ from idadapter_core.errors import FaceError, FacePackageError, InputError, NoFac
 from idadapter_core.faces.align import align_face
 from idadapter_core.faces.detector import FaceAnalyzer, open_analyzer
 from idadapter_core.faces.features import crops_to_tensor, extract_features
+from idadapter_core.faces.images import Origin
 from idadapter_core.faces.iresnet import IResNet, digest
 from tests.golden.recipe import fill
 from tests.tiny.face_package import MarkedFace, synthesize
@@ -96,6 +97,54 @@ def test_report_says_what_happened(analyzer: FaceAnalyzer) -> None:
     assert "warning: several faces; used index 0 of 0 to 1" in report
     assert "warning: small face (45x" in report
     assert report.count("warning") == 2
+
+
+def test_each_photo_and_warning_has_a_remark_that_stands_alone(analyzer: FaceAnalyzer) -> None:
+    tiny = synthesize(faces=[MarkedFace(300, 300, 18)])
+    result = extract_features([ONE, TWO, tiny, NOBODY], analyzer, None, on_missing="skip")
+    texts = [remark.text for remark in result.remarks]
+    assert [text[: len("image 1")] for text in texts] == [f"image {i}" for i in (1, 2, 2, 3, 3, 4)]
+    assert [remark.is_warning for remark in result.remarks] == [False, False, True, False, True, True]
+    face = result.features.faces[0]
+    where = f"{face.width:.0f}x{face.height:.0f} px at ({face.box[0]:.0f}, {face.box[1]:.0f})"
+    assert f"(640x640): 1 face found at 640 px; face 0: {where}, score" in texts[0]
+    assert "(768x1024): 2 faces found" in texts[1]
+    assert "several faces; used index 0 of 0 to 1" in texts[2]
+    assert "small face (45x" in texts[4]
+    assert texts[5].startswith("image 4 of 4 (768x1024): left out, no face found.")
+
+
+def test_sizes_are_those_of_the_file_where_it_is_known(analyzer: FaceAnalyzer) -> None:
+    origins = [Origin("anna.jpg", 1280, 1280), None]
+    result = extract_features([ONE, ONE], analyzer, None, origins=origins)
+    face = result.features.faces[0]
+    known, unknown = (remark.text for remark in result.remarks)
+    assert known.startswith("image 1 of 2 (anna.jpg, 1280x1280, scaled to 640x640): 1 face found")
+    assert f"({2 * face.width:.0f}x{2 * face.height:.0f} px in the file)" in known
+    assert "in the file" not in unknown
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        (Origin("anna.jpg", 3000, 1024), "It was cropped to the shape of the first photo"),
+        (None, "It may have been cropped to the shape of the first photo"),
+        (Origin("anna.jpg", 1536, 2048), ""),
+    ],
+)
+def test_a_photo_without_a_face_that_was_cropped_on_its_way_is_named_for_it(
+    analyzer: FaceAnalyzer, origin: Origin | None, expected: str
+) -> None:
+    with pytest.raises(NoFaceFoundError, match="image 2 of 2") as caught:
+        extract_features([TWO, NOBODY], analyzer, None, origins=[None, origin])
+    assert ("cropped to the shape" in str(caught.value)) is bool(expected)
+    assert expected in str(caught.value)
+
+
+def test_a_single_photo_was_cropped_by_nobody(analyzer: FaceAnalyzer) -> None:
+    with pytest.raises(NoFaceFoundError, match="no face found") as caught:
+        extract_features([NOBODY], analyzer, None)
+    assert "crop" not in str(caught.value)
 
 
 def test_progress_is_called_for_each_photo(analyzer: FaceAnalyzer) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from idadapter_core.errors import InputError
-from idadapter_core.faces.images import check_image, to_bgr_uint8
+from idadapter_core.faces.images import Origin, check_image, image_name, to_bgr_uint8
 
 LEVELS = np.arange(256, dtype=np.uint8)[None, :, None].repeat(40, 0).repeat(3, 2)  # (40, 256, 3)
 
@@ -99,3 +99,21 @@ def test_red_and_blue_change_places() -> None:
     assert bgr.flags["C_CONTIGUOUS"]
     with pytest.raises(InputError, match="float32"):
         to_bgr_uint8(image.astype(np.float32))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("origin", "scale", "cropped", "facts"),
+    [
+        (Origin("anna.jpg", 60, 40), 1.0, False, "anna.jpg, 60x40"),
+        (Origin("anna.jpg", 6000, 4000), 0.01, False, "anna.jpg, 6000x4000, scaled to 60x40"),
+        (Origin("anna.jpg", 601, 400), 0.1, False, "anna.jpg, 601x400, scaled to 60x40"),
+        (Origin("anna.jpg", 1200, 4000), 0.05, True, "anna.jpg, 1200x4000, cropped to 60x40"),
+        (Origin("anna.jpg", 60, 80), 1.0, True, "anna.jpg, 60x80, cropped to 60x40"),
+    ],
+)
+def test_a_photo_is_named_by_its_file(origin: Origin, scale: float, cropped: bool, facts: str) -> None:
+    photo = np.zeros((40, 60, 3), np.uint8)
+    assert origin.scale_to(photo) == pytest.approx(scale)
+    assert origin.is_cropped(photo) is cropped
+    assert image_name(photo, 1, 4, origin) == f"image 2 of 4 ({facts})"
+    assert image_name(photo, 1, 4) == "image 2 of 4 (60x40)"

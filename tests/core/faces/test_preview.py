@@ -2,8 +2,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from idadapter_core.faces.preview import CHOSEN_COLOR, OTHER_COLOR, draw_preview, face_mask
+from idadapter_core.faces.preview import (
+    CHOSEN_COLOR,
+    LEFT_OUT_COLOR,
+    OTHER_COLOR,
+    crop_sheet,
+    draw_preview,
+    face_mask,
+    small_preview,
+    worth_showing,
+)
 from idadapter_core.types import Face
 
 
@@ -69,3 +79,51 @@ def test_mask_covers_the_boxes() -> None:
 
 def test_mask_of_a_face_outside_is_empty() -> None:
     assert face_mask([_face(-30, -30, -10, -10), _face(50, 50, 60, 60)], 8, 10).sum() == 0
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 100), (768, 512), (3840, 2160), (1000, 4000)])
+def test_a_small_preview_shows_the_same_boxes(width: int, height: int) -> None:
+    image = np.full((height, width, 3), 90, np.uint8)
+    chosen = _face(0.1 * width, 0.4 * height, 0.4 * width, 0.7 * height)
+    other = _face(0.6 * width, 0.4 * height, 0.9 * width, 0.7 * height)
+    result = small_preview(image, [other, chosen], [chosen])
+    assert max(result.shape[:2]) == min(768, max(width, height))
+    assert result.shape[1] / result.shape[0] == pytest.approx(width / height, rel=0.01)
+    rows, columns = np.nonzero(_pixels(result, CHOSEN_COLOR))
+    assert columns.max() / result.shape[1] == pytest.approx(0.4, abs=0.01)
+    assert rows.max() / result.shape[0] == pytest.approx(0.7, abs=0.015)
+    assert _pixels(result[:, result.shape[1] // 2 :], OTHER_COLOR).any()
+    assert not _pixels(result, LEFT_OUT_COLOR).any()
+    assert (image == 90).all(), "the photo itself must stay as it is"
+
+
+@pytest.mark.parametrize("found", [[], [_face(20, 30, 60, 80)]])
+def test_a_photo_that_was_left_out_has_a_red_frame(found: list[Face]) -> None:
+    result = small_preview(np.full((120, 160, 3), 90, np.uint8), found, [])
+    red = _pixels(result, LEFT_OUT_COLOR)
+    assert red[0].all()
+    assert red[-1].all()
+    assert red[:, 0].all()
+    assert red[:, -1].all()
+    assert not red[10:60, 10:150].any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+def test_the_faces_of_a_mix_are_framed_in_one_picture(count: int) -> None:
+    """The last one was left out. Each crop has a grey of its own, by which its place is found again."""
+    greys = torch.linspace(-0.9, 0.9, count)
+    crops = greys[:, None, None, None].expand(-1, 3, 112, 112)
+    result = crop_sheet(crops, [f"photo {i + 1}" for i in range(count)], [count - 1])
+    assert max(result.shape[:2]) <= 768
+    for i, grey in enumerate(((greys + 1) * 127.5).round().int().tolist()):
+        rows, columns = np.nonzero((result == grey).all(axis=-1))
+        row, column = int(rows.min()), int(columns.min())
+        frame = tuple(result[row - 1, column].tolist())
+        assert frame == (LEFT_OUT_COLOR if i == count - 1 else CHOSEN_COLOR)
+        assert rows.max() - rows.min() > 150
+
+
+def test_of_many_pictures_the_important_ones_are_shown() -> None:
+    assert worth_showing(3, {1}) == [0, 1, 2]
+    assert worth_showing(100, {50, 99}) == [0, 1, 2, 3, 4, 5, 50, 99]
+    assert worth_showing(100, range(90, 100)) == list(range(90, 98))
