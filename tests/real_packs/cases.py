@@ -216,9 +216,7 @@ def attention_couple(host: Host, model: Any, **_: Any) -> Any:
         [prompt("sd15", "right")[0][0], {"mask": 1 - left, "mask_strength": 1.0}],
     ]
     negative = prompt("sd15", "negative")
-    return host.call(
-        "Attention couple", model=model, positive=positive, negative=negative, mode="Attention"
-    )
+    return host.call("Attention couple", model=model, positive=positive, negative=negative, mode="Attention")
 
 
 def attention_couple_ppm(host: Host, model: Any, **_: Any) -> Any:
@@ -278,9 +276,7 @@ def with_reference(reference: str) -> Draw:
 
 def growing(host: Host, model: Any, kind: str) -> Tensor:
     """SamplerLCMUpscale: the latent doubles on the way."""
-    sampler = host.call(
-        "SamplerLCMUpscale", scale_ratio=2.0, scale_steps=-1, upscale_method="bislerp"
-    )
+    sampler = host.call("SamplerLCMUpscale", scale_ratio=2.0, scale_steps=-1, upscale_method="bislerp")
     torch.manual_seed(0)
     sigmas = host.call("BasicScheduler", model=model, scheduler="normal", steps=3, denoise=1.0)
     return host.call(  # type: ignore[no-any-return]
@@ -329,7 +325,12 @@ CASES = (
         Case(f"PuLID, {method}", "PuLID_ComfyUI", pulid(method), "sdxl", "adds")
         for method in ("fidelity", "style", "neutral")
     ),
-    Case("PLADIS", "sd-perturbed-attention", node("PLADIS", scale=2.0, sparse_func="entmax1.5"), effect="changes"),
+    Case(
+        "PLADIS",
+        "sd-perturbed-attention",
+        node("PLADIS", scale=2.0, sparse_func="entmax1.5"),
+        effect="changes",
+    ),
     Case("Normalized Attention Guidance", "sd-perturbed-attention", guided_attention, effect="changes"),
     Case(
         "Perturbed Attention",
@@ -400,7 +401,10 @@ CASES = (
         options={"steps": 4},
     ),
     Case(
-        "RAUNet", "ComfyUI-BrushNet", node("RAUNet", du_start=0, du_end=1, xa_start=1, xa_end=2), effect="hides"
+        "RAUNet",
+        "ComfyUI-BrushNet",
+        node("RAUNet", du_start=0, du_end=1, xa_start=1, xa_end=2),
+        effect="hides",
     ),
     *(
         Case(

@@ -39,8 +39,9 @@ class Host:
     """ComfyUI in this process with some packs. ComfyUI must be importable (see `tests/harness/comfy.py`)."""
 
     def __init__(self, packs: Path) -> None:
-        import nodes
         from server import PromptServer
+
+        import nodes
 
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)

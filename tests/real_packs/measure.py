@@ -50,10 +50,14 @@ class Figures:
     upstream: float = 0.0  # largest absolute change of the models that nodes were put on
     growth: int = 0  # tensors that stay per further run, beyond those that stay with theirs alone
     rescaled: float = 0.0  # `every attention patch` with no ID adapter, against theirs alone
-    local_ratio: dict[str, tuple[float, float]] = field(default_factory=dict)  # by share: least and largest of all sites
+    local_ratio: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # by share: least and largest of all sites
     below_cap: float = 0.0  # mode limit with a high cap against no rescaling, over weights of theirs
     dial: float = 0.0  # mode limit: weight 0.2 of theirs against weight 0.8
-    said: list[str] = field(default_factory=list)  # our warnings while both nodes were sampled, in both orders
+    said: list[str] = field(
+        default_factory=list
+    )  # our warnings while both nodes were sampled, in both orders
 
 
 @dataclass
@@ -139,9 +143,7 @@ def _measure_addition(case: Case, host: Host, figures: Figures) -> None:
         difference(case.draw(host, _every(model, "limit", HIGH)), case.draw(host, model))
         for model in (weak, strong)
     )
-    weak_picture, strong_picture = (
-        case.draw(host, _every(model, "limit", HIGH)) for model in (weak, strong)
-    )
+    weak_picture, strong_picture = (case.draw(host, _every(model, "limit", HIGH)) for model in (weak, strong))
     figures.dial = difference(weak_picture, strong_picture)
 
 

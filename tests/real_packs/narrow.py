@@ -107,9 +107,7 @@ def apply(
 ) -> Any:
     """Apply ID Adapter, with an adapter of that method."""
     adapter = uniid(kind) if method == "uniid" else idadapter(kind)
-    return sampling.node(
-        "IDAdapterApply", model, adapter, _person(kind, method), weight, 0.0, 1.0, mask
-    )
+    return sampling.node("IDAdapterApply", model, adapter, _person(kind, method), weight, 0.0, 1.0, mask)
 
 
 def draw(
