@@ -37,9 +37,8 @@ from .run import Handle, Row, Rows, RowTags, Run, expand_rows, tile_rows, tokens
 log = logging.getLogger(__name__)
 
 _running: Counter[Plan] = Counter()  # plans whose runs were begun and have not ended
-_lost: weakref.WeakValueDictionary[int, Tensor] = (
-    weakref.WeakValueDictionary()
-)  # noise levels of runs told of
+# Noise levels of runs that were told of, by id.
+_lost: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def install(model: Any) -> None:
@@ -317,9 +316,8 @@ def _window(options: dict[str, Any]) -> list[int] | None:
     """The latents of the batch that a model call holds, where it is a window of a longer one: AnimateDiff's or ComfyUI's own."""
     indices = (options.get("ad_params") or {}).get("sub_idxs")
     if indices is None and getattr(window := options.get("context_window"), "dim", None) == 0:
-        anchor = getattr(
-            window, "causal_anchor_index", None
-        )  # a latent before the window, which goes along with it
+        # A latent before the window, which goes along with it.
+        anchor = getattr(window, "causal_anchor_index", None)
         first = [] if anchor is None or anchor < 0 else [anchor]
         indices = [*first, *getattr(window, "index_list", ())]
     return None if indices is None else [int(index) for index in indices]

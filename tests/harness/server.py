@@ -78,6 +78,8 @@ class RunResult:
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """UI output of each output node by id, from the server's history: `{"9": {"images": [...]}}`."""
     images_by_node: dict[str, list[Image.Image]] = field(default_factory=dict)
+    told: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    """What the pack's nodes show at the end, beside their reports: texts by node id and topic."""
     log: str = ""
     """What the server logged during the run."""
     seconds: float = 0.0
@@ -399,6 +401,9 @@ async def _follow(
             continue  # previews come as binary messages
         event = json.loads(message.data)
         kind, data = event["type"], event["data"]
+        if kind == "idadapter.messages":
+            texts = tuple(message["text"] for message in data["messages"])
+            result.told[data["node"], data["topic"]] = texts
         if data.get("prompt_id") != result.prompt_id:
             continue
         result.messages.append((kind, data))
