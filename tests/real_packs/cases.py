@@ -38,8 +38,9 @@ class Case:
     Args:
         effect: what it does to the text's attention. "nothing": it works elsewhere. "adds": it adds attention to tokens of its own,
             and `make` takes `weight` and `mask`. "changes": it changes that attention itself. "hides": it computes the UNet past
-            ComfyUI's hooks, so that no identity can act.
+            ComfyUI's hooks, so that no identity can act. "refused": no identity can act beside it, and the run ends with our error.
         visible: whether the node changes pictures; one that only computes them in another way does not.
+        windowed: whether it hands the model windows of a batch; pictures of it are then independent of each other.
         together: other packs that it needs.
     """
 
@@ -47,8 +48,9 @@ class Case:
     pack: str
     make: Make
     kind: str = "sd15"
-    effect: Literal["nothing", "adds", "changes", "hides"] = "nothing"
+    effect: Literal["nothing", "adds", "changes", "hides", "refused"] = "nothing"
     visible: bool = True
+    windowed: bool = False
     together: tuple[str, ...] = ()
     sample: Draw | None = None
     options: dict[str, Any] = field(default_factory=dict)  # for `narrow.draw`
@@ -107,7 +109,7 @@ def ipadapter(kind: str, **inputs: Any) -> Make:
         return host.call(
             "IPAdapterEmbeds",
             model=model,
-            ipadapter=host.call("IPAdapterModelLoader", ipadapter_file=file.name),
+            ipadapter=host.load_model("IPAdapterModelLoader", ipadapter_file=file.name),
             pos_embed=embedding,
             neg_embed=torch.zeros_like(embedding),
             weight=weight,
@@ -127,7 +129,7 @@ def instantid(host: Host, model: Any, weight: float = 1.0, mask: Tensor | None =
         weights.write_face_adapter(file, encoder, _widths("sdxl"))
     return host.call(
         "InstantIDAttentionPatch",
-        instantid=host.call("InstantIDModelLoader", instantid_file=file.name),
+        instantid=host.load_model("InstantIDModelLoader", instantid_file=file.name),
         insightface=_FaceAnalysis(),
         image=narrow.picture(),
         model=model,
@@ -188,7 +190,7 @@ def pulid(method: str) -> Make:
         return host.call(
             "ApplyPulid",
             model=model,
-            pulid=host.call("PulidModelLoader", pulid_file=file.name),
+            pulid=host.load_model("PulidModelLoader", pulid_file=file.name),
             eva_clip=_EvaClip(),
             face_analysis=_FaceAnalysis(),
             image=narrow.picture(),
@@ -293,6 +295,28 @@ def growing(host: Host, model: Any, kind: str) -> Tensor:
     )["samples"]
 
 
+def guided_from_inside(host: Host, model: Any, kind: str) -> Tensor:
+    """KSamplerWithNAG: the UNet gets a further text for each row and compares both inside of its layers."""
+    return host.call(  # type: ignore[no-any-return]
+        "KSamplerWithNAG",
+        model=model,
+        seed=0,
+        steps=2,
+        cfg=4.0,
+        nag_scale=5.0,
+        nag_tau=2.5,
+        nag_alpha=0.25,
+        nag_sigma_end=0.0,
+        sampler_name="euler",
+        scheduler="normal",
+        positive=prompt(kind, "positive"),
+        negative=prompt(kind, "negative"),
+        nag_negative=prompt(kind, "unwanted"),
+        latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+        denoise=1.0,
+    )["samples"]
+
+
 def windows(contextref: bool = False) -> Make:
     """AnimateDiff's sliding windows over a batch, without a motion model."""
 
@@ -367,7 +391,8 @@ CASES = (
         "AnimateDiff windows",
         "ComfyUI-AnimateDiff-Evolved",
         windows(),
-        visible=False,  # windows of independent latents; a motion model would tie them together
+        visible=False,  # a motion model would tie the pictures together
+        windowed=True,
         options={"batch": 6, "size": 8},
     ),
     Case(
@@ -460,6 +485,25 @@ CASES = (
             debug_compile_keys=False,
         ),
         visible=False,
+    ),
+    Case("KSamplerWithNAG", "ComfyUI-NAG", unchanged, effect="refused", sample=guided_from_inside),
+    Case(
+        "ContextWindowsManual",
+        COMFYUI,
+        node(
+            "ContextWindowsManual",
+            context_length=4,
+            context_overlap=2,
+            context_schedule="standard_static",
+            context_stride=1,
+            closed_loop=False,
+            fuse_method="pyramid",
+            dim=0,
+            freenoise=False,
+        ),
+        visible=False,
+        windowed=True,
+        options={"batch": 6, "size": 8},
     ),
     Case("NAGuidance", COMFYUI, node("NAGuidance", nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5)),
     Case("FreeU_V2", COMFYUI, node("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2)),

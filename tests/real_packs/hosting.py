@@ -48,6 +48,7 @@ class Host:
         PromptServer(loop)  # packs add routes to it when they are imported; it is never started
         asyncio.run(nodes.init_builtin_extra_nodes())
         self.packs = packs
+        self._loaded: dict[tuple[str, ...], Any] = {}
         # Some packs import themselves as custom_nodes.<folder>.
         self._parent = Path(tempfile.mkdtemp(prefix="packs-")) / "custom_nodes"
         self._parent.mkdir()
@@ -83,7 +84,7 @@ class Host:
         finally:
             logging.getLogger().removeHandler(said)
         if not loaded:
-            raise PackError(said.last_line)
+            raise PackError(said.last_line.rpartition("for custom nodes: ")[2])
 
     def module_of(self, node: str) -> Any:
         """The module that defines a node."""
@@ -92,6 +93,13 @@ class Host:
     def call(self, node: str, **inputs: Any) -> Any:
         """The first output of a node, of either of ComfyUI's two kinds."""
         return self.outputs(node, **inputs)[0]
+
+    def load_model(self, node: str, **file: str) -> Any:
+        """The output of a node that loads a file; kept, as ComfyUI keeps it between two runs."""
+        key = (node, *file.values())
+        if key not in self._loaded:
+            self._loaded[key] = self.call(node, **file)
+        return self._loaded[key]
 
     def outputs(self, node: str, **inputs: Any) -> tuple[Any, ...]:
         """All outputs of a node."""

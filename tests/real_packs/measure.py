@@ -55,6 +55,10 @@ class Figures:
     )  # by share: least and largest of all sites
     below_cap: float = 0.0  # mode limit with a high cap against no rescaling, over weights of theirs
     dial: float = 0.0  # mode limit: weight 0.2 of theirs against weight 0.8
+    framed: list[list[int]] = field(
+        default_factory=list
+    )  # for each picture of a batch: those that change if only its mask is white
+    refusal: str = ""  # the error of a run with both nodes
     said: list[str] = field(
         default_factory=list
     )  # our warnings while both nodes were sampled, in both orders
@@ -92,6 +96,9 @@ def measure(case: Case, host: Host) -> Figures:
     except Exception as error:
         figures.broken = f"{type(error).__name__}: {error}".splitlines()[0]
         return figures
+    if case.effect == "refused":
+        figures.refusal = _refusal(case, host)
+        return figures
     without = case.draw(host, base) if case.sample is None else narrow.draw(base, case.kind)
     figures.alone = difference(theirs, without) if theirs.shape == without.shape else float("inf")
 
@@ -115,9 +122,32 @@ def measure(case: Case, host: Host) -> Figures:
     figures.growth = _growth(case, host)
     if case.effect in ("adds", "changes"):
         figures.rescaled = difference(case.draw(host, _every(theirs_on)), theirs)
+    if case.windowed:
+        figures.framed = _framed(case, host, theirs_on, theirs)
     if case.effect == "adds":
         _measure_addition(case, host, figures)
     return figures
+
+
+def _refusal(case: Case, host: Host) -> str:
+    try:
+        case.draw(host, narrow.apply(narrow.unet(case.kind), case.kind))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _framed(case: Case, host: Host, theirs_on: Any, theirs: Tensor) -> list[list[int]]:
+    """For each picture of a batch, which pictures change if the identity is let into this one alone."""
+    framed = []
+    for number in range(len(theirs)):
+        mask = torch.zeros(len(theirs), 64, 64)
+        mask[number] = 1
+        drawn = case.draw(host, narrow.apply(theirs_on, case.kind, mask=mask))
+        framed.append(
+            [i for i, (new, old) in enumerate(zip(drawn, theirs, strict=True)) if not torch.equal(new, old)]
+        )
+    return framed
 
 
 def _ours_alone(case: Case, host: Host, model: Any) -> Tensor:
@@ -269,6 +299,8 @@ def table() -> str:
 def _line(title: str, case: Case, figures: Figures) -> str:
     if figures.broken:
         return f"| {title} | {case.name} | does not run here by itself: {figures.broken} | | | | | | |"
+    if case.effect == "refused":
+        return f"| {title} | {case.name} | refused with our error: {figures.refusal} | | | | | | |"
     if case.effect == "adds":
         every = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in figures.local_ratio.values())
     elif case.effect == "changes":

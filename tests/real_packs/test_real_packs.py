@@ -41,12 +41,15 @@ def figures(case: Case, comfyui: object) -> Figures:
 
 
 def cases(*effects: str) -> pytest.MarkDecorator:
-    """Parametrises with the cases of these effects; none means all."""
-    chosen = [case for case in CASES if not effects or case.effect in effects]
+    """Parametrises with the cases of these effects."""
+    return named([case for case in CASES if case.effect in effects])
+
+
+def named(chosen: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
 
 
-@cases()
+@cases("nothing", "adds", "changes", "hides")
 def test_the_order_of_the_nodes_does_not_matter(case: Case, figures: Figures) -> None:
     assert figures.order == dict.fromkeys(METHODS, 0.0)
 
@@ -60,17 +63,17 @@ def test_both_act(case: Case, figures: Figures) -> None:
         assert max(figures.alone, *figures.theirs_acts.values()) < ROUNDING
 
 
-@cases()
+@cases("nothing", "adds", "changes", "hides")
 def test_weight_0_is_their_picture(case: Case, figures: Figures) -> None:
     assert figures.weight_0 == dict.fromkeys(METHODS, 0.0)
 
 
-@cases()
+@cases("nothing", "adds", "changes", "hides")
 def test_the_models_before_are_left_as_they_were(case: Case, figures: Figures) -> None:
     assert figures.upstream == 0
 
 
-@cases()
+@cases("nothing", "adds", "changes", "hides")
 def test_nothing_of_ours_stays_from_run_to_run(case: Case, figures: Figures) -> None:
     assert figures.growth <= 0
 
@@ -98,6 +101,16 @@ def test_an_identity_that_cannot_act_is_told(case: Case, figures: Figures) -> No
     assert figures.ours_act["uniid"] == 0
     told = [text for text in figures.said if "did not act" in text and case.pack in text]
     assert len(told) == 2 * len(METHODS)  # once for each of the sampled pictures, in both orders
+
+
+@named([case for case in CASES if case.windowed])
+def test_masks_follow_windows_of_a_batch(case: Case, figures: Figures) -> None:
+    assert figures.framed == [[number] for number in range(6)]
+
+
+@cases("refused")
+def test_where_no_identity_can_act_the_run_ends_with_a_sentence(case: Case, figures: Figures) -> None:
+    assert figures.refusal.startswith("InputError: another node")
 
 
 def test_the_folder_holds_a_known_pack() -> None:
