@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from .errors import ConfigError
 from .extra import progress_bar, require
-from .program import Parser, run
+from .program import Parser, run, start
 from .training.config import add_arguments, read_config
 
 TOLERANCE = 0.02  # relative, between devices and after fp16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 an error or entries that differ."""
+    """Entry point; returns the exit code: 0 done, 1 an error or entries that differ, 130 interrupted, 143 after SIGTERM."""
     parser = Parser(
         prog="python -m idadapter_core.cache",
         description="Build or verify the cache of a training run.",
@@ -42,11 +42,15 @@ def _run(options: argparse.Namespace) -> int:
     from .training.cache import build, verify
     from .training.engine import has_accelerator
     from .training.parts import load_parts, require_files
+    from .training.watch import arrive
 
     config = read_config(options.config, options.set)
     if not config.data.cache:
         raise ConfigError("data.cache is empty; name the folder of the cache there")
     require_files(config)
+    watch = arrive(set())
+    if watch is not None:  # each computes its share without the others
+        watch.close(is_settled=True)
     # Without `cpu`, each of several processes on a machine without accelerators is taken for the only one.
     state = require("accelerate").PartialState(cpu=not has_accelerator())
     parts = load_parts(config, state.device)
@@ -71,4 +75,4 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

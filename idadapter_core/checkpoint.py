@@ -17,7 +17,7 @@ from . import formats
 from .errors import CheckpointError, InputError, MismatchError
 from .files import key_problems, read_tensors, some, state_digest, write_safetensors
 from .methods import METHODS, Config, idadapter, uniid
-from .sites import Site, family_name
+from .sites import Site, family_name, is_known_family
 from .types import FaceFeatures, Identity, Mix
 
 FORMAT = "idadapter"
@@ -63,11 +63,12 @@ class Adapter:
         Raises:
             MismatchError: the features come from another recogniser than the adapter was trained with.
         """
+        METHODS[self.method].require(features, self.config)
         trained_with = self.config.recognizer
         if trained_with and features.recognizer and trained_with != features.recognizer:
             raise MismatchError(
-                f"{self.name} was trained with the face recogniser {trained_with}, these features come from "
-                f"{features.recognizer}. Choose the recogniser it was trained with in Load Face Analyzer."
+                f"{self.name} was trained with another face recogniser than the one these features come from ({trained_with}, not "
+                f"{features.recognizer}). Choose the recogniser it was trained with as `recognizer` in Load Face Analyzer."
             )
         identity = METHODS[self.method].encode(self.encoder, self.config, features, mix or Mix())
         return dataclasses.replace(identity, adapter=self.digest)
@@ -89,12 +90,15 @@ class Adapter:
         if channels == self.config.site_widths and contexts == {self.config.context_width}:
             return
         context = max(contexts)
+        found = family_name(len(sites), context)
+        if not is_known_family(len(sites), context):
+            found = f"{model_name}: {found}"
         difference = ""
         if len(channels) == len(self.config.site_widths) and context == self.config.context_width:
             difference = " The two differ in the widths of their layers."
         raise MismatchError(
-            f"{self.name} was made for {self.family}, but this model is {model_name}: "
-            f"{family_name(len(sites), context)}.{difference} Load a model of the adapter's family, or an adapter of the model's."
+            f"{self.name} was made for {self.family}, this checkpoint is {found}.{difference} Load a checkpoint of the adapter's family, "
+            "or an adapter that was made for this one."
         )
 
     def require_identity(self, identity: Identity, name: str) -> None:
@@ -147,7 +151,7 @@ def load_adapter(
 
     Raises:
         CheckpointError: unreadable, unrelated, incomplete, or holding unexpected weights; says which.
-        InputError: both files hold the same branch, or a second file was given to a method of one file.
+        InputError: the files are not an adapter branch and a text branch: exchanged, the same one twice, or of a method of one file.
     """
     method, state, config, source = _read_adapter(Path(path))
     if text_branch is not None:
@@ -160,18 +164,14 @@ def load_adapter(
                 )
         assert isinstance(config, uniid.UniIDConfig)
         assert isinstance(second_config, uniid.UniIDConfig)
+        names = (source, second_source)
+        if problem := _branches_problem(names, config, second_config, Path(path) == Path(text_branch)):
+            raise InputError(problem)
         wanted = {key: tensor for key, tensor in second.items() if key.startswith(formats.TEXT_PREFIX)}
-        if not wanted:
-            raise CheckpointError(
-                f"{second_source} holds no text branch (only {uniid.branches(second_config)}); choose the file of the text branch, "
-                "or 'none'."
-            )
-        if config.has_text_branch:
-            raise InputError(f"{source} already holds a text branch; set text_branch to 'none'.")
         if config.head_width != second_config.head_width:
             raise MismatchError(
-                f"the attention heads of {source} are {config.head_width} wide, those of {second_source} {second_config.head_width}; "
-                "choose two branches that were made for each other."
+                f"{source} and {second_source} were not made for each other: their attention heads are {config.head_width} and "
+                f"{second_config.head_width} wide. Choose the two branches of one training."
             )
         state |= wanted
         digests = {c.recognizer for c in (config, second_config)} - {""}
@@ -184,6 +184,42 @@ def load_adapter(
         config = dataclasses.replace(config, **of_text, recognizer="".join(digests))
         source = f"{source} + {second_source}"
     return build_adapter(method, config, state, source, progress, operations)
+
+
+def _branches_problem(
+    names: tuple[str, str], adapter: uniid.UniIDConfig, text: uniid.UniIDConfig, same: bool
+) -> str:
+    """Why two UniID files cannot be an adapter and its text branch; empty where they can."""
+    first, second = names
+    if not adapter.has_text_branch and text.has_text_branch:
+        return ""
+    if same:
+        missing = "adapter" if text.has_text_branch else "text"
+        rest = f"choose the file of the {missing} branch as {'adapter' if missing == 'adapter' else 'text_branch'}"
+        if adapter.has_adapter_branch and adapter.has_text_branch:
+            rest = "it holds both branches: set text_branch to 'none'"
+        else:
+            rest = f"it holds the {uniid.branches(adapter)} alone: {rest}"
+            rest += ", or set text_branch to 'none'"
+        return f"{first} is chosen twice, as adapter and as text_branch; {rest}."
+    if not adapter.has_adapter_branch and not text.has_text_branch:
+        return (
+            f"the two branches are exchanged: {first} holds the text branch, {second} the adapter branch. Exchange the two files: "
+            f"choose {second} as adapter and {first} as text_branch."
+        )
+    if not text.has_text_branch:
+        return (
+            f"{second} holds no text branch, only the adapter branch, as {first} does. Choose the file of the text branch as "
+            "text_branch, or 'none'."
+        )
+    if not adapter.has_adapter_branch:
+        if text.has_adapter_branch:
+            return f"{second} holds both branches, {first} the text branch alone. Choose {second} as adapter and set text_branch to 'none'."
+        return (
+            f"{first} and {second} both hold the text branch. Choose the file of the adapter branch as adapter, or set text_branch "
+            "to 'none'."
+        )
+    return f"{first} already holds a text branch; set text_branch to 'none'."
 
 
 def build_adapter(

@@ -15,7 +15,7 @@ import torch
 from .checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
 from .files import DTYPES
 from .methods import idadapter
-from .program import Parser, require_new, run
+from .program import Parser, require_new, run, start
 from .recognizer import recorded_recognizer
 
 MAX_SEED = 2**64 - 1
@@ -135,4 +135,4 @@ def _counts(adapter: Adapter) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .program import Parser, run
+from .program import Parser, run, start
 from .training.config import add_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 a requirement is not met, 2 an error, 130 interrupted."""
+    """Entry point; returns the exit code: 0 done, 1 a requirement is not met, 2 an error, 130 interrupted, 143 after SIGTERM."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     return run(
@@ -79,4 +79,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

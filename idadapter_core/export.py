@@ -10,7 +10,7 @@ from pathlib import Path
 from .checkpoint import load_adapter, save_adapter
 from .errors import ConfigError
 from .files import DTYPES
-from .program import Parser, require_new, run
+from .program import Parser, require_new, run, start
 from .training.checkpoints import ADAPTER, EMA, checkpoints
 
 WEIGHTS = ("auto", "ema", "trained")
@@ -91,4 +91,4 @@ def adapter_file(run: Path, weights: str = "auto", step: int | None = None) -> P
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CheckpointError
 
@@ -29,11 +30,16 @@ _OBJECT_REFUSED = re.compile(
 )
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a .safetensors or pickled file, on the CPU, and the safetensors metadata.
 
     The content decides which of the two a file is, not its name. Pickles are read with `weights_only=True`: a file that
     needs code to load is refused.
+
+    Args:
+        mapped: the tensors are windows into the file, which processes share and which cost no memory until they are read. They
+            change with the file, and reading them kills the process once the file was cut short: only for what is copied at
+            once (see `own_weights`). By default they are read into memory, and the file may be overwritten or deleted.
 
     Raises:
         CheckpointError: missing, truncated, holding code, or no flat state dict.
@@ -45,12 +51,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     if _is_safetensors(path):
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            return read_safetensors(path, mapped=mapped)
         except (safetensors.SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(_unreadable(path, error)) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
+        )
     except Exception as error:  # whatever the damage of a pickle leads to, IndexError and AssertionError too
         if isinstance(error, pickle.UnpicklingError) and _OBJECT_REFUSED.search(str(error)):
             raise CheckpointError(
@@ -66,6 +73,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not flat:
         raise CheckpointError(f"{path.name}: holds no weights.")
     return flat, {}
+
+
+def read_safetensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file; `mapped` as in `read_tensors`. Raises OSError or SafetensorError."""
+    with safetensors.safe_open(path, framework="pt") as file:  # which also checks the whole layout
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
+    return (tensors if mapped else _read_into_memory(path, tensors)), metadata
+
+
+def _read_into_memory(path: Path, windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in memory of their own. Copying the windows would take the file's size in memory a second time."""
+    tensors: dict[str, Tensor] = {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for key, window in windows.items():
+            tensors[key] = torch.empty_like(window, memory_format=torch.contiguous_format)
+            target = tensors[key].view(-1).view(torch.uint8).numpy()
+            begin, end = header[key]["data_offsets"] if key in header else (0, 0)
+            file.seek(8 + length + begin)
+            if end - begin != target.nbytes or file.readinto(target.data) != target.nbytes:
+                raise OSError("another file took its place while it was read")
+    return tensors
+
+
+def own_weights(network: nn.Module) -> None:
+    """Give a network on the CPU memory of its own, in place of windows into the files it was loaded from."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _flatten(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
@@ -123,6 +161,20 @@ def write_lines(path: Path, lines: Iterable[bytes]) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         for line in lines:
             file.write(line)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that a failure leaves an older one of that name untouched.
+
+    Raises:
+        CheckpointError: the folder or the disk does not allow it.
+    """
+    try:
+        write_lines(path, [content])
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}). Choose another folder, or free some space; then run it again."
+        ) from error
 
 
 @contextlib.contextmanager

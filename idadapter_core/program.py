@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .errors import IDAdapterError
+from .waiting import TERMINATED, Terminated, terminable
 
 INTERRUPTED = 130  # the exit code after Ctrl+C, as shells have it
 
@@ -21,24 +23,49 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
 
+def start(main: Callable[[], int]) -> None:
+    """Run a program from the command line, and end with its exit code.
+
+    Python without its UTF-8 mode cannot even open files whose names have letters that the language of the shell lacks (LC_ALL=C has
+    ASCII alone). So the program starts once more, in UTF-8 mode, which later versions of Python have by themselves.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode and hasattr(sys, "orig_argv"):
+        os.environ["PYTHONUTF8"] = "1"  # for its worker processes
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    sys.exit(main())
+
+
 def run(work: Callable[[], int], *, error: int = 1, interrupted: str = "nothing was written") -> int:
-    """The exit code of a program: what `work` returns, `error` after a message, or `INTERRUPTED` after Ctrl+C.
+    """The exit code of a program: what `work` returns, `error` after a message, `INTERRUPTED` after Ctrl+C, or `TERMINATED` after
+    SIGTERM.
 
     Args:
         interrupted: what to tell who pressed Ctrl+C.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # in a file, its lines and those of stderr stay in their order
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # In a file, lines of both stay in their order. What the shell's language has no letter for is written as its number.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        return work()
+        with terminable():
+            return work()
     except IDAdapterError as problem:
         sys.stderr.write(f"{problem}\n")
         return error
     except KeyboardInterrupt:
         sys.stderr.write(f"\ninterrupted; {interrupted}\n")
         return INTERRUPTED
+    except UnicodeEncodeError as problem:
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        sys.stderr.write(
+            f"{problem.object!a} cannot be the name of a file in this shell's language; set PYTHONUTF8=1 (or LC_ALL=C.UTF-8)\n"
+        )
+        return error
+    except Terminated:
+        sys.stderr.write(f"stopped by SIGTERM; {interrupted}\n")
+        return TERMINATED
 
 
 def require_new(parser: argparse.ArgumentParser, output: Path, suffix: str, overwrite: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -46,7 +46,7 @@ class RescaleSchedule:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:  # a whole number may be too large for a float
                 raise InputError(f"{field.name} must be a finite number, got {value}")
         if not 0 <= self.early_fraction <= 1:
             raise InputError(f"early_fraction must be between 0 and 1, got {self.early_fraction}")

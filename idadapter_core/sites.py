@@ -8,7 +8,7 @@ blocks, up blocks, then the middle block; self-attention before cross-attention)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .errors import MismatchError
@@ -57,8 +57,8 @@ def attention_sites(keys: Iterable[str]) -> tuple[Site, ...]:
     found = _from_ldm(names) or _from_diffusers(names)
     if not found:
         raise MismatchError(
-            "no cross-attention layers of a Stable Diffusion UNet found in this model (looked for "
-            "'…transformer_blocks.N.attn2.to_k.weight'). ID adapters need SD1.5, SD2.1, SDXL or a UNet of that family."
+            "this model is none of the Stable Diffusion kind (it has no cross-attention layers of such a UNet), and ID adapters work in "
+            "no other: SD1.5, SD2.1, SDXL and what was trained from them. Load a model of the family the adapter was made for."
         )
     sites: list[Site] = []
     for transformer, depth in sorted(set(found), key=lambda item: (item[0].order, item[1])):
@@ -148,10 +148,31 @@ def _from_diffusers(names: list[str]) -> list[tuple[_Transformer, int]]:
 
 
 _FAMILIES = {(16, 768): "SD1.5", (16, 1024): "SD2.1", (70, 2048): "SDXL"}
+_TEXT_FAMILIES = {
+    (("l", 768),): "SD1.5",
+    (("h", 1024),): "SD2.1",
+    (("g", 1280), ("l", 768)): "SDXL",
+    (("g", 1280),): "the SDXL refiner",
+}
 
 
 def family_name(count: int, context_width: int) -> str:
-    """What people call the UNet with this many sites and this text width."""
-    known = _FAMILIES.get((count, context_width))
-    shape = f"{count} attention sites, text width {context_width}"
-    return f"{known} ({shape})" if known else f"a UNet with {shape}"
+    """What people call the UNet with this many sites and this text width; these numbers where it has no name."""
+    unknown = f"a UNet with {count} attention sites, text width {context_width}"
+    return _FAMILIES.get((count, context_width), unknown)
+
+
+def is_known_family(count: int, context_width: int) -> bool:
+    """Whether people have a name for it."""
+    return (count, context_width) in _FAMILIES
+
+
+def text_family_name(widths: Mapping[str, int]) -> str:
+    """What people call the models with these text encoders.
+
+    Args:
+        widths: by name of the encoder; 0 for one that is no CLIP. Where the models have no name, these are named.
+    """
+    known = _TEXT_FAMILIES.get(tuple(sorted(widths.items())))
+    shown = ", ".join(f"{name} {width or '(no CLIP)'}" for name, width in widths.items())
+    return known or f"a model with text encoders of widths {shown}"

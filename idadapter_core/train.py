@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 
-from .program import Parser, run
+from .program import Parser, run, start
 from .training.config import add_arguments, read_config
 
 
@@ -49,4 +48,4 @@ def _train(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -7,8 +7,26 @@ from comfy_api.latest import ComfyExtension, io
 from .adapter import ApplyIDAdapter, LoadIDAdapter, NormalizedRescaling
 from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
 from .host import exceptions, graph, paths
+from .host.numbers import checks_numbers
 from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
+
+NODES: tuple[type[io.ComfyNode], ...] = tuple(
+    checks_numbers(node)
+    for node in (
+        LoadFaceAnalyzer,
+        ExtractFaces,
+        EnrichPhotos,
+        LoadIDAdapter,
+        MixFeatures,
+        ApplyIDAdapter,
+        NormalizedRescaling,
+        IDPrompt,
+        AttachIdentity,
+        SaveIdentity,
+        LoadIdentity,
+    )
+)
 
 
 class IDAdapterExtension(ComfyExtension):
@@ -18,19 +36,7 @@ class IDAdapterExtension(ComfyExtension):
         exceptions.use_short_names()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            LoadFaceAnalyzer,
-            ExtractFaces,
-            EnrichPhotos,
-            LoadIDAdapter,
-            MixFeatures,
-            ApplyIDAdapter,
-            NormalizedRescaling,
-            IDPrompt,
-            AttachIdentity,
-            SaveIdentity,
-            LoadIdentity,
-        ]
+        return list(NODES)
 
 
 __all__ = ["IDAdapterExtension"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.ops
@@ -16,7 +17,7 @@ from ..idadapter_core.errors import InputError
 from ..idadapter_core.schedule import RescaleSchedule
 from .host import paths
 from .host.gates import delta_strength, load_with, patch_weights
-from .host.memory import LoadedAdapter, manage
+from .host.memory import LoadedAdapter, manage, require_same_file
 from .host.messages import Message, info, keeps_report, node_id_of, report_ui, warning
 from .host.plan import (
     APPLY,
@@ -45,20 +46,26 @@ def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
         progress.update_absolute(round(100 * share))
 
     adapter = load_adapter(path, text_branch, step, comfy.ops.manual_cast)
-    encoder = manage(adapter.encoder, _reload_encoder, path, text_branch)
+    encoder = manage(adapter.encoder, _reload_encoder, path, text_branch, adapter.digest)
     if not adapter.gates:
         return LoadedAdapter(adapter, encoder)
     gates = adapter.layers.gates
     gates.adapter_digest = adapter.digest  # copies for other devices are told by it
-    return LoadedAdapter(adapter, encoder, manage(gates, _reload_gates, path))
+    return LoadedAdapter(adapter, encoder, manage(gates, _reload_gates, path, adapter.digest))
 
 
-def _reload_encoder(path: Path, text_branch: Path | None) -> object:
-    return load(path, text_branch).patcher
+def _reload_encoder(path: Path, text_branch: Path | None, digest: str) -> object:
+    return _load_again(path, text_branch, digest).patcher
 
 
-def _reload_gates(path: Path) -> object:
-    return load(path, None).gates
+def _reload_gates(path: Path, digest: str) -> object:
+    return _load_again(path, None, digest).gates
+
+
+def _load_again(path: Path, text_branch: Path | None, digest: str) -> LoadedAdapter:
+    loaded = load(path, text_branch)
+    require_same_file(path, digest, loaded.adapter.digest)
+    return loaded
 
 
 class LoadIDAdapter(io.ComfyNode):
@@ -105,6 +112,10 @@ class LoadIDAdapter(io.ComfyNode):
         return io.NodeOutput(
             loaded, loaded.adapter.info, ui=report_ui(_report(loaded.adapter), "Load ID Adapter")
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter: str | None, text_branch: str | None, **_: Any) -> str:
+        return " ".join(paths.stamp_of(paths.ADAPTERS, name) for name in (adapter, text_branch))
 
 
 def _report(adapter: Adapter) -> list[Message]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -17,12 +16,12 @@ from ..idadapter_core.faces.align import square_crop
 from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
 from ..idadapter_core.faces.enrich import MAX_COLOUR, MAX_ROTATION, enrich
 from ..idadapter_core.faces.features import ON_MISSING, Extraction, extract_features
-from ..idadapter_core.faces.images import Image
+from ..idadapter_core.faces.images import Image, check_image
 from ..idadapter_core.faces.iresnet import digest, load_iresnet
-from ..idadapter_core.faces.packages import find_packages, resolve_package
-from ..idadapter_core.faces.preview import draw_preview, face_mask, small_preview, worth_showing
+from ..idadapter_core.faces.packages import find_packages, package_files, resolve_package
+from ..idadapter_core.faces.preview import small_preview, worth_showing
 from .host import images, paths
-from .host.memory import manage
+from .host.memory import manage, require_same_file
 from .host.messages import from_remarks, info, keeps_report, report_ui
 from .host.origins import photo_origins
 from .host.vision import encode_heads
@@ -51,9 +50,17 @@ class LoadedAnalyzer:
         return result
 
 
-def load_recognizer(path: Path) -> Any:
-    """A torch face network as a ModelPatcher."""
-    return manage(load_iresnet(path), load_recognizer, path)
+def load_recognizer(path: Path) -> tuple[Any, str]:
+    """A torch face network as a ModelPatcher, and its digest."""
+    network = load_iresnet(path)
+    name = digest(network)
+    return manage(network, _reload_recognizer, path, name), name
+
+
+def _reload_recognizer(path: Path, expected: str) -> Any:
+    patcher, found = load_recognizer(path)
+    require_same_file(path, expected, found)
+    return patcher
 
 
 class LoadFaceAnalyzer(io.ComfyNode):
@@ -101,13 +108,18 @@ class LoadFaceAnalyzer(io.ComfyNode):
         if recognizer == FROM_PACKAGE:
             return io.NodeOutput(LoadedAnalyzer(open_analyzer(folder, provider, recognition=True)))
         progress = comfy.utils.ProgressBar(3)
-        patcher = load_recognizer(paths.path_of(paths.RECOGNIZERS, recognizer))
-        progress.update(1)
-        recognizer_digest = digest(patcher.model)
-        progress.update(1)
+        patcher, recognizer_digest = load_recognizer(paths.path_of(paths.RECOGNIZERS, recognizer))
+        progress.update(2)
         analyzer = open_analyzer(folder, provider)
         progress.update(1)
         return io.NodeOutput(LoadedAnalyzer(analyzer, patcher, recognizer_digest))
+
+    @classmethod
+    def fingerprint_inputs(cls, package: str | None, recognizer: str | None, **_: Any) -> str:
+        packages = find_packages(paths.insightface_roots())
+        folders = [folder for name, folder in packages.items() if package in (name, None)]
+        models = paths.stamp(*(path for folder in folders for path in package_files(folder)))
+        return f"{models} {paths.stamp_of(paths.RECOGNIZERS, recognizer)}"
 
 
 class ExtractFaces(io.ComfyNode):
@@ -165,12 +177,14 @@ class ExtractFaces(io.ComfyNode):
                 io.Mask.Output(
                     "boxes",
                     display_name="boxes",
-                    tooltip="One mask per photo: 1 inside the chosen faces' boxes.",
+                    tooltip="One mask per photo: 1 inside the chosen faces' boxes. As large as the photo; smaller for more than "
+                    "16 photos, as the preview.",
                 ),
                 io.Image.Output(
                     "preview",
                     display_name="preview",
-                    tooltip="The photos with numbered boxes; the chosen faces in green.",
+                    tooltip="The photos with numbered boxes; the chosen faces in green. Of more than 16 photos it is made smaller: "
+                    "16 megapixels for all, but at least a quarter of each side.",
                 ),
                 io.String.Output(
                     "report",
@@ -207,21 +221,16 @@ class ExtractFaces(io.ComfyNode):
         )
         features = extraction.features
         if clip_vision is not None:
-            heads = [square_crop(pictures[face.image_index], face) for face in features.faces]
+            heads = (square_crop(check_image(pictures[face.image_index]), face) for face in features.faces)
             patch_tokens, class_embedding = encode_heads(clip_vision, heads)
             features = replace(features, patch_tokens=patch_tokens, class_embedding=class_embedding)
-        height, width = pictures[0].shape[:2]
-        previews = [
-            draw_preview(picture, found, chosen)
-            for picture, found, chosen in zip(pictures, extraction.found, extraction.chosen, strict=True)
-        ]
-        boxes = torch.stack([face_mask(chosen, height, width) for chosen in extraction.chosen])
+        preview, boxes = images.previews(pictures, extraction.found, extraction.chosen)
         assert features.crops is not None  # extract_features always cuts them
         return io.NodeOutput(
             features,
             images.crops_to_image(features.crops),
             boxes,
-            images.to_image(previews),
+            preview,
             extraction.report,
             ui={
                 **images.picture_ui(cls, _node_pictures(pictures, extraction)),
@@ -230,11 +239,11 @@ class ExtractFaces(io.ComfyNode):
         )
 
 
-def _node_pictures(pictures: Sequence[Image], extraction: Extraction) -> list[Image]:
+def _node_pictures(pictures: Sequence[Tensor], extraction: Extraction) -> list[Image]:
     """The photos with boxes, small; of many, those that were left out come first."""
     left_out = {i for i, chosen in enumerate(extraction.chosen) if not chosen}
     shown = worth_showing(len(pictures), left_out)
-    return [small_preview(pictures[i], extraction.found[i], extraction.chosen[i]) for i in shown]
+    return [small_preview(check_image(pictures[i]), extraction.found[i], extraction.chosen[i]) for i in shown]
 
 
 class EnrichPhotos(io.ComfyNode):
@@ -311,4 +320,4 @@ class EnrichPhotos(io.ComfyNode):
             return io.NodeOutput(image, ui=report_ui([passed]))
         enriched = enrich(pictures, count, seed, flip=flip, rotation=rotation, colour=colour)
         made = info(f"{len(pictures)} given, {count - len(pictures)} made of them: {count} photos.")
-        return io.NodeOutput(images.to_image(enriched), ui=report_ui([made]))
+        return io.NodeOutput(images.to_image(enriched, len(enriched)), ui=report_ui([made]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import uuid
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -180,6 +182,7 @@ class SaveIdentity(io.ComfyNode):
         path = paths.folder_of(paths.IDENTITIES) / identity_file(name)
         if not path.exists():
             save_identity(identity, path)
+            _saves.done(path)
             log.info("saved identity %s", path)
             done = f"Saved as {path.name} in {path.parent}. Load Identity lists it after a refresh (R)."
         elif identical(identity, load_identity(path)):
@@ -190,6 +193,41 @@ class SaveIdentity(io.ComfyNode):
                 f"in {path.parent}."
             )
         return io.NodeOutput(identity, ui=report_ui([info(done)]))
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str | None, **_: Any) -> str:
+        if name is None:  # another node gives it, and nobody knows it before that ran
+            return ""
+        return _saves.fingerprint(paths.folder_of(paths.IDENTITIES) / identity_file(name))
+
+
+class _Saves:
+    """Fingerprints for Save Identity: a missing file is always to be written, and one that is as the node left it is not.
+
+    The fingerprint of a file that was missing stays valid for the file then written. Otherwise each new identity would be saved a
+    second time when its prompt is queued again, and with it all would run again that comes after the node.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[Path, str] = {}
+        self._done: dict[
+            Path, tuple[str, str]
+        ] = {}  # the file's stamp after it was written, and the fingerprint
+
+    def fingerprint(self, path: Path) -> str:
+        if not path.exists():
+            self._begun[path] = uuid.uuid4().hex
+            return self._begun[path]
+        now = paths.stamp(path)
+        written, fingerprint = self._done.get(path, ("", ""))
+        return fingerprint if written == now else now
+
+    def done(self, path: Path) -> None:
+        if path in self._begun:
+            self._done[path] = (paths.stamp(path), self._begun.pop(path))
+
+
+_saves = _Saves()
 
 
 class LoadIdentity(io.ComfyNode):
@@ -219,9 +257,8 @@ class LoadIdentity(io.ComfyNode):
         return io.NodeOutput(loaded, ui=report_ui([_describe(loaded, identity)]))
 
     @classmethod
-    def fingerprint_inputs(cls, identity: str, **_: Any) -> float:
-        path = paths.find(paths.IDENTITIES, identity)
-        return path.stat().st_mtime if path is not None else 0.0
+    def fingerprint_inputs(cls, identity: str | None, **_: Any) -> str:
+        return paths.stamp_of(paths.IDENTITIES, identity)
 
 
 def _describe(identity: Identity, file: str) -> Message:

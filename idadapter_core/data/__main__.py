@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import logging
 import os
 import sys
@@ -14,9 +13,10 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..extra import progress_bar
 from ..faces.detector import PROVIDERS
-from ..program import Parser, run
+from ..program import Parser, run, start
 from .dedupe import PEOPLE, dedupe, settings_of
 from .index import Index, read_index
+from .inventory import describe_inventory
 from .measure import Limits
 from .scan import scan
 from .shards import INDEX_NAME, write_shards
@@ -35,9 +35,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted, 143 after SIGTERM."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__.rpartition(".")[0]).setLevel(logging.INFO)
     options = _parser().parse_args(arguments)
@@ -51,6 +49,8 @@ def _scan(options: argparse.Namespace) -> int:
     split = SplitSettings(options.test_share, options.seed, options.threshold)
     if not 0 <= options.max_bad_share <= 1:
         raise ConfigError(f"--max-bad-share must be between 0 and 1, got {options.max_bad_share}")
+    if not 0 <= options.min_match <= 1:
+        raise ConfigError(f"--min-match must be between 0 and 1, got {options.min_match}")
     if options.workers < 0:
         raise ConfigError(f"--workers must be at least 0, got {options.workers}")
     source = list_photos(
@@ -60,8 +60,14 @@ def _scan(options: argparse.Namespace) -> int:
         captions=options.captions,
         identities=options.identities,
         numbered=options.numbered,
+        encoding=options.encoding,
+        min_match=options.min_match,
+        output=options.index,
     )
     print(f"{len(source.photos)} photos in {source.root} (layout {source.layout})")
+    for text in (describe_inventory(source.files.facts()), *source.notes):
+        if text:
+            print(text)
     print(LICENCE_NOTE)
     with progress_bar("photos", "photo") as progress:
         index = scan(
@@ -76,6 +82,8 @@ def _scan(options: argparse.Namespace) -> int:
             progress=progress,
         )
     _print_summary(index)
+    for note in index.facts["notes"][len(source.notes) :]:
+        print(note)
     if index.bad_share() > options.max_bad_share:
         print(f"\n{bad_photos(index)}")
         sys.stderr.write(
@@ -168,6 +176,19 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--identities", type=Path, help='a file with lines "image identity"')
     new.add_argument(
         "--numbered", action="store_true", help="line N of the table, from 0, belongs to N.png (FaceID-6M)"
+    )
+    new.add_argument(
+        "--encoding",
+        default="",
+        help="of captions and tables that are no UTF-8 and have no byte order mark, for example cp1251 (default: such a photo "
+        "cannot be used)",
+    )
+    new.add_argument(
+        "--min-match",
+        type=float,
+        default=0.0,
+        help="share of the photos that --captions and --identities must each have something for (default: %(default)s, they only say "
+        "how many)",
     )
     new.add_argument(
         "--provider",
@@ -263,4 +284,4 @@ def _cores() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

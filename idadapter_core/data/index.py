@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 import torch
@@ -27,8 +27,9 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError, InputError
 from ..faces.images import Image
 from ..faces.iresnet import EMBEDDING_WIDTH
-from ..files import some, state_digest, write_lines, write_safetensors
+from ..files import read_safetensors, some, state_digest, write_lines, write_safetensors
 from .photos import decode
+from .texts import read_file
 
 VERSION = 1
 OK = "ok"
@@ -148,9 +149,8 @@ class Index:
         """
         path = self.path.with_name(embeddings_name(self.path, str(self.facts[_EMBEDDINGS])))
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensor = cast(Tensor, file.get_tensor(_EMBEDDINGS))
-        except (OSError, safetensors.SafetensorError) as error:
+            tensor = read_safetensors(path)[0][_EMBEDDINGS]
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
             raise ConfigError(
                 f"{path}: the embeddings of {self.path.name} cannot be read ({error}). The file belongs beside the index; bring it "
                 "back, or scan again."
@@ -166,7 +166,7 @@ class Index:
 def read_photo(root: Path, source: str, offset: int, size: int) -> bytes:
     """The bytes of a photo, in a file of its own or within a shard. Raises OSError."""
     if not offset:
-        return (root / source).read_bytes()
+        return read_file(root / source)
     with (root / source.rpartition(IN_SHARD)[0]).open("rb") as shard:
         shard.seek(offset)
         content = shard.read(size)

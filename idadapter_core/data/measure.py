@@ -22,9 +22,9 @@ from ..faces.iresnet import EMBEDDING_WIDTH, IResNet, digest, load_iresnet
 from ..faces.pose import estimate_pose
 from ..files import file_digest
 from ..types import Face
+from .entries import Photo
 from .index import OK, read_photo
-from .photos import decode
-from .sources import Photo
+from .photos import decode_with_note
 
 RIVAL = 0.5
 """A second face of at least this share of the largest one's area makes a photo one of many faces."""
@@ -64,6 +64,7 @@ class Measured:
     sex: str = ""  # M, F or ""
     status: str = ""  # corrupt or no_face, where nothing else needs to be asked
     reason: str = ""
+    note: str = ""  # a remark that scans count: what could not be made of the photo's colours
 
 
 class Models:
@@ -111,10 +112,10 @@ def measure(photo: Photo, root: Path, models: Models) -> tuple[Measured, NDArray
         return Measured(status="corrupt", reason=f"cannot be read: {error.strerror or error}"), None
     known: dict[str, Any] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     try:
-        image = decode(content)
+        image, note = decode_with_note(content)
     except InputError as error:
         return Measured(**known, status="corrupt", reason=str(error)), None
-    known |= {"width": image.shape[1], "height": image.shape[0], "phash": _phash(image)}
+    known |= {"width": image.shape[1], "height": image.shape[0], "phash": _phash(image), "note": note}
     # The face models take no smaller pictures; `judge` finds these too small anyway.
     faces = order_faces(models.analyzer.detect(image), "largest") if min(image.shape[:2]) >= MIN_SIDE else []
     if not faces:

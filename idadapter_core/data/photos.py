@@ -1,38 +1,87 @@
-"""Decoding photo files: upright, RGB, whole or not at all."""
+"""Decoding photo files: upright, sRGB, whole or not at all."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import re
 import warnings
 
 import numpy as np
-from PIL import Image as Pillow, ImageOps, UnidentifiedImageError
+from PIL import Image as Pillow, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from ..errors import InputError
 from ..faces.images import MAX_SIDE, Image
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are not decoded: a small file can claim to be one that fills the memory."""
+PHOTO_SUFFIXES = (
+    *(
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".jpe",
+        ".jfif",
+        ".jif",
+        ".mpo",
+        ".apng",
+        ".gif",
+    ),
+    *(".avif", ".heic", ".heif", ".hif"),
+)
+"""Endings that photos have; of a sample with several photos, the one with the first of them is taken."""
+HEIF_ADVICE = "run `pip install pillow-heif` with this Python to have them read, or export them as JPEG"
+AVIF_ADVICE = "this Pillow reads no AVIF: run `pip install --upgrade pillow`, or export them as PNG"
+SRGB_NOTE = "the colour profile cannot be used, so colours were taken for sRGB"
+
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+# Pillow reads about forty formats, some through programs of the system (EPS starts Ghostscript). These are the ones of photos.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
+_HEIF = re.compile(rb"....ftyp(he|mif|msf)", re.DOTALL)
+_AVIF = re.compile(rb"....ftyp(avif|avis)", re.DOTALL)
+_KINDS = (
+    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "is an EPS or PostScript file, which is no photo; convert it to PNG"),
+    (re.compile(rb"%PDF"), "is a PDF, which is no photo; convert its pages to PNG"),
+    (re.compile(rb"8BPS"), "is a Photoshop file; export it as PNG"),
+    (re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL "), "is a JPEG XL photo, which is not read; convert it to PNG"),
+    (re.compile(rb"\x00\x00\x00\x0cjP|\xff\x4f\xff\x51"), "is a JPEG 2000 photo, which is not read; convert it to PNG"),
+    (re.compile(rb"\x00\x05\x16\x07"), "is an AppleDouble file, which macOS writes beside the real one; remove it"),
+    (re.compile(rb"\s*(<!DOCTYPE html|<html)", re.IGNORECASE), "is a web page, perhaps of a failed download; get it again"),
+)  # fmt: skip
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9A-Fa-f]+>")
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_MAX_DEEP = 65535
+_MODES_OF_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+_CLOSE = 2  # levels; a profile that changes no colour by more is sRGB
 
 
 def decode(content: bytes) -> Image:
-    """A photo file's bytes as (H, W, 3), RGB uint8, turned upright by its EXIF tag, with transparency laid on white.
+    """A photo file's bytes as (H, W, 3), sRGB uint8, turned upright by its EXIF tag, with transparency laid on white.
 
-    Decoded twice: Pillow's checksums first, then every pixel. Only the first frame of an animation is read.
+    Decoded twice: Pillow's checksums first, then every pixel. Only the first frame of an animation is read. Colours are taken
+    through the photo's own profile; where that is damaged or of another kind of picture, they count as sRGB.
 
     Raises:
-        InputError: no picture, a truncated or damaged one, or more than 100 million pixels. The message is the same each time.
+        InputError: no picture, one of a format that is not meant, a truncated or damaged one, or more than 100 million pixels.
+            The message is the same each time.
     """
+    return decode_with_note(content)[0]
+
+
+def decode_with_note(content: bytes) -> tuple[Image, str]:
+    """As `decode`, and a remark about the photo's colours for who counts them; "" where there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes that Pillow finds suspicious, and of odd EXIF data
-            with Pillow.open(io.BytesIO(content)) as picture:
+            with _open(content) as picture:
                 _check_size(picture.size)
                 picture.verify()
-            with Pillow.open(io.BytesIO(content)) as picture:
+            with _open(content) as picture:
                 picture.load()
                 return _rgb(ImageOps.exif_transpose(picture))
     except InputError:
@@ -40,7 +89,7 @@ def decode(content: bytes) -> Image:
     except Pillow.DecompressionBombError as error:  # Pillow's own limit is higher
         raise InputError(f"more than {MAX_PIXELS // 10**6} million pixels are not decoded") from error
     except UnidentifiedImageError as error:
-        raise InputError("no picture, or of a kind that Pillow cannot read") from error
+        raise InputError(_unknown(content)) from error
     except Exception as error:  # whatever the damage leads to: SyntaxError, struct.error, IndexError, ...
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(f"cannot be decoded: {_ADDRESS.sub('the file', reason)[:200]}") from error
@@ -48,9 +97,64 @@ def decode(content: bytes) -> Image:
 
 def suffix(content: bytes) -> str:
     """The usual file name ending of a photo's format, for example "jpg"; by its content, whatever its name was."""
-    with Pillow.open(io.BytesIO(content)) as picture:
+    with _open(content) as picture:
         name = (picture.format or "").lower()
-    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(name, name)
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif", "heif": "heic"}.get(name, name)
+
+
+def unread_suffixes() -> dict[str, str]:
+    """Those of PHOTO_SUFFIXES whose photos nothing here can read, each with the way to have them read."""
+    unread: dict[str, str] = {}
+    if not _registers_heif():
+        unread |= dict.fromkeys(_HEIF_SUFFIXES, HEIF_ADVICE)
+    if "AVIF" not in _formats():
+        unread[".avif"] = AVIF_ADVICE
+    return unread
+
+
+def codecs() -> dict[str, bool]:
+    """Whether the formats that not every installation reads are read here. The findings of a scan depend on it."""
+    return {"avif": "AVIF" in _formats(), "heif": _registers_heif()}
+
+
+def _open(content: bytes) -> Pillow.Image:
+    return Pillow.open(io.BytesIO(content), formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    _registers_heif()
+    Pillow.init()
+    known = [name for name in _FORMATS if name in Pillow.OPEN]
+    return tuple(name for name in known if name != "AVIF" or features.check("avif"))
+
+
+@functools.cache
+def _registers_heif() -> bool:
+    """Whether pillow-heif is there. It is no requirement: its codec has patents and a licence of its own."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except (ImportError, AttributeError, OSError):
+        return False
+    return True
+
+
+def _unknown(content: bytes) -> str:
+    """Why Pillow finds no picture in this, as far as the first bytes tell."""
+    for kind, name, start, advice in (
+        ("heif", "a HEIC", _HEIF, HEIF_ADVICE),
+        ("avif", "an AVIF", _AVIF, AVIF_ADVICE),
+    ):
+        if start.match(content):
+            return (
+                f"the file is {name} photo, but damaged"
+                if codecs()[kind]
+                else f"the file is {name} photo; {advice}"
+            )
+    return next(
+        (f"the file {text}" for start, text in _KINDS if start.match(content)),
+        "no picture, or of a kind that is not read (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF and HEIC are)",
+    )
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -61,12 +165,77 @@ def _check_size(size: tuple[int, int]) -> None:
         )
 
 
-def _rgb(picture: Pillow.Image) -> Image:
+def _rgb(picture: Pillow.Image) -> tuple[Image, str]:
+    profile = picture.info.get("icc_profile") or b""
+    opacity = None
     if picture.mode in _DEEP_GREY:
-        levels = np.asarray(picture).astype(np.float64) / 257  # 16 bits; Pillow's own conversion clips at 255
-        return np.repeat(levels.round().clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    if picture.has_transparency_data:
+        picture = _eight_bits(picture)
+    elif picture.mode == "F":
+        raise InputError(
+            "its pixels are floating point numbers of an unknown range; save it with 8 or 16 bits"
+        )
+    elif picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        white = Pillow.new("RGBA", picture.size, "white")
-        picture = Pillow.alpha_composite(white, picture)
-    return np.asarray(picture.convert("RGB"), dtype=np.uint8)
+        opacity = picture.getchannel("A")
+        picture = picture.convert("RGB")
+    elif picture.mode not in ("RGB", "L", "CMYK", "LAB"):
+        picture = picture.convert("RGB")
+    picture, note = _srgb(picture, profile)
+    if opacity is not None:
+        picture = Pillow.composite(picture, Pillow.new("RGB", picture.size, "white"), opacity)
+    return np.asarray(picture, dtype=np.uint8), note
+
+
+def _eight_bits(picture: Pillow.Image) -> Pillow.Image:
+    levels = np.asarray(picture).astype(np.float64)  # Pillow's own conversion clips at 255
+    if levels.size and (levels.min() < 0 or levels.max() > _MAX_DEEP):
+        raise InputError(
+            f"its grey levels go from {levels.min():.0f} to {levels.max():.0f}; save it with 8 or 16 bits"
+        )
+    return Pillow.fromarray((levels / 257).round().astype(np.uint8))
+
+
+def _srgb(picture: Pillow.Image, profile: bytes) -> tuple[Pillow.Image, str]:
+    """A picture of mode RGB, L, CMYK or LAB in sRGB, and the note about a profile that cannot be used."""
+    if not profile and picture.mode != "LAB":
+        return picture.convert("RGB"), ""
+    transform, note = _transform(profile, picture.mode)
+    if transform is not None:
+        source, how = transform
+        try:
+            converted = ImageCms.applyTransform(
+                picture if picture.mode == source else picture.convert(source), how
+            )
+        except (ImageCms.PyCMSError, ValueError):
+            converted, note = None, SRGB_NOTE
+        if converted is not None:
+            return converted, note
+    return picture.convert("RGB"), note
+
+
+@functools.lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> tuple[tuple[str, ImageCms.ImageCmsTransform] | None, str]:
+    """The mode that a profile speaks of and the way from there to sRGB; None where colours are sRGB, or must be taken for it."""
+    try:
+        if profile:
+            found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            source = _MODES_OF_SPACES.get(found.profile.xcolor_space.strip(), "")
+        else:
+            found, source = ImageCms.createProfile("LAB"), "LAB"  # type: ignore[assignment]
+        # A grey picture may have a profile for colours: it tells how light its levels are.
+        if source != mode and (source, mode) != ("RGB", "L"):
+            return None, SRGB_NOTE
+        how = ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), source, "RGB")
+        if source == "RGB" and _is_close(how):
+            return None, ""
+        return (source, how), ""
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None, SRGB_NOTE
+
+
+def _is_close(how: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform changes nothing but roundings: most photos say in their profile that they are sRGB."""
+    steps = np.linspace(0, 255, 16).astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(64, 64, 3)
+    changed = ImageCms.applyTransform(Pillow.fromarray(grid), how)
+    return bool(np.abs(np.asarray(changed).astype(int) - grid).max() <= _CLOSE)

@@ -31,18 +31,22 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import some
+from ..waiting import kill_children
+from .entries import Photo
 from .index import IN_SHARD, OK, Index, Row, write_index
 from .measure import Limits, Measured, Models, judge, measure
 from .people import by_person
-from .sources import Photo, Source
+from .photos import codecs
+from .sources import Source
 from .split import SplitSettings, split_rows
 
 log = logging.getLogger(__name__)
 
 MIN_PHOTOS = 3
 """Of a person; with fewer, the median embedding says nothing."""
-_PROGRESS_VERSION = 1
+_PROGRESS_VERSION = 2
 _SYNC_SECONDS = 1.0
+_PATIENCE = 1800.0  # seconds without a result from any worker
 _AHEAD = 4  # photos handed out to each worker before its results are back
 _NOUNS = {"M": "man", "F": "woman"}
 
@@ -96,17 +100,23 @@ def scan(
     with _single_thread():
         models = looker.open()
         facts = models.facts()
-        with _Progress(output, {"version": _PROGRESS_VERSION, **facts}) as known:
-            waiting = [photo for photo in source.photos if not known.restore(photo, source.root)]
+        # A photo whose text cannot be read is not looked at: the text may be mended when the same photo comes again.
+        fine = [photo for photo in source.photos if not photo.problem]
+        with _Progress(output, {"version": _PROGRESS_VERSION, "codecs": codecs(), **facts}) as known:
+            waiting = [photo for photo in fine if not known.restore(photo, source.root)]
             done = len(source.photos) - len(waiting)
-            if done:
-                log.info("%d of %d photos were looked at before", done, len(source.photos))
+            before = len(fine) - len(waiting)
+            if before:
+                log.info("%d of %d photos were looked at before", before, len(source.photos))
             progress(done, len(source.photos))
             for photo, finding in _look(waiting, looker, models, workers):
                 known.add(photo, source.root, finding)
                 done += 1
                 progress(done, len(source.photos))
-            findings = [known.findings[_key(photo)] for photo in source.photos]
+            findings = [
+                measure(photo, source.root, models) if photo.problem else known.findings[_key(photo)]
+                for photo in source.photos
+            ]
     rows = [
         _row(number, photo, found, limits)
         for number, (photo, (found, _)) in enumerate(zip(source.photos, findings, strict=True))
@@ -122,7 +132,14 @@ def scan(
         source.root,
         rows,
         embeddings,
-        {"layout": source.layout, **facts, "limits": asdict(limits), "split": split_facts},
+        {
+            "layout": source.layout,
+            **facts,
+            "limits": asdict(limits),
+            "split": split_facts,
+            "files": source.files.facts(),
+            "notes": [*source.notes, *_notes(source.photos, findings)],
+        },
     )
     _progress_path(output).unlink(missing_ok=True)
     return index
@@ -150,9 +167,21 @@ def find_mismatches(rows: Sequence[Row], embeddings: Tensor, least: float) -> li
     return checked
 
 
+def _notes(photos: Sequence[Photo], findings: Sequence[Finding]) -> list[str]:
+    """What was remarked about photos, each remark once with their number."""
+    remarked: dict[str, list[str]] = {}
+    for photo, (found, _) in zip(photos, findings, strict=True):
+        if found.note:
+            remarked.setdefault(found.note, []).append(photo.source)
+    return [
+        f"{len(sources)} of {len(photos)} photos: {note}; first: {sources[0]}"
+        for note, sources in remarked.items()
+    ]
+
+
 def _row(number: int, photo: Photo, found: Measured, limits: Limits) -> Row:
     facts: dict[str, Any] = asdict(found)
-    for name in ("rival", "sex", "status", "reason", "size"):
+    for name in ("rival", "sex", "status", "reason", "size", "note"):
         del facts[name]
     status, reason = judge(found, limits)
     return Row(
@@ -187,6 +216,7 @@ def _look(
         initializer=_start_worker,
         initargs=(looker,),
     )
+    others = multiprocessing.active_children()
     pending: dict[Future[Finding], Photo] = {}
     queue = iter(photos)
     try:
@@ -200,16 +230,28 @@ def _look(
                     break
             if not pending:
                 return
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            done = wait(pending, _PATIENCE, FIRST_COMPLETED).done
+            if not done:
+                raise InputError(
+                    f"no photo was looked at for {_PATIENCE:.0f} s: a worker is stuck at one of {_some_of(pending)}. Look at the disk that "
+                    "they are on, then give the same command again: it goes on from where it was."
+                )
+            for future in done:
                 finding = future.result()
                 yield pending.pop(future), finding
     except BrokenProcessPool as error:
         raise InputError(
-            f"a worker process died, perhaps for want of memory, at one of {some(photo.source for photo in pending.values())}. Give "
+            f"a worker process died, perhaps for want of memory, at one of {_some_of(pending)}. Give "
             "the same command again, with fewer --workers: it goes on from where it was."
         ) from error
     finally:
+        if pending:  # who leaves early waits for nobody: a worker may be stuck, and writes nothing
+            kill_children(others)
         pool.shutdown(cancel_futures=True)
+
+
+def _some_of(pending: Mapping[Future[Finding], Photo]) -> str:
+    return some(photo.source for photo in pending.values())
 
 
 @contextlib.contextmanager
@@ -231,9 +273,8 @@ _worker: tuple[Looker, Models] | None = None
 def _start_worker(looker: Looker) -> None:
     global _worker
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl+C is for the parent, which lets a worker finish its photo
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the parent, which ends its workers
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         import cv2
@@ -310,7 +351,7 @@ class _Progress:
     def restore(self, photo: Photo, root: Path) -> bool:
         """Whether this photo was looked at before and has not changed since."""
         key = _key(photo)
-        return not photo.problem and key in self.findings and self._stamps[key] == _stamp(photo, root)
+        return key in self.findings and self._stamps[key] == _stamp(photo, root)
 
     def add(self, photo: Photo, root: Path, finding: Finding) -> None:
         found, embedding = finding
@@ -348,7 +389,10 @@ class _Progress:
                 entry = json.loads(line)
                 if number == 0:
                     if entry != self._settings:
-                        log.warning("%s is of other face models; all photos are looked at again", self._path)
+                        log.warning(
+                            "%s is of other face models or of another version; all photos are looked at again",
+                            self._path,
+                        )
                         return 0
                 else:
                     self._take(entry)
@@ -378,6 +422,6 @@ def _stamp(photo: Photo, root: Path) -> list[int]:
     path = root / (photo.source.rpartition(IN_SHARD)[0] if photo.offset else photo.source)
     try:
         facts = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a NUL in a name
         return []
     return [facts.st_size, facts.st_mtime_ns, photo.offset, photo.size]

@@ -17,8 +17,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..files import replacing, write_lines
 from .index import FIELDS, IN_SHARD, Index, Row, write_index
-from .photos import suffix
-from .sources import PHOTO_SUFFIXES
+from .photos import PHOTO_SUFFIXES, suffix
 from .tars import Sample, read_shard
 
 INDEX_NAME = "index.jsonl"
@@ -75,7 +74,7 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if any(entry.suffix == ".tar" for entry in folder.iterdir()):
+        if any(entry.suffix.lower() == ".tar" for entry in folder.iterdir()):
             raise ConfigError(f"{folder} has .tar files of something else; choose an empty folder") from None
         write_lines(path, [json.dumps(record).encode()])
         return
@@ -94,8 +93,8 @@ def _key(row: Row) -> str:
 def _is_whole(path: Path, rows: Sequence[Row]) -> bool:
     if not path.exists():
         return False
-    samples, problem = read_shard(path)
-    return not problem and [sample.key for sample in samples] == [_key(row) for row in rows]
+    shard = read_shard(path)
+    return not shard.problem and [sample.key for sample in shard.samples] == [_key(row) for row in rows]
 
 
 def _write_shard(index: Index, rows: Sequence[Row], path: Path) -> None:
@@ -115,7 +114,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _placed(path: Path, rows: Sequence[Row]) -> dict[int, Row]:
-    samples, _ = read_shard(path)
+    samples = read_shard(path).samples
     return {row.number: _at(path, row, sample) for row, sample in zip(rows, samples, strict=True)}
 
 

@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-from ..errors import ConfigError
-from .index import CLASS_NOUNS, IN_SHARD
-from .tars import Sample, expand_braces, read_part, read_shard
+from ..errors import ConfigError, InputError
+from ..files import some
+from .captions import Captions, folded, stem_of
+from .entries import Photo, noun_of_caption, with_noun
+from .folders import PARTS, Walk, folder_of, nested_people, photos_in_folder
+from .index import IN_SHARD
+from .inventory import Counter, Inventory, describe_unread, ending_of, is_photo
+from .photos import PHOTO_SUFFIXES
+from .sharded import photos_in_shards
+from .tables import TABLE_SUFFIXES, named_photos, read_entries, read_lines
+from .texts import check_encoding
+
+__all__ = ["LAYOUTS", "Photo", "Source", "list_photos", "noun_of_caption"]
 
 LAYOUTS = ("auto", "folders", "captions", "list", "ip-adapter", "webdataset")
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_TABLES = (".jsonl", ".csv")
-
-# What the fields of tables are called: by kohya, Hugging Face, IP-Adapter, FaceID-6M and our own shards.
-_FILE_KEYS = ("file", "file_name", "filename", "image_file", "image_path", "image", "path")
-_CAPTION_KEYS = ("caption", "text", "caption_en", "additional_feature", "description")
-_IDENTITY_KEYS = ("identity", "person")
-_NOUN_KEYS = ("class_noun", "gender", "sex")
-_NOUNS = {
-    **{noun: noun for noun in CLASS_NOUNS},
-    **dict.fromkeys(("male", "m", "boy", "men"), "man"),
-    **dict.fromkeys(("female", "f", "girl", "women"), "woman"),
-}
-_MEN = frozenset("man men male males boy boys gentleman guy he him his husband father actor".split())
-_WOMEN = frozenset("woman women female females girl girls lady she her hers wife mother actress".split())
-
-
-@dataclass(frozen=True, slots=True)
-class Photo:
-    """A photo before it is looked at: where it is, and what was said about it."""
-
-    source: str  # as in `Row.source`
-    identity: str = ""
-    caption: str = ""
-    class_noun: str = ""  # "" where neither a label nor the caption tells
-    offset: int = 0
-    size: int = 0
-    problem: str = ""  # why there is nothing to read
 
 
 @dataclass(frozen=True)
@@ -53,6 +33,8 @@ class Source:
     layout: str
     root: Path
     photos: tuple[Photo, ...]
+    files: Inventory = Inventory()  # of a folder or of shards; a table has its photos alone
+    notes: tuple[str, ...] = ()  # remarks that are no errors, in whole sentences
 
 
 def list_photos(
@@ -63,16 +45,22 @@ def list_photos(
     captions: Path | None = None,
     identities: Path | None = None,
     numbered: bool = False,
+    encoding: str = "",
+    min_match: float = 0.0,
+    output: Path | None = None,
 ) -> Source:
     """Every photo of a dataset, with identity and caption where the layout tells them. No photo is opened.
 
     - folders: photos of a person in a folder of their own, at any depth; the folder's path is the identity.
-    - captions: photos at any depth, whoever they show; or a table (.jsonl or .csv) that names the photos.
+    - captions: photos at any depth, whoever they show; or a table (.jsonl, .csv or .tsv) that names the photos.
     - list: a text file with a path in each line (UniID).
     - ip-adapter: a JSON list of {"image_file", "text"}.
     - webdataset: .tar shards: all below a folder, one file, or a pattern with braces.
 
-    Without a caption in the layout, the first line of the .txt file beside the photo is taken, as kohya's scripts have it.
+    In folders, metadata.jsonl and metadata.csv tell about the photos that they name (Hugging Face's imagefolder). Without a caption
+    in the layout, the first line of the .txt or .caption file beside the photo is taken, as kohya's scripts have it.
+
+    A photo whose caption or facts cannot be read has a `problem` that says so, and is of no use. Names fit in any case.
 
     Args:
         layout: one of LAYOUTS; auto tells them apart by what is there.
@@ -80,284 +68,315 @@ def list_photos(
         captions: a folder of text files, one for each photo, of the photo's name (Multi-Modal CelebA-HQ).
         identities: a file with lines "image identity" (CelebA).
         numbered: the Nth line of a table, from 0, belongs to N.png, whatever path it names (FaceID-6M).
+        encoding: of texts and tables that are no UTF-8 and have no byte order mark.
+        output: the index to write. Its own files, from an earlier scan, are not counted where they lie in the folder.
+        min_match: the share of the photos that `captions` and `identities` must each have something for, 0..1.
 
     Raises:
         ConfigError: nothing there, or not what the layout says.
     """
     text = str(given)
+    if encoding:
+        check_encoding(encoding)
     chosen = _layout(text) if layout == "auto" else layout
     if chosen not in LAYOUTS:
         raise ConfigError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    is_table = chosen in ("list", "ip-adapter") or _is_table(Path(text))
+    for option, is_given in (("--root", root is not None), ("--numbered", numbered)):
+        if is_given and (chosen == "webdataset" or not is_table):
+            raise ConfigError(
+                f"{option} belongs to a table or a list of photos; {text} is neither. Leave it out."
+            )
     if chosen == "webdataset":
-        source = _from_shards(text)
-    elif chosen in ("auto", "folders", "captions") and Path(text).suffix.lower() not in _TABLES:
-        source = _from_folder(Path(text), chosen)
+        source = _from_shards(text, encoding, output)
+    elif not is_table:
+        source = _from_folder(Path(text), chosen, encoding, output)
     else:
-        source = _from_table(Path(text), chosen, root, numbered)
-    photos: Sequence[Photo] = source.photos
-    if not photos:
-        raise ConfigError(
-            f"{text}: no photos found ({', '.join(PHOTO_SUFFIXES)}); name the folder or file that has them"
-        )
+        source = _from_table(Path(text), chosen, root, numbered, encoding)
+    if not source.photos:
+        raise ConfigError(_nothing(text, source))
     if identities is not None:
-        photos = _with_identities(photos, identities)
+        source = _with_identities(source, identities, encoding, min_match)
     if captions is not None:
-        photos = _with_captions(photos, captions)
-    return replace(source, photos=tuple(_with_noun(photo) for photo in photos))
+        source = _with_captions(source, captions, encoding, min_match)
+    source = replace(source, photos=tuple(map(with_noun, source.photos)))
+    with_caption = [bool(photo.caption) for photo in source.photos]
+    if captions is None and any(with_caption):
+        source = _with_note(source, _share("captions", source.photos, with_caption))
+    return source
 
 
-def noun_of_caption(caption: str) -> str:
-    """man or woman where the words of a caption speak of one of them only, else ""."""
-    words = set(re.findall(r"[a-z]+", caption.lower()))
-    men, women = bool(words & _MEN), bool(words & _WOMEN)
-    return "" if men == women else "man" if men else "woman"
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir()
+
+
+def _nothing(text: str, source: Source) -> str:
+    if Path(text).is_file() and source.layout != "webdataset":
+        return f"{text} names no photos. Name a table or list that does."
+    beside = f" It has {describe_unread(source.files.unread)}." if source.files.unread else ""
+    return f"{text}: no photos found ({', '.join(PHOTO_SUFFIXES)}); name the folder or file that has them.{beside}"
 
 
 def _layout(text: str) -> str:
     path = Path(text)
-    if path.suffix == ".tar" or "{" in text:
+    if path.is_dir():
+        return _layout_of_folder(path)
+    ending = path.suffix.lower()
+    if ending == ".tar" or ("{" in text and not os.path.lexists(path)):
         return "webdataset"
-    if path.suffix.lower() in _TABLES:
+    if ending in TABLE_SUFFIXES:
         return "captions"
-    if path.suffix.lower() == ".json":
+    if ending == ".json":
         return "ip-adapter"
-    if path.suffix.lower() == ".txt":
+    if ending == ".txt":
         return "list"
-    if not path.is_dir():
+    raise ConfigError(
+        f"{text}: no such folder, and no file of a known kind (.tar, {', '.join(TABLE_SUFFIXES)}, .json, .txt). Check the path."
+    )
+
+
+def _layout_of_folder(folder: Path) -> str:
+    """Shards where there is nothing else; "auto" where photos tell by how they lie."""
+    shards: list[str] = []
+    photos = 0
+    for inside, names in Walk(folder):
+        shards += [f"{inside}/{name}" if inside else name for name in names if ending_of(name) == ".tar"]
+        photos += sum(map(is_photo, names))
+    if shards and photos:
         raise ConfigError(
-            f"{text}: no such folder, and no file of a known kind (.tar, .jsonl, .csv, .json, .txt). Check the path."
+            f"{folder} has {photos} photos and {len(shards)} .tar files ({some(shards)}). Say which to scan: --layout webdataset (the "
+            "shards), --layout folders (photos in a folder per person) or --layout captions (photos that say nothing about the person)."
         )
-    if any(entry.suffix == ".tar" for entry in path.iterdir()):
-        return "webdataset"
-    return "auto"  # told by where the photos lie
+    return "webdataset" if shards else "auto"
 
 
-def _from_folder(folder: Path, layout: str) -> Source:
+def _from_folder(folder: Path, layout: str, encoding: str, output: Path | None) -> Source:
     """The photos below a folder; for the layout auto, a folder per person where none lies outside of one."""
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder. The layout {layout} needs a folder of photos{', or a .jsonl or .csv table' * (layout == 'captions')}."
         )
-    photos = []
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if os.path.realpath(place) in seen:  # a link to a folder that was read already, perhaps one above it
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        inside = Path(place).relative_to(folder).as_posix()
-        texts = {name for name in names if name.lower().endswith(".txt")}
-        for name in names:
-            stem, dot, ending = name.rpartition(".")
-            if (dot + ending).lower() not in PHOTO_SUFFIXES or not stem or stem.startswith("."):
-                continue
-            beside = f"{stem}.txt"
-            photos.append(
-                Photo(
-                    source=name if inside == "." else f"{inside}/{name}",
-                    identity="" if inside == "." else inside,
-                    caption=_first_line(Path(place) / beside) if beside in texts else "",
-                )
-            )
-    photos.sort(key=lambda photo: photo.source)
-    people = {photo.identity for photo in photos}
-    if layout == "auto" and "" in people and len(people) > 1:
+    counter = Counter()
+    photos, rows = photos_in_folder(folder, encoding, counter, output)
+    folders = {folder_of(photo) for photo in photos}
+    if layout == "auto" and "" in folders and len(folders) > 1:
         raise ConfigError(
-            f"{folder} has photos of its own and in folders ({sorted(people)[1]}, ...). Say which they are: --layout folders (a "
+            f"{folder} has photos of its own and in folders ({sorted(folders)[1]}, ...). Say which they are: --layout folders (a "
             "folder per person) or --layout captions (the folder says nothing about the person)."
         )
-    if layout == "captions" or people == {""}:
-        return Source("captions", folder, tuple(replace(photo, identity="") for photo in photos))
-    return Source("folders", folder, tuple(photos))
+    if layout == "auto" and folders and all(folded(name) in PARTS for name in folders):
+        raise ConfigError(
+            f"{folder} has photos in {some(sorted(folders))}, which looks like parts of a dataset. Say what they are: --layout captions (the "
+            "folder says nothing about the person) or --layout folders (a folder per person)."
+        )
+    if layout == "captions" or folders == {""}:
+        kept, nested, layout = photos, "", "captions"
+    else:
+        kept = [replace(photo, identity=photo.identity or folder_of(photo)) for photo in photos]
+        nested, layout = nested_people(folders - {""}), "folders"
+    listed = tuple(sorted(kept + rows, key=lambda photo: photo.source))
+    return _with_note(Source(layout, folder, listed, counter.inventory()), nested)
 
 
-def _from_table(path: Path, layout: str, root: Path | None, numbered: bool) -> Source:
+def _from_table(path: Path, layout: str, root: Path | None, numbered: bool, encoding: str) -> Source:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; the layout {layout} needs one.")
     start = root if root is not None else path.parent
-    entries: Iterable[tuple[int, Mapping[str, Any] | str]]
-    if layout == "list":
-        entries = ((number, {"file": line}) for number, line in _lines(path))
-    elif path.suffix.lower() == ".csv":
-        entries = enumerate(csv.DictReader(_text(path).splitlines()))
-    elif path.suffix.lower() == ".jsonl":
-        entries = _json_lines(path)
-    else:
-        entries = enumerate(_json_list(path))
-    return Source(layout, start, tuple(_named(path, start, *entry, numbered) for entry in entries))
+    entries = read_entries(path, layout, encoding, numbered=numbered)
+    return Source(layout, start, tuple(named_photos(path, start, entries, numbered, encoding)))
 
 
-def _named(table: Path, root: Path, number: int, entry: Mapping[str, Any] | str, numbered: bool) -> Photo:
-    """The photo that an entry of a table names. A text in place of an entry says what is wrong with it."""
-    if isinstance(entry, str):
-        return Photo(f"{table.name}:{number + 1}", problem=entry)
-    photo = _described(entry)
-    name = f"{number}.png" if numbered else _value(entry, _FILE_KEYS)
-    if not name:
-        raise ConfigError(
-            f"{table}: entry {number + 1} names no photo; a field {', '.join(_FILE_KEYS[:-1])} or {_FILE_KEYS[-1]} must. For "
-            "photos that are named by their line (0.png, 1.png, ...) add --numbered."
-        )
-    found = root / name
-    with_text = found.with_suffix(".txt")
-    if not photo.caption and with_text.is_file():
-        photo = replace(photo, caption=_first_line(with_text))
-    inside = found.is_relative_to(root)
-    return replace(photo, source=found.relative_to(root).as_posix() if inside else found.as_posix())
+def _from_shards(text: str, encoding: str, output: Path | None) -> Source:
+    counter = Counter()
+    root, photos = photos_in_shards(text, encoding, counter, output)
+    return Source("webdataset", root, tuple(photos), counter.inventory())
 
 
-def _from_shards(text: str) -> Source:
-    path = Path(text)
-    if path.is_dir():
-        shards = sorted(path.rglob("*.tar"))
-        root = path
-    else:
-        shards = [Path(name) for name in expand_braces(text)]
-        root = Path(os.path.commonpath([shard.parent.absolute() for shard in shards]))
-    for shard in shards:
-        if shard.suffix != ".tar":
+# ---------------------------------------------------------------------------------------------------- texts elsewhere
+
+
+def _with_identities(source: Source, path: Path, encoding: str, least: float) -> Source:
+    names = _Names(source)
+    known: dict[str, tuple[str, int]] = {}
+    strangers: list[str] = []
+    for number, line in read_lines(path, encoding):
+        name, identity = _split_line(path, number, line, names)
+        found = names.find(path, number, name)
+        if not found:
+            strangers.append(name)
+        elif known.setdefault(found, (identity, number))[0] != identity:
+            before, first = known[found]
             raise ConfigError(
-                f"{shard}: a shard must be a .tar that is not compressed, because photos are read from its middle. Unpack it first."
+                f"{path}: line {number} says that {found} shows {identity}, line {first} says {before}. Keep one of them."
             )
-    photos: list[Photo] = []
-    for shard in shards:
-        photos += _of_shard(shard, PurePosixPath(os.path.relpath(shard, root)).as_posix())
-    return Source("webdataset", root, tuple(photos))
-
-
-def _of_shard(shard: Path, name: str) -> Iterator[Photo]:
-    """The photos of a shard, and one more row for what cannot be read of it."""
-    samples, problem = read_shard(shard)
-    for sample in samples:
-        yield _of_sample(shard, name, sample)
-    if problem:
-        yield Photo(name, problem=f"the shard gave {len(samples)} whole samples, then {problem}")
-
-
-def _of_sample(shard: Path, name: str, sample: Sample) -> Photo:
-    source = f"{name}{IN_SHARD}{sample.key}"
-    part = next((sample.parts[s[1:]] for s in PHOTO_SUFFIXES if s[1:] in sample.parts), None)
-    if part is None:
-        return Photo(source, problem=f"the sample has no photo, only {', '.join(sorted(sample.parts))}")
-    try:
-        facts = json.loads(read_part(shard, sample.parts["json"])) if "json" in sample.parts else {}
-    except ValueError as error:
-        return Photo(source, problem=f"its .json cannot be read ({error})")
-    photo = _described(facts if isinstance(facts, dict) else {})
-    if "txt" in sample.parts:
-        lines = read_part(shard, sample.parts["txt"]).decode("utf-8", "replace").splitlines()
-        photo = replace(photo, caption=_clean(next(filter(str.strip, lines), "")))
-    return replace(photo, source=source, offset=part.offset, size=part.size)
-
-
-def _described(entry: Mapping[str, Any]) -> Photo:
-    return Photo(
-        source="",
-        identity=_value(entry, _IDENTITY_KEYS),
-        caption=_clean(_value(entry, _CAPTION_KEYS)),
-        class_noun=_NOUNS.get(_value(entry, _NOUN_KEYS).lower(), ""),
-    )
-
-
-def _value(entry: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """The first of these fields that says something. Of a list of captions the first counts."""
-    for key in keys:
-        value = entry.get(key)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip()
-    return ""
-
-
-def _with_identities(photos: Sequence[Photo], path: Path) -> list[Photo]:
-    known: dict[str, str] = {}
-    for number, line in enumerate(_text(path).splitlines()):
-        parts = line.rsplit(maxsplit=1)
-        if len(parts) == 2:
-            known[parts[0].strip()] = parts[1]
-        elif parts:
-            raise ConfigError(f'{path} line {number + 1} must read "image identity", got {line!r}')
-    named = [
-        replace(photo, identity=known.get(photo.source) or known.get(_name(photo.source)) or photo.identity)
-        for photo in photos
-    ]
-    if not any(photo.source in known or _name(photo.source) in known for photo in photos):
+    if not known:
         raise ConfigError(
-            f"{path} names none of the photos: it speaks of {next(iter(known), 'nothing')}, the photos are like {photos[0].source}. "
-            'Its lines must read "image identity" with the names of these files.'
+            f"{path} names none of the photos: it speaks of {next(iter(strangers), 'nothing')}, the photos are like "
+            f'{source.photos[0].source}. Its lines must read "image identity" with the names of these files.'
         )
-    return named
+    named = [photo.source in known for photo in source.photos]
+    share = _share("identities", source.photos, named)
+    _check_share("--identities", share, named, least)
+    photos = tuple(
+        replace(photo, identity=known[photo.source][0]) if photo.source in known else photo
+        for photo in source.photos
+    )
+    return _with_note(replace(source, photos=photos), _rest(share, strangers, "Lines", path))
 
 
-def _with_captions(photos: Sequence[Photo], folder: Path) -> list[Photo]:
+def _split_line(path: Path, number: int, line: str, names: _Names) -> tuple[str, str]:
+    """The photo and the person in a line. Where names have spaces, the photos that there are tell the parts from each other."""
+    gaps = [(gap.start(), gap.end()) for gap in re.finditer(r"\s+", line)]
+    if not gaps:
+        raise ConfigError(f'{path} line {number} must read "image identity", got {line!r:.100}')
+    for start, end in (gaps[-1], *gaps):
+        if names.find(path, number, line[:start]):
+            return line[:start], line[end:]
+    return line[: gaps[-1][0]], line[gaps[-1][1] :]
+
+
+def _with_captions(source: Source, folder: Path, encoding: str, least: float) -> Source:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; --captions takes one of text files, one for each photo")
-    texts = {entry.stem for entry in folder.iterdir() if entry.suffix == ".txt"}
-    stems = [_name(photo.source).rpartition(".")[0] or _name(photo.source) for photo in photos]
-    if not texts.intersection(stems):
+    texts = _Texts(folder, encoding, map(folder_of, source.photos))
+    photos = tuple(texts.describe(photo, _Names.name_of(source, photo)) for photo in source.photos)
+    first = stem_of(_Names.name_of(source, source.photos[0]))
+    if not texts.used():
         raise ConfigError(
-            f"{folder} has no text file for any photo, for example none that is named {stems[0]}.txt. Name another folder."
+            f"{folder} has no text file for any photo, for example none that is named {first}.txt. Name another folder."
         )
-    return [
-        replace(photo, caption=_first_line(folder / f"{stem}.txt")) if stem in texts else photo
-        for photo, stem in zip(photos, stems, strict=True)
-    ]
+    with_caption = [bool(photo.caption) for photo in photos]
+    share = _share("captions", photos, with_caption)
+    _check_share("--captions", share, with_caption, least)
+    return _with_note(replace(source, photos=photos), _rest(share, texts.unused(), "Texts", folder))
 
 
-def _with_noun(photo: Photo) -> Photo:
-    return photo if photo.class_noun else replace(photo, class_noun=noun_of_caption(photo.caption))
+class _Texts:
+    """The text files below a folder, for photos that lie elsewhere: in folders of the same names as those of the photos, or, where
+    there are none of these, anywhere, as long as the name of the photo is enough to tell.
+    """
 
+    def __init__(self, folder: Path, encoding: str, homes: Iterable[str]) -> None:
+        self._folders: dict[str, Captions] = {}
+        self._texts: dict[str, list[str]] = {}  # folders with texts for a folded name
+        self._owners: dict[tuple[str, str], str] = {}  # where the photo lies that a text was given to
+        for inside, names in Walk(folder):
+            self._folders[inside] = Captions(folder / inside, names, encoding)
+            for name in self._folders[inside].names():
+                places = self._texts.setdefault(folded(stem_of(name)), [])
+                if inside not in places:
+                    places.append(inside)
+        self._by_case = {folded(inside): inside for inside in self._folders}
+        self._mirrors = any(home and folded(home) in self._by_case for home in homes)
 
-def _name(source: str) -> str:
-    return source.rpartition(IN_SHARD)[2].rpartition("/")[2]
-
-
-def _first_line(path: Path) -> str:
-    return _clean(next((line for line in _text(path).splitlines() if line.strip()), ""))
-
-
-def _clean(caption: str) -> str:
-    """One line, without halves of characters, which scraped texts have and tokenizers refuse."""
-    return " ".join(caption.encode("utf-8", "replace").decode().split())
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not empty, each with its number from 0."""
-    for number, line in enumerate(
-        _text(path).split("\n")
-    ):  # not splitlines: JSON texts may hold other line breaks
-        if line.strip():
-            yield number, line.strip()
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    for number, line in _lines(path):
+    def describe(self, photo: Photo, name: str) -> Photo:
+        """The photo with its caption, as it was where there is none."""
+        if photo.problem:
+            return photo
         try:
-            entry = json.loads(line)
-        except ValueError as error:
-            yield number, f"the line is no JSON ({error})"
-            continue
-        yield number, entry if isinstance(entry, dict) else "the line is no JSON object"
+            place = self._place(folder_of(photo), name)
+            if place is None:
+                return photo
+            captions = self._folders[place]
+            text = captions.find(name)
+            owner = self._owners.setdefault((place, text), folder_of(photo))
+            if owner != folder_of(photo):
+                raise ConfigError(
+                    f"{captions.folder / text} may belong to photos in {owner or 'the root'} and in {folder_of(photo) or 'the root'}. "
+                    "Sort the texts into folders of the same names."
+                )
+            return replace(photo, caption=captions.read(name) or photo.caption)
+        except InputError as error:
+            return replace(photo, problem=str(error))
 
-
-def _json_list(path: Path) -> Iterator[Mapping[str, Any] | str]:
-    try:
-        entries = json.loads(_text(path))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is no JSON ({error}). IP-Adapter's list is one JSON file; a file with an object per line must end in .jsonl."
-        ) from error
-    if not isinstance(entries, list):
-        raise ConfigError(
-            f'{path} must hold a list of {{"image_file", "text"}}, it holds a {type(entries).__name__}'
+    def _place(self, home: str, name: str) -> str | None:
+        """The folder of the text for a photo of this name."""
+        same = home if home in self._folders else self._by_case.get(folded(home))
+        if same is not None and self._folders[same].find(name):
+            return same
+        if self._mirrors:
+            return None
+        places = dict.fromkeys(
+            [*self._texts.get(folded(name), ()), *self._texts.get(folded(stem_of(name)), ())]
         )
-    return (entry if isinstance(entry, dict) else "the entry is no JSON object" for entry in entries)
+        fitting = [place for place in places if self._folders[place].find(name)]
+        if len(fitting) > 1:
+            raise InputError(
+                f"its caption may be in {some(fitting)}; sort the texts into folders like those of the photos"
+            )
+        return fitting[0] if fitting else None
+
+    def used(self) -> int:
+        return sum(len(captions.used) for captions in self._folders.values())
+
+    def unused(self) -> list[str]:
+        return [
+            f"{inside}/{name}" if inside else name
+            for inside, captions in self._folders.items()
+            for name in captions.names()
+            if name not in captions.used
+        ]
+
+
+class _Names:
+    """Finds a photo by its name in a text: its path, or its name alone where there is one of it, in any case."""
+
+    def __init__(self, source: Source) -> None:
+        self._levels: list[dict[str, set[str]]] = [defaultdict(set) for _ in range(4)]
+        self._is_sharded = source.layout == "webdataset"
+        for photo in source.photos:
+            name = self.name_of(source, photo)
+            for level, key in zip(self._levels, self._keys(photo.source, name), strict=True):
+                level[key].add(photo.source)
+
+    @staticmethod
+    def name_of(source: Source, photo: Photo) -> str:
+        path = photo.source.rpartition(IN_SHARD)[2] if source.layout == "webdataset" else photo.source
+        return path.rpartition("/")[2]
+
+    @staticmethod
+    def _keys(path: str, name: str) -> tuple[str, str, str, str]:
+        return path, name, folded(path), folded(name)
+
+    def find(self, table: Path, line: int, name: str) -> str:
+        """The source of the photo; "" where there is none.
+
+        Raises:
+            ConfigError: several photos have this name.
+        """
+        given = (
+            [name, stem_of(name)] if self._is_sharded and is_photo(name) else [name]
+        )  # keys have no endings
+        for called in given:
+            for level, key in zip(self._levels, self._keys(called, called), strict=True):
+                found = level.get(key, ())
+                if len(found) > 1:
+                    raise ConfigError(
+                        f"{table} line {line}: {name} may be {some(sorted(found))}. Write the path as it is shown here."
+                    )
+                if found:
+                    return next(iter(found))
+        return ""
+
+
+def _share(kind: str, photos: Sequence[Photo], having: Sequence[bool]) -> str:
+    """For example "captions for 1 of 3 photos; first without: 2.jpg". `having` says it of each photo."""
+    text = f"{kind} for {sum(having)} of {len(photos)} photos"
+    return text if all(having) else f"{text}; first without: {photos[having.index(False)].source}"
+
+
+def _check_share(option: str, share: str, having: Sequence[bool], least: float) -> None:
+    if sum(having) < least * len(having):
+        raise ConfigError(
+            f"{option}: {share}. At least {least:.1%} are asked for by --min-match; correct the names, or lower it."
+        )
+
+
+def _rest(share: str, unused: Sequence[str], kind: str, path: Path) -> str:
+    if not unused:
+        return share
+    return f"{share}. {kind} of {path} without a photo: {len(unused)}; first: {unused[0]}"
+
+
+def _with_note(source: Source, note: str) -> Source:
+    return replace(source, notes=(*source.notes, note)) if note else source

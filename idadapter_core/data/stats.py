@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from .index import OK, Index, Row
+from .inventory import describe_inventory
 from .people import by_person, photos_beside_target
 from .split import describe_split
 
@@ -20,6 +21,8 @@ def describe(index: Index, references: int = 4) -> str:
     usable = index.usable()
     parts = [
         _statuses(index),
+        describe_inventory(index.facts.get("files", {})),
+        "\n".join(index.facts.get("notes", ())),
         bad_photos(index),
         _people(usable),
         _bins("shorter side, px", (min(row.width, row.height) for row in usable), _SIDES),

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
+import os
+import posixpath
 import re
 import tarfile
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..errors import ConfigError
+from ..files import some
+from .photos import PHOTO_SUFFIXES
+
+MAX_SHARDS = 1_000_000
+"""That a pattern may stand for."""
 _BLOCK = 512
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_PHOTOS = frozenset(ending[1:] for ending in PHOTO_SUFFIXES)
+_TEXTS = frozenset(("txt", "caption", "json"))
+_PACKED = (
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"PK", "zip"),
+)
+_LINKS = 40  # that are followed one after the other
 
 
 @dataclass(frozen=True)
@@ -20,30 +39,57 @@ class Part:
     name: str
     offset: int  # where its bytes begin
     size: int
+    place: int  # its number among the files of the tar, from 0
+    problem: str = ""  # why its bytes are not there to read
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The files of a tar that belong together: all that follow each other with one name before the first dot."""
+    """The files of a tar that belong together: those with one name before the first dot, wherever they stand.
+
+    Names with more dots belong together by the part before the last one where each such name has a photo (`a.01.jpg, a.01.txt, a.02.jpg`).
+    """
 
     key: str
-    parts: dict[str, Part] = field(default_factory=dict)  # by what comes after the first dot, in lower case
+    parts: dict[str, Part] = field(
+        default_factory=dict
+    )  # by the rest of the name after the key and a dot, in lower case
+    problem: str = ""  # why its files cannot be told apart
 
 
-def read_shard(path: Path) -> tuple[list[Sample], str]:
-    """The whole samples of a shard, and what is wrong with the rest of it; "" where nothing is.
+@dataclass(frozen=True)
+class Shard:
+    """The content of a tar."""
 
-    Before a damage, the last sample counts as whole only where it has the same kinds of files as the one before it.
+    samples: list[Sample]
+    parts: list[Part]  # all whole files, hidden ones included
+    problem: str = ""  # the damage to the rest of it; "" where there is none
+
+
+def read_shard(path: Path) -> Shard:
+    """The whole samples of a shard, in the order in which their names come first, and the damage to the rest of it.
+
+    Names with a part that starts with a dot, such as those that macOS adds, belong to no sample. Links within the shard are
+    followed. Before a damage, the last sample counts as whole only where it has the same kinds of files as the one before it; in a
+    shard whose samples do not lie together, every sample must have the kinds of the first one.
     """
     parts, problem, broken = _parts(path)
-    samples = []
-    for key, group in itertools.groupby(parts, key=lambda part: _split(part.name)[0]):
-        samples.append(Sample(key, {_split(part.name)[1]: part for part in group}))
+    visible = [part for part in parts if not is_hidden(part.name)]
+    runs: list[str] = []
+    groups: dict[str, list[tuple[str, Part]]] = {}
+    for part in visible:
+        key, ending = _split(part.name)
+        groups.setdefault(key, []).append((ending, part))
+        if not runs or runs[-1] != key:
+            runs.append(key)
+    samples = [
+        sample for key, members in _joined_by_case(groups).items() for sample in _samples(key, members)
+    ]
     if problem and samples:
-        is_cut = bool(broken) and _split(broken)[0] == samples[-1].key
-        if is_cut or len(samples) > 1 and samples[-1].parts.keys() != samples[-2].parts.keys():
-            samples.pop()
-    return samples, problem
+        samples, lost = _whole(samples, broken, is_sorted=len(runs) == len(set(runs)))
+        if lost > 1:
+            problem += f"; {lost} samples lack files that come later in it"
+    return Shard(samples, parts, problem)
 
 
 def read_part(path: Path, part: Part) -> bytes:
@@ -53,48 +99,253 @@ def read_part(path: Path, part: Part) -> bytes:
         return file.read(part.size)
 
 
+def shards_of(pattern: str) -> list[Path]:
+    """The files that a name or pattern stands for. Folders and files whose own names have braces are taken as they are.
+
+    Raises:
+        ConfigError: more than a million.
+    """
+    path = Path(pattern)
+    known = Path(path.anchor)
+    rest = list(path.parts[1:] if path.anchor else path.parts)
+    while rest and os.path.lexists(known / rest[0]):
+        known /= rest.pop(0)
+    return [known / name for name in expand_braces("/".join(rest))] if rest else [known]
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` and `{x,y}.tar` written out, in order, as shells do it."""
-    found = _BRACES.search(pattern)
-    if not found:
-        return [pattern]
-    numbers = _RANGE.fullmatch(found[1])
-    if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
-        choices = [f"{value:0{len(numbers[1])}d}" for value in range(first, last + 1)]
-    else:
-        choices = found[1].split(",")
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [result for choice in choices for result in expand_braces(head + choice + tail)]
+    """`a-{000..002}.tar` and `{x,y}.tar` written out, in order, as shells do it. Other braces stay.
+
+    Raises:
+        ConfigError: more than a million names.
+    """
+    names = [""]
+    start = 0
+    for found in _BRACES.finditer(pattern):
+        choices = _choices(found[1])
+        if not choices:
+            continue
+        if len(names) * len(choices) > MAX_SHARDS:
+            raise ConfigError(
+                f"{pattern} stands for more than {MAX_SHARDS:,} files. Correct the numbers in braces."
+            )
+        names = [name + pattern[start : found.start()] + choice for name in names for choice in choices]
+        start = found.end()
+    return [name + pattern[start:] for name in names]
+
+
+def _choices(inside: str) -> Sequence[str]:
+    """The texts that braces stand for; none where they are part of a name."""
+    numbers = _RANGE.fullmatch(inside)
+    if not numbers:
+        return inside.split(",") if "," in inside else []
+    first, last = int(numbers[1]), int(numbers[2])
+    if abs(last - first) >= MAX_SHARDS:
+        raise ConfigError(f"{{{inside}}} stands for more than {MAX_SHARDS:,} files. Correct the numbers.")
+    step = 1 if last >= first else -1
+    return [f"{value:0{len(numbers[1])}d}" for value in range(first, last + step, step)]
+
+
+# ---------------------------------------------------------------------------------------------------- members
 
 
 def _parts(path: Path) -> tuple[list[Part], str, str]:
-    """The whole files of a tar, what is wrong after them, and the name of the one that is cut off, where that is known.
+    """The whole files of a tar, the damage after them, and the name of the one that is cut off, where that is known.
 
     A tar ends with a block of zeros. tarfile takes anything that is no header for the end, so the block is looked at here.
     """
     found: list[Part] = []
+    links: list[tuple[int, str]] = []  # place in `found`, and the name that the link speaks of
+    problem = broken = ""
     try:
         size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            while (info := tar.next()) is not None:
-                if info.isreg() and info.offset_data + info.size > size:
-                    return found, f"it is cut off inside {info.name}", info.name
-                if info.isreg():
-                    found.append(Part(info.name, info.offset_data, info.size))
-            end = tar.offset
         with path.open("rb") as file:
-            file.seek(end)
-            block = file.read(_BLOCK)
+            start = file.read(8)
+        packed = next((name for mark, name in _PACKED if start.startswith(mark)), "")
+        if packed:
+            return found, f"it cannot be read on (it is compressed with {packed}; unpack it first)", ""
+        with tarfile.open(path, "r:") as tar:
+            before = -1
+            while (info := tar.next()) is not None:
+                if info.size < 0 or tar.offset <= before:
+                    problem = f"it is damaged at {info.name}"
+                    break
+                before = tar.offset
+                name = _plain(info.name)
+                if info.isreg() and info.sparse is None and info.offset_data + info.size > size:
+                    problem, broken = f"it is cut off inside {info.name}", name
+                    break
+                if info.islnk() or info.issym():
+                    links.append((len(found), _target(name, info)))
+                if not info.isdir():
+                    found.append(_part(name, info, len(found)))
+            end = tar.offset
+        problem = problem or _end_problem(path, end)
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return found, f"it cannot be read on ({reason})", ""
-    if len(block) < _BLOCK:
-        return found, "it is cut off: its end mark is missing", ""
-    return found, "it is damaged: what follows is no tar" if any(block) else "", ""
+        return _linked(found, links), f"it cannot be read on ({reason})", ""
+    return _linked(found, links), problem, broken
+
+
+def _end_problem(path: Path, end: int) -> str:
+    """The damage where tarfile sees the end of a tar: there must be zeros, and nothing else up to the end of the file."""
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(_BLOCK)
+        if len(block) < _BLOCK:
+            return "it is cut off: its end mark is missing"
+        if any(block):
+            return "it is damaged: what follows is no tar"
+        while block := file.read(1 << 20):
+            if block.count(0) < len(block):
+                return "it goes on after its end mark, like tars joined with cat; join them with tar --concatenate, or scan each"
+    return ""
+
+
+def _part(name: str, info: tarfile.TarInfo, place: int) -> Part:
+    problem = ""
+    if info.sparse is not None:
+        problem = f"{name} is stored with gaps (sparse); pack the shard again without that"
+    elif info.islnk() or info.issym():
+        problem = f"{name} is a link to {info.linkname}, which is no file of this shard; pack the shard again with the file itself"
+    elif not info.isreg():
+        problem = f"{name} is a device or a pipe, no file"
+    return Part(name, info.offset_data, info.size, place, problem)
+
+
+def _target(name: str, info: tarfile.TarInfo) -> str:
+    """The member that a link speaks of: hard links by its name, symbolic ones as seen from their own folder."""
+    if info.islnk():
+        return _plain(info.linkname)
+    if info.linkname.startswith("/"):
+        return ""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), info.linkname))
+
+
+def _linked(parts: list[Part], links: Sequence[tuple[int, str]]) -> list[Part]:
+    """Links with the place and size of the file that they speak of, where it is there."""
+    resolved = list(parts)
+    targets = dict(links)
+    places: dict[str, list[int]] = {}
+    for place, part in enumerate(parts):
+        places.setdefault(part.name, []).append(place)
+    for place, _ in links:
+        at: int | None = place
+        for _ in range(_LINKS):
+            if at is None or at not in targets:
+                break
+            same = places.get(targets[at], [])
+            # The file that was there when the link was packed, or the first one to come.
+            at = next((number for number in reversed(same) if number < at), same[0] if same else None)
+        if at is not None and at not in targets:
+            resolved[place] = replace(parts[at], name=parts[place].name, place=place)
+    return resolved
+
+
+def _plain(name: str) -> str:
+    """A member's name without `./` and the like."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a member of this name belongs to no sample."""
+    folder, _, base = name.rpartition("/")
+    # webdataset keeps notes about a shard in members called __name__.
+    return any(part.startswith(".") and part != ".." for part in name.split("/")) or bool(
+        folder == "" and re.fullmatch(r"__.*__(\..*)?", base)
+    )
 
 
 def _split(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return folder + slash + stem, ending.lower()
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+
+_Members = list[tuple[str, Part]]  # each with the part of its name after the first dot
+
+
+def _joined_by_case(groups: Mapping[str, _Members]) -> dict[str, _Members]:
+    """Files without a photo of their name go to the one sample whose name differs from theirs in case alone."""
+    photos: dict[str, list[str]] = {}
+    for key, members in groups.items():
+        if any(_ending(name) in _PHOTOS for name, _ in members):
+            photos.setdefault(key.casefold(), []).append(key)
+    joined: dict[str, _Members] = {key: [] for key in groups}
+    for key, members in groups.items():
+        same = photos.get(key.casefold(), [])
+        joined[same[0] if len(same) == 1 else key] += members
+    return {key: members for key, members in joined.items() if members}
+
+
+def _samples(key: str, members: _Members) -> list[Sample]:
+    """The samples in the files of one name before the first dot: as a rule one."""
+    photos = {_stem(name) for name, _ in members if _ending(name) in _PHOTOS}
+    texts = {_stem(name) for name, _ in members if _ending(name) in _TEXTS}
+    if photos <= {""}:
+        return _unique(key, members)
+    if "" in photos:
+        # Beside `a.jpg`, `a.mask.png` is a picture of another kind; with a text of its own it is a sample of its own.
+        own = (photos & texts) - {""}
+        return _unique(key, [m for m in members if _stem(m[0]) not in own]) + _apart(key, members, own)
+    if "" in texts and len(photos) == 1 and not photos & texts:  # `a.image.jpg, a.txt`
+        (stem,) = photos
+        return _unique(
+            key, [(_ending(name) if _stem(name) == stem else name, part) for name, part in members]
+        )
+    own = photos & texts if "" in texts else photos
+    rest = [member for member in members if _stem(member[0]) not in own]
+    shared = sorted(photos - own)
+    if shared:
+        problem = f"{key} has one text for {len(shared)} photos ({some(shared)}); give each photo a text of its own name"
+        samples = [replace(sample, problem=problem) for sample in _apart(key, members, shared)]
+    else:
+        samples = _unique(key, rest) if any(_ending(name) in _TEXTS for name, _ in rest) else []
+    return samples + _apart(key, members, own)
+
+
+def _apart(key: str, members: _Members, stems: Collection[str]) -> list[Sample]:
+    """A sample for each of these longer names."""
+    samples = []
+    for stem in sorted(stems):
+        inner = [(_ending(name), part) for name, part in members if _stem(name) == stem]
+        samples += _unique(f"{key}.{stem}", inner)
+    return samples
+
+
+def _unique(key: str, members: _Members) -> list[Sample]:
+    """The sample of these files; where a file is there more than once, one for each photo, with the reason why it is of no use."""
+    counts = Counter(name for name, _ in members if name in _PHOTOS | _TEXTS)
+    twice = [part.name for name, part in members if counts[name] > 1]
+    if not twice:
+        return [Sample(key, dict(members))]
+    problem = (
+        f"{twice[0]} is there {twice.count(twice[0])} times in the shard, so its files cannot be told apart; give every sample "
+        "a name of its own"
+    )
+    photos = [(name, part) for name, part in members if name in _PHOTOS]
+    return [Sample(key, {name: part}, problem) for name, part in photos or members[:1]]
+
+
+def _whole(samples: list[Sample], broken: str, is_sorted: bool) -> tuple[list[Sample], int]:
+    """The samples that a damage left whole, and how many it did not."""
+    cut = {broken.rpartition(".")[0], _split(broken)[0]} if broken else set()
+    if not is_sorted:
+        kinds = samples[0].parts.keys()
+        whole = [sample for sample in samples if sample.key not in cut and sample.parts.keys() == kinds]
+        return whole, len(samples) - len(whole)
+    last = samples[-1]
+    if last.key in cut or len(samples) > 1 and last.parts.keys() != samples[-2].parts.keys():
+        return samples[:-1], 1
+    return samples, 0
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -211,6 +211,7 @@ def read_evaluation(path: Path, overrides: Sequence[str] = ()) -> EvaluationConf
 def require_files(config: EvaluationConfig) -> None:
     """Raise ConfigError where a file that is named is not there, or the results cannot be written: before models are loaded."""
     named = {
+        "data.index": config.data.index,
         "metrics.faces": config.metrics.faces,
         "metrics.second": config.metrics.second,
         "metrics.clip": config.metrics.clip,

@@ -131,7 +131,7 @@ class PipelineGenerator:
             acting=None if adapter is None else _acting(drawing, adapter),
         )
         try:
-            return to_levels(picture)
+            return to_levels(picture, sampling.precision, "sampling.precision")
         except InputError as error:
             run = "the base model" if drawing.run is None else f"{drawing.run.name}, scale {drawing.scale:g}"
             raise InputError(

@@ -30,7 +30,7 @@ from .config import EvaluationConfig, ExpressionConfig
 from .prompts import expression_name
 from .storage import key_of
 
-VERSION = 1  # of what is seen; another one looks at all pictures again
+VERSION = 2  # of what is seen; another one looks at all pictures again
 HEAD = 1.2  # side of the crop that the expression is read from, over that of the face's box
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

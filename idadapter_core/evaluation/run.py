@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image as PILImage
-
 from ..data.index import Index
 from ..extra import require, versions
 from ..faces.images import Image
+from ..files import write_file
 from ..training.config import config_toml
 from .config import BASE_MODEL, PASTE, EvaluationConfig, RunEntry
 from .generate import Drawing, Generator
@@ -28,7 +26,7 @@ from .people import Person, Photo, choose_people
 from .prompts import POSE, Prompt
 from .report import Pictures as ReportPictures, to_html
 from .statistics import FAR
-from .storage import Arrays, Picture, Pictures, key_of, write_file
+from .storage import Arrays, Picture, Pictures, key_of, read_picture
 from .summary import Summary, summarise, to_json, to_markdown
 
 log = logging.getLogger(__name__)
@@ -238,8 +236,7 @@ class _Evaluation:
         prompts = {prompt.text: prompt for prompt in self.prompts}
 
         def of_row(row: ImageRow) -> Image:
-            with PILImage.open(self.folder / row.picture) as image:
-                return np.asarray(image.convert("RGB"))
+            return read_picture(self.folder / row.picture)
 
         def base(row: ImageRow) -> Image:
             assert row.seed is not None

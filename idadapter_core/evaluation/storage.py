@@ -15,32 +15,29 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL.PngImagePlugin import PngInfo
 
-from ..errors import CheckpointError
 from ..faces.images import Image
-from ..files import write_lines
+from ..files import write_file
 
 log = logging.getLogger(__name__)
 _UNREADABLE = (OSError, ValueError, SyntaxError, KeyError)  # what Pillow and NumPy say of damaged files
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that a failure leaves an older one of that name untouched.
-
-    Raises:
-        CheckpointError: the folder or the disk does not allow it.
-    """
-    try:
-        write_lines(path, [content])
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error}). Choose another output.folder, or free some space; then run it again."
-        ) from error
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
     """A name for plain values: 24 hex digits, others as soon as one value differs."""
     text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def read_picture(path: Path) -> Image:
+    """A picture that an evaluation wrote (H, W, 3), RGB uint8. Raises what `_UNREADABLE` lists."""
+    with _open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _open(path: Path) -> PILImage.Image:
+    return PILImage.open(
+        path, formats=("PNG",)
+    )  # no other format is written, and Pillow has programs start for some
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,7 @@ class Picture:
 
     def read(self) -> Image:
         """(H, W, 3), RGB uint8."""
-        with PILImage.open(self.path) as image:
-            return np.asarray(image.convert("RGB"))
+        return read_picture(self.path)
 
 
 class Pictures:
@@ -95,7 +91,7 @@ def _seconds_of(path: Path) -> float | None:
     if not path.is_file():
         return None
     try:
-        with PILImage.open(path) as image:
+        with _open(path) as image:
             image.load()  # a cut file shows only when it is read
             return float(image.info["seconds"])
     except _UNREADABLE as error:

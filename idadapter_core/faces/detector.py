@@ -29,6 +29,14 @@ PADDINGS = (0.25, 0.5)
 PADDED_SIZES = (640, 320)
 DETECTION_THRESHOLD = 0.5
 _LONGEST_PADDED = 1280  # larger photos are shrunk before a border is added; the detector reads 640 px at most
+# After that, small faces in large photos: sizes that show more of the photo's pixels, then the photo in tiles.
+LARGE_SIZES = (1024, 1280)
+_TILE = 1024  # pixels, at least
+_TILES_ACROSS = 4  # of the photo's longer side, without their overlap: tiles of very large photos are shrunk
+_OVERLAP = 0.25  # of a tile: a face that one cuts is whole in its neighbour
+# A photo in tiles is many photos, and each may show something that looks like a face.
+TILE_THRESHOLD = 0.6
+_SAME_FACE = 0.4  # intersection over union of two boxes
 
 POLICIES = ("largest", "central", "left to right", "by score", "all")
 
@@ -62,12 +70,51 @@ class _RawFace:
     score: float
 
     @property
+    def height(self) -> float:
+        return float(self.box[3] - self.box[1])
+
+    @property
     def is_usable(self) -> bool:
+        return self._is_sane and self._eye_distance >= MIN_EYE_DISTANCE
+
+    @property
+    def is_tiny(self) -> bool:
+        """A face, but of too few pixels."""
+        return self._is_sane and self._eye_distance < MIN_EYE_DISTANCE
+
+    @property
+    def _is_sane(self) -> bool:
         if not (np.isfinite(self.box).all() and np.isfinite(self.landmarks).all()):
             return False
         x1, y1, x2, y2 = self.box
-        eye_distance = np.linalg.norm(self.landmarks[1] - self.landmarks[0])
-        return bool(x2 > x1 and y2 > y1 and eye_distance >= MIN_EYE_DISTANCE)
+        return bool(x2 > x1 and y2 > y1)
+
+    @property
+    def _eye_distance(self) -> float:
+        return float(np.linalg.norm(self.landmarks[1] - self.landmarks[0]))
+
+    def moved(self, by: tuple[float, float], scale: float) -> _RawFace:
+        """The face where its picture is moved, then enlarged."""
+        x, y = by
+        return _RawFace((self.box + [x, y, x, y]) * scale, (self.landmarks + [x, y]) * scale, self.score)
+
+
+class _Attempt(NamedTuple):
+    kind: str  # "at 640 to 128 px": what attempts of this kind are called together
+    step: str  # "at 512 px"
+    size: int  # of the detector's input
+    faces: list[_RawFace]  # also those that cannot be used
+
+
+@dataclass(frozen=True)
+class Search:
+    """What looking for faces in one photo gave."""
+
+    faces: tuple[Face, ...]  # usable, best score first
+    step: str  # how they were found, "at 640 px in tiles of 1024 px"; without faces all that was tried
+    too_small: float = (
+        0.0  # height in pixels of the largest face that has too few of them, where no other was found
+    )
 
 
 class FaceAnalyzer:
@@ -89,6 +136,7 @@ class FaceAnalyzer:
         is_fixed = isinstance(height, int) and isinstance(width, int)
         self._sizes = [(width, height)] if is_fixed else [(size, size) for size in DETECTION_SIZES]
         self._padded_sizes = self._sizes if is_fixed else [(size, size) for size in PADDED_SIZES]
+        self._large_sizes = [] if is_fixed else [(size, size) for size in LARGE_SIZES]
         if GENDER_AGE in package.models:
             self._model(GENDER_AGE)
 
@@ -105,16 +153,27 @@ class FaceAnalyzer:
     def detect(
         self, image: Image, image_index: int = 0, check: Callable[[], None] = lambda: None
     ) -> list[Face]:
-        """All usable faces of a photo (H, W, 3), RGB uint8, best score first; empty when there are none.
+        """All usable faces of a photo (H, W, 3), RGB uint8, best score first; empty when there are none. See `search`."""
+        return list(self.search(image, image_index, check).faces)
 
-        Tries the detector at several sizes, largest first, then with a border around the photo, and keeps the
-        first result that has a usable face. `check` is called before each attempt; what it raises ends the search.
+    def search(self, image: Image, image_index: int = 0, check: Callable[[], None] = lambda: None) -> Search:
+        """The usable faces of a photo (H, W, 3), RGB uint8, and how they were found.
+
+        Tries the detector at several sizes, 640 px first and then smaller, then with a border around the photo; for a photo that
+        is larger than that at larger sizes, and at last in tiles. The first attempt that has a usable face decides. `check` is
+        called before each attempt; what it raises ends the search.
         """
         bgr = to_bgr_uint8(image)
-        for size, found in self._attempts(bgr, check):
-            if found:
-                return [self._face(bgr, raw, image_index, size) for raw in found]
-        return []
+        tried: list[str] = []
+        too_small = 0.0
+        for attempt in self._attempts(bgr, check):
+            usable = [face for face in attempt.faces if face.is_usable]
+            if usable:
+                faces = [self._face(bgr, raw, image_index, attempt.size) for raw in usable]
+                return Search(tuple(faces), attempt.step)
+            tried.append(attempt.kind)
+            too_small = max([too_small, *(face.height for face in attempt.faces if face.is_tiny)])
+        return Search((), ", ".join(dict.fromkeys(tried)), too_small)
 
     def embed(self, crop: Image) -> NDArray[np.float32]:
         """The package recogniser's embedding (512,), not normalised, of an aligned crop (112, 112, 3), RGB uint8."""
@@ -142,35 +201,80 @@ class FaceAnalyzer:
             )
         return self._opened[task]
 
-    def _attempts(
-        self, bgr: NDArray[np.uint8], check: Callable[[], None]
-    ) -> Iterator[tuple[int, list[_RawFace]]]:
-        """Detector size and usable faces, in the photo's coordinates, of one attempt after the other."""
+    def _attempts(self, bgr: NDArray[np.uint8], check: Callable[[], None]) -> Iterator[_Attempt]:
+        """One attempt after the other, with the faces in the photo's coordinates."""
+        sizes = f"at {_range(self._sizes)}"
         for size in self._sizes:
             check()
-            yield max(size), self._detect_at(bgr, size)
+            yield _Attempt(sizes, f"at {max(size)} px", max(size), self._detect_at(bgr, size))
         for share in PADDINGS:
             padded, scale, (x, y) = _pad(bgr, share)
             for size in self._padded_sizes:
                 check()
-                faces = self._detect_at(padded, size)
-                yield (
-                    max(size),
-                    [
-                        _RawFace((f.box - [x, y, x, y]) / scale, (f.landmarks - [x, y]) / scale, f.score)
-                        for f in faces
-                    ],
+                seen = self._detect_at(padded, size)
+                found = [face.moved((-x, -y), 1 / scale) for face in seen if face.is_usable]
+                yield _Attempt(
+                    "with a border around it", f"at {max(size)} px with a border", max(size), found
                 )
+        longest = max(bgr.shape[:2])
+        above = [max(size) for size in self._sizes][0]
+        for size in self._large_sizes:
+            if longest > above:
+                check()
+                found = self._detect_at(bgr, size)
+                yield _Attempt(f"at {_range(self._large_sizes)}", f"at {max(size)} px", max(size), found)
+                above = max(size)
+        if longest > max(above, _TILE):
+            side = max(_TILE, -(-longest // _TILES_ACROSS))
+            size = self._sizes[0]
+            found = self._detect_in_tiles(bgr, side, size, check)
+            yield _Attempt("in tiles", f"at {max(size)} px in tiles of {side} px", max(size), found)
+
+    def _detect_in_tiles(
+        self, bgr: NDArray[np.uint8], side: int, size: tuple[int, int], check: Callable[[], None]
+    ) -> list[_RawFace]:
+        """Faces that one tile shows whole and a closer look confirms, best score first, each once."""
+        height, width = bgr.shape[:2]
+        candidates: list[_RawFace] = []
+        for top in _starts(height, side):
+            for left in _starts(width, side):
+                check()
+                tile = np.ascontiguousarray(bgr[top : top + side, left : left + side])
+                for face in self._detect_at(tile, size):
+                    moved = face.moved((left, top), 1.0)
+                    if face.score >= TILE_THRESHOLD and not _is_cut(
+                        moved, (left, top, side), (width, height)
+                    ):
+                        candidates.append(moved)
+        kept: list[_RawFace] = []
+        for face in sorted(candidates, key=lambda face: -face.score):
+            if all(_likeness(face, other) < _SAME_FACE for other in kept):
+                check()
+                if self._is_confirmed(bgr, face, size):
+                    kept.append(face)
+        return kept
+
+    def _is_confirmed(self, bgr: NDArray[np.uint8], face: _RawFace, size: tuple[int, int]) -> bool:
+        """Whether the detector sees the same face when it looks at its surroundings alone, at another scale."""
+        x1, y1, x2, y2 = face.box
+        reach = 2 * max(x2 - x1, y2 - y1)
+        left, top = (max(round(float(c - reach)), 0) for c in ((x1 + x2) / 2, (y1 + y2) / 2))
+        right, bottom = (round(float(c + reach)) + 1 for c in ((x1 + x2) / 2, (y1 + y2) / 2))
+        part = np.ascontiguousarray(bgr[top:bottom, left:right])
+        return any(
+            other.score >= TILE_THRESHOLD and _likeness(face, other.moved((left, top), 1.0)) >= _SAME_FACE
+            for at in ((size[0] // 2, size[1] // 2), size)
+            for other in self._detect_at(part, at if len(self._sizes) > 1 else size)
+        )
 
     def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[_RawFace]:
         height, width = bgr.shape[:2]
         if min(size[0] * height // width, size[1] * width // height) < 1:
             return []  # a very long photo would be resized to no pixels at all
         boxes, landmarks = self._model(DETECTION).detect(bgr, input_size=size, max_num=0, metric="default")
-        faces = [
+        return [
             _RawFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
         ]
-        return [face for face in faces if face.is_usable]
 
     def _face(self, bgr: NDArray[np.uint8], raw: _RawFace, image_index: int, size: int) -> Face:
         # insightface's own faces cannot be copied and answer None to any attribute: none leaves this function.
@@ -322,6 +426,41 @@ def _open_model(
             "otherwise choose another package."
         )
     return model
+
+
+def _range(sizes: Sequence[tuple[int, int]]) -> str:
+    """ "640 to 128 px"."""
+    first, last = max(sizes[0]), max(sizes[-1])
+    return f"{first} px" if first == last else f"{first} to {last} px"
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Where tiles begin along a side of the photo, so that the last ends with it."""
+    if length <= side:
+        return [0]
+    count = 1 + -(-(length - side) // round(side * (1 - _OVERLAP)))
+    return [round(number * (length - side) / (count - 1)) for number in range(count)]
+
+
+def _is_cut(face: _RawFace, tile: tuple[int, int, int], photo: tuple[int, int]) -> bool:
+    """Whether the edge of a tile (left, top, side) cuts a face, and not the edge of the photo (width, height)."""
+    (left, top, side), (width, height) = tile, photo
+    x1, y1, x2, y2 = face.box
+    cut = (
+        (left > 0 and x1 <= left),
+        (top > 0 and y1 <= top),
+        (left + side < width and x2 >= left + side),
+        (top + side < height and y2 >= top + side),
+    )
+    return any(cut)
+
+
+def _likeness(one: _RawFace, other: _RawFace) -> float:
+    """Intersection over union of two faces' boxes; 0 where one is no box."""
+    low, high = np.maximum(one.box[:2], other.box[:2]), np.minimum(one.box[2:], other.box[2:])
+    shared = float(np.prod(np.clip(high - low, 0, None)))
+    union = float(np.prod(one.box[2:] - one.box[:2]) + np.prod(other.box[2:] - other.box[:2])) - shared
+    return shared / union if union > 0 and np.isfinite(union) else 0.0
 
 
 def _pad(bgr: NDArray[np.uint8], share: float) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:

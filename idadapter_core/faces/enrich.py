@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage, ImageEnhance
+from torch import Tensor
 
 from ..errors import InputError
 from .images import Image, check_image
@@ -23,7 +24,7 @@ _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 
 
 def enrich(
-    images: Sequence[Image],
+    images: Sequence[Image | Tensor],
     count: int,
     seed: int,
     *,

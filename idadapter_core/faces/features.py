@@ -13,13 +13,17 @@ from torch import Tensor
 from ..errors import FaceError, InputError, NoFaceFoundError, RecognizerError
 from ..types import Face, FaceFeatures, Remark
 from .align import align_face
-from .detector import DETECTION_SIZES, FaceAnalyzer, order_faces, select_faces
+from .detector import FaceAnalyzer, Search, order_faces, select_faces
 from .images import Image, Origin, check_image, image_name
 
 log = logging.getLogger(__name__)
 
 ON_MISSING = ("error", "skip")
 SMALL_BOX = 64  # pixels
+WIDE, LARGE = (
+    1.6,
+    1024,
+)  # sides of a photo to each other, and pixels of the longer one: from here on a face may be small in it
 SMALL_EYE_DISTANCE = 20  # pixels
 _CHUNK = 16  # crops per call of the recogniser
 
@@ -38,7 +42,7 @@ class Extraction:
 
 
 def extract_features(
-    images: Sequence[Image],
+    images: Sequence[Image | Tensor],
     analyzer: FaceAnalyzer,
     recognizer: Recognizer | None,
     *,
@@ -81,10 +85,12 @@ def extract_features(
         image = check_image(given, position, len(images))
         origin = origins[position] if origins else None
         name = image_name(image, position, len(images), origin)
-        faces = order_faces(analyzer.detect(image, position, check), select)
+        scale = 1.0 if origin is None else origin.scale_to(image)
+        search = analyzer.search(image, position, check)
+        faces = order_faces(search.faces, select)
         found.append(tuple(faces))
         try:
-            picked, new_crops, left_out = _pick(image, faces, select, index)
+            picked, new_crops, left_out = _pick(image, search, faces, select, index, scale)
         except FaceError as error:
             reason = f"{error}{_crop_hint(image, position, len(images), origin) if not faces else ''}"
             if on_missing == "error":
@@ -95,8 +101,7 @@ def extract_features(
         else:
             chosen.append(tuple(picked))
             crops += new_crops
-            scale = 1.0 if origin is None else origin.scale_to(image)
-            accounts.append(_describe(name, faces, picked, left_out, scale))
+            accounts.append(_describe(name, search.step, faces, picked, left_out, scale))
         progress()
 
     report = "\n".join(line for account in accounts for line in account.lines())
@@ -131,14 +136,11 @@ def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
 
 
 def _pick(
-    image: Image, faces: Sequence[Face], select: str, index: int
+    image: Image, search: Search, faces: Sequence[Face], select: str, index: int, scale: float
 ) -> tuple[list[Face], list[Image], list[str]]:
     """The chosen faces that can be cut out, their crops, and why others cannot (only where all were asked for)."""
     if not faces:
-        raise NoFaceFoundError(
-            f"no face found. Tried detector sizes {DETECTION_SIZES[0]} to {DETECTION_SIZES[-1]} px and padding. "
-            "Use an upright, unobstructed face; a photo from a phone may lie on its side"
-        )
+        raise NoFaceFoundError(_not_found(image, search, scale))
     picked: list[Face] = []
     crops: list[Image] = []
     left_out: list[str] = []
@@ -156,6 +158,23 @@ def _pick(
     return picked, crops, left_out
 
 
+def _not_found(image: Image, search: Search, scale: float) -> str:
+    """`scale`: pixels of the photo per pixel of the user's file."""
+    height, width = image.shape[:2]
+    if search.too_small:
+        return (
+            f"the face in it is too small, about {search.too_small / scale:.0f} px high; {SMALL_BOX} px and more make a good identity. Use "
+            "a photo taken from nearer, or the same photo in its full size, cropped to head and shoulders"
+        )
+    advice = "Use an upright, unobstructed face; a photo from a phone may lie on its side"
+    if max(height, width) >= WIDE * min(height, width) or max(height, width) > LARGE:
+        advice = (
+            "Is the face small in it? Crop the photo to head and shoulders. Otherwise use an upright, unobstructed face; a photo "
+            "from a phone may lie on its side"
+        )
+    return f"no face found (looked {search.step}). {advice}"
+
+
 def _embed(analyzer: FaceAnalyzer, crops: Sequence[Image], check: Callable[[], None]) -> Tensor:
     embeddings = []
     for crop in crops:
@@ -168,13 +187,16 @@ def _embed(analyzer: FaceAnalyzer, crops: Sequence[Image], check: Callable[[], N
 def _recognize(
     recognizer: Recognizer, crops: Tensor, check: Callable[[], None]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    results = []
+    embedding, stages = torch.empty(0), tuple[Tensor, ...]()
     for start in range(0, len(crops), _CHUNK):
         check()
-        results.append(recognizer(crops[start : start + _CHUNK]))
-    embedding = torch.cat([embedding.float().cpu() for embedding, _ in results])
-    stages = zip(*(stages for _, stages in results), strict=True)
-    return embedding, tuple(torch.cat([part.float().cpu() for part in parts]) for parts in stages)
+        part, maps = recognizer(crops[start : start + _CHUNK])
+        if start == 0:  # room for all at once: joining parts in the end would need it twice
+            embedding, *others = (torch.empty(len(crops), *t.shape[1:]) for t in (part, *maps))
+            stages = tuple(others)
+        for whole, piece in zip((embedding, *stages), (part, *maps), strict=True):
+            whole[start : start + _CHUNK] = piece
+    return embedding, stages
 
 
 def _crop_hint(image: Image, position: int, count: int, origin: Origin | None) -> str:
@@ -213,7 +235,7 @@ class _Account:
 
 
 def _describe(
-    name: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str], scale: float
+    name: str, step: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str], scale: float
 ) -> _Account:
     """`scale`: pixels of the photo per pixel of the user's file."""
     noun = "1 face" if len(faces) == 1 else f"{len(faces)} faces"
@@ -232,7 +254,7 @@ def _describe(
     for warning in warnings:
         log.warning("%s: %s", name, warning)
     lines = tuple(_describe_face(faces.index(face), face, scale) for face in picked)
-    return _Account(name, f"{noun} found at {faces[0].detection_size} px", lines, tuple(warnings))
+    return _Account(name, f"{noun} found {step}", lines, tuple(warnings))
 
 
 def _describe_face(index: int, face: Face, scale: float) -> str:

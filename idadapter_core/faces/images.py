@@ -15,7 +15,7 @@ Image = NDArray[np.uint8]  # (H, W, 3), RGB, 0..255
 MIN_SIDE = 32
 MAX_SIDE = 32766  # OpenCV's warp addresses pixels with 16-bit integers
 _MAX_FLOAT = 16.0  # beyond any highlight: the image is in 0..255, and clamping would leave a white one
-_STRIP = 512  # rows converted at a time: an 8k float image never has a second full-size float copy
+_STRIP = 64  # rows converted at a time: a large float image never has a second full-size float copy
 
 
 def check_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> Image:
@@ -27,25 +27,10 @@ def check_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> I
     `index` (from 0) and `count` name the photo in errors. Raises InputError for another shape or type, a side below
     32 px, and NaN or infinite values.
     """
-    name = f"image {index + 1} of {count}"
-    if isinstance(image, Tensor):
-        image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
-        raise InputError(
-            f"{name}: expected one image (height, width, channels) with 1, 3 or 4 channels, got shape {image.shape}"
-        )
+    image = require_image(image, index, count)
     height, width, channels = image.shape
-    if min(height, width) < MIN_SIDE or max(height, width) > MAX_SIDE:
-        raise InputError(
-            f"{name} is {width}x{height}; both sides must be between {MIN_SIDE} and {MAX_SIDE} px. Use another size."
-        )
-    if image.dtype != np.uint8:
-        if not np.issubdtype(image.dtype, np.floating):
-            raise InputError(f"{name} has values of type {image.dtype}; use uint8 (0..255) or floats (0..1)")
-        _check_values(image, name)
-    elif channels == 3:
+    if image.dtype == np.uint8 and channels == 3:
         return image
-
     result = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, _STRIP):
         strip = image[top : top + _STRIP].astype(np.float32)
@@ -58,6 +43,27 @@ def check_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> I
             colors = colors * opacity + (1 - opacity)
         result[top : top + _STRIP] = np.rint(colors * 255)
     return result
+
+
+def require_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> np.ndarray:
+    """A photo as an array, if `check_image` can use it; a tensor on the CPU is not copied. Raises InputError as that does."""
+    name = f"image {index + 1} of {count}"
+    if isinstance(image, Tensor):
+        image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+        raise InputError(
+            f"{name}: expected one image (height, width, channels) with 1, 3 or 4 channels, got shape {image.shape}"
+        )
+    height, width = image.shape[:2]
+    if min(height, width) < MIN_SIDE or max(height, width) > MAX_SIDE:
+        raise InputError(
+            f"{name} is {width}x{height}; both sides must be between {MIN_SIDE} and {MAX_SIDE} px. Use another size."
+        )
+    if image.dtype != np.uint8:
+        if not np.issubdtype(image.dtype, np.floating):
+            raise InputError(f"{name} has values of type {image.dtype}; use uint8 (0..255) or floats (0..1)")
+        _check_values(image, name)
+    return image
 
 
 def to_bgr_uint8(image: Image) -> NDArray[np.uint8]:

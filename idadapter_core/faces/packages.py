@@ -111,6 +111,14 @@ def read_package(folder: Path) -> Package:
     return Package(folder, models, has_manifest)
 
 
+def package_files(folder: Path) -> list[Path]:
+    """The files of a package that decide what it does; none where the folder is missing or may not be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".onnx" or path.name == _MANIFEST)
+    except OSError:
+        return []
+
+
 def model_task(path: Path) -> str | None:
     """What this ONNX file is for, by the shapes insightface goes by; None for a model of no use here.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,15 +22,39 @@ _EMPHASIS = 1.8  # a node is about a third of a picture wide: lines and numbers 
 _TILE = LONGEST_SIDE // 3
 _GROUND = (48, 48, 48)
 
+FEW = 16  # photos: so many are given out as large as they are
+GIVEN_PIXELS = 2**24  # of all pictures of a larger batch
+LEAST_SHARE = 1 / 4  # of a photo's sides: smaller pictures would show nothing
 
-def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], emphasis: float = 1.0) -> Image:
+
+def preview_size(count: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of pictures of `count` photos: the photos' own, or smaller for a video, whose photos fill the memory."""
+    if count <= FEW:
+        return height, width
+    share = min(1.0, max(LEAST_SHARE, math.sqrt(GIVEN_PIXELS / (count * height * width))))
+    return max(round(height * share), 1), max(round(width * share), 1)
+
+
+def draw_preview(
+    image: Image,
+    found: Sequence[Face],
+    chosen: Sequence[Face],
+    emphasis: float = 1.0,
+    size: tuple[int, int] | None = None,
+) -> Image:
     """A copy of the photo (H, W, 3), RGB uint8, with a box, number and score for each face.
 
     The numbers are the positions in `found`: pass the faces in selection order, and they are the values of `index`.
     Chosen faces have a thick green box and a filled label, the others a thin orange one. `emphasis` multiplies the size of
     labels and the width of lines.
+
+    Args:
+        size: (height, width) to draw it at, of the photo's shape; None is the photo's own.
     """
     picture = PILImage.fromarray(image)
+    if size is not None and size != image.shape[:2]:
+        picture = picture.resize(size[::-1], PILImage.Resampling.BOX)
+    scale_x, scale_y = picture.width / image.shape[1], picture.height / image.shape[0]
     draw = ImageDraw.Draw(picture)
     short_side = min(picture.size)
     font = ImageFont.load_default(size=max(12, round(emphasis * short_side / 28)))
@@ -39,13 +62,15 @@ def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], em
     for number, face in enumerate(found):
         is_chosen = face in chosen
         color = CHOSEN_COLOR if is_chosen else OTHER_COLOR
-        draw.rectangle(face.box, outline=color, width=3 * thin if is_chosen else thin)
+        x1, y1, x2, y2 = face.box
+        box = (x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y)
+        draw.rectangle(box, outline=color, width=3 * thin if is_chosen else thin)
         label = f"{number}  {face.score:.2f}"
         left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
         width, height = right + 2 * thin + 2, bottom + 2 * thin + 2
         # Above the box, but always inside the picture.
-        x = min(max(face.box[0], 0), max(picture.width - width, 0))
-        y = min(max(face.box[1] - height, 0), max(picture.height - height, 0))
+        x = min(max(box[0], 0), max(picture.width - width, 0))
+        y = min(max(box[1] - height, 0), max(picture.height - height, 0))
         draw.rectangle((x, y, x + width, y + height), fill=color if is_chosen else (0, 0, 0), outline=color)
         draw.text((x + thin + 1, y + thin + 1), label, fill=(0, 0, 0) if is_chosen else color, font=font)
     return np.array(picture, dtype=np.uint8)
@@ -54,13 +79,10 @@ def draw_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], em
 def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face]) -> Image:
     """As `draw_preview`, of a copy whose longer side is at most 768 px. A photo without a chosen face was left out: it gets a
     red frame."""
-    picture = PILImage.fromarray(image)
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    scale = picture.width / image.shape[1]
-    small = {face: _scaled(face, scale) for face in found}
-    drawn = draw_preview(
-        np.asarray(picture), list(small.values()), [small[face] for face in chosen], _EMPHASIS
-    )
+    height, width = image.shape[:2]
+    scale = min(1.0, LONGEST_SIDE / max(height, width))
+    size = (max(round(height * scale), 1), max(round(width * scale), 1))
+    drawn = draw_preview(image, found, chosen, _EMPHASIS, size)
     return drawn if chosen else _framed(drawn, "left out", LEFT_OUT_COLOR)
 
 
@@ -87,19 +109,25 @@ def worth_showing(count: int, first: Collection[int]) -> list[int]:
     return sorted(by_rank[:MOST_SHOWN])
 
 
-def face_mask(faces: Sequence[Face], height: int, width: int) -> Tensor:
-    """A mask (height, width), float32: 1 inside the box of any of the faces, 0 elsewhere."""
-    mask = torch.zeros(height, width)
+def face_mask(faces: Sequence[Face], height: int, width: int, size: tuple[int, int] | None = None) -> Tensor:
+    """A mask, float32: 1 inside the box of any of the faces of a photo (height, width), 0 elsewhere.
+
+    Args:
+        size: (height, width) of the mask; None is the photo's own. A box covers one pixel at least.
+    """
+    rows, columns = size or (height, width)
+    mask = torch.zeros(rows, columns)
     for face in faces:
         x1, y1, x2, y2 = face.box
-        mask[max(round(y1), 0) : max(round(y2), 0), max(round(x1), 0) : max(round(x2), 0)] = 1
+        left, right = _span(x1 * columns / width, x2 * columns / width)
+        top, bottom = _span(y1 * rows / height, y2 * rows / height)
+        mask[top:bottom, left:right] = 1
     return mask
 
 
-def _scaled(face: Face, scale: float) -> Face:
-    """The face in a photo of another size; only its box is."""
-    x1, y1, x2, y2 = face.box
-    return replace(face, box=(x1 * scale, y1 * scale, x2 * scale, y2 * scale))
+def _span(start: float, end: float) -> tuple[int, int]:
+    first = max(round(start), 0)
+    return first, max(round(end), first + 1 if end > 0 else 0)
 
 
 def _framed(image: Image, caption: str, color: tuple[int, int, int]) -> Image:

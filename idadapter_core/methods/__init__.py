@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..types import Identity
+from ..types import FaceFeatures, Identity
 from . import idadapter, uniid
 
 Config = uniid.UniIDConfig | idadapter.IDAdapterConfig
@@ -26,6 +26,9 @@ class Method:
         [Any, Any, Any, int], None
     ]  # (encoder, layers, config, seed): the start of a training
     encode: Callable[..., Identity]  # (encoder, config, features, mix)
+    require: Callable[
+        [FaceFeatures, Any], None
+    ]  # raises MismatchError where features lack what an adapter reads
     describe: Callable[[Any], list[str]]
     layers_prefix: str  # what stands before the names of the layers' weights in a file
     layers_head: str  # what the names of all layers' weights begin with in a file
@@ -42,6 +45,7 @@ METHODS = {
         layers=lambda config, operations: uniid.SiteProjections(config),
         initialise=uniid.initialise,
         encode=uniid.encode,
+        require=uniid.require_stages,
         describe=uniid.describe,
         layers_prefix="adapter_branch.",
         layers_head="adapter_branch.adapter_modules.",
@@ -54,6 +58,7 @@ METHODS = {
         layers=idadapter.IDAdapterLayers,
         initialise=idadapter.initialise,
         encode=idadapter.encode,
+        require=idadapter.require_vision,
         describe=idadapter.describe,
         layers_prefix="layers.",
         layers_head="layers.",

@@ -496,7 +496,6 @@ def encode(encoder: IDAdapterEncoder, config: IDAdapterConfig, features: FaceFea
         InputError: no faces, or a wrong number of weights.
         MismatchError: features without CLIP vision, or of other sizes.
     """
-    require_vision(features, config)
     mode = "learned" if mix.mode == "auto" else mix.mode
     limit = mix.references or config.references
     chosen, weights = select_references(features, replace(mix, references=limit))
@@ -559,20 +558,34 @@ def _concatenated_bias(shares: Tensor, tokens_each: int, config: IDAdapterConfig
     return None if not bias.any() else bias
 
 
+_VISION_NAMES = {
+    (768, 49): "CLIP ViT-B/32",
+    (768, 196): "CLIP ViT-B/16",
+    (1024, 256): "CLIP ViT-L/14",
+    (1024, 576): "CLIP ViT-L/14 at 336 px",
+    (1280, 256): "CLIP ViT-H/14",
+    (1664, 256): "CLIP ViT-bigG/14",
+}
+
+
+def vision_name(width: int, patches: int) -> str:
+    """What people call a CLIP vision model; its sizes where it has no name."""
+    return _VISION_NAMES.get((width, patches), f"a CLIP vision model of width {width} with {patches} patches")
+
+
 def require_vision(features: FaceFeatures, config: IDAdapterConfig) -> None:
     """Raise MismatchError unless the features hold what IDAdapter reads."""
+    wanted = vision_name(config.vision_width, config.vision_patches)
     if features.patch_tokens is None or features.class_embedding is None:
         raise MismatchError(
             "these face features hold no CLIP vision features, which IDAdapter reads. Add Load CLIP Vision with the model the "
-            f"adapter was trained with (width {config.vision_width}, {config.vision_patches} patches) and wire it to "
-            "`clip_vision` of Extract Face Features."
+            f"adapter was trained with ({wanted}) and wire it to `clip_vision` of Extract Face Features."
         )
     patches, width = features.patch_tokens.shape[1:]
     if (width, patches) != (config.vision_width, config.vision_patches):
         raise MismatchError(
-            f"the adapter reads a CLIP vision model of width {config.vision_width} with {config.vision_patches} patches, the one "
-            f"wired to Extract Face Features has width {width} with {patches} patches. Load the CLIP vision model that the "
-            "adapter was trained with (ViT-L/14 at 224 px has 1024 and 256, ViT-H/14 1280 and 256)."
+            f"the adapter was trained with {wanted}, wired to `clip_vision` of Extract Face Features is {vision_name(width, patches)}. "
+            "Choose the one that the adapter was trained with in Load CLIP Vision."
         )
     if features.embedding.shape[1] != config.embedding_width:
         raise MismatchError(

@@ -320,7 +320,6 @@ def encode(encoder: UniIDEncoder, config: UniIDConfig, features: FaceFeatures, m
         raise InputError(
             "UniID has no learned mixing; set mode to auto, concatenate or mean (learned mixing is IDAdapter's)"
         )
-    require_stages(features, config)
     chosen, weights = select_references(features, mix)
     device = next(encoder.parameters()).device
     with torch.no_grad():
@@ -347,15 +346,17 @@ def require_stages(features: FaceFeatures, config: UniIDConfig) -> None:
     """Raise MismatchError unless the features hold what UniID reads."""
     if not features.stages:
         raise MismatchError(
-            "these face features have no stage maps: they come from the face package's own recogniser, but UniID reads the "
-            "inner stages of a torch iResNet. Choose an iResNet file as `recognizer` in Load Face Analyzer."
+            "UniID reads the inner layers of a face network of its own, and these faces were described by the face package's (no stage "
+            "maps). In Load Face Analyzer set `recognizer` from 'from package' to UniID's network, the file of its iResNet-100 in "
+            "models/idadapter/recognizers."
         )
     expected = [(width, side, side) for width, side in zip(STAGE_WIDTHS, STAGE_SIDES, strict=True)]
     found = [tuple(stage.shape[1:]) for stage in features.stages]
     if found != expected or features.embedding.shape[1] != config.embedding_width:
         raise MismatchError(
-            f"UniID reads an embedding of {config.embedding_width} and stage maps of {expected}; these features have "
-            f"{features.embedding.shape[1]} and {found}. Use the iResNet that the adapter was trained with."
+            f"these faces were described by another kind of face network than the one UniID reads (an embedding of "
+            f"{features.embedding.shape[1]} and stage maps of {found}, not {config.embedding_width} and {expected}). In Load Face Analyzer "
+            "set `recognizer` to the iResNet that the adapter was trained with."
         )
 
 

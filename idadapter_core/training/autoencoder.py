@@ -92,7 +92,7 @@ def load_autoencoder(path: Path, family: str, kl_config: Mapping[str, Any]) -> A
         return _from_folder(path if (path / "config.json").is_file() else path / "vae", family)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file or folder; name a VAE in base.vae, or leave it empty.")
-    return autoencoder_from_state(read_tensors(path)[0], path.name, family, kl_config)
+    return autoencoder_from_state(read_tensors(path, mapped=True)[0], path.name, family, kl_config)
 
 
 def _from_folder(folder: Path, family: str) -> Autoencoder:

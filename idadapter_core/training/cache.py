@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.index import Index, Row
 from ..errors import ConfigError, IDAdapterError
-from ..files import write_lines, write_safetensors
+from ..files import write_file, write_safetensors
 from ..methods import uniid
 from .bundle import recognize, see
 from .config import RunConfig, writable
+from .loading import Batches, prepare_worker
 from .parts import Parts
 from .samples import (
     STAGE_NAMES,
@@ -44,7 +45,7 @@ from .samples import (
     target_picture,
 )
 
-VERSION = 1  # of the computations below; a change makes all entries new ones
+VERSION = 2  # of the computations below and of decoding; a change makes all entries new ones
 PART = 512  # entries of a part
 _LONGEST = 30.0  # seconds for a part
 _PIXELS = 16 * 512**2  # of targets that go through the VAE together: some gigabytes in fp32
@@ -219,8 +220,7 @@ def build(
     written = {}
     for kind in kinds(parts, config):
         folder = kind.folder(root)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_lines(folder / FACTS, [json.dumps(kind.facts, indent=1).encode()])
+        write_file(folder / FACTS, json.dumps(kind.facts, indent=1).encode())
         present = Folder(folder)
         # Shared out before it is looked at what is there: the processes do not look at the same moment.
         missing = [entry for entry in kind.entries[rank::world] if entry.key not in present]
@@ -315,18 +315,25 @@ def _computed(
         kind, entries, parts.index, config.data.resolution, None if vision is None else vision.preprocess
     )
     size = max(1, _PIXELS // config.data.resolution**2) if kind.name == "latents" else _FACES
-    loader = DataLoader(pixels, batch_size=size, num_workers=config.data.workers, collate_fn=list)
+    loader = DataLoader(
+        pixels,
+        batch_size=size,
+        num_workers=config.data.workers,
+        collate_fn=list,
+        worker_init_fn=prepare_worker,
+    )
     group: list[dict[str, Tensor]] = []
     first = last = 0
     began = time.monotonic()
-    for batch in loader:
-        group.append(_compute(kind.name, _side_by_side(batch), parts, config, device))
-        last += len(batch)
-        progress(last, len(entries))
-        if last - first >= PART or last == len(entries) or time.monotonic() - began > _LONGEST:
-            joined = {name: torch.cat([tensors[name] for tensors in group]) for name in group[0]}
-            yield list(entries[first:last]), joined
-            first, group, began = last, [], time.monotonic()
+    with closing(Batches(loader, advice="The same command goes on with what is left to compute.")) as batches:
+        for batch in batches:
+            group.append(_compute(kind.name, _side_by_side(batch), parts, config, device))
+            last += len(batch)
+            progress(last, len(entries))
+            if last - first >= PART or last == len(entries) or time.monotonic() - began > _LONGEST:
+                joined = {name: torch.cat([tensors[name] for tensors in group]) for name in group[0]}
+                yield list(entries[first:last]), joined
+                first, group, began = last, [], time.monotonic()
 
 
 @torch.no_grad()

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import CheckpointError, IDAdapterError
 from ..files import flush
 
@@ -128,3 +131,13 @@ def _prune(run: Path, keep_last: int, keep_every: int) -> None:
     for checkpoint in checkpoints(run)[:-keep_last]:
         if not keep_every or checkpoint.step % keep_every:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Give an optimiser the state in a file. Raises what torch does for a file that is damaged or of another optimiser."""
+    optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    # On other devices it has copies now, on the CPU windows into the file.
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                values[name] = value.clone()

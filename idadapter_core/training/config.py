@@ -12,7 +12,6 @@ import difflib
 import json
 import os
 import re
-import sys
 import typing
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +21,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..methods import METHODS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .toml import BACKSLASHES, parse_value, read_table
 
 T = TypeVar("T")
 
@@ -160,6 +155,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         one_of("train.schedule", self.schedule, SCHEDULES)
+        if self.precision == "fp16":
+            raise ConfigError(
+                "train.precision: fp16 is not offered, since gradients vanish in it unless the loss is scaled; bf16 takes as little memory "
+                "and needs no scaling"
+            )
         one_of("train.precision", self.precision, PRECISIONS)
         for name in ("steps", "batch", "accumulate"):
             at_least(f"train.{name}", getattr(self, name), 1)
@@ -287,12 +287,7 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, broken TOML, or an override that names nothing.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; name the TOML file of the run.")
-    try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: no valid TOML: {error}. Correct that line.") from error
+    content = read_table(path)
     for override in overrides:
         _override(content, override)
     return content
@@ -371,10 +366,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     path = [part.strip() for part in name.split(".")]
     if not equals or len(path) < 2 or not all(path):
         raise ConfigError(f"--set takes section.key=value, for example train.lr=1e-5, got {override!r}")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a text without quotes
+    value = parse_value(text.strip())
     table = content
     for part in path[:-1]:
         table = table.setdefault(part, {})
@@ -411,9 +403,22 @@ def _value(name: str, value: Any, expected: Any) -> Any:
     if type(value) is not expected:
         words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
         raise ConfigError(f"{name} must be {words[expected]}, got {value!r}")
+    if expected is str and not _is_text(value):
+        raise ConfigError(
+            f"{name}: {value!r} has bytes that are no UTF-8; give it in UTF-8, and rename a file or folder of that name"
+        )
     if expected is str and value.startswith(("~/", "~\\")):
         return str(Path(value).expanduser())
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether no byte is in it that the command line or a name on the disk had and UTF-8 has not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -444,12 +449,19 @@ def _require_known(name: str, prompt: str, known: tuple[str, ...]) -> None:
             )
 
 
+def _require_path(name: str, value: str) -> None:
+    """Refuse control characters, which come of the backslashes of a Windows path in double quotes: "C:\new\train"."""
+    if any(character < " " for character in value):
+        raise ConfigError(f"{name}: {value!r} has a control character; {BACKSLASHES}")
+
+
 def existing(name: str, value: str) -> Path:
     """The file or folder that a setting names.
 
     Raises:
         ConfigError: there is none, or it cannot be looked at.
     """
+    _require_path(name, value)
     path = Path(value).expanduser()
     try:
         is_there = path.exists()
@@ -469,6 +481,7 @@ def writable(name: str, value: str) -> Path:
     Raises:
         ConfigError: it is a file, or cannot be written. Better told before hours of work than after them.
     """
+    _require_path(name, value)
     folder = Path(value).expanduser()
     above = [folder.absolute(), *folder.absolute().parents]
     try:

@@ -12,11 +12,13 @@ import json
 import logging
 import math
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -30,24 +32,28 @@ from ..checkpoint import save_adapter
 from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteError, TrainingError
 from ..extra import require, versions
 from ..faces.packages import DETECTION
-from ..files import file_digest, some
+from ..files import file_digest, some, write_file
 from ..methods import METHODS, idadapter
+from ..waiting import TERMINATED, Aside, Terminated
 from .adapters import trainable
 from .bundle import Bundle
 from .cache import Cache, kinds
-from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, write_checkpoint
+from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, load_optimizer, write_checkpoint
 from .config import RunConfig, TrainConfig, config_toml, differences, read_config, writable
 from .grids import sample_grid
+from .loading import Batches, prepare_worker
 from .logs import RunLog
 from .parts import load_parts, prepare_adapter, require_files
 from .randomness import epoch_order
-from .samples import VALIDATION, Batch, MicroBatches, Samples, collate, join
+from .samples import VALIDATION, Batch, MicroBatches, Samples, collate
+from .watch import WAITS, WRITES, Watch, arrive, named
 
 log = logging.getLogger(__name__)
 
 CONFIG, FACTS = "config.toml", "run.json"
 RESUME = ("never", "auto")
-STOPPED = 143  # exit code after SIGTERM, as of a program that the signal ended
+STOPPED = TERMINATED
+_INSIST = 5.0  # seconds after which another SIGTERM is no copy of the first, which launchers and clusters send to the same process
 # What may differ in a run that goes on: it changes nothing of a step, or is known by the digest of what the path leads to.
 _FREE = {
     "base": ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_package"),
@@ -92,12 +98,20 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
     if start is not None and start.step >= config.train.steps:
         sys.stderr.write(f"{folder}: all {start.step} steps are done; raise train.steps to go on.\n")
         return 0
-    run = _Run(config, start, allow_config_change)
+    signals: set[str] = set()
+    watch = arrive(signals)
+    is_settled = False
     try:
-        with _signals(run):
-            return run.go()
+        run = _Run(config, start, allow_config_change, signals, watch)
+        try:
+            with _signals(run):
+                return run.go()
+        finally:
+            is_settled = run.is_settled
+            run.close()
     finally:
-        run.close()
+        if watch is not None:
+            watch.close(is_settled)
 
 
 @dataclass
@@ -126,40 +140,24 @@ class _Interval:
         self.timesteps.append(batch.timesteps.to(losses["mse"].device))
 
 
-class _Batches:
-    """The batches of this process, from workers that are gone when it is closed, whoever still holds on to it."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._iterator: Any = iter(loader)
-
-    def next(self) -> Batch:
-        """The next one.
-
-        Raises:
-            IDAdapterError: a photo cannot be read, or the loader failed.
-        """
-        failed = ""
-        try:
-            batch: Batch | IDAdapterError = next(self._iterator)
-        except Exception as error:  # whatever a worker does
-            failed = f"the loader failed: {error}. Go on with --resume auto; data.workers = 0 shows more of the error."
-        if failed:
-            raise TrainingError(failed)
-        if isinstance(batch, IDAdapterError):
-            raise batch
-        return batch
-
-    def close(self) -> None:
-        # Workers do not heed SIGTERM (see `_leave_signals_to_the_trainer`), by which Python ends them at its exit: without this
-        # it would wait for them for ever where an error still refers to the iterator.
-        shutdown = getattr(self._iterator, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
-        self._iterator = None
+class _Interrupted(Exception):  # noqa: N818  # no error: a signal
+    """A signal was heard in the middle of a step or of what is done between two steps, which is given up."""
 
 
 class _Run:
-    def __init__(self, config: RunConfig, start: Checkpoint | None, allow_config_change: bool) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        start: Checkpoint | None,
+        allow_config_change: bool,
+        signals: set[str],
+        watch: Watch | None,
+    ) -> None:
+        self.signals = signals  # "stop" and "save", as this process alone has heard them
+        self.watch = watch
+        self.step = 0
+        self.aside = Aside("disk")
+        self._updating = threading.Lock()  # held while weights, optimiser and step do not belong together
         accelerate = require("accelerate")
         kwargs = require("accelerate.utils").DistributedDataParallelKwargs(
             # IDAdapter's gates are skipped where the identity is dropped in all of a micro-batch.
@@ -186,7 +184,8 @@ class _Run:
         self.parts = load_parts(config, self.device)
         self.facts = self._what_it_depends_on()
         self.state = {} if start is None else start.state()
-        self._require_one_start(start)
+        with self._waiting():
+            self._require_one_start(start)
         if start is not None:
             self._require_same(start, allow_config_change)
         self.step = 0 if start is None else start.step
@@ -209,23 +208,21 @@ class _Run:
             self._load(start)
         if config.train.checkpointing:
             self.parts.base.unet.enable_gradient_checkpointing()
-        self.model: nn.Module = self.accelerator.prepare(bundle)
+        with self._waiting():
+            self.model: nn.Module = self.accelerator.prepare(bundle)
         self.store = Cache(Path(config.data.cache), kinds(self.parts, config)) if config.data.cache else None
-        self.signals: set[str] = set()  # "stop" and "save", as this process alone has heard them
         self.stops = self.saves = False  # as all processes agreed on
         self.is_settled = False  # all processes know how the run ended
         self.saved = self.step if start is not None else -1
         self.log: RunLog | None = None
-        if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / CONFIG).write_text(config_toml(config), encoding="utf-8")
-            (self.folder / FACTS).write_text(json.dumps(self._facts(), indent=1), encoding="utf-8")
-            sys.stderr.write(f"{self.folder}: {self._in_words()}\n")
-            self.log = RunLog(self.folder, self.step, config.train.steps, config.output.tensorboard)
+        if watch is not None:
+            watch.save = self._keep
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     def go(self) -> int:
+        with self._together():
+            self._open_log()
         config = self.config
         samples = self._samples(self.parts.train_rows)
         keys = MicroBatches(
@@ -236,28 +233,52 @@ class _Run:
             batch_sampler=keys,
             collate_fn=collate,
             num_workers=config.data.workers,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=prepare_worker,
             pin_memory=self.device.type == "cuda",
         )
-        batches = _Batches(loader)
+        batches = Batches(loader, self.device, self._look, "Go on with --resume auto.")
         try:
             return self._steps(batches)
         finally:
             batches.close()
 
-    def _steps(self, batches: _Batches) -> int:
+    def _open_log(self) -> None:
+        if not self.is_main:
+            return
+        write_file(self.folder / CONFIG, config_toml(self.config).encode())
+        write_file(self.folder / FACTS, json.dumps(self._facts(), indent=1).encode())
+        sys.stderr.write(f"{self.folder}: {self._in_words()}\n")
+        self.log = RunLog(self.folder, self.step, self.config.train.steps, self.config.output.tensorboard)
+
+    def _steps(self, batches: Batches) -> int:
+        try:
+            self._all_steps(batches)
+        except _Interrupted:  # all processes gave up the same thing
+            self._save()
+        self.is_settled = True
+        if self.step < self.config.train.steps:
+            self._tell_of_the_stop()
+            return STOPPED
+        if self.log is not None:
+            self.log.close()
+            sys.stderr.write(
+                f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core.export {self.folder} NAME.safetensors` "
+                "writes the file for ComfyUI.\n"
+            )
+        return 0
+
+    def _all_steps(self, batches: Batches) -> None:
+        """The steps that are left, or as many as there are before a signal."""
         config = self.config
         interval = _Interval()
         if self.step == 0 and config.output.validate_every:
             self._validate()
-        while self.step < config.train.steps:
+        while self.step < config.train.steps and not self.stops:
             began = time.perf_counter()
             self._observe(interval)
             self._one_step(batches, interval)
             interval.steps += 1
             interval.seconds += time.perf_counter() - began
-            self.step += 1
-            self.position += config.train.batch
             is_last = self.step == config.train.steps
             if self.step % config.output.log_every == 0 or is_last:
                 self._write_log(interval)
@@ -271,20 +292,15 @@ class _Run:
             if self.step % config.output.save_every == 0 or is_last or self.stops or self.saves:
                 self.saves = False
                 self._save()
-            if self.stops and not is_last:
-                if self.log is not None:
-                    self.log.close()  # its bar first
-                    log.warning("stopped by a signal after step %d; the checkpoint is written", self.step)
-                self.is_settled = True
-                return STOPPED
-        self.is_settled = True
-        if self.log is not None:
-            self.log.close()
-            sys.stderr.write(
-                f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core.export {self.folder} NAME.safetensors` "
-                "writes the file for ComfyUI.\n"
-            )
-        return 0
+
+    def _tell_of_the_stop(self) -> None:
+        if self.log is None:
+            return
+        self.log.close()  # its bar first
+        if self.step:
+            log.warning("stopped by a signal after step %d; the checkpoint is written", self.step)
+        else:
+            log.warning("stopped by a signal before the first step was done; there is nothing to keep")
 
     def _observe(self, interval: _Interval) -> None:
         """Have the adapter's share in each block measured, in a step that is logged."""
@@ -300,7 +316,7 @@ class _Run:
         ) % self.config.output.log_every == 0 or self.step + 1 == self.config.train.steps
         injected.observe(note if is_logged else None)
 
-    def _one_step(self, batches: _Batches, interval: _Interval) -> None:
+    def _one_step(self, batches: Batches, interval: _Interval) -> None:
         train = self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
@@ -325,23 +341,30 @@ class _Run:
                 failure = error
                 break
         if failure is None and (problem := _not_finite(done)):
-            failure = NotFiniteError(f"step {self.step + 1}: {problem} {self._what_is_kept()}")
+            failure = NotFiniteError(
+                f"step {self.step + 1}: {problem} {advice_on_numbers(train)} {self._what_is_kept()}"
+            )
         self._agree(failure)
-        torch.autograd.backward(done[-1][1]["loss"] / train.accumulate)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or float("inf")))
+        with self._waiting():
+            torch.autograd.backward(done[-1][1]["loss"] / train.accumulate)
+            # On a GPU the waiting is here, where the number is asked for.
+            norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), train.clip or float("inf")))
         if not math.isfinite(norm):  # the same in all processes, which have the same gradients now
             self.is_settled = True
             sources = ", ".join(source for batch, _ in done for source in batch.sources)
             raise NotFiniteError(
-                f"step {self.step + 1}: the gradient is not finite. Photos of that step: {sources}. Look at them, lower train.lr, "
-                f"or set train.clip. {self._what_is_kept()}"
+                f"step {self.step + 1}: the gradient is not finite. Photos of that step: {sources}. Look at them. "
+                f"{advice_on_numbers(train)} {self._what_is_kept()}"
             )
         for batch, losses in done:
             interval.add(batch, losses)
         interval.gradient = norm
-        self.optimizer.step()
+        with self._updating:
+            self.optimizer.step()
+            self._average()
+            self.step += 1
+            self.position += train.batch
         self.optimizer.zero_grad(set_to_none=True)
-        self._average()
 
     def _what_is_kept(self) -> str:
         """Advice for who has to start again: from where."""
@@ -360,13 +383,19 @@ class _Run:
             the failure, or TrainingError in the processes that did not fail. Where it was not the numbers that went wrong, the
             steps before it are in a checkpoint then.
         """
-        is_broken = isinstance(failure, NotFiniteError)
-        said = [failure is not None, is_broken, "stop" in self.signals, "save" in self.signals]
-        failed, is_broken, stops, saves = self._any(said)
-        self.signals.clear()
-        self.stops, self.saves = self.stops or stops, self.saves or saves
+        is_broken, gives_up = isinstance(failure, NotFiniteError), isinstance(failure, _Interrupted)
+        heard = set(self.signals)  # others may come in the meantime
+        fails = failure is not None and not gives_up
+        failed, is_broken, gives_up, stops, saves = self._any(
+            [fails, is_broken, gives_up, "stop" in heard, "save" in heard]
+        )
+        self.signals -= heard
+        self.stops, self.saves = self.stops or stops or gives_up, self.saves or saves
+        if gives_up and not failed:
+            raise _Interrupted
         if not failed:
             return
+        failure = None if isinstance(failure, _Interrupted) else failure
         if self.step and not is_broken and not isinstance(failure, CheckpointError):
             with contextlib.suppress(CheckpointError, NotFiniteError):  # the failure is what must be told
                 self._write()
@@ -386,7 +415,8 @@ class _Run:
             yield
         except OSError as error:
             failure = TrainingError(
-                f"step {self.step}: {error}. Free some space or bring the folder back, then go on with --resume auto."
+                f"step {self.step}: {self.folder} cannot be written ({error}). Free some space or bring the folder back, then go on with "
+                "--resume auto."
             )
         except Exception as error:
             failure = error
@@ -397,8 +427,75 @@ class _Run:
         if self.world == 1:
             return said
         values = torch.tensor(said, dtype=torch.int32, device=self.device)
-        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
-        return [bool(value) for value in values.tolist()]
+        with self._waiting():
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+            return [bool(value) for value in values.tolist()]
+
+    # ------------------------------------------------------------------------------------------------ waiting
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """A collective, in which this process waits for the others.
+
+        Raises:
+            TrainingError: one of them is gone; the steps done are in a checkpoint.
+        """
+        if self.watch is None:
+            yield
+            return
+        with self.watch.doing(WAITS):
+            try:
+                yield
+                return
+            except (IDAdapterError, torch.cuda.OutOfMemoryError):
+                raise
+            except RuntimeError as error:
+                problem = error
+        raise self._parted(problem) from problem
+
+    def _parted(self, error: RuntimeError) -> TrainingError:
+        """The connection to another process broke: which one it is, as soon as it misses its signs."""
+        assert self.watch is not None
+        deadline = time.monotonic() + 10
+        while not (lost := self.watch.silent(3)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        kept = self._keep() if self.rank == min(set(range(self.world)) - set(lost)) else ""
+        who = f"{named(lost)} of {self.world}" if lost else "another process"
+        # gloo names a line of its own source first, and guesses at the reason after the first sentence.
+        reason = re.sub(r"^\[\S*\] *", "", f"{error}").split("\n")[0].split(". ")[0]
+        return TrainingError(
+            f"step {self.step + 1}: {who} is gone ({reason}). {kept} Its own messages and those of its machine say why (perhaps for "
+            "want of memory); go on with --resume auto."
+        )
+
+    def _keep(self) -> str:
+        """A checkpoint of the steps done, by a process that has lost others; says what came of it."""
+        with self._updating:
+            found = latest(self.folder)
+            if not self.step or (found is not None and found.step == self.step):
+                return _kept(found)
+            try:
+                self._write_now(lambda work: work())
+            except IDAdapterError as error:
+                return f"{error}"
+        return _kept(latest(self.folder))
+
+    def _look(self) -> None:
+        """Give up what is waited for, where a signal was heard."""
+        if self.stops or "stop" in self.signals:
+            raise _Interrupted
+
+    def _to_disk(self, work: Callable[[], object]) -> None:
+        """What may hang with a disk. A signal does not end it, for a checkpoint takes its time; a second one does."""
+        warned = 0.0
+
+        def look(seconds: float) -> None:
+            nonlocal warned
+            if seconds - warned > 60:
+                warned = seconds
+                log.warning("%s is being written to for %.0f s", self.folder, seconds)
+
+        self.aside.do(work, look)
 
     def _average(self) -> None:
         decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step))
@@ -421,25 +518,31 @@ class _Run:
         )
 
     def _write_log(self, interval: _Interval) -> None:
-        together = [
-            self.accelerator.gather(torch.cat(values))
-            for values in (
-                interval.losses,
-                interval.mse,
-                interval.cosine,
-                interval.counts,
-                interval.timesteps,
-            )
-        ]
-        norms = self._norm_ratios(interval)
+        with self._waiting():
+            together = [
+                self.accelerator.gather(torch.cat(values)).float().cpu()
+                for values in (
+                    interval.losses,
+                    interval.mse,
+                    interval.cosine,
+                    interval.counts,
+                    interval.timesteps,
+                )
+            ]
+            norms = self._norm_ratios(interval)
         with self._together():
             if self.log is not None:
-                values = self._values(interval, [values.float().cpu() for values in together])
+                values = self._values(interval, together)
                 values |= {"norm_ratios": norms} if norms else {}
-                self.log.write(self.step, values)
+                self._tell(values)
                 self.log.show(
                     self.step, *(values[name] for name in ("loss", "images_per_second", "seconds_left"))
                 )
+
+    def _tell(self, values: Mapping[str, Any]) -> None:
+        log, step = self.log, self.step
+        if log is not None:
+            self._to_disk(lambda: log.write(step, values))
 
     def _values(self, interval: _Interval, together: list[Tensor]) -> dict[str, Any]:
         """A line of the log."""
@@ -490,14 +593,21 @@ class _Run:
         mine = keys[self.rank :: self.world]
         size = max(self.config.train.batch // (self.world * self.config.train.accumulate), 1)
         sums = torch.zeros(3)
-        with self._together(), self._averaged():
-            for first in range(0, len(mine), size):
-                batch = join([samples.sample(*key) for key in mine[first : first + size]])
+        parts = [mine[first : first + size] for first in range(0, len(mine), size)]
+        loader = DataLoader(samples, batch_sampler=parts, collate_fn=collate)
+        with (
+            self._together(),
+            self._averaged(),
+            contextlib.closing(Batches(loader, self.device, self._look)) as batches,
+        ):
+            for batch in batches:
+                self._look()
                 with_adapter, alone = self.bundle.measure(batch.to(self.device))
                 sums += torch.stack(
                     [with_adapter.sum().cpu(), alone.sum().cpu(), torch.tensor(float(len(batch)))]
                 )
-        error, alone, number = self.accelerator.reduce(sums.to(self.device), reduction="sum").tolist()
+        with self._waiting():
+            error, alone, number = self.accelerator.reduce(sums.to(self.device), reduction="sum").tolist()
         measured = {
             "loss": error / number,
             "loss_of_base": alone / number,
@@ -505,15 +615,21 @@ class _Run:
             "people": "test" if self.parts.test_rows else "train",
         }
         with self._together():
-            if self.log is not None:
-                self.log.write(self.step, {"validation": measured})
+            self._tell({"validation": measured})
 
     def _sample(self) -> None:
         with self._together():
             if self.log is not None:
                 with self._averaged():
                     pixels = sample_grid(
-                        self.bundle, self.adapter, self.parts, self.config, self.folder, self.step
+                        self.bundle,
+                        self.adapter,
+                        self.parts,
+                        self.config,
+                        self.folder,
+                        self.step,
+                        look=self._look,
+                        read=lambda work: self.aside.do(work, lambda seconds: self._look()),
                     )
                 self.log.picture(self.step, "samples", pixels)
 
@@ -534,8 +650,15 @@ class _Run:
             self._write()
 
     def _write(self) -> None:
-        if not self.is_main or self.saved == self.step:
+        if not self.is_main or self.saved == self.step or not self.step:
             return
+        with contextlib.nullcontext() if self.watch is None else self.watch.doing(WRITES):
+            self._write_now(self._to_disk)
+
+    def _write_now(self, run: Callable[[Callable[[], object]], object]) -> None:
+        """Args:
+        run: what the writing is given to.
+        """
         self._require_finite()
         state = {
             "step": self.step,
@@ -549,10 +672,12 @@ class _Run:
             if self.ema:
                 save_adapter(self.adapter, folder / EMA, weights=self.ema)
             torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
-            (folder / CONFIG).write_text(config_toml(self.config), encoding="utf-8")
+            write_file(folder / CONFIG, config_toml(self.config).encode())
 
-        write_checkpoint(
-            self.folder, self.step, state, write, keep_last=output.keep_last, keep_every=output.keep_every
+        run(
+            lambda: write_checkpoint(
+                self.folder, self.step, state, write, keep_last=output.keep_last, keep_every=output.keep_every
+            )
         )
         self.saved = self.step
 
@@ -563,15 +688,14 @@ class _Run:
         ]
         if broken:
             raise NotFiniteError(
-                f"step {self.step}: {len(broken)} weights are not finite ({some(broken)}). Lower train.lr, or set train.clip. "
+                f"step {self.step}: {len(broken)} weights are not finite ({some(broken)}). {advice_on_numbers(self.config.train)} "
                 f"{self._what_is_kept()}"
             )
 
     def _load(self, start: Checkpoint) -> None:
         """The optimiser's state and the averaged weights of a checkpoint."""
         try:
-            state = torch.load(start.path / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
-            self.optimizer.load_state_dict(state)
+            load_optimizer(self.optimizer, start.path / OPTIMIZER)
         except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{start.path}: the optimiser's state cannot be read ({error}). Remove this checkpoint to go on from the one before."
@@ -655,6 +779,7 @@ class _Run:
         )
 
     def close(self) -> None:
+        self.aside.close()
         if self.log is not None:
             self.log.close()
         if self.bundle.injected is not None:
@@ -710,10 +835,29 @@ def _not_finite(done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> str:
             batch.sources, batch.timesteps.tolist(), broken.tolist(), strict=True
         ):
             (named if is_broken else others).append(f"{source} (timestep {timestep})")
-    return (
-        f"the loss is not finite, from {', '.join(named or others)}. Look at {'this photo' if len(named) == 1 else 'these photos'}, "
-        "lower train.lr, set train.clip, or train without bf16."
+    return f"the loss is not finite, from {', '.join(named or others)}. Look at {'this photo' if len(named) == 1 else 'these photos'}."
+
+
+def advice_on_numbers(train: TrainConfig) -> str:
+    """What helps against numbers that are not finite, with these settings."""
+    steps = [f"lower train.lr ({train.lr:g})"]
+    steps.append(
+        f"lower train.clip ({train.clip:g})" if train.clip else "set train.clip (1.0 is a common value)"
     )
+    if not train.warmup:
+        steps.append("set train.warmup")
+    if train.precision != "no":
+        steps.append(
+            f'set train.precision = "no", which has 24 significant bits where {train.precision} has 8'
+        )
+    listed = f"{', '.join(steps[:-1])}, or {steps[-1]}."
+    return listed[0].upper() + listed[1:]
+
+
+def _kept(checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return "There is no checkpoint yet."
+    return f"The checkpoint of step {checkpoint.step} is written."
 
 
 def _is_due(step: int, every: int, is_last: bool) -> bool:
@@ -753,10 +897,15 @@ def _commit() -> str:
 
 @contextlib.contextmanager
 def _signals(run: _Run) -> Iterator[None]:
-    """SIGTERM and Ctrl+C: a checkpoint at the end of the step, then leave; Ctrl+C once more: leave now. SIGUSR1: a checkpoint, and
-    go on."""
+    """SIGTERM and Ctrl+C: a checkpoint at the end of the step, then leave; once more: leave now. SIGUSR1: a checkpoint, and go on."""
+
+    stopped_at = 0.0
 
     def stop(number: int, frame: object) -> None:
+        nonlocal stopped_at
+        if stopped_at and time.monotonic() - stopped_at > _INSIST:
+            raise Terminated
+        stopped_at = stopped_at or time.monotonic()
         run.signals.add("stop")
 
     def save(number: int, frame: object) -> None:
@@ -782,11 +931,4 @@ def _signals(run: _Run) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to all processes of a run must not end the loader's workers before the trainer's checkpoint is written."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-__all__ = ["STOPPED", "config_digest", "learning_rate", "train"]
+__all__ = ["STOPPED", "advice_on_numbers", "config_digest", "learning_rate", "train"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,27 @@ log = logging.getLogger(__name__)
 
 
 def sample_grid(
-    bundle: Bundle, adapter: Adapter, parts: Parts, config: RunConfig, folder: Path, step: int
+    bundle: Bundle,
+    adapter: Adapter,
+    parts: Parts,
+    config: RunConfig,
+    folder: Path,
+    step: int,
+    *,
+    look: Callable[[], None] = lambda: None,
+    read: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> Image:
     """Draw and write `samples/step-N.png`; the picture (H, W, 3), RGB uint8.
 
     A row for each person: a reference photo's face, then a picture for each prompt. The last row is the base model alone.
+
+    Args:
+        look: called before each step of the sampler; what it raises ends the drawing.
+        read: calls what reads photos, and gives what that returns.
     """
     rows = parts.test_rows or parts.train_rows
     chosen = list(by_person(rows).values())[: config.output.sample_people]
-    pipeline = Pipeline(parts.base, adapter, bundle.injected)
+    pipeline = Pipeline(parts.base, adapter, bundle.injected, look)
     size = config.data.resolution
     lines: list[tuple[str, list[Image]]] = []
     device = next(bundle.encoder.parameters()).device
@@ -54,17 +66,17 @@ def sample_grid(
     }
     for person in chosen:
         photos = person[: config.data.references]
-        features = features_of(parts.index, photos, parts.networks, parts.recognizer_digest, device)
+        features = features_of(parts.index, photos, parts.networks, parts.recognizer_digest, device, read)
         identity = adapter.encode(features)
         assert features.crops is not None
         line = [_fit(to_levels((features.crops[0] + 1) / 2), size)]
         for prompt in config.output.prompts:
             picture = pipeline.generate(prompt, identity=identity, width=size, height=size, **settings)
-            line.append(_levels(picture))
+            line.append(_levels(picture, config))
         lines.append((photos[0].identity or photos[0].source, line))
     blank = np.full((size, size, 3), 255, np.uint8)
     alone = [
-        _levels(pipeline.generate(prompt, width=size, height=size, **settings))
+        _levels(pipeline.generate(prompt, width=size, height=size, **settings), config)
         for prompt in config.output.prompts
     ]
     grid = _grid([*lines, (BASE, [blank, *alone])], ("reference", *config.output.prompts))
@@ -74,10 +86,10 @@ def sample_grid(
     return grid
 
 
-def _levels(picture: Tensor) -> Image:
+def _levels(picture: Tensor, config: RunConfig) -> Image:
     """A picture (3, H, W) in 0..1 as (H, W, 3) uint8; white where it is not finite, which must not end a training."""
     try:
-        return to_levels(picture)
+        return to_levels(picture, config.train.precision)
     except InputError as error:
         log.warning("%s; it is white in the grid", error)
         return np.full((*picture.shape[1:], 3), 255, np.uint8)

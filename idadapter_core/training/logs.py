@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 from ..extra import BETWEEN_LINES, require
 from ..files import write_lines
+
+log = logging.getLogger(__name__)
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -30,9 +34,15 @@ class RunLog:
         kept = [line for line in read_log(folder) if int(line["step"]) <= start] if start else []
         write_lines(self._path, [f"{_json(line)}\n".encode() for line in kept])
         self._writer: Any = None
+        self._hook = threading.excepthook
         if tensorboard:
+            threading.excepthook = self._quietly
             writer = require("torch.utils.tensorboard").SummaryWriter
-            self._writer = writer(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
+            try:
+                self._writer = writer(str(folder / TENSORBOARD), purge_step=start + 1 if start else None)
+            except OSError:
+                threading.excepthook = self._hook
+                raise
         bar = require("tqdm").tqdm
         self._bar = bar(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=None)
         self._told = time.monotonic()
@@ -67,7 +77,24 @@ class RunLog:
     def close(self) -> None:
         self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                log.warning(
+                    "%s: the last numbers cannot be written (%s); they are in %s",
+                    self._path.parent / TENSORBOARD,
+                    error,
+                    LOG,
+                )
+            self._writer = None
+            threading.excepthook = self._hook
+
+    def _quietly(self, raised: threading.ExceptHookArgs) -> None:
+        """What TensorBoard's thread cannot write it raises at the next call, too: no need for a traceback."""
+        if not isinstance(raised.exc_value, OSError) or not type(raised.thread).__module__.startswith(
+            "tensorboard"
+        ):
+            self._hook(raised)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

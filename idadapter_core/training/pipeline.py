@@ -51,10 +51,18 @@ class Pipeline:
     Args:
         adapter: its layers are moved to the base's device; None draws with the base alone.
         injected: the adapter's injection, where it is in the UNet already.
+        look: called before each step of the sampler; what it raises ends the drawing.
     """
 
-    def __init__(self, base: Base, adapter: Adapter | None = None, injected: Any = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        adapter: Adapter | None = None,
+        injected: Any = None,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
         self.base, self.adapter = base, adapter
+        self._look = look
         self._device = next(base.unet.parameters()).device
         self._owns = injected is None
         self.injected = injected
@@ -109,6 +117,12 @@ class Pipeline:
                 positive = self._with_word(text, identity, acting, rows)
             else:
                 positive, before_step = self._with_tokens(text, identity, acting, rows)
+        own = before_step
+
+        def each_step(step: int, steps: int) -> Conditioning | None:
+            self._look()
+            return own(step, steps)
+
         latents = sample(
             self.base,
             positive,
@@ -118,7 +132,7 @@ class Pipeline:
             cfg=cfg,
             width=width,
             height=height,
-            before_step=before_step,
+            before_step=each_step,
         )
         self._set(None, 0.0)
         picture = self.base.vae.decode(latents.float())[0]
@@ -210,10 +224,20 @@ def _by_rows(identity: Identity, rows: Tensor) -> Tensor:
 
 
 def features_of(
-    index: Index, rows: Sequence[Row], networks: Networks, recognizer: str, device: torch.device | str
+    index: Index,
+    rows: Sequence[Row],
+    networks: Networks,
+    recognizer: str,
+    device: torch.device | str,
+    read: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> FaceFeatures:
-    """The features of rows of one person, as Extract Face Features gives them. `recognizer` is the name on record."""
-    pictures = [photo_pictures(index.load(row), Photo(row)) for row in rows]
+    """The features of rows of one person, as Extract Face Features gives them.
+
+    Args:
+        recognizer: the name on record.
+        read: calls what reads the photos, and gives what that returns.
+    """
+    pictures = read(lambda: [photo_pictures(index.load(row), Photo(row)) for row in rows])
     crops = crops_to_tensor([crop for crop, _ in pictures])
     faces = tuple(
         Face(
@@ -241,16 +265,19 @@ def features_of(
     )
 
 
-def to_levels(picture: Tensor) -> Image:
+def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.precision") -> Image:
     """A picture (3, H, W) in 0..1 as (H, W, 3) uint8.
+
+    Args:
+        precision: that it was drawn in, as the configuration has it under `setting`.
 
     Raises:
         InputError: it has values that are not finite.
     """
     pixels = picture.detach().float().movedim(0, -1)
     if not torch.isfinite(pixels).all():
-        raise InputError(
-            "a generated picture has values that are not finite: the model does not stand this precision (bf16, fp16) or the "
-            "adapter's scale"
-        )
+        advice = "lower the adapter's scale, or see whether the base model alone draws a picture"
+        if precision != "no":
+            advice = f'set {setting} = "no", for this model may not stand {precision}; else {advice}'
+        raise InputError(f"a generated picture has values that are not finite: {advice}")
     return (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()

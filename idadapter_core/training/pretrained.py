@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..extra import require
-from ..files import key_problems, some
+from ..files import key_problems, own_weights, some
 
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
@@ -151,9 +151,11 @@ def _quietly() -> Iterator[None]:
 
 
 def freeze(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """The network itself, ready for use: no gradients to its weights, evaluation mode."""
+    """The network itself, ready for use: no gradients to its weights, evaluation mode, and independent of its files."""
     # nn.Module's own `to`: that of diffusers warns of layers to keep in fp32, of which these models have none.
-    return nn.Module.to(network.requires_grad_(False).eval(), device=device, dtype=dtype)
+    frozen = nn.Module.to(network.requires_grad_(False).eval(), device=device, dtype=dtype)
+    own_weights(frozen)
+    return frozen
 
 
 def from_library(module: str, name: str) -> Any:

@@ -96,7 +96,7 @@ class SingleFile:
         self.path = path
         self.family = family
         self.configs = configs
-        self.state = read_tensors(path)[0]
+        self.state = read_tensors(path, mapped=True)[0]
         self.unet_state = self._part(UNET_PREFIX)
         if not self.unet_state:
             raise CheckpointError(

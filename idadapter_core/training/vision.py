@@ -114,7 +114,7 @@ def _from_file(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """Configuration and weights, without what else a CLIP file holds (the text tower, the projection)."""
     state = {
         name: value
-        for name, value in read_tensors(path)[0].items()
+        for name, value in read_tensors(path, mapped=True)[0].items()
         if name.startswith(f"{_TOWER}.") and not name.endswith("position_ids")
     }
     if f"{_TOWER}.embeddings.class_embedding" not in state:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -235,8 +235,8 @@ def injected_into(unet: Any) -> Injected | None:
 
 def require_finite(strength: float | Tensor) -> None:
     """Raise InputError where a strength is no number."""
-    finite = bool(torch.isfinite(strength).all()) if isinstance(strength, Tensor) else math.isfinite(strength)
-    if not finite:
+    largest = float(strength.abs().max()) if isinstance(strength, Tensor) else abs(strength)
+    if not largest <= sys.float_info.max:  # a whole number may be too large for a float
         raise InputError(f"strength must be a finite number, got {strength}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,25 +10,54 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...idadapter_core.errors import InputError
-from ...idadapter_core.faces.images import Image, check_image
+from ...idadapter_core.faces.images import Image, check_image, require_image
+from ...idadapter_core.faces.preview import draw_preview, face_mask, preview_size
+from ...idadapter_core.types import Face
 
 
-def photos(image: Tensor) -> list[Image]:
-    """IMAGE (B, H, W, C) in 0..1 -> B photos (H, W, 3), RGB uint8.
+def photos(image: Tensor) -> list[Tensor]:
+    """IMAGE (B, H, W, C) in 0..1 -> its photos as they are, checked. `check_image` turns one into (H, W, 3), RGB uint8.
+
+    Nothing is converted here: of a video that would be gigabytes.
 
     Raises:
         InputError: another shape, NaN, or too small; names the photo.
     """
     if image.ndim != 4:
         raise InputError(
-            f"expected an IMAGE of shape (batch, height, width, channels), got {tuple(image.shape)}"
+            f"expected an IMAGE of shape (batch, height, width, channels), got {tuple(image.shape)}; "
+            "repair the node that made it"
         )
-    return [check_image(photo, index, image.shape[0]) for index, photo in enumerate(image)]
+    for index, photo in enumerate(image):
+        require_image(photo, index, len(image))
+    return list(image)
 
 
-def to_image(pictures: Sequence[Image]) -> Tensor:
-    """Pictures (H, W, 3), RGB uint8, of one size -> IMAGE (B, H, W, 3) in 0..1."""
-    return torch.stack([torch.from_numpy(picture) for picture in pictures]).float() / 255
+def to_image(pictures: Iterable[Image], count: int) -> Tensor:
+    """`count` pictures (H, W, 3), RGB uint8, of one size -> IMAGE (count, H, W, 3) in 0..1. They are taken one by one."""
+    image = torch.empty(0)
+    for number, picture in enumerate(pictures):
+        if number == 0:
+            image = torch.empty(count, *picture.shape)
+        image[number] = torch.from_numpy(picture)
+    return image.div_(255)
+
+
+def previews(
+    pictures: Sequence[Tensor], found: Sequence[Sequence[Face]], chosen: Sequence[Sequence[Face]]
+) -> tuple[Tensor, Tensor]:
+    """IMAGE of photos with boxes around their faces, and MASK of the chosen ones; see `preview_size` for their size."""
+    count = len(pictures)
+    height, width = pictures[0].shape[:2]
+    size = preview_size(count, height, width)
+    drawn = (
+        draw_preview(check_image(picture, number, count), found[number], chosen[number], size=size)
+        for number, picture in enumerate(pictures)
+    )
+    boxes = torch.zeros(count, *size)
+    for number, faces in enumerate(chosen):
+        boxes[number] = face_mask(faces, height, width, size)
+    return to_image(drawn, count), boxes
 
 
 def crops_to_image(crops: Tensor) -> Tensor:
@@ -41,6 +70,6 @@ def picture_ui(node: type[io.ComfyNode], pictures: Sequence[Image]) -> dict[str,
     if not pictures:
         return {}
     shown: dict[str, Any] = ui.PreviewImage(
-        [to_image([picture])[0] for picture in pictures], cls=node
+        [to_image([picture], 1)[0] for picture in pictures], cls=node
     ).as_dict()
     return shown

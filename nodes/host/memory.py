@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -11,6 +12,7 @@ import comfy.model_patcher
 from torch import Tensor, nn
 
 from ...idadapter_core import Adapter, FaceFeatures, Identity, Mix
+from ...idadapter_core.errors import MismatchError
 
 
 def manage(module: nn.Module, reload: Callable[..., Any], *arguments: Any) -> Any:
@@ -27,6 +29,14 @@ def manage(module: nn.Module, reload: Callable[..., Any], *arguments: Any) -> An
 
 def _rebuild(reload: Callable[..., Any], arguments: tuple[Any, ...], disable_dynamic: bool = False) -> Any:
     return reload(*arguments)
+
+
+def require_same_file(path: Path, expected: str, found: str) -> None:
+    """Raise MismatchError where a file that is loaded anew holds other weights than at first: digests say so."""
+    if found != expected:
+        raise MismatchError(
+            f"{path.name} has been replaced since it was loaded. Queue the prompt again, which loads the new file."
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,6 +69,30 @@ def find(name: str, file: str) -> Path | None:
     return None if path is None else Path(path)
 
 
+def stamp(*paths: Path | None) -> str:
+    """What changes when one of these files is replaced, overwritten or deleted, for ComfyUI's cache of node outputs.
+
+    Time and size alone would miss a file of the same size that was copied together with its time: a file that took the place of
+    another differs in its number, one that was written into in the time of its last change.
+    """
+    return " ".join(_stamp(path) for path in paths)
+
+
+def stamp_of(name: str, file: str | None) -> str:
+    """The stamp of a chosen file; where another node chooses it, which nobody knows before that ran, of all files of the folder."""
+    return stamp(*(find(name, each) for each in ([file] if file is not None else files(name))))
+
+
+def _stamp(path: Path | None) -> str:
+    try:
+        facts = None if path is None else path.stat()
+    except OSError:
+        facts = None
+    if facts is None:
+        return "missing"
+    return f"{path}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+
+
 def folder_of(name: str) -> Path:
     """Where new files of this kind are written."""
     return Path(folder_paths.folder_names_and_paths[name][0][0])

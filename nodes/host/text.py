@@ -12,6 +12,7 @@ from torch import Tensor
 from ...idadapter_core.errors import MismatchError
 from ...idadapter_core.methods import idadapter
 from ...idadapter_core.methods.uniid import ENCODERS, normalize_text_tokens, reference_names
+from ...idadapter_core.sites import text_family_name
 from ...idadapter_core.types import Identity
 from .conditioning import PROMPTED, TEXT_POSITIONS, Prompted
 
@@ -45,13 +46,10 @@ def require_text_encoders(clip: Any, identity: Identity) -> None:
     found = encoder_widths(clip)
     wanted = {name: tokens.shape[-1] for name, tokens in identity.text_tokens.items()}
     if found != wanted:
-        here, there = (
-            ", ".join(f"{name} {width or '(no CLIP)'}" for name, width in side.items())
-            for side in (found, wanted)
-        )
+        here, there = text_family_name(found), text_family_name(wanted)
         raise MismatchError(
-            f"the identity's text tokens are for text encoders of widths {there}, this CLIP has {here}. "
-            "Use the CLIP of the model that the adapter was made for (SD1.5 has l 768; SD2.1 h 1024; SDXL l 768, g 1280)."
+            f"the identity's adapter was made for {there}, this CLIP is that of {here}. Wire the CLIP of a checkpoint of the adapter's "
+            "family, or use an adapter that was made for this one."
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import comfy.model_management
@@ -13,7 +13,7 @@ from ...idadapter_core.faces.images import Image
 from .images import to_image
 
 
-def encode_heads(clip_vision: Any, heads: Sequence[Image]) -> tuple[Tensor, Tensor]:
+def encode_heads(clip_vision: Any, heads: Iterable[Image]) -> tuple[Tensor, Tensor]:
     """CLIP vision's hidden states of pictures (S, S, 3), RGB uint8.
 
     Returns:
@@ -24,7 +24,7 @@ def encode_heads(clip_vision: Any, heads: Sequence[Image]) -> tuple[Tensor, Tens
     patches, classes = [], []
     for head in heads:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        encoded = clip_vision.encode_image(to_image([head]))
+        encoded = clip_vision.encode_image(to_image([head], 1))
         patches.append(encoded["penultimate_hidden_states"][:, 1:])
         classes.append(encoded["last_hidden_state"][:, 0])
     return torch.cat(patches).float().cpu(), torch.cat(classes).float().cpu()

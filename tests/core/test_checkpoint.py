@@ -305,16 +305,62 @@ def test_a_second_text_branch_is_refused(state: State, tmp_path: Path) -> None:
         InputError, match=r"whole\.bin already holds a text branch; set text_branch to 'none'"
     ):
         load_adapter(whole, text_file)
-    with pytest.raises(InputError, match="already holds a text branch"):
-        load_adapter(text_file, text_file)
 
 
-def test_swapped_files_are_refused(state: State, tmp_path: Path) -> None:
-    adapter_file, text_file = write_published(tmp_path, state)
-    with pytest.raises(
-        CheckpointError, match=r"adapter_branch/pytorch_model\.bin holds no text branch \(only adapter"
-    ):
-        load_adapter(text_file, adapter_file)
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (
+            "text",
+            "adapter",
+            "the two branches are exchanged: text.bin holds the text branch, adapter.bin the adapter branch. Exchange the two "
+            "files: choose adapter.bin as adapter and text.bin as text_branch.",
+        ),
+        (
+            "text",
+            "text",
+            "text.bin is chosen twice, as adapter and as text_branch; it holds the text branch alone: choose the file of the adapter "
+            "branch as adapter, or set text_branch to 'none'.",
+        ),
+        (
+            "adapter",
+            "adapter",
+            "adapter.bin is chosen twice, as adapter and as text_branch; it holds the adapter branch alone: choose the file of the "
+            "text branch as text_branch, or set text_branch to 'none'.",
+        ),
+        (
+            "whole",
+            "whole",
+            "whole.bin is chosen twice, as adapter and as text_branch; it holds both branches: set text_branch to 'none'.",
+        ),
+        (
+            "adapter",
+            "other_adapter",
+            "other_adapter.bin holds no text branch, only the adapter branch, as adapter.bin does. Choose the file of the text "
+            "branch as text_branch, or 'none'.",
+        ),
+        (
+            "text",
+            "other_text",
+            "text.bin and other_text.bin both hold the text branch. Choose the file of the adapter branch as adapter, or set "
+            "text_branch to 'none'.",
+        ),
+        (
+            "text",
+            "whole",
+            "whole.bin holds both branches, text.bin the text branch alone. Choose whole.bin as adapter and set text_branch to "
+            "'none'.",
+        ),
+    ],
+)
+def test_wrong_pairs_of_files_are_told_what_to_do(
+    state: State, tmp_path: Path, first: str, second: str, expected: str
+) -> None:
+    halves = {"text": branch(state, "text"), "adapter": branch(state, "adapter"), "whole": state}
+    paths = [write(tmp_path / f"{name}.bin", halves[name.removeprefix("other_")]) for name in (first, second)]
+    with pytest.raises(InputError) as refused:
+        load_adapter(*paths)
+    assert str(refused.value) == expected
 
 
 def test_branches_of_two_recognisers_are_refused(state: State, tmp_path: Path) -> None:
@@ -701,8 +747,8 @@ def test_another_family_is_refused_with_both_names(adapter: Adapter, tmp_path: P
     with pytest.raises(MismatchError) as caught:
         for_sd15.require_sites(sdxl, widths(sdxl, (640,) * 70, 2048), "SDXL")
     assert str(caught.value) == (
-        "face.bin was made for SD1.5 (16 attention sites, text width 768), but this model is SDXL: "
-        "SDXL (70 attention sites, text width 2048). Load a model of the adapter's family, or an adapter of the model's."
+        "face.bin was made for SD1.5, this checkpoint is SDXL. Load a checkpoint of the adapter's family, or an adapter that was "
+        "made for this one."
     )
     assert "The two differ" not in str(caught.value)
 
@@ -710,7 +756,7 @@ def test_another_family_is_refused_with_both_names(adapter: Adapter, tmp_path: P
 def test_the_same_family_of_other_widths_is_refused(adapter: Adapter) -> None:
     with pytest.raises(MismatchError, match="The two differ in the widths of their layers"):
         adapter.require_sites(SEVEN, widths(SEVEN, (64,) * 7, 64), "SD15")
-    with pytest.raises(MismatchError, match=r"text width 64, but this model is SD21: .*text width 128"):
+    with pytest.raises(MismatchError, match=r"text width 64, this checkpoint is SD21: .*text width 128"):
         adapter.require_sites(SEVEN, widths(SEVEN, TINY_SD15.site_widths, 128), "SD21")
 
 

@@ -125,7 +125,7 @@ def test_recorded_recognizer_refuses_another(tmp_path: Path) -> None:
     adapter = load_adapter(output)
     features = face_features(1)
     assert adapter.encode(replace(features, recognizer=digest(network))).adapter == adapter.digest
-    with pytest.raises(MismatchError, match="was trained with the face recogniser"):
+    with pytest.raises(MismatchError, match="was trained with another face recogniser"):
         adapter.encode(replace(features, recognizer="another"))
 
 
@@ -170,7 +170,7 @@ def test_an_idadapter_knows_the_recogniser_of_a_face_package(tmp_path: Path) -> 
     assert adapter.config.recognizer == analyzer.recognizer_digest
     features = vision_features(1)
     assert adapter.encode(replace(features, recognizer=analyzer.recognizer_digest)).adapter == adapter.digest
-    with pytest.raises(MismatchError, match="was trained with the face recogniser"):
+    with pytest.raises(MismatchError, match="was trained with another face recogniser"):
         adapter.encode(replace(features, recognizer="another"))
 
 

@@ -632,7 +632,7 @@ def test_features_without_clip_vision_say_which_node_to_add(plain: Adapter) -> N
         features = replace(vision_features(1), **missing)
         with pytest.raises(
             MismatchError,
-            match=r"no CLIP vision .*Add Load CLIP Vision .*\(width 64, 16 patches\).*`clip_vision` of Extract Face Features",
+            match=r"no CLIP vision .*Add Load CLIP Vision .*\(a CLIP vision model of width 64 with 16 patches\).*`clip_vision` of Extract Face Features",
         ):
             plain.encode(features)
     with pytest.raises(MismatchError, match="no CLIP vision"):
@@ -644,7 +644,10 @@ def test_another_clip_vision_is_refused_with_both_sizes(plain: Adapter, width: i
     features = replace(
         vision_features(1), patch_tokens=torch.zeros(1, patches, width), class_embedding=torch.zeros(1, width)
     )
-    text = f"of width 64 with 16 patches, the one wired to .* has width {width} with {patches} patches. Load the CLIP"
+    found = (
+        "CLIP ViT-H/14" if width == 1280 else f"a CLIP vision model of width {width} with {patches} patches"
+    )
+    text = f"of width 64 with 16 patches, wired to .* is {found}. Choose the one that"
     with pytest.raises(MismatchError, match=text):
         plain.encode(features)
 
@@ -660,7 +663,7 @@ def test_a_face_embedding_of_another_width_is_refused_with_both_sizes(plain: Ada
 def test_another_recogniser_is_refused_with_both_names(plain: Adapter) -> None:
     trained = dataclasses.replace(plain, config=replace(plain.config, recognizer="feedfacefeedface"))
     with pytest.raises(
-        MismatchError, match=f"trained with the face recogniser feedfacefeedface.*come from {RECOGNIZER}"
+        MismatchError, match=rf"trained with another face recogniser .*\(feedfacefeedface, not {RECOGNIZER}\)"
     ):
         trained.encode(vision_features(1))
     assert trained.encode(vision_features(1, recognizer="feedfacefeedface")).adapter == plain.digest

@@ -283,8 +283,8 @@ def test_an_adapter_of_another_family_is_refused_with_both_names(adapter: Adapte
     with pytest.raises(MismatchError) as caught:
         for_sd21.require_sites(SIXTEEN, widths(PRESETS["sd15"]), "SD15")
     assert str(caught.value) == (
-        "person.safetensors was made for SD2.1 (16 attention sites, text width 1024), but this model is SD15: "
-        "SD1.5 (16 attention sites, text width 768). Load a model of the adapter's family, or an adapter of the model's."
+        "person.safetensors was made for SD2.1, this checkpoint is SD1.5. Load a checkpoint of the adapter's family, or an adapter "
+        "that was made for this one."
     )
 
 

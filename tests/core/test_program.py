@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from torch import zeros
 
+from idadapter_core.data.index import Row, write_index
 from idadapter_core.errors import ConfigError
 from idadapter_core.program import Parser, run
 
@@ -51,3 +57,77 @@ def test_the_package_lists_its_programs() -> None:
     assert {
         line.split()[2].partition(".")[2] for line in listed.splitlines() if line.startswith("python")
     } == programs
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_sigterm_ends_a_program_as_ctrl_c_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is half done is cleared away, and whoever waits is told."""
+    cleared: list[int] = []
+
+    def is_terminated() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Exception:  # which a signal is none of
+            return 0
+        finally:
+            cleared.append(1)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(is_terminated, interrupted="all is kept") == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; all is kept\n"
+    assert cleared == [1]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_output_has_a_place_for_every_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the shell's language has ASCII alone."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def says() -> int:
+        print("Зоя \udce9")
+        raise ConfigError("é is not there")
+
+    assert run(says) == 1
+    monkeypatch.undo()
+    assert streams["stdout"].buffer.getvalue() == b"\\u0417\\u043e\\u044f \\udce9\n"  # type: ignore[attr-defined]
+    assert streams["stderr"].buffer.getvalue() == b"\\xe9 is not there\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows names files in Unicode")
+def test_a_shell_without_letters(tmp_path: Path) -> None:
+    """LC_ALL=C, and Python told not to help itself: names on the command line, in files and of files are read all the same."""
+    folder = tmp_path / "Зоя"
+    folder.mkdir()
+    index = folder / "índex.jsonl"
+    write_index(
+        index,
+        folder,
+        [Row(number=0, source="é.png", caption="写真", identity="Зоя", status="corrupt", reason="é")],
+        zeros(1, 512),
+        {},
+    )
+    config = folder / "cönf.toml"
+    config.write_text(f'[base]\npath = "{folder}/été"\n', encoding="utf-8")
+    environ = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environ |= {"PYTHONPATH": os.pathsep.join([str(CORE.parent), environ.get("PYTHONPATH", "")])}
+    for arguments, code, said in (
+        (["data", "dedupe", str(index), str(folder / "dédupe.jsonl")], 0, "0 photos are duplicates"),
+        (["train", "--config", str(config)], 1, f"base.path: {folder}/été is not there"),
+        (["evaluate", "--config", str(folder / "nö.toml")], 2, "nö.toml: no such file"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", f"idadapter_core.{arguments[0]}", *arguments[1:]],
+            env=environ,
+            cwd=tmp_path,
+            capture_output=True,
+            check=False,
+        )
+        output = (done.stdout + done.stderr).decode()
+        assert done.returncode == code, output
+        assert said in output
+        assert "Traceback" not in output
+    assert (folder / "dédupe.jsonl").is_file()

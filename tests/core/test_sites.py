@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from idadapter_core.errors import MismatchError
-from idadapter_core.sites import Site, attention_sites, family_name
+from idadapter_core.sites import Site, attention_sites, family_name, text_family_name
 
 TABLE = json.loads((Path(__file__).parents[1] / "golden" / "attention_sites.json").read_text())
 FAMILIES = {"SD1.5": 16, "SD2.1": 16, "SDXL": 70}
@@ -125,7 +125,15 @@ def test_incomplete_diffusers_keys_are_refused() -> None:
 
 
 def test_family_names() -> None:
-    assert family_name(16, 768) == "SD1.5 (16 attention sites, text width 768)"
-    assert family_name(16, 1024).startswith("SD2.1 ")
-    assert family_name(70, 2048).startswith("SDXL ")
+    assert family_name(16, 768) == "SD1.5"
+    assert family_name(16, 1024) == "SD2.1"
+    assert family_name(70, 2048) == "SDXL"
     assert family_name(11, 128) == "a UNet with 11 attention sites, text width 128"
+
+
+def test_names_of_the_models_with_some_text_encoders() -> None:
+    assert text_family_name({"l": 768}) == "SD1.5"
+    assert text_family_name({"h": 1024}) == "SD2.1"
+    assert text_family_name({"l": 768, "g": 1280}) == text_family_name({"g": 1280, "l": 768}) == "SDXL"
+    flux = text_family_name({"l": 768, "t5xxl": 0})
+    assert flux == "a model with text encoders of widths l 768, t5xxl (no CLIP)"

@@ -118,19 +118,61 @@ def refused_photo(server: ComfyServer, image: Callable[[Graph], Node] | str, **e
     return refusal(server, graph, "IDAdapterExtractFaces")
 
 
+# --- numbers ---
+
+
+def test_numbers_that_are_none_from_the_prompt_and_from_another_node(server: ComfyServer) -> None:
+    """ComfyUI's own limits let NaN through, and check nothing that comes over a link."""
+    nan, far = float("nan"), 10**12
+    graph, nodes = uniid_graph()
+    enriched = graph.add(
+        "IDAdapterEnrich", image=nodes["photos"], count=1, seed=0, flip=True, rotation=10.0, colour=0.1
+    )
+    rewire(graph, nodes["faces"], image=enriched)
+    told = []
+    for entry in list(graph.workflow.values()):
+        if not entry["class_type"].startswith("IDAdapter"):
+            continue
+        info = server.object_info(entry["class_type"])["input"]
+        for name, (kind, *_) in {**info["required"], **info.get("optional", {})}.items():
+            if kind not in ("FLOAT", "INT"):
+                continue
+            given = entry["inputs"][name]
+            sources: list[Any] = [nan, graph.add("PrimitiveFloat", value=nan)[0]]
+            if kind == "INT":
+                sources = [graph.add("PrimitiveInt", value=-far)[0]]
+            for source in sources:
+                entry["inputs"][name] = source
+                message = refusal(server, graph, entry["class_type"])
+                assert f": {name} must be a" in message, message
+                assert f"got {nan if kind == 'FLOAT' else -far}" in message
+            entry["inputs"][name] = given
+            told.append(name)
+    assert {
+        "index",
+        "references",
+        "weight",
+        "early_fraction",
+        "token_weight",
+        "count",
+        "seed",
+        "colour",
+    } <= set(told)
+
+
 # --- photos ---
 
 
 def test_no_face(server: ComfyServer) -> None:
     message = refused_photo(server, EMPTY)
-    assert "image 1 of 1 (640x640): no face found" in message
-    assert "640 to 128 px" in message
+    assert f"image 1 of 1 ({EMPTY}, 640x640): no face found" in message
+    assert "looked at 640 to 128 px, with a border around it" in message
     assert "upright" in message
 
 
 def test_no_face_in_one_photo_of_several(server: ComfyServer) -> None:
     message = refused_photo(server, lambda graph: add_photos(graph, [PERSON, EMPTY, PERSON]))
-    assert "image 2 of 3 (640x640): no face found" in message
+    assert f"image 2 of 3 ({EMPTY}, 640x640): no face found" in message
     assert "on_missing" in message
 
 
@@ -139,7 +181,7 @@ def test_a_photo_without_a_face_can_be_skipped(server: ComfyServer) -> None:
     report = add_text(graph, faces, 4)
     result = server.run(graph.workflow).check()
     assert len(result.images) == 2
-    assert "image 2 of 3 (640x640): skipped, no face found" in result.outputs[report.id]["text"][0]
+    assert f"image 2 of 3 ({EMPTY}, 640x640): skipped, no face found" in result.outputs[report.id]["text"][0]
 
 
 def test_no_face_in_any_photo_cannot_be_skipped(server: ComfyServer) -> None:
@@ -150,7 +192,7 @@ def test_no_face_in_any_photo_cannot_be_skipped(server: ComfyServer) -> None:
 
 def test_an_index_beyond_the_faces(server: ComfyServer) -> None:
     message = refused_photo(server, GROUP, index=3)
-    assert "image 1 of 1 (640x640): asked for face 4 (index 3, largest), found 3" in message
+    assert f"image 1 of 1 ({GROUP}, 640x640): asked for face 4 (index 3, largest), found 3" in message
     assert "lower the index" in message
 
 
@@ -164,7 +206,7 @@ def test_several_faces_are_reported(server: ComfyServer) -> None:
 
 def test_a_face_that_is_mostly_outside_the_photo(server: ComfyServer) -> None:
     message = refused_photo(server, CUT)
-    assert "image 1 of 1 (160x150)" in message
+    assert f"image 1 of 1 ({CUT}, 160x150)" in message
     assert "of the face lies inside the photo, at least 50% are needed" in message
     assert "shows the whole face" in message
 
@@ -172,7 +214,7 @@ def test_a_face_that_is_mostly_outside_the_photo(server: ComfyServer) -> None:
 def test_a_face_with_broken_landmarks_does_not_count(server: ComfyServer) -> None:
     nan = synthesize(faces=[MarkedFace(320, 300, 90, has_nan=True)])
     name = server.add_input_image("nan_landmarks.png", Image.fromarray(nan))
-    assert "image 1 of 1 (640x640): no face found" in refused_photo(server, name)
+    assert "image 1 of 1 (nan_landmarks.png, 640x640): no face found" in refused_photo(server, name)
 
 
 def test_an_image_of_one_pixel(server: ComfyServer) -> None:
@@ -188,7 +230,7 @@ def test_a_photo_of_8k(server: ComfyServer) -> None:
     graph, faces = extract_graph(name)
     report = add_text(graph, faces, 4)
     result = server.run(graph.workflow).check()
-    assert "image 1 of 1 (7680x4320): 1 face found" in result.outputs[report.id]["text"][0]
+    assert "image 1 of 1 (8k.jpg, 7680x4320): 1 face found" in result.outputs[report.id]["text"][0]
     assert result.images[0].size == (112, 112)
 
 
@@ -328,8 +370,7 @@ def test_features_of_the_packages_own_recogniser(server: ComfyServer) -> None:
     graph, nodes = uniid_graph()
     graph.workflow[nodes["analyzer"].id]["inputs"]["recognizer"] = FROM_PACKAGE
     message = refusal(server, graph, "IDAdapterMixFeatures")
-    assert "no stage maps" in message
-    assert "Choose an iResNet file as `recognizer` in Load Face Analyzer" in message
+    assert "In Load Face Analyzer set `recognizer` from 'from package' to UniID's network" in message
 
 
 # --- adapters ---
@@ -470,7 +511,7 @@ def test_an_adapter_for_another_model(server: ComfyServer) -> None:
     assert "TinySD15" in message
     assert "11" in message
     assert "7" in message
-    assert "Load a model of the adapter's family" in message
+    assert "Load a checkpoint of the adapter's family" in message
 
 
 def test_an_adapter_without_its_text_branch(server: ComfyServer) -> None:
@@ -510,13 +551,20 @@ def test_no_adapter_file_at_all(server: ComfyServer) -> None:
 
 def test_the_text_branch_chosen_twice(server: ComfyServer) -> None:
     message = refused_adapter(server, TEXT_BRANCH, TEXT_BRANCH)
-    assert "already holds a text branch; set text_branch to 'none'" in message
+    assert "is chosen twice, as adapter and as text_branch; it holds the text branch alone" in message
+    assert "choose the file of the adapter branch as adapter, or set text_branch to 'none'" in message
+
+
+def test_the_branches_exchanged(server: ComfyServer) -> None:
+    message = refused_adapter(server, TEXT_BRANCH, ADAPTER)
+    assert "the two branches are exchanged" in message
+    assert "Exchange the two files" in message
 
 
 def test_the_adapter_branch_chosen_as_text_branch(server: ComfyServer) -> None:
     message = refused_adapter(server, ADAPTER, ADAPTER)
-    assert "holds no text branch" in message
-    assert "choose the file of the text branch" in message
+    assert "is chosen twice, as adapter and as text_branch; it holds the adapter branch alone" in message
+    assert "choose the file of the text branch as text_branch" in message
 
 
 @pytest.fixture
@@ -531,7 +579,8 @@ def other_recogniser(put: Callable[[str], Path], tmp_path: Path) -> str:
 def test_features_of_another_recogniser_than_the_adapters(server: ComfyServer, other_recogniser: str) -> None:
     graph, _ = uniid_graph(adapter=other_recogniser, text_branch=NONE)
     message = refusal(server, graph, "IDAdapterMixFeatures")
-    assert "other_recogniser.safetensors was trained with the face recogniser 0123456789abcdef" in message
+    assert "other_recogniser.safetensors was trained with another face recogniser" in message
+    assert "0123456789abcdef" in message
     assert "Load Face Analyzer" in message
 
 
@@ -661,9 +710,11 @@ def test_another_identity_is_not_overwritten(server: ComfyServer, put: Callable[
 def test_a_clip_vision_model_of_another_width(server: ComfyServer) -> None:
     graph, _ = idadapter_graph(clip_vision=CLIP_VISION_NARROW)
     message = refusal(server, graph, "IDAdapterMixFeatures")
-    assert "reads a CLIP vision model of width 64 with 16 patches" in message
-    assert "the one wired to Extract Face Features has width 32 with 16 patches" in message
-    assert "Load the CLIP vision model that the adapter was trained with" in message
+    assert "was trained with a CLIP vision model of width 64 with 16 patches" in message
+    assert (
+        "`clip_vision` of Extract Face Features is a CLIP vision model of width 32 with 16 patches" in message
+    )
+    assert "Choose the one that the adapter was trained with in Load CLIP Vision" in message
 
 
 def test_no_clip_vision_model_at_all(server: ComfyServer) -> None:
@@ -671,7 +722,8 @@ def test_no_clip_vision_model_at_all(server: ComfyServer) -> None:
     message = refusal(server, graph, "IDAdapterMixFeatures")
     assert "hold no CLIP vision features, which IDAdapter reads" in message
     assert (
-        "Add Load CLIP Vision with the model the adapter was trained with (width 64, 16 patches)" in message
+        "Add Load CLIP Vision with the model the adapter was trained with (a CLIP vision model of width 64"
+        in message
     )
     assert "wire it to `clip_vision` of Extract Face Features" in message
 
@@ -688,8 +740,8 @@ def test_an_idadapter_for_another_model(
 ) -> None:
     graph, _ = idadapter_graph(kind=kind, adapter=FILE_NAMES[adapter], id_prompt=False)
     message = refusal(server, graph, "IDAdapterApply")
-    assert f"{FILE_NAMES[adapter]} was made for a UNet with {made_for}, but this model is {found}" in message
-    assert "Load a model of the adapter's family, or an adapter of the model's" in message
+    assert f"{FILE_NAMES[adapter]} was made for a UNet with {made_for}, this checkpoint is {found}" in message
+    assert "Load a checkpoint of the adapter's family, or an adapter that was made for this one" in message
 
 
 def test_an_sd21_idadapter_on_sd15(server: ComfyServer, put: Callable[[str], Path]) -> None:
@@ -699,15 +751,18 @@ def test_an_sd21_idadapter_on_sd15(server: ComfyServer, put: Callable[[str], Pat
     graph, _ = idadapter_graph(kind="sd15", adapter=path.name, id_prompt=False)
     message = refusal(server, graph, "IDAdapterApply")
     assert "wide_text.safetensors was made for a UNet with 7 attention sites, text width 96" in message
-    assert "this model is TinySD15: a UNet with 7 attention sites, text width 64" in message
-    assert "Load a model of the adapter's family" in message
+    assert "this checkpoint is TinySD15: a UNet with 7 attention sites, text width 64" in message
+    assert "Load a checkpoint of the adapter's family" in message
 
 
 def test_the_word_of_an_sd21_idadapter_in_an_sd15_prompt(server: ComfyServer) -> None:
     graph, _ = idadapter_graph(kind="sd15", adapter=FILE_NAMES["sd21"])
     message = refusal(server, graph, "IDAdapterPrompt")
-    assert "for text encoders of widths h 64, this CLIP has l 64" in message
-    assert "Use the CLIP of the model that the adapter was made for" in message
+    assert (
+        "text encoders of widths h 64, this CLIP is that of a model with text encoders of widths l 64"
+        in message
+    )
+    assert "Wire the CLIP of a checkpoint of the adapter's family" in message
 
 
 @pytest.mark.parametrize(
@@ -841,8 +896,8 @@ def test_the_word_in_a_clip_of_another_model(server: ComfyServer) -> None:
     other = graph.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT_NAMES["sd15"])
     graph.workflow[nodes["prompt"].id]["inputs"]["clip"] = other[1]
     message = refusal(server, graph, "IDAdapterPrompt")
-    assert "for text encoders of widths l 64, g 64, this CLIP has l 64." in message
-    assert "Use the CLIP of the model" in message
+    assert "text encoders of widths l 64, g 64, this CLIP is that of a model with" in message
+    assert "Wire the CLIP of a checkpoint" in message
 
 
 def test_rescaling_with_nothing_to_rescale_is_warned_of(server: ComfyServer) -> None:
@@ -945,8 +1000,8 @@ def test_a_clip_of_another_model(server: ComfyServer) -> None:
     graph.workflow[nodes["prompt"].id]["inputs"]["clip"] = other[1]
     message = refusal(server, graph, "IDAdapterPrompt")
     assert "l 64, g 64" in message
-    assert "this CLIP has l 64." in message
-    assert "Use the CLIP of the model" in message
+    assert "this CLIP is that of a model with text encoders of widths l 64." in message
+    assert "Wire the CLIP of a checkpoint" in message
 
 
 def test_an_identity_attached_for_which_no_adapter_is_applied(server: ComfyServer) -> None:

@@ -368,7 +368,7 @@ def test_texts_say_what_was_loaded_found_and_encoded(server: ComfyServer) -> Non
     assert "CLIP vision of width 64 with 16 patches" in info
     assert "identity word (1 embedding) for the text encoders l 64" in info
     assert "negative prompts: without the adapters" in info
-    assert "image 2 of 2 (640x640): 1 face found" in faces
+    assert f"image 2 of 2 ({PHOTOS[1]}, 640x640): 1 face found" in faces
     assert mix.splitlines()[:3] == ["used 2 of 2 photos", "photo 1: weight 0.5", "photo 2: weight 0.5"]
     assert prompt == "portrait photo of a man, man is sks"
 

@@ -382,7 +382,9 @@ def test_an_error_is_said_whole_and_covers_nothing(page: Page) -> None:
         browser.wait_for(f"{TOAST} && {OVERLAY}", "no toast beside ComfyUI's own message")
     keep_screenshot(page, "error")
     (text,) = toast_texts(browser)
-    assert text.startswith("My faces: image 2 of 2 (empty.png, 640x640): no face found.")
+    assert text.startswith(
+        "My faces: image 2 of 2 (empty.png, 640x640): no face found (looked at 640 to 128 px"
+    )
     assert text.endswith("to leave this photo out")
     free_of_comfyui(browser)
     browser.evaluate("document.querySelector('[data-testid=error-overlay-see-errors]').click()")

@@ -96,7 +96,7 @@ def test_a_real_photo_gives_preview_crop_and_report(server: ComfyServer) -> None
     (top, left), (bottom, right) = inside.min(0), inside.max(0)
     assert top < 101 < 141 < bottom
     assert left < 203 < 247 < right
-    assert "image 1 of 1 (512x512): 1 face found" in text_of(result, report.id)
+    assert f"image 1 of 1 ({ASTRONAUT}, 512x512): 1 face found" in text_of(result, report.id)
     assert "UniID, text and adapter branches" in text_of(result, info.id)
     assert text_of(result, prompt.id) in ("portrait photo of a man", "portrait photo of a woman")
 

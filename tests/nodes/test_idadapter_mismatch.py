@@ -48,7 +48,7 @@ def test_adapter_of_another_model(model_kind: str, adapter_kind: str, names: lis
     [
         (
             {"context_width": 96},
-            r"made for a UNet with 7 attention sites, text width 96, but this model is TinySD15: "
+            r"made for a UNet with 7 attention sites, text width 96, this checkpoint is TinySD15: "
             r"a UNet with 7 attention sites, text width 64",
         ),
         ({"site_widths": (32, 64, 64, 64, 32, 32, 32)}, "The two differ in the widths of their layers"),
@@ -74,8 +74,7 @@ def test_the_published_sizes_name_their_families() -> None:
     from ComfyUI_IDAdapter.idadapter_core.sites import family_name
 
     names = {
-        kind: family_name(len(preset.site_widths), preset.context_width).split()[0]
-        for kind, preset in PRESETS.items()
+        kind: family_name(len(preset.site_widths), preset.context_width) for kind, preset in PRESETS.items()
     }
     assert names == {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL"}
 

@@ -513,15 +513,21 @@ def test_a_clip_of_another_model_is_refused(
     with pytest.raises(MismatchError) as refused:
         id_prompt(clip(clip_kind), person(identity_kind), text)
     message = str(refused.value)
-    assert f"text encoders of widths {wanted}, this CLIP has {found}." in message
-    assert "Use the CLIP of the model that the adapter was made for" in message
+    assert (
+        f"made for a model with text encoders of widths {wanted}, this CLIP is that of a model with"
+        in message
+    )
+    assert f"of widths {found}." in message
+    assert "Wire the CLIP of a checkpoint of the adapter's family" in message
 
 
 def test_a_word_of_another_width_is_refused() -> None:
     from ComfyUI_IDAdapter.idadapter_core.errors import MismatchError
 
     wide = person("sd15", l=torch.ones(1, 1, 768))
-    with pytest.raises(MismatchError, match="text encoders of widths l 768, this CLIP has l 64"):
+    with pytest.raises(
+        MismatchError, match="made for SD1.5, this CLIP is that of a model with text encoders of widths l 64"
+    ):
         id_prompt(clip("sd15"), wide, "sks")
 
 

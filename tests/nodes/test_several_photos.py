@@ -50,7 +50,7 @@ def analyzer(pack: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     base = tmp_path_factory.mktemp("faces")
     bring_face_package(base)
     bring_recognizer(base)
-    network = load_recognizer(base / "models" / "idadapter" / "recognizers" / RECOGNIZER)
+    network, _ = load_recognizer(base / "models" / "idadapter" / "recognizers" / RECOGNIZER)
     return LoadedAnalyzer(open_analyzer(base / "models" / "insightface" / "models" / PACKAGE, "cpu"), network)
 
 

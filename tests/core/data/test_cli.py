@@ -90,6 +90,33 @@ def test_limits_are_options(scanned: Scanned, tmp_path: Path) -> None:
     assert index.facts["limits"]["max_yaw"] == 1.5
 
 
+def test_a_scan_says_what_it_read_and_what_not(
+    few: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (few / "person_00" / "0.txt").write_bytes("фото".encode("cp1251"))
+    (few / "person_00" / "clip.MOV").touch()
+    (few / "ids.txt").write_text("person_00/0.png anna\n")
+    assert scan(few, tmp_path / "i.jsonl", package) == 3
+    printed = capsys.readouterr().out
+    for line in (
+        "files: 14, of these 6 photos, 6 texts, 0 tables, 2 not read",
+        "  not read: 1 .mov (first person_00/clip.MOV): videos are not read",
+        "  not read: 1 .txt (first ids.txt)",
+        "captions for 5 of 6 photos; first without: person_00/0.png",
+        "  person_00/0.png: its caption 0.txt cannot be read: byte 0xf4",
+    ):
+        assert line in printed, line
+    identities = ("--identities", few / "ids.txt", "--encoding", "cp1251")
+    assert scan(few, tmp_path / "j.jsonl", package, *identities) == 0
+    assert read_index(tmp_path / "j.jsonl").rows[0].caption == "фото"
+    assert "identities for 1 of 6 photos; first without: person_00/1.png" in capsys.readouterr().out
+    for option in (("--min-match", 0.5), ("--min-match", 2)):
+        assert scan(few, tmp_path / "k.jsonl", package, *identities, *option) == 1
+    errors = capsys.readouterr().err
+    assert "At least 50.0% are asked for by --min-match" in errors
+    assert "--min-match must be between 0 and 1, got 2.0" in errors
+
+
 def test_errors_go_to_stderr_with_code_1(
     scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,15 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from idadapter_core.data import scan as scanning
-from idadapter_core.data.index import STATUSES, Index, read_index
+from idadapter_core.data.index import STATUSES, Index, read_index, write_index
 from idadapter_core.data.measure import Limits, Models
 from idadapter_core.data.scan import scan
 from idadapter_core.data.shards import write_shards
 from idadapter_core.data.sources import list_photos
 from idadapter_core.data.split import SplitSettings
-from idadapter_core.errors import ConfigError
+from idadapter_core.data.stats import describe
+from idadapter_core.errors import ConfigError, InputError
 from idadapter_core.faces.align import align_face
 from idadapter_core.faces.features import crops_to_tensor
 from idadapter_core.faces.iresnet import IResNet, digest, save_iresnet
@@ -134,6 +137,36 @@ def test_the_number_of_workers_changes_nothing(scanned: Scanned, beside: Path) -
     index = again(scanned, beside, workers=2)
     assert beside.read_bytes() == scanned.index.path.read_bytes()
     torch.testing.assert_close(index.embeddings(), scanned.index.embeddings(), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process")
+def test_a_worker_that_is_stuck_holds_up_nobody(scanned: Scanned, beside: Path) -> None:
+    """A stopped process stands for one that a disk does not answer."""
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGSTOP)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        again(scanned, beside, workers=1, progress=stop)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process")
+def test_waiting_for_a_worker_ends(scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(done: int, total: int) -> None:
+        if done:
+            monkeypatch.setattr(scanning, "_PATIENCE", 0.2)
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGSTOP)
+
+    with pytest.raises(
+        InputError, match="no photo was looked at for 0 s: a worker is stuck at one of .*disk"
+    ):
+        again(scanned, beside, workers=1, progress=stop)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("killed", "done", "resumed"), [(0, 6, 0), (2, 3, 1)])
@@ -305,3 +338,95 @@ def test_a_list_may_name_a_photo_twice(scanned: Scanned, tmp_path: Path) -> None
     )
     assert [row.status for row in index.rows] == ["ok", "ok", "corrupt"]
     assert json.loads((tmp_path / "i.jsonl").read_bytes().splitlines()[1])["source"] == path.as_posix()
+
+
+def test_a_caption_that_cannot_be_read_is_a_bad_row_until_it_is_mended(
+    package: Path, few: Path, tmp_path: Path
+) -> None:
+    """Whoever does the work, and not only for the scan that saw it first."""
+    text = few / "person_00" / "1.txt"
+    text.write_bytes("фото".encode("cp1251"))
+    for workers, name in ((0, "a"), (2, "b")):
+        index = run(few, tmp_path / f"{name}.jsonl", package, workers=workers)
+        assert [(row.source, row.status) for row in index.rows if row.status != "ok"] == [
+            ("person_00/1.png", "corrupt")
+        ]
+        assert "1.txt cannot be read: byte 0xf4 at position 0" in index.rows[1].reason
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    stop_after(4, few, tmp_path / "c.jsonl", package)
+    text.write_text("a photo of a man")
+    index = run(few, tmp_path / "c.jsonl", package)
+    assert (index.rows[1].status, index.rows[1].caption) == ("ok", "a photo of a man")
+
+
+def test_a_photo_that_is_named_with_a_good_and_a_bad_text(package: Path, few: Path, tmp_path: Path) -> None:
+    table = few / "t.jsonl"
+    entries = [{"file": "person_00/0.png", "caption": caption} for caption in ("fine", "a\0b", "fine, too")]
+    table.write_text("\n".join(map(json.dumps, entries)))
+    index = run(table, tmp_path / "i.jsonl", package)
+    assert [(row.status, row.caption) for row in index.rows] == [
+        ("ok", "fine"),
+        ("corrupt", ""),
+        ("ok", "fine, too"),
+    ]
+
+
+def test_names_that_no_file_can_have(package: Path, few: Path, tmp_path: Path) -> None:
+    names = ["x" * 5000, "\ud83d", "\udc80", "a\0b", ".", "..", "/dev/null", "person_00", "person_00/0.png"]
+    table = few / "t.jsonl"
+    table.write_text("\n".join(json.dumps({"file": name}) for name in names))
+    index = run(table, tmp_path / "i.jsonl", package)
+    assert [row.status for row in index.rows] == ["corrupt"] * 8 + ["ok"]
+    assert read_index(tmp_path / "i.jsonl").rows == index.rows
+
+
+def test_colour_profiles_that_cannot_be_used_are_counted(package: Path, few: Path, tmp_path: Path) -> None:
+    for name in ("0.png", "2.png"):
+        with Image.open(few / "person_00" / name) as photo:
+            photo.save(few / "person_00" / name, icc_profile=b"no profile")
+    index = run(few, tmp_path / "i.jsonl", package)
+    assert index.counts()["ok"] == 6
+    assert index.facts["notes"][-1] == (
+        "2 of 6 photos: the colour profile cannot be used, so colours were taken for sRGB; first: person_00/0.png"
+    )
+
+
+def test_what_was_not_read_is_in_the_index(package: Path, few: Path, tmp_path: Path) -> None:
+    (few / "person_00" / "old.zip").touch()
+    (few / "person_01" / "2.txt").unlink()
+    index = run(few, tmp_path / "i.jsonl", package)
+    unread = {".zip": {"count": 1, "first": "person_00/old.zip"}}
+    assert index.facts["files"] == {"files": 12, "photos": 6, "texts": 5, "tables": 0, "not_read": unread}
+    assert index.facts["notes"] == ["captions for 5 of 6 photos; first without: person_01/2.png"]
+    told = describe(index)
+    assert "files: 12, of these 6 photos, 5 texts, 0 tables, 1 not read" in told
+    assert "not read: 1 .zip (first person_00/old.zip): unpack them" in told
+    assert index.facts["notes"][0] in told
+
+
+def test_an_index_beside_the_photos_is_the_same_after_an_interruption(
+    package: Path, few: Path, tmp_path: Path
+) -> None:
+    def scan_into(name: str, **options: Any) -> bytes:
+        output = few / name
+        scan(list_photos(few, output=output), output, package=package, provider="cpu", **options)
+        return output.read_bytes()
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    first = scan_into("i.jsonl")
+    assert scan_into("i.jsonl") == first
+    with pytest.raises(KeyboardInterrupt):
+        scan_into("i.jsonl", progress=interrupt)
+    assert scan_into("i.jsonl") == first
+
+
+def test_an_index_from_before_files_were_counted(scanned: Scanned, tmp_path: Path) -> None:
+    facts = {name: value for name, value in scanned.index.facts.items() if name not in ("files", "notes")}
+    rows, embeddings = scanned.index.rows, scanned.index.embeddings()
+    write_index(tmp_path / "i.jsonl", scanned.index.root, rows, embeddings, facts)
+    old = read_index(tmp_path / "i.jsonl")
+    assert old.rows == rows
+    assert "not read" not in describe(old)

@@ -10,6 +10,7 @@ import types
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import insightface
 import numpy as np
@@ -111,6 +112,83 @@ class TestDetect:
         (face,) = analyzer.detect(photo)
         np.testing.assert_allclose(face.landmarks, drawn.landmarks * scale, atol=1.5 * scale)
         assert face.image_size == (640 * scale, 640 * scale)
+
+    @pytest.mark.parametrize(
+        ("width", "height", "step"),
+        [
+            (640, 400, "at 640 px"),
+            (1500, 900, "at 1024 px"),
+            (2000, 1200, "at 1280 px"),
+            (4000, 1400, "at 640 px in tiles of 1024 px"),
+            (1400, 4500, "at 640 px in tiles of 1125 px"),
+        ],
+    )
+    def test_a_small_face_in_a_large_photo(
+        self, analyzer: FaceAnalyzer, width: int, height: int, step: str
+    ) -> None:
+        drawn = MarkedFace(width * 0.8, height * 0.3, 20 if max(width, height) <= 2000 else 28)
+        search = analyzer.search(synthesize(width, height, [drawn]))
+        (face,) = search.faces
+        assert search.step == step
+        assert face.image_size == (width, height)
+        assert face.detection_size == int(step.split()[1])
+        np.testing.assert_allclose(face.landmarks, drawn.landmarks, atol=1.5)
+
+    def test_each_face_in_the_tiles_is_found_once(self, analyzer: FaceAnalyzer) -> None:
+        # Beside the edges of tiles, across them, where tiles overlap, and at the photo's own edge.
+        drawn = [
+            MarkedFace(x, y, 28)
+            for x in (40, 600, 744, 1000, 1100, 1500, 2250, 3960)
+            for y in (60, 376, 1000, 1350)
+        ]
+        photo = np.full((1400, 4000, 3), 90, np.uint8)
+        for face in drawn:
+            photo = paint(photo, face.landmarks)
+        search = analyzer.search(photo)
+        assert "tiles" in search.step
+        found = [face.landmarks[2] for face in search.faces]
+        assert len(found) == len(drawn)
+        for face in drawn:
+            assert min(abs(x - face.x) + abs(y - face.y) for x, y in found) < 3
+
+    def test_tiles_need_a_surer_detection(self, analyzer: FaceAnalyzer) -> None:
+        weak, sure = MarkedFace(500, 300, 28, score=0.55), MarkedFace(2400, 300, 28, score=0.9)
+        assert analyzer.search(synthesize(4000, 1400, [weak])).faces == ()
+        (face,) = analyzer.search(synthesize(4000, 1400, [weak, sure])).faces
+        assert face.landmarks[2][0] == pytest.approx(2400, abs=1.5)
+
+    def test_a_face_of_the_tiles_must_be_seen_again(
+        self, analyzer: FaceAnalyzer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of hundreds of looks at a photo without a face one may go wrong; not two at the same place."""
+        photo = np.full((1400, 3000, 3), 90, np.uint8)
+        detect = analyzer._detect_at
+        real = MarkedFace(512, 300, 90)
+        (wrong,) = detect(np.ascontiguousarray(synthesize(1024, 1024, [real])[..., ::-1]), (640, 640))
+        looks = []
+
+        def mistaken(bgr: np.ndarray, size: tuple[int, int]) -> list[Any]:
+            looks.append(bgr.shape)
+            is_tile = bgr.shape[:2] == (1024, 1024)
+            return [wrong] if is_tile else detect(bgr, size)
+
+        monkeypatch.setattr(analyzer, "_detect_at", mistaken)
+        search = analyzer.search(photo)
+        assert (1024, 1024, 3) in looks
+        assert search.faces == ()
+        assert search.step.endswith("in tiles")
+
+    def test_a_face_of_too_few_pixels_is_told(
+        self, analyzer: FaceAnalyzer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        photo = synthesize(faces=[MarkedFace(300, 300, 60)])
+        detect = analyzer._detect_at
+        monkeypatch.setattr(
+            analyzer, "_detect_at", lambda bgr, size: [f.moved((0, 0), 1 / 20) for f in detect(bgr, size)]
+        )
+        search = analyzer.search(photo)
+        assert search.faces == ()
+        assert search.too_small == pytest.approx(171 / 20, abs=2)
 
     def test_8k_photo(self, analyzer: FaceAnalyzer) -> None:
         drawn = MarkedFace(5000, 2000, 700, score=0.9)

@@ -9,7 +9,7 @@ import torch
 
 from idadapter_core.errors import FaceError, FacePackageError, InputError, NoFaceFoundError, RecognizerError
 from idadapter_core.faces.align import align_face
-from idadapter_core.faces.detector import FaceAnalyzer, open_analyzer
+from idadapter_core.faces.detector import FaceAnalyzer, Search, open_analyzer
 from idadapter_core.faces.features import crops_to_tensor, extract_features
 from idadapter_core.faces.images import Origin
 from idadapter_core.faces.iresnet import IResNet, digest
@@ -111,7 +111,7 @@ def test_each_photo_and_warning_has_a_remark_that_stands_alone(analyzer: FaceAna
     assert "(768x1024): 2 faces found" in texts[1]
     assert "several faces; used index 0 of 0 to 1" in texts[2]
     assert "small face (45x" in texts[4]
-    assert texts[5].startswith("image 4 of 4 (768x1024): left out, no face found.")
+    assert texts[5].startswith("image 4 of 4 (768x1024): left out, no face found (looked at 640 to 128 px, ")
 
 
 def test_sizes_are_those_of_the_file_where_it_is_known(analyzer: FaceAnalyzer) -> None:
@@ -199,7 +199,7 @@ def test_the_work_ends_between_two_calls_of_the_recogniser(analyzer: FaceAnalyze
 
 def test_any_form_of_image_is_read(analyzer: FaceAnalyzer) -> None:
     given = torch.from_numpy(ONE.astype(np.float32) / 255)
-    result = extract_features([given], analyzer, None)  # type: ignore[list-item]
+    result = extract_features([given], analyzer, None)
     torch.testing.assert_close(
         result.features.embedding, extract_features([ONE], analyzer, None).features.embedding
     )
@@ -207,9 +207,7 @@ def test_any_form_of_image_is_read(analyzer: FaceAnalyzer) -> None:
 
 class TestMissing:
     def test_error_names_the_photo(self, analyzer: FaceAnalyzer) -> None:
-        expected = (
-            r"image 2 of 4 \(768x1024\): no face found\. Tried detector sizes 640 to 128 px and padding"
-        )
+        expected = r"image 2 of 4 \(768x1024\): no face found \(looked at 640 to 128 px, with a border around it, at 1024 to 1280 px\)\."
         with pytest.raises(NoFaceFoundError, match=expected):
             extract_features([ONE, NOBODY, ONE, ONE], analyzer, None)
 
@@ -292,3 +290,48 @@ def test_crops_keep_channel_order_and_range() -> None:
     crop[..., 0], crop[..., 2] = 255, 51
     tensor = crops_to_tensor([crop])
     assert tensor[0, :, 5, 5].tolist() == pytest.approx([1, -1, -0.6])
+
+
+class TestAdvice:
+    """What to do about a photo in which no face was found."""
+
+    def refusal(self, analyzer: FaceAnalyzer, *photos: np.ndarray) -> str:
+        with pytest.raises(NoFaceFoundError) as refused:
+            extract_features(list(photos), analyzer, None)
+        return str(refused.value)
+
+    @pytest.mark.parametrize(("width", "height"), [(800, 400), (400, 800), (1100, 1000)])
+    def test_a_wide_or_large_photo_is_to_be_cropped(
+        self, analyzer: FaceAnalyzer, width: int, height: int
+    ) -> None:
+        message = self.refusal(analyzer, synthesize(width, height))
+        assert message.startswith(
+            f"image 1 of 1 ({width}x{height}): no face found (looked at 640 to 128 px, "
+        )
+        assert "Crop the photo to head and shoulders" in message
+        assert "batch" not in message
+
+    def test_a_small_square_one_is_not(self, analyzer: FaceAnalyzer) -> None:
+        message = self.refusal(analyzer, synthesize(500, 500))
+        assert "rop" not in message
+        assert "upright" in message
+
+    def test_the_step_that_found_a_face_is_reported(self, analyzer: FaceAnalyzer) -> None:
+        photo = synthesize(1500, 900, [MarkedFace(1200, 270, 20)])
+        extraction = extract_features([photo], analyzer, None)
+        assert "image 1 of 1 (1500x900): 1 face found at 1024 px" in extraction.report
+        assert "small face (" in extraction.report
+
+    def test_a_batch_may_have_changed_the_photo(self, analyzer: FaceAnalyzer) -> None:
+        photo = synthesize(faces=[MarkedFace(300, 300, 60)])
+        message = self.refusal(analyzer, photo, synthesize())
+        assert "image 2 of 2 (640x640): no face found" in message
+        assert "may have been cropped to the shape of the first photo when they were joined" in message
+
+    def test_a_face_of_too_few_pixels_is_told_with_its_size_in_the_photo(
+        self, analyzer: FaceAnalyzer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(analyzer, "search", lambda *_: Search((), "at 640 px", 9.4))
+        message = self.refusal(analyzer, synthesize())
+        assert "the face in it is too small, about 9 px high; 64 px and more make a good identity" in message
+        assert "cropped to head and shoulders" in message

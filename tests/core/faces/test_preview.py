@@ -6,11 +6,13 @@ import torch
 
 from idadapter_core.faces.preview import (
     CHOSEN_COLOR,
+    GIVEN_PIXELS,
     LEFT_OUT_COLOR,
     OTHER_COLOR,
     crop_sheet,
     draw_preview,
     face_mask,
+    preview_size,
     small_preview,
     worth_showing,
 )
@@ -79,6 +81,22 @@ def test_mask_covers_the_boxes() -> None:
 
 def test_mask_of_a_face_outside_is_empty() -> None:
     assert face_mask([_face(-30, -30, -10, -10), _face(50, 50, 60, 60)], 8, 10).sum() == 0
+
+
+def test_sizes_that_are_given_out() -> None:
+    assert preview_size(16, 4320, 7680) == (4320, 7680), "few photos stay as they are"
+    assert preview_size(200, 64, 64) == (64, 64), "small ones, too"
+    height, width = preview_size(200, 720, 1280)
+    assert 200 * height * width == pytest.approx(GIVEN_PIXELS, rel=0.01)
+    assert width / height == pytest.approx(1280 / 720, rel=0.01)
+    assert preview_size(5000, 720, 1280) == (180, 320)
+    assert preview_size(10**6, 32, 32000) == (8, 8000)
+
+
+def test_a_small_mask_still_shows_a_small_box() -> None:
+    mask = face_mask([_face(100, 200, 101, 201)], 720, 1280, (72, 128))
+    assert mask.shape == (72, 128)
+    assert mask.sum() == mask[20, 10] == 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(200, 100), (768, 512), (3840, 2160), (1000, 4000)])

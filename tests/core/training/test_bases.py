@@ -71,6 +71,19 @@ def test_everything_is_frozen_and_in_evaluation_mode(kind: str, base: Base) -> N
     assert float(base.schedule.alphas[0]) == pytest.approx(1 - 0.00085)
 
 
+def test_a_base_does_not_change_with_its_files(copy: Callable[[str], Path]) -> None:
+    folder = copy("sd15")
+    base = load(folder, "sd15")
+    parts = {"unet": base.unet, "vae": base.vae, "text": base.text}
+    before = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
+    for file in folder.rglob("*.safetensors"):
+        content = file.read_bytes()
+        with file.open("r+b") as opened:
+            opened.write(bytes(len(content)))
+    for name, part in parts.items():
+        assert all(torch.equal(value, before[name][key]) for key, value in part.state_dict().items())
+
+
 def test_nothing_is_fetched(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a connection was opened")

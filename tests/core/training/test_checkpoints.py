@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from idadapter_core.errors import CheckpointError
-from idadapter_core.training.checkpoints import checkpoints, latest, write_checkpoint
+from idadapter_core.training.checkpoints import checkpoints, latest, load_optimizer, write_checkpoint
 
 ROOT = Path(__file__).parents[3]
 
@@ -114,3 +115,22 @@ def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
     for name in (".step-00000009.1.tmp", "step-9", "notes", "step-00000008"):
         (tmp_path / "checkpoints" / name).mkdir()
     assert steps(tmp_path) == [1]
+
+
+def test_a_resumed_optimizer_does_not_change_with_its_file(tmp_path: Path) -> None:
+    def adam() -> torch.optim.Adam:
+        weight = torch.nn.Parameter(torch.ones(1000))
+        optimizer = torch.optim.Adam([weight])
+        weight.square().sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return optimizer
+
+    one, other, path = adam(), adam(), tmp_path / "optimizer.pt"
+    torch.save(one.state_dict(), path)
+    load_optimizer(other, path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:  # in place
+        file.write(bytes(size))
+    (expected,), (found,) = one.state.values(), other.state.values()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -192,3 +192,73 @@ def test_paths_are_checked_before_anything_else(tmp_path: Path, monkeypatch: pyt
 def test_a_folder_that_cannot_be_written() -> None:
     with pytest.raises(ConfigError, match="output.folder: /proc/run cannot be written"):
         writable("output.folder", "/proc/run")
+
+
+ACCENTED = '[base]\npath = "modèles/été"\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(ACCENTED.encode(name) for name in ("utf-8", "utf-8-sig", "utf-16", "utf-32")),
+        *(b"\xfe\xff" + ACCENTED.encode("utf-16-be"), ACCENTED.replace("\n", "\r\n").encode("utf-16")),
+        *(ACCENTED.encode(f"utf-{bits}-{order}") for bits in (16, 32) for order in ("le", "be")),  # no mark
+    ],
+)
+def test_every_encoding_of_unicode_is_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.toml").write_bytes(content)
+    assert read_config(tmp_path / "run.toml").base.path == "modèles/été"
+
+
+@pytest.mark.parametrize(
+    ("path", "encoding", "name"),
+    [
+        ("été/base", "cp1252", "Windows-1252, in which it reads 'été'"),
+        ("модели/База", "cp1251", "Windows-1251, in which it reads 'модели'"),
+        ("モデル", "cp932", "Shift JIS .*'モデル'"),
+        ("模型/基础模型", "gb18030", "GB18030.*'模型'"),
+        ("모델", "cp949", "EUC-KR.*'모델'"),
+        ("μοντέλο", "cp1253", "Windows-1253.*'μοντέλο'"),
+    ],
+)
+def test_another_encoding_is_named(tmp_path: Path, path: str, encoding: str, name: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(f'[base]\nfamily = "sd15"\npath = "{path}"\n'.encode(encoding))
+    with pytest.raises(
+        ConfigError, match=f"line 3 is not UTF-8 .*it seems to be {name}.*Save the file as UTF-8"
+    ):
+        read_config(file)
+    file.write_bytes("[base]\n".encode("utf-16")[:-1])
+    with pytest.raises(ConfigError, match="begins as UTF-16, but breaks off .* save it once more, as UTF-8"):
+        read_config(file)
+
+
+@pytest.mark.parametrize("path", [r"C:\models\base", r"C:\Users\me", "D:\\", r"models\xl"])
+def test_backslashes_in_double_quotes(tmp_path: Path, path: str) -> None:
+    """A right line in the eyes of who wrote it: the hint says what to write."""
+    hint = r"single quotes, 'C:\\models\\base', or with /"
+    with pytest.raises(ConfigError, match=f"line 2.*{hint}"):
+        read_config(write(tmp_path, f'[base]\npath = "{path}"\nfamily = "sd15"\n'))
+    with pytest.raises(ConfigError, match=hint):
+        read_config(write(tmp_path, ""), [f'base.path="{path}"'])
+    assert read_config(write(tmp_path, f"[base]\npath = '{path}'\n")).base.path == path
+    assert read_config(write(tmp_path, ""), [f"base.path={path}"]).base.path == path
+
+
+def test_backslashes_that_are_escapes(tmp_path: Path) -> None:
+    r"""TOML reads "C:\new\train" without complaint: as a path with a line break and a tab."""
+    config = read_config(write(tmp_path, r"[base]" + "\n" + r'path = "C:\new\train"'))
+    for check in (existing, writable):
+        with pytest.raises(ConfigError, match=r"base.path: 'C:\\new\\train' has a control .*single quotes"):
+            check("base.path", config.base.path)
+
+
+def test_what_is_no_text_and_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output.folder: .* has bytes that are no UTF-8"):
+        read_config(
+            write(tmp_path, ""), ["output.folder=runs/\udce9"]
+        )  # as Python reads byte E9 of a command
+    with pytest.raises(ConfigError, match=r"line 2.*Correct that line: lr = 1e-4 2"):
+        read_config(write(tmp_path, "[train]\nlr = 1e-4 2\n"))
+    with pytest.raises(ConfigError, match="train.precision: fp16 is not offered.*bf16"):
+        read_config(write(tmp_path, ""), ["train.precision=fp16"])

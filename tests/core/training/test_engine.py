@@ -6,12 +6,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from idadapter_core.errors import CheckpointError, ConfigError, InputError, Trai
 from idadapter_core.methods.idadapter import GatedAdapter
 from idadapter_core.training import checkpoints as checkpoint_files, engine
 from idadapter_core.training.checkpoints import ADAPTER, EMA, OPTIMIZER, checkpoints, latest
-from idadapter_core.training.config import config_toml
+from idadapter_core.training.config import TrainConfig, config_toml
 from idadapter_core.training.engine import STOPPED, train
 from idadapter_core.training.logs import read_log
 from tests.harness.shim import shim_path
@@ -52,7 +54,13 @@ class Process:
     """A training in processes of its own."""
 
     def __init__(
-        self, toy: Toy, folder: Path, *arguments: str, processes: int = 1, **sections: dict[str, Any]
+        self,
+        toy: Toy,
+        folder: Path,
+        *arguments: str,
+        processes: int = 1,
+        wrapper: Sequence[str] = (),
+        **sections: dict[str, Any],
     ):
         self.config = folder.parent / f"{folder.name}.toml"
         self.config.write_text(config_toml(toy.config(folder, **sections)), encoding="utf-8")
@@ -61,7 +69,7 @@ class Process:
         path = os.pathsep.join(str(p) for p in (shim_path(), ROOT) if p)
         self.log = (folder.parent / f"{folder.name}.log").open("wb+")
         self.process = subprocess.Popen(
-            [sys.executable, *(launcher if processes > 1 else []), *program],
+            [*wrapper, sys.executable, *(launcher if processes > 1 else []), *program],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stdout=self.log,
@@ -204,16 +212,18 @@ def test_one_of_two_processes_fails(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_one_process_dies(toy: Toy, tmp_path: Path) -> None:
-    """The other is ended by the launcher; the last checkpoint is whole, and the run goes on from it."""
+    """The other names it, and leaves a checkpoint of the steps done, from which the run goes on."""
     run = tmp_path / "run"
     settings = {"train": {"steps": 100_000}, "output": {"save_every": 2}}
     process = Process(toy, run, processes=2, **settings)
     wait_for(lambda: latest(run) is not None, process)
     process.family()[-1].kill()
-    code, _ = process.wait()
+    code, output = process.wait()
     assert code != 0
+    assert re.search("step .*: process [01] of 2 is gone .*The checkpoint of step [0-9]+ is written", output)
     found = latest(run)
     assert found is not None
+    assert found.step == read_log(run)[-1]["step"]
     settings["train"] = {"steps": found.step + 1}
     assert train(toy.config(run, **settings), resume="auto") == 0
     assert latest(run).step == found.step + 1  # type: ignore[union-attr]
@@ -223,17 +233,64 @@ def test_a_full_disk_keeps_the_last_checkpoint(toy: Toy, tmp_path: Path) -> None
     """The system lets no file grow beyond what the adapter needs, so the write fails half-way."""
     train(toy.config(tmp_path, train={"steps": 2}))
     size = (checkpoints(tmp_path)[0].path / ADAPTER).stat().st_size
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 4096, before[1]))
-    try:
-        with pytest.raises(
-            CheckpointError, match="earlier checkpoints are untouched; free some space and resume"
-        ):
-            train(toy.config(tmp_path, train={"steps": 3}), resume="auto")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        no_file_longer_than(size + 4096),
+        pytest.raises(CheckpointError, match="earlier checkpoints are untouched; free some space and resume"),
+    ):
+        train(toy.config(tmp_path, train={"steps": 3}), resume="auto")
     assert {p.name for p in (tmp_path / checkpoint_files.FOLDER).iterdir()} == {"step-00000002"}
     assert train(toy.config(tmp_path, train={"steps": 3}), resume="auto") == 0
+
+
+@contextlib.contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_from_the_start(
+    toy: Toy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A new run leaves no half of a file, and one that goes on leaves those that were there."""
+    run = tmp_path / "run"
+    with (
+        no_file_longer_than(100),
+        pytest.raises(CheckpointError, match=r"config.toml: cannot be written .* free some space"),
+    ):
+        train(toy.config(run))
+    assert not [path for path in run.rglob("*") if path.is_file()]
+    train(toy.config(run, train={"steps": 2}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for size in (100, 1200):  # config.toml has more than 1200 bytes
+        with no_file_longer_than(size), pytest.raises(CheckpointError, match="cannot be written"):
+            train(toy.config(run, train={"steps": 3}), resume="auto")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    # TensorBoard writes in a thread of its own, whose errors Python prints as tracebacks.
+    settings: dict[str, Any] = {"output": {"tensorboard": True, "save_every": 1}, "train": {"steps": 50}}
+    with (
+        no_file_longer_than(2600),
+        pytest.raises((TrainingError, CheckpointError), match="cannot be written"),
+    ):
+        train(toy.config(tmp_path / "tensorboard", **settings))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, r"Lower train.lr \(3e-05\), set train.clip .*, or set train.warmup."),
+        ({"precision": "bf16"}, r"Lower train.lr .* or set train.precision = \"no\", .* bf16 has 8."),
+        ({"clip": 2.0, "warmup": 9, "lr": 1e-3}, r"Lower train.lr \(0.001\), or lower train.clip \(2\)."),
+    ],
+)
+def test_advice_about_numbers_fits_the_run(settings: dict[str, Any], advice: str) -> None:
+    given = engine.advice_on_numbers(TrainConfig(**settings))
+    assert re.fullmatch(advice, given)
+    assert ("bf16" in given) == ("precision" in settings)
 
 
 def test_killed_while_writing_a_checkpoint(toy: Toy, tmp_path: Path) -> None:

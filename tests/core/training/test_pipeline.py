@@ -24,7 +24,7 @@ from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.grids import sample_grid
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.pipeline import Acting, Pipeline, features_of
+from idadapter_core.training.pipeline import Acting, Pipeline, features_of, to_levels
 from idadapter_core.training.text import LENGTH, insert_tokens
 from idadapter_core.types import Identity
 from tests.tiny.acting import acting
@@ -384,6 +384,9 @@ def test_a_grid_stands_whatever_is_in_it(
         if bundle.injected is not None:
             bundle.injected.eject()
     assert "not finite" in caplog.text
+    assert "bf16" not in caplog.text  # which is not in use
+    with pytest.raises(InputError, match='set sampling.precision = "no", for this model may not stand bf16'):
+        to_levels(nothing, "bf16", "sampling.precision")
     assert grid.shape[1] == 4 * 64 + 12
     head = grid[: grid.shape[0] // 4]
     assert (head[:, 132:136] == 255).all(), "a title reaches into the next column"

@@ -1,0 +1,255 @@
+"""Photos in folders: a folder per person, or one for all, with captions beside them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import ConfigError, InputError
+from ..files import some
+from .captions import Captions, folded
+from .entries import FILE_KEYS, Photo, described, value_of
+from .inventory import HIDDEN, LINKED, NO_TABLE, TEXT_SUFFIXES, Counter, ending_of, is_photo
+from .photos import unread_suffixes
+from .tables import read_entries
+
+PARTS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
+"""Names of folders that hold parts of a dataset, not a person."""
+_METADATA = ("metadata.jsonl", "metadata.csv")
+"""Tables of Hugging Face's imagefolder: they describe the photos that they name, in their folder and below."""
+
+
+@dataclass
+class Walk:
+    """The files below a folder. Hidden ones, and folders that cannot be listed or are there twice, are kept apart; the files of the
+    index to write are left out.
+    """
+
+    root: Path
+    output: Path | None = None
+    hidden: list[str] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
+    closed: list[tuple[str, str]] = field(default_factory=list)  # folders that cannot be opened, and why
+
+    def __iter__(self) -> Iterator[tuple[str, list[str]]]:
+        """Each folder's path from the root ("" for itself) and the names of the files in it, sorted."""
+        seen: set[str] = set()
+        own = _own_files(self.output)
+        for place, folders, names in os.walk(self.root, onerror=self._closed, followlinks=True):
+            inside = _posix(Path(place).relative_to(self.root))
+            if any(
+                part.startswith(".") for part in PurePosixPath(inside).parts
+            ):  # for its files to be counted
+                folders[:] = [name for name in folders if not Path(place, name).is_symlink()]
+                self.hidden += [_join(inside, name) for name in names]
+                continue
+            real = os.path.realpath(place)
+            if real in seen:  # a link to a folder that was read already, perhaps one above it
+                folders.clear()
+                self.linked.append(inside)
+                continue
+            seen.add(real)
+            if own is not None and real == own[0]:
+                names = [name for name in names if not own[1].fullmatch(name)]
+            self.hidden += [_join(inside, name) for name in names if name.startswith(".")]
+            folders[:] = sorted(name for name in folders if not _is_hidden_link(place, name))
+            yield inside, sorted(name for name in names if not name.startswith("."))
+
+    def _closed(self, error: OSError) -> None:
+        place = _posix(Path(os.fsdecode(error.filename or self.root)).relative_to(self.root))
+        self.closed.append((place or ".", error.strerror or str(error)))
+
+    def leave_rest(self, counter: Counter) -> list[Photo]:
+        """Count the files and folders that were kept apart. Returns a row for each folder that cannot be opened."""
+        for name in self.hidden:
+            counter.leave(name, HIDDEN)
+        for name in self.linked:
+            counter.leave(name, LINKED)
+        return [Photo(place, problem=f"the folder cannot be opened ({why})") for place, why in self.closed]
+
+
+def _own_files(output: Path | None) -> tuple[str, re.Pattern[str]] | None:
+    """The folder of an index, and the names that its files have there: they are left by an earlier scan and are no part of the dataset."""
+    if output is None:
+        return None
+    name, stem = re.escape(output.name), re.escape(output.stem)
+    pattern = rf"{name}(\.progress)?|\.{name}\.[0-9a-f]{{8}}|\.?{stem}\.[0-9a-f]{{16}}\.safetensors(\.[0-9a-f]{{8}})?"
+    return os.path.realpath(output.parent), re.compile(pattern)
+
+
+def _is_hidden_link(place: str, name: str) -> bool:
+    return name.startswith(".") and Path(place, name).is_symlink()
+
+
+def photos_in_folder(
+    folder: Path, encoding: str, counter: Counter, output: Path | None
+) -> tuple[list[Photo], list[Photo]]:
+    """All photos below a folder, by path, and a row for each thing that may be photos but cannot be read. Identities are those
+    that metadata tables tell.
+    """
+    walk = Walk(folder, output)
+    photos: list[Photo] = []
+    metadata = _Metadata(folder, encoding)
+    texts: dict[str, Captions] = {}
+    for inside, names in walk:
+        texts[inside] = Captions(folder / inside, names, encoding)
+        for name in names:
+            path = _join(inside, name)
+            if is_photo(name):
+                photos.append(Photo(path))
+            elif folded(name) in _METADATA:
+                _count_table(metadata, inside, name, counter)
+            elif ending_of(name) not in TEXT_SUFFIXES:
+                counter.leave(path)
+    counter.photos += len(photos)
+    photos = [_with_text(photo, texts) for photo in metadata.described(photos)]
+    for inside, captions in texts.items():
+        counter.texts += len(captions.used)
+        for name in captions.names():
+            if name not in captions.used:
+                counter.leave(_join(inside, name))
+    rows = metadata.unplaced() + walk.leave_rest(counter)
+    return sorted(photos, key=lambda photo: photo.source), sorted(rows, key=lambda row: row.source)
+
+
+def _count_table(metadata: _Metadata, inside: str, name: str, counter: Counter) -> None:
+    if metadata.add(inside, name):
+        counter.tables += 1
+    else:
+        counter.leave(_join(inside, name), NO_TABLE)
+
+
+def folder_of(photo: Photo) -> str:
+    """The folder that a photo lies in, seen from the root; "" for the root itself."""
+    return photo.source.rpartition("/")[0]
+
+
+def nested_people(folders: Collection[str]) -> str:
+    """A remark about folders of photos in a folder that has photos too; "" where there are none."""
+    inner = sorted(
+        f for f in folders if any(parent.as_posix() in folders for parent in PurePosixPath(f).parents)
+    )
+    if not inner:
+        return ""
+    return (
+        f"{len(inner)} folders of photos lie in a folder that has photos too ({some(inner)}); each counts as a person of its own. "
+        "Where they show the person of the outer folder, move the photos there."
+    )
+
+
+class _Metadata:
+    """The metadata tables below a folder, by the photos that they name."""
+
+    def __init__(self, root: Path, encoding: str) -> None:
+        self._root = root
+        self._encoding = encoding
+        self._photos: dict[str, Photo] = {}
+        self._by_case: dict[str, list[str]] = {}
+        self._rows: list[Photo] = []  # of lines that cannot be read
+        self._met: set[str] = set()
+
+    def add(self, inside: str, name: str) -> bool:
+        """Read a table; False where it is one of another kind, which names no photos."""
+        path = self._root / inside / name
+        try:
+            entries = list(read_entries(path, "captions", self._encoding, numbered=True))
+        except ConfigError as error:
+            self._rows.append(Photo(_join(inside, name), problem=str(error)))
+            return True
+        if not any(
+            isinstance(entry, str) or any(key in entry for key in FILE_KEYS) for _, _, entry in entries
+        ):
+            return False
+        for _, line, entry in entries:
+            where = f"{_join(inside, name)}:{line}"
+            if isinstance(entry, str):
+                self._rows.append(Photo(where, problem=entry))
+            else:
+                self._take(inside, where, entry)
+        return True
+
+    def _take(self, inside: str, where: str, entry: Mapping[str, Any]) -> None:
+        try:
+            named = value_of(entry, FILE_KEYS).replace("\\", "/")
+            if not named:
+                raise InputError("the entry names no photo")
+        except InputError as error:
+            self._rows.append(Photo(where, problem=str(error)))
+            return
+        source = self._source(inside, named)
+        try:
+            photo = replace(described(entry), source=source)
+        except InputError as error:
+            photo = Photo(source, problem=f"{where}: {error}")
+        before = self._photos.get(source)
+        if before is not None and before != photo:
+            photo = Photo(
+                source, problem=f"{where} says something else about it than an earlier line; keep one of them"
+            )
+        self._photos[source] = photo
+        if before is None:
+            self._by_case.setdefault(folded(source), []).append(source)
+
+    def _source(self, inside: str, named: str) -> str:
+        """The path from the root of a photo that a table in this folder names."""
+        root = os.path.abspath(self._root)  # noqa: PTH100, which would follow links
+        path = os.path.normpath(os.path.join(root, inside, named))  # noqa: PTH118
+        try:
+            return Path(os.path.relpath(path, root)).as_posix()
+        except ValueError:  # on another drive of Windows
+            return Path(path).as_posix()
+
+    def described(self, photos: Sequence[Photo]) -> list[Photo]:
+        """The photos of the folder with the facts from the tables."""
+        sources = {photo.source for photo in photos}
+        return [self._described(photo, sources) for photo in photos]
+
+    def _described(self, photo: Photo, sources: Collection[str]) -> Photo:
+        name = photo.source
+        if name not in self._photos:
+            # In another case, unless that is the name of another photo.
+            same = [other for other in self._by_case.get(folded(name), ()) if other not in sources]
+            if len(same) != 1:
+                return photo
+            (name,) = same
+        self._met.add(name)
+        return replace(self._photos[name], source=photo.source)
+
+    def unplaced(self) -> list[Photo]:
+        """The rows of lines that cannot be read, or name no photo of the folder."""
+        absent = [
+            replace(photo, problem=photo.problem or _absent(self._root, photo.source))
+            for name, photo in self._photos.items()
+            if name not in self._met
+        ]
+        return self._rows + absent
+
+
+def _absent(root: Path, source: str) -> str:
+    if advice := unread_suffixes().get(ending_of(source)):
+        return f"photos of this kind are not read: {advice}"
+    if not os.path.lexists(root / source):
+        return "a metadata table names it, but there is no such file"
+    return "a metadata table names it, but it is no photo of this folder"
+
+
+def _with_text(photo: Photo, texts: Mapping[str, Captions]) -> Photo:
+    if photo.caption or photo.problem:
+        return photo
+    inside, _, name = photo.source.rpartition("/")
+    try:
+        return replace(photo, caption=texts[inside].read(name))
+    except InputError as error:
+        return replace(photo, problem=str(error))
+
+
+def _join(inside: str, name: str) -> str:
+    return f"{inside}/{name}" if inside else name
+
+
+def _posix(path: Path) -> str:
+    return "" if path == Path() else path.as_posix()

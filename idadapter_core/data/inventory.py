@@ -1,0 +1,143 @@
+"""An account of every file that a scan was given: read as a photo, as a text, as a table, or not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..files import some
+from .photos import PHOTO_SUFFIXES, unread_suffixes
+
+TEXT_SUFFIXES = (".txt", ".caption")
+"""Endings of a caption's file; where a photo has both, the first is read."""
+HIDDEN = "hidden"
+NAMELESS = "without an ending"
+LINKED = "folders that are there under another name"
+NO_TABLE = "metadata tables that name no photos"
+SECOND = "second photos of a sample"
+OUTSIDE = "photos outside of the shards"
+CUT = "files of damaged shards"
+_TABLE_ADVICE = (
+    "name the table itself to have it read, or call it metadata.jsonl or metadata.csv (with file_name, text)"
+)
+_CONVERT = "convert them to JPEG or PNG"
+_VIDEO = "videos are not read; save frames as photos"
+_PACKED = "unpack them"
+_ADVICE = {
+    HIDDEN: "names that start with a dot, as macOS writes them beside the real files, and webdataset's notes",
+    NAMELESS: "give photos the ending of their format",
+    LINKED: "links to a folder that was read already",
+    SECOND: "one photo of a sample is read",
+    OUTSIDE: "scan them with --layout folders or --layout captions",
+    CUT: "the rest of their samples is lost",
+    NO_TABLE: "its lines must name the photos in a field file_name",
+    ".tar": "scan the shards with --layout webdataset",
+    **dict.fromkeys(TEXT_SUFFIXES, "no photo of that name lies beside, or the photo has its caption from elsewhere or cannot be used"),
+    **dict.fromkeys((".jsonl", ".csv", ".tsv", ".json"), _TABLE_ADVICE),
+    **dict.fromkeys((".parquet", ".arrow", ".xlsx"), "write the table as .jsonl or .csv"),
+    **dict.fromkeys((".zip", ".rar", ".7z", ".gz", ".tgz", ".bz2", ".xz", ".zst"), _PACKED),
+    **dict.fromkeys((".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm"), _VIDEO),
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"), "develop raw files to JPEG or PNG"),
+    **dict.fromkeys((".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".psb", ".svg", ".eps", ".ps", ".pdf", ".ai", ".wmf", ".emf"), _CONVERT),
+    **dict.fromkeys((".xcf", ".exr", ".hdr", ".tga", ".dds", ".ico", ".pcx", ".ppm", ".pgm", ".pnm", ".qoi", ".avifs"), _CONVERT),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Files of one kind that were not read."""
+
+    kind: str  # the ending, in lower case, or another thing that they have in common
+    count: int
+    first: str  # path of one of them, the first by name
+
+    @property
+    def advice(self) -> str:
+        """The way to have them read; "" where there is none to give."""
+        return {**_ADVICE, **unread_suffixes()}.get(self.kind, "")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """An account of the files in a folder, or in shards. The counts sum to all of them."""
+
+    photos: int = 0
+    texts: int = 0  # captions, and facts about a sample
+    tables: int = 0
+    unread: tuple[Unread, ...] = ()
+
+    @property
+    def files(self) -> int:
+        return self.photos + self.texts + self.tables + sum(kind.count for kind in self.unread)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values, for an index."""
+        unread = {kind.kind: {"count": kind.count, "first": kind.first} for kind in self.unread}
+        return {
+            "files": self.files,
+            "photos": self.photos,
+            "texts": self.texts,
+            "tables": self.tables,
+            "not_read": unread,
+        }
+
+
+class Counter:
+    """Counts files for an inventory."""
+
+    def __init__(self) -> None:
+        self.photos = self.texts = self.tables = 0
+        self._unread: dict[str, tuple[int, str]] = {}
+
+    def leave(self, name: str, kind: str = "") -> None:
+        """Count a file that is not read: under its ending, or under a kind that is named."""
+        kind = kind or kind_of(name)
+        count, first = self._unread.get(kind, (0, name))
+        self._unread[kind] = count + 1, min(first, name)
+
+    def inventory(self) -> Inventory:
+        # Kinds with a way to have them read come first, then the most numerous.
+        kinds = [Unread(kind, *found) for kind, found in self._unread.items()]
+        kinds.sort(key=lambda kind: (not kind.advice, -kind.count, kind.kind))
+        return Inventory(self.photos, self.texts, self.tables, tuple(kinds))
+
+
+def ending_of(name: str) -> str:
+    """A file's ending with its dot, in lower case; "" where it has none. `name` may be a path."""
+    base = name.rpartition("/")[2]
+    stem, dot, ending = base.rpartition(".")
+    return (dot + ending).lower() if stem else ""
+
+
+def is_photo(name: str) -> bool:
+    """Whether a name is that of a photo that can be read here."""
+    ending = ending_of(name)
+    return ending in PHOTO_SUFFIXES and ending not in unread_suffixes()
+
+
+def kind_of(name: str) -> str:
+    return HIDDEN if name.rpartition("/")[2].startswith(".") else ending_of(name) or NAMELESS
+
+
+def describe_inventory(facts: Mapping[str, Any]) -> str:
+    """An inventory's facts in words, with the ways to have unread files read; "" where nothing was counted."""
+    if not facts.get("files"):
+        return ""
+    unread = dict(facts["not_read"])
+    left = sum(int(kind["count"]) for kind in unread.values())
+    counts = ", ".join(f"{facts[kind]} {kind}" for kind in ("photos", "texts", "tables"))
+    head = f"files: {facts['files']}, of these {counts}, {left} not read"
+    kinds = [Unread(kind, int(found["count"]), str(found["first"])) for kind, found in unread.items()]
+    return "\n".join([head, *map(_line, kinds)])
+
+
+def describe_unread(unread: Iterable[Unread]) -> str:
+    """On one line, for a message."""
+    return some(f"{kind.count} {kind.kind}{f' ({kind.advice})' * bool(kind.advice)}" for kind in unread)
+
+
+def _line(kind: Unread) -> str:
+    return (
+        f"  not read: {kind.count} {kind.kind} (first {kind.first}){f': {kind.advice}' * bool(kind.advice)}"
+    )

@@ -1,0 +1,275 @@
+"""Tables and lists that name photos: csv, JSON Lines, a JSON list, or a path in each line."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, InputError
+from ..files import some
+from .captions import Listings
+from .entries import (
+    CAPTION_KEYS,
+    FILE_KEYS,
+    IDENTITY_KEYS,
+    NOUN_KEYS,
+    Photo,
+    described,
+    is_absent,
+    parse_json,
+    plain_key,
+    value_of,
+    with_plain_keys,
+)
+from .texts import BLANK, MAX_CAPTION, decode_lines, decode_text, read_file, undecoded
+
+CSV_SUFFIXES = (".csv", ".tsv")
+TABLE_SUFFIXES = (".jsonl", *CSV_SUFFIXES)
+_DELIMITERS = ",;\t|"
+_KEYS = (*FILE_KEYS, *CAPTION_KEYS, *IDENTITY_KEYS, *NOUN_KEYS)
+
+Entry = Mapping[str, Any]
+Numbered = tuple[int, int, Entry | str]
+"""The entry's number from 0, the line in which it begins (for a JSON list, its number from 1), and the entry with plain keys, or
+a text that says why it cannot be read."""
+
+
+def read_entries(path: Path, layout: str, encoding: str, *, numbered: bool = False) -> Iterator[Numbered]:
+    """The entries of a table.
+
+    Args:
+        layout: list for a path in each line; else the file's ending decides.
+        numbered: whether entries need no field that names a photo.
+
+    Raises:
+        ConfigError: the file is not of the kind that its ending says.
+    """
+    content = _bytes(path)
+    ending = path.suffix.lower()
+    try:
+        if layout == "list":
+            return _list_lines(content, encoding)
+        if ending in CSV_SUFFIXES:
+            return _csv_rows(path, decode_lines(content, encoding), numbered)
+        if ending == ".jsonl":
+            return _json_lines(decode_lines(content, encoding))
+        return _json_list(path, decode_text(content, encoding))
+    except InputError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+
+
+def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text that are not empty, each with its number from 1. Raises ConfigError."""
+    try:
+        text = decode_text(_bytes(path), encoding)
+    except InputError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    return ((number + 1, line) for number, line in _lines(text))
+
+
+def named_photos(
+    path: Path, root: Path, entries: Iterator[Numbered], numbered: bool, encoding: str
+) -> Iterator[Photo]:
+    """The photo that each entry of a table names, with the caption beside it where the entry has none.
+
+    Raises:
+        ConfigError: the first entry that can be read names no photo.
+    """
+    listings = Listings(encoding)
+    has_names = False
+    for number, line, entry in entries:
+        if isinstance(entry, str):
+            yield Photo(f"{path.name}:{line}", problem=entry)
+            continue
+        try:
+            name = f"{number}.png" if numbered else value_of(entry, FILE_KEYS)
+            if not name:
+                if not has_names:
+                    raise ConfigError(_nameless(path, number, entry))
+                raise InputError("the entry names no photo")
+            has_names = True
+            if not _is_name(name):
+                raise InputError("the entry names a photo with half a character or a NUL in its name")
+        except InputError as error:
+            yield Photo(f"{path.name}:{line}", problem=str(error))
+            continue
+        yield _named(root, name, entry, listings)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file can have this name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeError:
+        return False
+
+
+def _named(root: Path, name: str, entry: Entry, listings: Listings) -> Photo:
+    problem = ""
+    try:
+        name = listings.find(root, name)
+        photo = described(entry)
+    except InputError as error:
+        photo, problem = Photo(""), str(error)
+    found = root / name
+    if not photo.caption and not problem:
+        try:
+            photo = replace(photo, caption=listings.captions(found.parent).read(found.name))
+        except InputError as error:
+            problem = str(error)
+    inside = found.is_relative_to(root)
+    source = found.relative_to(root).as_posix() if inside else found.as_posix()
+    return replace(photo, source=source, problem=problem)
+
+
+def _nameless(path: Path, number: int, entry: Entry) -> str:
+    return (
+        f"{path}: entry {number + 1} names no photo; a field {', '.join(FILE_KEYS[:-1])} or {FILE_KEYS[-1]} must. Its fields are "
+        f"{some(entry, 10) or 'none'}. For photos that are named by their line (0.png, 1.png, ...) add --numbered."
+    )
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, each with its number from 0. Lines end at \\n alone: names and JSON may hold other breaks."""
+    for number, line in enumerate(text.split("\n")):
+        if stripped := line.strip(BLANK):
+            yield number, stripped
+
+
+def _list_lines(content: bytes, encoding: str) -> Iterator[Numbered]:
+    # Names of files need be no UTF-8: such bytes are kept as they are.
+    return ((number, number + 1, {"file": line}) for number, line in _lines(decode_lines(content, encoding)))
+
+
+def _json_lines(text: str) -> Iterator[Numbered]:
+    for number, line in _lines(text):
+        entry: Entry | str
+        if bad := undecoded(line):
+            entry = f"the line has bytes that cannot be read: {bad}"
+        else:
+            entry = _parsed(line)
+        yield number, number + 1, entry
+
+
+def _parsed(line: str) -> Entry | str:
+    try:
+        return _object(parse_json(line), "the line")
+    except ValueError as error:
+        return f"the line is no JSON ({error})"
+
+
+def _object(value: object, name: str) -> Entry | str:
+    if not isinstance(value, dict):
+        return f"{name} is no JSON object"
+    try:
+        return with_plain_keys(value)
+    except InputError as error:
+        return str(error)
+
+
+def _json_list(path: Path, text: str) -> Iterator[Numbered]:
+    try:
+        entries = parse_json(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is no JSON ({error}). IP-Adapter's list is one JSON file; a file with an object per line must end in .jsonl."
+        ) from error
+    if not isinstance(entries, list):
+        raise ConfigError(
+            f'{path} must hold a list of {{"image_file", "text"}}, it holds a {type(entries).__name__}'
+        )
+    return ((number, number + 1, _object(entry, "the entry")) for number, entry in enumerate(entries))
+
+
+# ---------------------------------------------------------------------------------------------------- csv
+
+
+def _csv_rows(path: Path, text: str, numbered: bool) -> Iterator[Numbered]:
+    said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to tell the delimiter
+    body = text[said.end() :] if said else text
+    skipped = int(said is not None)
+    delimiter = said[1] if said else _delimiter(body)
+    rows = _parsed_csv(path, body, delimiter, skipped, keep_empty=numbered)
+    first = next(rows, None)
+    if first is None:
+        raise ConfigError(f"{path} is empty. Name a table with photos.")
+    header = [plain_key(name) for name in first[1]]
+    if not numbered and not any(name in FILE_KEYS for name in header):
+        raise ConfigError(_headless(path, first[1]))
+    for name in (name for name in header if name in _KEYS and header.count(name) > 1):
+        raise ConfigError(
+            f"{path}: the column {name} is there {header.count(name)} times. Remove or rename one."
+        )
+    return ((number, line, _of_row(header, row)) for number, (line, row) in enumerate(rows))
+
+
+def _headless(path: Path, fields: Sequence[str]) -> str:
+    return (
+        f"{path}: no column names the photos. Its first line has {some(fields, 10)}; one must be {', '.join(FILE_KEYS)}. Add such a "
+        "line, or, for photos that are named by their line (0.png, 1.png, ...), --numbered."
+    )
+
+
+def _delimiter(text: str) -> str:
+    """The one by which the first line has most of the fields that are known."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+
+    def known(delimiter: str) -> int:
+        with contextlib.suppress(csv.Error):
+            fields = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+            return sum(plain_key(field) in _KEYS for field in fields)
+        return 0
+
+    return max(_DELIMITERS, key=known)
+
+
+def _parsed_csv(
+    path: Path, text: str, delimiter: str, skipped: int, keep_empty: bool
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows, each with the number of its first line; without those whose fields are all empty, unless rows are counted."""
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
+    )
+    while True:
+        before = csv.field_size_limit(len(text) + 1)  # of the whole process; `_of_row` has a limit of its own
+        line = reader.line_num + skipped + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ConfigError(
+                f"{path}: the row that begins in line {line} cannot be read ({error}). Quotes inside a field are doubled, and each "
+                "quote that opens a field needs one that closes it."
+            ) from error
+        finally:
+            csv.field_size_limit(before)
+        if row is None:
+            return
+        if row and (keep_empty or any(field.strip() for field in row)):
+            yield line, row
+
+
+def _of_row(header: Sequence[str], row: Sequence[str]) -> Entry | str:
+    if bad := next(filter(None, map(undecoded, row)), ""):
+        return f"the row has bytes that cannot be read: {bad}"
+    if len(row) != len(header):
+        return f"the row has {len(row)} fields, the first line has {len(header)}; put texts with the delimiter in them into quotes"
+    for name, value in zip(header, row, strict=True):
+        if name in _KEYS and len(value) > MAX_CAPTION:
+            return (
+                f"the row has {len(value):,} characters in the field {name}, at most {MAX_CAPTION:,} are read"
+            )
+    return {name: value for name, value in zip(header, row, strict=True) if not is_absent(value)}

@@ -1,0 +1,155 @@
+"""Reading texts that other people wrote: in an encoding that is known, or not at all."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import stat
+from pathlib import Path
+
+from ..errors import ConfigError, InputError
+
+MAX_CAPTION = 100_000
+"""Characters. CLIP reads 77 tokens; a longer text is no caption but a table or a log of that name."""
+_MAX_FILE = 16 * MAX_CAPTION  # bytes of a caption's file: several lines of four bytes a character
+# UTF-32 first: its mark of little-endian files begins like that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_MARK = "\ufeff"
+_UNDECODED = re.compile("[\udc80-\udcff]")
+# Control characters that are no white space, the mark that decoders leave for bytes they cannot read, and code points that are no characters.
+_SUSPECT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ufffe\uffff]")
+BLANK = " \t\r\n\v\f"
+"""White space that may stand around a file's name in a list; other kinds may belong to the name."""
+
+
+def check_encoding(name: str) -> None:
+    """Raises ConfigError where Python knows no encoding of texts by this name."""
+    try:
+        "".encode(name)
+        b"".decode(name)
+    except (LookupError, ValueError) as error:
+        raise ConfigError(
+            f"--encoding must be one that Python knows (cp1251, cp932, gb18030, latin-1, utf-16-le, ...), got {name!r}"
+        ) from error
+
+
+def decode_text(content: bytes, encoding: str = "") -> str:
+    """The text of a file: by its byte order mark (UTF-8, 16, 32), else as UTF-8, else in the encoding that is named.
+
+    A named encoding reads texts that are no UTF-8, and ASCII, where encodings like ISO-2022-JP hide their escapes. But to a UTF-16 without
+    a mark, plain ASCII would be other letters, two in one.
+
+    Raises:
+        InputError: names the first byte that does not fit.
+    """
+    for mark, name in _MARKS:
+        if content.startswith(mark):
+            return _decode(content, name)
+    if not encoding:
+        return _decode(content, "utf-8")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        return _decode(content, encoding)
+    is_plain = text.isascii() and not _SUSPECT.search(text)
+    if is_plain and "a".encode(encoding) != b"a":
+        return text
+    return _decode(content, encoding) if text.isascii() or "\0" in text else text
+
+
+def decode_lines(content: bytes, encoding: str = "") -> str:
+    """As `decode_text`, but bytes that are no UTF-8 become surrogates, for `undecoded` to find: one bad line of a table is not
+    the end of it. Files with a mark and of a named encoding are read whole or not at all. Raises InputError.
+    """
+    if encoding or any(content.startswith(mark) for mark, _ in _MARKS[1:]):
+        return decode_text(content, encoding)
+    return content.decode("utf-8-sig", "surrogateescape").lstrip(_MARK)
+
+
+def undecoded(text: str) -> str:
+    """The first byte of a text from `decode_lines` that is no UTF-8, in words; "" where all are."""
+    found = _UNDECODED.search(text)
+    if not found:
+        return ""
+    place = len(text[: found.start()].encode("utf-8", "surrogateescape"))
+    return _no_text(ord(found[0]) - 0xDC00, place, "UTF-8")
+
+
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a file. Pipes and devices, which may never end, are refused, and so is a file of more than `most` bytes.
+
+    Raises:
+        OSError: also where the name cannot be that of a file.
+        InputError: more than `most` bytes.
+    """
+    try:
+        facts = path.stat()
+    except ValueError as error:  # a NUL, or half a character
+        raise OSError(0, f"no file can have this name: {error}") from error
+    if stat.S_ISDIR(facts.st_mode):
+        raise IsADirectoryError(0, "it is a folder")
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(0, "it is a pipe or a device, no file")
+    if most is not None and facts.st_size > most:
+        raise InputError(f"it has {facts.st_size:,} bytes, at most {most:,} are read")
+    return path.read_bytes()
+
+
+def read_caption(path: Path, encoding: str = "") -> str:
+    """The caption in a text file: its first line that is not empty.
+
+    Raises:
+        InputError: names the file and why it cannot be read.
+    """
+    try:
+        return first_line(decode_text(read_file(path, _MAX_FILE), encoding))
+    except OSError as error:
+        raise InputError(f"its caption {path.name} cannot be read ({error.strerror or error})") from error
+    except InputError as error:
+        raise InputError(f"its caption {path.name} cannot be read: {error}") from error
+
+
+def first_line(text: str) -> str:
+    """The first line that is not empty, as a caption. Raises InputError as `caption_of` does."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # U+2028 and the like may be in a line
+    return caption_of(next((line for line in lines if line.strip()), ""))
+
+
+def caption_of(text: str) -> str:
+    """A caption on one line, without halves of characters, which scraped texts have and tokenizers refuse.
+
+    Raises:
+        InputError: the text has characters that show that it was decoded wrongly, or is far too long.
+    """
+    if len(text) > MAX_CAPTION:
+        raise InputError(f"it has {len(text):,} characters, at most {MAX_CAPTION:,} are a caption")
+    if found := _SUSPECT.search(text):
+        raise InputError(
+            f"it has the character U+{ord(found[0]):04X} at position {found.start()}, the sign of a wrong encoding; name the right one "
+            "with --encoding (utf-16-le for UTF-16 without a byte order mark), or save it as UTF-8"
+        )
+    # A byte order mark inside of a text comes of files that were joined.
+    return " ".join(text.replace(_MARK, "").encode("utf-8", "replace").decode().split())
+
+
+def _decode(content: bytes, encoding: str) -> str:
+    try:
+        return content.decode(encoding).lstrip(_MARK)  # some programs add a second mark
+    except UnicodeDecodeError as error:
+        name = _NAMES.get(encoding, encoding)
+        raise InputError(_no_text(content[error.start], error.start, name)) from error
+    except UnicodeError as error:  # encodings that do not tell where
+        raise InputError(f"it is no {encoding} ({error})") from error
+
+
+def _no_text(byte: int, place: int, encoding: str) -> str:
+    return f"byte 0x{byte:02x} at position {place} is no {encoding}; name the right encoding with --encoding, or save it as UTF-8"
+
+
+_NAMES = {"utf-8": "UTF-8", "utf-8-sig": "UTF-8", "utf-16": "UTF-16", "utf-32": "UTF-32"}

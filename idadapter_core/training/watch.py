@@ -1,0 +1,287 @@
+"""The processes of a run, and whether all of them are still there.
+
+A process that waits for others in a collective runs no Python and hears no signal, and where one of the others is gone, stopped or
+stuck it would wait for half an hour. So each has a thread that says once a second that it is there, and what it is doing, in the
+store by which torch.distributed has the processes find each other. That thread hears signals, too, passes them on to all, and ends a
+process that waits in vain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from ..errors import TrainingError
+from ..waiting import TERMINATED, exit_now
+
+ARRIVAL = 600.0
+"""Seconds in which all processes of a run must have started."""
+SILENCE = 60.0
+"""Seconds without a sign of a process after which it counts as lost."""
+GRACE = 15.0
+"""Seconds after a signal in which all processes should have come to the end of the step. Launchers kill after 30."""
+_BEAT = 1.0  # seconds
+_TIMEOUT = timedelta(seconds=10)  # of a question to the store
+WORKS, WAITS, WRITES, LEFT = "works", "waits", "writes", "left"
+
+
+@dataclass
+class _Seen:
+    """What another process said last, and since when it says no more, and since when it is at the same thing."""
+
+    said: str = ""
+    heard: float = field(default_factory=time.monotonic)
+    state: str = WORKS
+    since: float = field(default_factory=time.monotonic)
+
+
+class Watch:
+    """The other processes of a run.
+
+    Args:
+        store: where all of them say that they are there.
+        heard: gets "stop" when another process heard a signal, or this one in a collective.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, heard: set[str]) -> None:
+        self._store, self._rank, self._world, self._heard = store, rank, world, heard
+        self._others = {other: _Seen() for other in range(world) if other != rank}
+        self._state, self._since = WORKS, time.monotonic()
+        self._stopped_at: float | None = None
+        self._ended = threading.Event()
+        self._beats = 0
+        self._told = False
+        self.save: Callable[[], str] | None = None
+        """Writes a checkpoint of the steps done, where this process must leave without the others; says what came of it."""
+        self._ears, self._mouth = socket.socketpair()
+        for end in (self._ears, self._mouth):
+            end.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._beat()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """From now on the others are listened to."""
+        now = time.monotonic()
+        for seen in self._others.values():
+            seen.heard = seen.since = now
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def doing(self, state: str) -> Iterator[None]:
+        """What this process does in the block: `WAITS` for the others, or `WRITES` what the others wait for."""
+        before, self._state = self._state, state
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._state = before
+            self._since = time.monotonic()
+
+    def missing(self) -> list[int]:
+        """The processes that never said a word so far."""
+        return [other for other in self._others if not self._store.check([_key(other)])]
+
+    def silent(self, seconds: float) -> list[int]:
+        """The processes that have been silent for so long, and are not done."""
+        now = time.monotonic()
+        return [
+            other for other, seen in self._others.items() if seen.state != LEFT and now - seen.heard > seconds
+        ]
+
+    def close(self, is_settled: bool) -> None:
+        """This process leaves: as all know, or else to be missed by those who wait for it."""
+        self._ended.set()
+        signal.set_wakeup_fd(self._fd_before)
+        if self._thread.is_alive():
+            self._thread.join(2 * _BEAT)
+        if is_settled:
+            with contextlib.suppress(RuntimeError):  # the store may be gone before
+                self._store.set(_key(self._rank), f"0 {LEFT}")
+        for end in (self._ears, self._mouth):
+            end.close()
+
+    # ------------------------------------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while not self._ended.wait(_BEAT):
+            self._listen()
+            try:
+                self._exchange()
+                gone = ""
+            except RuntimeError as error:
+                gone = f"{error}".split("\n")[0]
+            if not self._ended.is_set():
+                self._judge(gone)
+            if gone:  # torch writes a stack for each question that is not answered
+                self._ended.wait(4 * _BEAT)
+
+    def _listen(self) -> None:
+        """Signals of which the main thread may not have heard yet."""
+        with contextlib.suppress(OSError):
+            if {int(signal.SIGTERM), int(signal.SIGINT)} & set(self._ears.recv(4096)):
+                self._heard.add("stop")
+                self._stopped_at = self._stopped_at or time.monotonic()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(_key(self._rank), f"{self._beats} {self._state}")
+
+    def _exchange(self) -> None:
+        self._beat()
+        if self._stopped_at is not None and not self._told:
+            self._store.set(_STOP, "1")
+            self._told = True
+        elif self._stopped_at is None and self._store.check([_STOP]):
+            self._stopped_at, self._told = time.monotonic(), True
+            self._heard.add("stop")
+        keys = {other: _key(other) for other in self._others}
+        said = self._store.multi_get(list(keys.values()))
+        now = time.monotonic()
+        for other, text in zip(keys, said, strict=True):
+            seen, word = self._others[other], bytes(text).decode()
+            if word != seen.said:
+                seen.said, seen.heard = word, now
+                state = word.partition(" ")[2]
+                if state != seen.state:
+                    seen.state, seen.since = state, now
+
+    def _judge(self, gone: str) -> None:
+        """Leave, where this process waits for others who will not come."""
+        now = time.monotonic()
+        is_stopped = self._stopped_at is not None
+        lost = self.silent(GRACE if is_stopped or gone else SILENCE)
+        if gone and lost:
+            host = "the launcher" if _has_launcher(os.environ) else "process 0"
+            why = (
+                f"{host} at {_where(os.environ)}, by whom the processes hear of each other, is gone ({gone})"
+            )
+            lost = [] if _has_launcher(os.environ) else [0]
+        elif lost:
+            why = f"{named(lost)} has not been heard from for {max(now - self._others[r].heard for r in lost):.0f} s"
+        elif is_stopped and (late := self._late(now)):
+            why = f"{named(late)} did not come to the end of the step within {GRACE:.0f} s of the signal"
+            lost = late
+        else:
+            return
+        if self._state == WAITS:
+            self._leave(why, lost, TERMINATED if is_stopped else 1)
+
+    def _late(self, now: float) -> list[int]:
+        """Who is still at work, where this process has waited for long enough and nobody writes."""
+        assert self._stopped_at is not None
+        if self._state != WAITS or now - max(self._since, self._stopped_at) < GRACE:
+            return []
+        if any(seen.state == WRITES for seen in self._others.values()):
+            return []
+        return [
+            other
+            for other, seen in self._others.items()
+            if seen.state == WORKS and now - max(seen.since, self._stopped_at) >= GRACE
+        ]
+
+    def _leave(self, why: str, lost: list[int], code: int) -> None:
+        saved = ""
+        try:
+            if self.save is not None and self._rank == min(set(range(self._world)) - set(lost)):
+                saved = f" {self.save()}"
+        finally:
+            sys.stderr.write(
+                f"process {self._rank} of {self._world} waited for the others, but {why}; it leaves.{saved} Look at that process and its "
+                "machine, then go on with --resume auto.\n"
+            )
+            sys.stderr.flush()
+            exit_now(code)
+
+
+_STOP = "stop"
+
+
+def _key(rank: int) -> str:
+    return f"process/{rank}"
+
+
+def named(ranks: list[int]) -> str:
+    """Processes, by their numbers."""
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _has_launcher(environ: Mapping[str, str]) -> bool:
+    """Whether the store is torchrun's; else it is that of process 0."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _where(environ: Mapping[str, str]) -> str:
+    return f"{environ.get('MASTER_ADDR', '?')}:{environ.get('MASTER_PORT', '?')}"
+
+
+def arrive(heard: set[str], environ: Mapping[str, str] = os.environ, within: float = ARRIVAL) -> Watch | None:
+    """Wait until all processes of a run have started. None where there is one alone, or the launcher says nothing of the others.
+
+    Raises:
+        TrainingError: names the processes that are not there after `within` seconds.
+    """
+    world, rank = int(environ.get("WORLD_SIZE", "1")), int(environ.get("RANK", "0"))
+    if world < 2 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+        return None
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in all builds of torch
+
+    deadline = time.monotonic() + within
+    store = _store(rank, environ, deadline, within)
+    prefix = (
+        f"idadapter/{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    )
+    watch = Watch(PrefixStore(prefix, store), rank, world, heard)
+    while missing := watch.missing():
+        if time.monotonic() > deadline:
+            raise TrainingError(
+                f"{named(missing)} of {world} did not start within {within:.0f} s. See that each machine runs the same command, and "
+                f"reaches {_where(environ)}."
+            )
+        time.sleep(0.1)
+    watch.start()
+    return watch
+
+
+def _store(rank: int, environ: Mapping[str, str], deadline: float, within: float) -> Any:
+    """The store in which torch.distributed has the processes find each other, by a connection of its own."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    is_host = rank == 0 and not _has_launcher(environ)
+    address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    try:
+        if not is_host:
+            _reach(address, deadline)
+        return TCPStore(
+            *address, is_master=is_host, timeout=_TIMEOUT, wait_for_workers=False, multi_tenant=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        who = "cannot open" if is_host else f"nobody answered within {within:.0f} s at"
+        raise TrainingError(
+            f"{who} {_where(environ)}, where the processes of the run meet ({error}). Process 0 opens it: see that it runs, and that "
+            "MASTER_ADDR and MASTER_PORT are the same for all."
+        ) from error
+
+
+def _reach(address: tuple[str, int], deadline: float) -> None:
+    """Wait until somebody listens there: torch's own waiting hears no signals. Raises OSError."""
+    while True:
+        try:
+            socket.create_connection(address, timeout=_BEAT).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+__all__ = ["ARRIVAL", "GRACE", "SILENCE", "WAITS", "WORKS", "WRITES", "Watch", "arrive", "named"]

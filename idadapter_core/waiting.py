@@ -1,0 +1,146 @@
+"""Waiting that can end: for data, for disks, for processes.
+
+Python hears a signal between two of its own steps. While a thread waits inside the operating system (a disk that is gone, a pipe that
+nobody writes to), there are none. So what may take for ever is done in a thread of its own, and who waits for it looks up often.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import multiprocessing.process
+import os
+import queue
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+TURN = 0.5
+"""Seconds from one look at signals to the next."""
+SHARED_MEMORY = Path("/dev/shm")
+TERMINATED = 143  # exit code after SIGTERM, as of a program that the signal ended
+
+
+class Terminated(BaseException):
+    """SIGTERM was heard. As KeyboardInterrupt, no error: it passes all `except Exception`."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` in the block, so that what is half done is cleared away. Outside the main thread: nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Aside:
+    """A thread that does one thing after the other, while the caller waits for it and can leave.
+
+    The thread does not hold up the end of the program, whatever it is stuck in.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._tasks: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def do(self, work: Callable[[], T], look: Callable[[float], None]) -> T:
+        """What `work` returns or raises.
+
+        Args:
+            look: is called every `TURN` seconds with the seconds waited so far; what it raises ends the waiting. The work goes on
+                then, and what comes of it is lost.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        began = time.monotonic()
+        self._tasks.put((future, work))
+        while not concurrent.futures.wait([future], TURN).done:
+            look(time.monotonic() - began)
+        return future.result()
+
+    def close(self) -> None:
+        """The thread ends after what it is at."""
+        self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, work = task
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+            del task, future, work  # or the last result is kept until the next task comes
+
+
+def memory_advice() -> str:
+    """What to do where processes cannot hand data to each other in shared memory."""
+    size = ""
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(SHARED_MEMORY)
+        size = f" ({usage.free / 2**20:,.1f} of its {usage.total / 2**20:,.1f} MB are free)"
+    return (
+        f"shared memory is full: {SHARED_MEMORY}{size}. Give it more (Docker: `--shm-size=8g` or `--ipc=host`; elsewhere "
+        f"`mount -o remount,size=8g {SHARED_MEMORY}`), or set data.workers = 0, which needs none"
+    )
+
+
+def reason_of_death(exit_code: int | None) -> str:
+    """What the exit code of a worker process tells, with what to do about it."""
+    if exit_code is None:
+        return "it does not answer"
+    if exit_code >= 0:
+        return f"it ended with exit code {exit_code}"
+    if -exit_code == getattr(signal, "SIGBUS", 0):
+        return memory_advice()
+    name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
+    if -exit_code == getattr(signal, "SIGKILL", 0):
+        return (
+            f"it was killed ({name}), as the system does where memory runs out. Use fewer data.workers, a smaller train.batch or a "
+            "machine with more memory"
+        )
+    return f"it was ended by {name}"
+
+
+def kill_children(but: Sequence[multiprocessing.process.BaseProcess] = ()) -> None:
+    """End the worker processes of this one at once, whatever they are stuck in, but for some."""
+    for child in multiprocessing.active_children():
+        if child not in but:
+            child.kill()
+
+
+def exit_now(code: int) -> None:
+    """End this process without waiting for anything: no thread, no worker, no library that would say good-bye to others."""
+    kill_children()
+    os._exit(code)
+
+
+__all__ = [
+    "SHARED_MEMORY",
+    "TERMINATED",
+    "TURN",
+    "Aside",
+    "Terminated",
+    "exit_now",
+    "kill_children",
+    "memory_advice",
+    "reason_of_death",
+    "terminable",
+]

@@ -1,0 +1,326 @@
+"""Waiting for data, for disks and for other processes ends: with a reason, and soon after a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from idadapter_core import waiting
+from idadapter_core.errors import InputError, TrainingError
+from idadapter_core.training import engine, loading, sampling, watch as watching
+from idadapter_core.training.checkpoints import checkpoints
+from idadapter_core.training.engine import STOPPED, train
+from idadapter_core.training.loading import Batches, prepare_worker
+from idadapter_core.training.logs import read_log
+from idadapter_core.training.watch import WAITS, Watch, arrive
+from idadapter_core.waiting import Aside
+from tests.core.training.test_engine import Process, wait_for
+from tests.tiny.toy import Toy
+
+if sys.platform == "win32":
+    pytest.skip("signals and pipes of POSIX", allow_module_level=True)
+
+
+class Left(Exception):  # noqa: N818  # as a signal's
+    """Who waited has left."""
+
+
+class Photos(Dataset[Any]):
+    """Photos of which the second is as `act` has it."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act = act
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> Any:
+        return self.act() if number else torch.zeros(1)
+
+
+class Unsendable:
+    """What cannot be handed over to another process."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        raise self.error
+
+
+@contextlib.contextmanager
+def batches(act: Callable[[], Any], workers: int, **options: Any) -> Iterator[Batches]:
+    loader = DataLoader(
+        Photos(act), batch_size=None, num_workers=workers, worker_init_fn=prepare_worker, prefetch_factor=None
+    )
+    with contextlib.closing(Batches(loader, **options)) as found:
+        yield found
+    assert not multiprocessing.active_children()
+
+
+def full() -> Any:
+    # As torch says it where /dev/shm is too small.
+    return Unsendable(
+        RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (full, r"shared memory is full: /dev/shm.*--shm-size.*data\.workers = 0"),
+        (lambda: Unsendable(OSError(24, "Too many open files")), r"ulimit -n.*data\.workers = 0"),
+        (lambda: Unsendable(TypeError("no pickle")), "cannot be handed over: no pickle"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "died: shared memory is full.*--shm-size"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"died: it was killed \(SIGKILL\).*memory"),
+        (lambda: os._exit(3), "died: it ended with exit code 3"),
+    ],
+)
+def test_a_worker_that_gives_nothing(act: Callable[[], Any], reason: str) -> None:
+    with batches(act, 1, advice="Go on.") as given:
+        with pytest.raises(TrainingError, match=f"{reason}.*Go on\\."):
+            list(given)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photo_that_is_never_read(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipe that nobody writes to stands for a disk that does not answer. Who waits may leave, is told of it, and waits not for ever."""
+    os.mkfifo(tmp_path / "photo")
+    looked: list[int] = []
+
+    def look() -> None:
+        looked.append(1)
+        if len(looked) == 3:
+            raise Left
+
+    def read() -> bytes:
+        return (tmp_path / "photo").read_bytes()
+
+    monkeypatch.setattr(waiting, "TURN", 0.05)
+    monkeypatch.setattr(loading, "_BETWEEN_WARNINGS", 0.0)
+    with batches(read, workers, look=look) as given:
+        given.next()
+        with pytest.raises(Left):
+            given.next()
+    assert re.search(
+        "no data for 0 s: .*read", "".join(r.getMessage() for r in caplog.records).replace("reading", "read")
+    )
+    monkeypatch.setattr(loading, "PATIENCE", 0.1)
+    with batches(read, workers) as given:
+        given.next()
+        with pytest.raises(TrainingError, match="no data for .* s: .*Look at the disk"):
+            given.next()
+
+
+def test_a_photo_that_is_broken_is_no_failure_of_the_loader() -> None:
+    def broken() -> Any:
+        return InputError("this one")
+
+    for workers in (0, 1):
+        with (
+            batches(broken, workers, advice="Go on.") as given,
+            pytest.raises(InputError, match=r"^this one$"),
+        ):
+            list(given)
+
+
+def test_a_thread_aside_hands_over_what_comes_of_its_work() -> None:
+    aside = Aside("test")
+    assert aside.do(lambda: 3, lambda seconds: None) == 3
+    with pytest.raises(ZeroDivisionError):
+        aside.do(lambda: 1 // 0, lambda seconds: None)
+    assert aside.do(threading.current_thread, lambda seconds: None) is not threading.current_thread()
+    aside.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_while_data_is_waited_for(toy: Toy, tmp_path: Path, workers: int) -> None:
+    copy = Toy(tmp_path / "toy", toy.kind)
+    shutil.copytree(toy.folder, copy.folder)
+    photo = sorted((copy.folder / "photos").rglob("*.png"))[3]
+    photo.unlink()
+    os.mkfifo(photo)
+    run = tmp_path / "run"
+    process = Process(copy, run, train={"steps": 100_000, "batch": 2}, data={"workers": workers})
+    pipe: list[int] = []
+
+    def somebody_reads() -> bool:
+        with contextlib.suppress(OSError):
+            pipe.append(os.open(photo, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(pipe)
+
+    wait_for(somebody_reads, process)  # which goes on for as long as the other end is open
+    process.process.send_signal(signal.SIGTERM)
+    code, output = process.wait()
+    os.close(pipe[0])
+    assert code == STOPPED, output
+    assert "Traceback" not in output
+    done = len(read_log(run))
+    assert [c.step for c in checkpoints(run)] == ([done] if done else [])
+
+
+def test_shared_memory_that_is_too_small(toy: Toy, tmp_path: Path) -> None:
+    """With the file system of a container that has none to spare."""
+    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = "mount -t tmpfs -o size=100k tmpfs /dev/shm && "
+    if shutil.which("unshare") is None or subprocess.run([*mounted, f"{mount} true"], check=False).returncode:
+        pytest.skip("this system lets nobody but its owner mount a file system")
+    process = Process(
+        toy, tmp_path / "run", data={"workers": 1}, wrapper=[*mounted, f'{mount} exec "$@"', "sh"]
+    )
+    code, output = process.wait()
+    assert code == 1, output
+    assert re.search(r"shared memory is full: /dev/shm \(.*--shm-size.*data\.workers = 0", output)
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("when", ["validation", "a grid"])
+def test_a_signal_between_two_steps(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Pictures of a large model take minutes, in which a launcher loses its patience."""
+    calls: list[int] = []
+    is_grid = when == "a grid"
+    where: tuple[Any, str] = (sampling, "_conditions") if is_grid else (engine.Bundle, "measure")
+    function = getattr(*where)
+
+    def signalled(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args)
+
+    monkeypatch.setattr(*where, signalled)
+    grids = {"sample_every": 2, "sample_people": 1, "sample_steps": 50}
+    output = {**(grids if is_grid else {"validate_every": 2, "validate_samples": 400}), "save_every": 4}
+    if not is_grid:  # none before the first step
+        assert train(toy.config(tmp_path, train={"steps": 1}, output={"save_every": 1})) == 0
+    resume = "auto" if checkpoints(tmp_path) else "never"
+    assert train(toy.config(tmp_path, output=output), resume=resume) == STOPPED
+    assert len(calls) == 2
+    assert checkpoints(tmp_path)[-1].step == 2
+    assert not list((tmp_path / "samples").glob("*"))
+    assert not any("validation" in line for line in read_log(tmp_path))
+
+
+class Store(dict[str, bytes]):
+    """As the one in which processes find each other."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self[key] for key in keys]
+
+
+@pytest.mark.parametrize("what", ["silent", "stopped and silent", "stopped and late", "store gone"])
+def test_a_process_that_does_not_come_is_named(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others leave, each with a reason, and one of them with a checkpoint; the exit code tells of a signal."""
+    for name in ("SILENCE", "GRACE"):
+        monkeypatch.setattr(watching, name, 0.3)
+    monkeypatch.setattr(watching, "_BEAT", 0.02)
+    left: list[int] = []
+    store, heard, over = Store(), set[str](), threading.Event()
+    store.set("process/1", "1 works")
+    watch = Watch(store, 0, 2, heard)
+
+    def leave(code: int) -> None:
+        left.append(code)
+        watch._ended.set()
+        over.set()
+
+    monkeypatch.setattr(watching, "exit_now", leave)
+    watch.save = lambda: "The checkpoint of step 3 is written."
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    beats = threading.Thread(target=lambda: [alive(store) for _ in iter(lambda: over.wait(0.01), True)])
+    try:
+        watch.start()
+        if what == "stopped and late":  # its thread is well, and it is stuck in something else
+            beats.start()
+        if what == "store gone":
+            monkeypatch.setattr(store, "multi_get", failing, raising=False)
+        if "stopped" in what:
+            os.kill(os.getpid(), signal.SIGTERM)
+        with watch.doing(WAITS):
+            assert over.wait(60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        over.set()
+        watch.close(is_settled=False)
+    assert left == [143 if "stopped" in what else 1]
+    said = capsys.readouterr().err
+    assert "process 0 of 2 waited for the others" in said
+    if what == "store gone":
+        assert "by whom the processes hear of each other, is gone (broken pipe)" in said
+    else:
+        assert "The checkpoint of step 3 is written." in said
+        assert ("process 1 did not come" if "late" in what else "process 1 has not been heard from") in said
+    assert heard == ({"stop"} if "stopped" in what else set())
+
+
+def alive(store: Store) -> None:
+    store.set("process/1", f"{int(store['process/1'].split()[0]) + 1} works")
+
+
+def failing(keys: list[str]) -> list[bytes]:
+    raise RuntimeError("broken pipe")
+
+
+def test_a_signal_to_one_process_is_heard_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "_BEAT", 0.02)
+    store, heard = Store(), set[str]()
+    store.set("process/1", "1 works")
+    watch = Watch(store, 0, 2, heard)
+    watch.start()
+    store.set("stop", "1")
+    for _ in iter(lambda: threading.Event().wait(0.02), None):
+        if heard:
+            break
+    watch.close(is_settled=True)
+    assert heard == {"stop"}
+    assert store["process/0"].endswith(b"left")  # and nobody misses it
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(0, "processes 1, 2 of 3 did not start within 0 s"), (1, "nobody answered within 0 s at 127.0.0.1")],
+)
+def test_a_process_that_never_starts_is_named(rank: int, message: str) -> None:
+    environ = {
+        "RANK": str(rank),
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
+    with pytest.raises(TrainingError, match=message):
+        arrive(set(), environ, within=0.2)
+    assert arrive(set(), {}) is None
