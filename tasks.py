@@ -16,6 +16,7 @@ has changed. Settings, all optional, are environment variables:
     TORCH_INDEX_URL   package index to take torch from, for example one with CPU-only builds
     CHROMIUM          browser for the tests of the frontend (default: a Chromium or Chrome that is installed)
     SCREENSHOTS       if set, tests of the frontend save what they look at in output/screenshots
+    PACKS_PATH        folder with checkouts of other packs to test beside (docs/other_packs.md; default: those tests are skipped)
     CI                if true, a missing browser is an error; otherwise the tests that need one are skipped
 """
 

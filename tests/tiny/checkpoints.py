@@ -100,14 +100,25 @@ def tiny_unet(
 
     `disable_dynamic` is there because ComfyUI rebuilds a MODEL by calling this function once more with it.
     """
+    patcher = unet_of_levels(kind, _LEVELS[kind], seed, dtype, disable_dynamic)
+    patcher.cached_patcher_init = (tiny_unet, (kind, seed, dtype))
+    return patcher
+
+
+def unet_of_levels(
+    kind: str,
+    levels: dict[str, Any],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
+    """A MODEL of the given family with other blocks: `levels` holds what `_LEVELS` holds for each kind."""
     from tests.tiny.tiny_pack import models
 
     family = {"sdxl": models.TinySDXL, "sd15": models.TinySD15, "sd21": models.TinySD21}[kind]
-    config = {**_ANY_UNET, **family.unet_config, **_LEVELS[kind]}
+    config = {**_ANY_UNET, **family.unet_config, **levels}
     config["num_classes"] = None if config["adm_in_channels"] is None else "sequential"
-    patcher = _patcher(family(config), seed, dtype, disable_dynamic)
-    patcher.cached_patcher_init = (tiny_unet, (kind, seed, dtype))
-    return patcher
+    return _patcher(family(config), seed, dtype, disable_dynamic)
 
 
 def tiny_clip(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> CLIP:
