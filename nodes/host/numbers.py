@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Any
 
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
@@ -18,7 +18,7 @@ _refused: set[str] = set()  # ids of nodes that show a refusal
 
 
 def checks_numbers(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node class, whose `execute` now refuses numbers outside the ranges of its schema (InputError)."""
+    """The node class, whose `execute` now refuses numbers that its inputs cannot mean (InputError)."""
     execute = vars(node)["execute"].__func__
     signature = inspect.signature(execute)
 
@@ -49,24 +49,28 @@ def _fault_of(schema: io.Schema, given: dict[str, Any]) -> str:
         if value is None and entry.optional:
             continue
         if wanted := _wanted(entry, value):
-            shown = _shown(value)
-            return f"{entry.id} must be {wanted}, got {shown}. Enter such a number, or repair the node that is wired to it."
+            return (
+                f"{entry.id} must be {wanted}, got {_shown(value)}. Its range is {entry.min:g} to {entry.max:g}: enter such a number, or "
+                "repair the node that is wired to it."
+            )
     return ""
 
 
 def _wanted(entry: io.Float.Input | io.Int.Input, value: object) -> str:
-    """What a value should be instead; empty where it is that."""
-    whole = isinstance(entry, io.Int.Input)
-    kind = "a whole number" if whole else "a number"
-    low, high = entry.min, entry.max
-    if low is not None and high is not None:
-        kind += f" from {low} to {high}" if whole else f" from {low:g} to {high:g}"
-    if not isinstance(value, Integral if whole else Real):
-        return kind
-    # Only compared, because a whole number can be too large for a float. NaN fails both.
-    number = cast(float, value)
-    inside = (-math.inf if low is None else low) <= number <= (math.inf if high is None else high)
-    return "" if inside and abs(number) != math.inf else kind
+    """What a value should be instead; empty where it can be used.
+
+    A float outside the range that the widget offers can come from another node, and means what it says.
+    """
+    if isinstance(entry, io.Int.Input):
+        whole = isinstance(value, Integral) and entry.min <= int(value) <= entry.max
+        return "" if whole else "a whole number in its range"
+    if not isinstance(value, Real):
+        return "a number"
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        finite = False
+    return "" if finite else "a finite number"
 
 
 def _shown(value: object) -> str:
