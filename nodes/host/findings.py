@@ -84,7 +84,7 @@ def after_sampling(
     if not called:
         cause = _cause(model_options)
         for application in acting:
-            found.about(application.node_id, APPLY, f"the identity did not act in this picture: {cause}")
+            found.about(application.node_id, APPLY, _silence(application, cause))
         rescale = plan.rescaling
         if rescale is not None and rescale.every_patch:
             found.about(rescale.node_id, RESCALE, f"nothing was rescaled in this picture: {cause}")
@@ -126,6 +126,13 @@ def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[
             "node, or add it with mode off if that is what you want."
         )
     return texts
+
+
+def _silence(application: Application, cause: str) -> str:
+    """What to say where no model call came by. Changed weights are the model's own, and act all the same."""
+    if application.adapter.deltas:
+        return f"only the K and V weights of this identity acted in this picture, its gated layers did not: {cause}"
+    return f"the identity did not act in this picture: {cause}"
 
 
 def _mask_count(masks: int, latents: int) -> str:

@@ -137,11 +137,20 @@ def test_wrappers_that_were_taken_away(kinds: tuple[str, ...], heard: Heard) -> 
     assert len(heard(APPLY)) == 2
 
 
-def test_gated_adapters_and_foreign_rescaling_are_told_too(heard: Heard) -> None:
-    made = Made("sd15", delta=0.0)
+@pytest.mark.parametrize(
+    ("delta", "missing"), [(0.0, "the identity did not"), (0.3, "only the K and V weights")]
+)
+def test_gated_adapters_are_told_too(delta: float, missing: str, heard: Heard) -> None:
+    """Their changed K and V weights are the model's own, and act all the same."""
+    made = Made("sd15", delta=delta)
     gated = idadapter_sampling.apply(unet("sd15"), made, idadapter_sampling.person(made))
-    draw(past_the_hooks(gated), "sd15")
-    assert len(heard(APPLY)) == 1
+    found = draw(past_the_hooks(gated), "sd15")
+    (said,) = heard(APPLY)
+    assert said.startswith(missing)
+    assert (difference(found, draw(unet("sd15"), "sd15")) > 1e-3) == bool(delta)
+
+
+def test_foreign_rescaling_is_told_too(heard: Heard) -> None:
     draw(past_the_hooks(rescale(unet("sd15"), scope="every attention patch")), "sd15")
     assert [text for text in heard(RESCALE) if text.startswith("nothing was rescaled in this picture")]
 
