@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import stat
 from pathlib import Path
 
+from ..encodings import encoding_by_mark
 from ..errors import ConfigError, InputError
 
 MAX_CAPTION = 100_000
 """Characters. CLIP reads 77 tokens; a longer text is no caption but a table or a log of that name."""
 _MAX_FILE = 16 * MAX_CAPTION  # bytes of a caption's file: several lines of four bytes a character
-# UTF-32 first: its mark of little-endian files begins like that of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 _MARK = "\ufeff"
 _UNDECODED = re.compile("[\udc80-\udcff]")
 # Control characters that are no white space, the mark that decoders leave for bytes they cannot read, and code points that are no characters.
@@ -48,9 +40,8 @@ def decode_text(content: bytes, encoding: str = "") -> str:
     Raises:
         InputError: names the first byte that does not fit.
     """
-    for mark, name in _MARKS:
-        if content.startswith(mark):
-            return _decode(content, name)
+    if marked := encoding_by_mark(content):
+        return _decode(content, marked)
     if not encoding:
         return _decode(content, "utf-8")
     try:
@@ -67,7 +58,7 @@ def decode_lines(content: bytes, encoding: str = "") -> str:
     """As `decode_text`, but bytes that are no UTF-8 become surrogates, for `undecoded` to find: one bad line of a table is not
     the end of it. Files with a mark and of a named encoding are read whole or not at all. Raises InputError.
     """
-    if encoding or any(content.startswith(mark) for mark, _ in _MARKS[1:]):
+    if encoding or encoding_by_mark(content) not in ("", "utf-8-sig"):
         return decode_text(content, encoding)
     return content.decode("utf-8-sig", "surrogateescape").lstrip(_MARK)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import sys
 import unicodedata
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..encodings import encoding_by_mark
 from ..errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -20,14 +20,6 @@ else:
 BACKSLASHES = (
     "in double quotes a backslash begins an escape (\\t is a tab): write a Windows path in single quotes, "
     "'C:\\models\\base', or with /, \"C:/models/base\""
-)
-# UTF-32 first: its mark begins like that of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _LINE = re.compile(r"at line (\d+)")
 _WORD = re.compile(r"[^\s\"'=/\\.,]+")
@@ -78,7 +70,7 @@ def _advice(text: str, error: Exception) -> str:
 
 
 def _decoded(path: Path, content: bytes) -> str:
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "") or _without_mark(content)
+    encoding = encoding_by_mark(content) or _without_mark(content)
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
