@@ -164,8 +164,8 @@ _WIRED_TO_NEGATIVE = (
     "prompt is an ordinary CLIP Text Encode."
 )
 _NOTHING_TO_RESCALE = (
-    "every adapter on this model is an IDAdapter, so there is nothing to rescale. Switch `gated` on to rescale its gated layers, "
-    "or remove the node."
+    f"{RESCALE} has nothing to rescale: every adapter on this model is an IDAdapter. Switch `gated` on to rescale its gated layers, or "
+    "remove the node."
 )
 _UNPLACED = (
     "another node runs transformer blocks of its own without saying which, and the identity could not act in those. Remove that "
