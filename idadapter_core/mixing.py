@@ -3,6 +3,7 @@ token concatenation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +111,7 @@ def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:
 def mix_remarks(features: FaceFeatures, mix: Mix) -> tuple[Remark, ...]:
     """What `select_references` does with each face and why, one remark each, after one that counts.
 
-    Warnings are those about photos that may show another person: outliers, and two photos that hardly agree.
+    Warnings are those about photos that may show another person: outliers, and photos that hardly agree.
 
     Raises:
         InputError: as `select_references`.
@@ -120,7 +121,7 @@ def mix_remarks(features: FaceFeatures, mix: Mix) -> tuple[Remark, ...]:
     noun, plural = names[0].partition(" ")[0], "s" if len(features) > 1 else ""
     counted = Remark(f"used {len(choice.chosen)} of {len(features)} {noun}{plural}")
     each = [_remark_on(i, name, choice, mix) for i, name in enumerate(names)]
-    return (counted, *each, *_doubtful_pair(features, choice, noun))
+    return (counted, *each, *_doubtful(features, choice, names))
 
 
 def left_out(features: FaceFeatures, mix: Mix) -> tuple[int, ...]:
@@ -274,20 +275,30 @@ def _remark_on(i: int, name: str, choice: _Choice, mix: Mix) -> Remark:
     return Remark(f"{name}: {weight}")
 
 
-def _doubtful_pair(features: FaceFeatures, choice: _Choice, noun: str) -> tuple[Remark, ...]:
-    """A warning where there are two faces and they hardly agree.
+def _doubtful(features: FaceFeatures, choice: _Choice, names: Sequence[str]) -> tuple[Remark, ...]:
+    """A warning where faces hardly agree, and none of them stands out.
 
-    Two cannot outvote each other, so neither is left out. The threshold is absolute for want of a third photo: cosines of
-    recognisers are near 0 for two people, and rarely below 0.2 for two photos of one.
+    Two cannot outvote each other, and neither can two and two, so nobody is left out. The threshold is absolute for want of a
+    person to compare with: cosines of recognisers are near 0 for two people, and rarely below 0.2 for two photos of one.
     """
-    pair = [i for i, weight in enumerate(choice.weights) if weight > 0]
-    if len(pair) != 2:
+    used = [i for i, weight in enumerate(choice.weights) if weight > 0]
+    if len(used) < 2 or choice.outliers:
         return ()
-    cosine = _cosines(features.embedding[pair])[0, 1]
-    if cosine >= DOUBTFUL_PAIR:
+    cosines = _cosines(features.embedding[used])
+    pairs = list(zip(*np.triu_indices(len(used), k=1), strict=True))
+    found = [float(cosines[pair]) for pair in pairs]
+    if np.median(found) >= DOUBTFUL_PAIR:
         return ()
+    lowest = int(np.argmin(found))
+    one, other = (names[used[i]] for i in pairs[lowest])
+    noun = names[0].partition(" ")[0]
+    which = (
+        f"the two {noun}s are"
+        if len(used) == 2
+        else f"the {noun}s are of more than one person: {one} and {other} are"
+    )
     text = (
-        f"the two {noun}s are hardly alike (cosine {cosine:.2f}; two photos of one person are mostly above {DOUBTFUL_PAIR}). "
+        f"{which} hardly alike (cosine {found[lowest]:.2f}; two photos of one person are mostly above {DOUBTFUL_PAIR}). "
         f"Probably two people, and the identity will be a blend of both: use {noun}s of one person."
     )
     return (Remark(text, is_warning=True),)

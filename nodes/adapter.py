@@ -20,8 +20,6 @@ from .host.gates import delta_strength, load_with, patch_weights
 from .host.memory import LoadedAdapter, manage, require_same_file
 from .host.messages import Message, info, keeps_report, node_id_of, report_ui, warning
 from .host.plan import (
-    APPLY,
-    RESCALE,
     Application,
     Rescale,
     RescaleMode,
@@ -30,6 +28,7 @@ from .host.plan import (
     site_widths,
     with_plan,
 )
+from .host.titles import APPLY, LOAD_ADAPTER, RESCALE
 from .sockets import CATEGORY, NONE, AdapterSocket, IdentitySocket, file_options
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class LoadIDAdapter(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterLoadAdapter",
-            display_name="Load ID Adapter",
+            display_name=LOAD_ADAPTER,
             category=CATEGORY,
             description=(
                 "Loads the trained weights of an identity adapter, UniID or IDAdapter. What a file is, is read from its contents: "
@@ -109,9 +108,7 @@ class LoadIDAdapter(io.ComfyNode):
     def execute(cls, adapter: str, text_branch: str) -> io.NodeOutput:
         second = None if text_branch == NONE else paths.path_of(paths.ADAPTERS, text_branch)
         loaded = load(paths.path_of(paths.ADAPTERS, adapter), second)
-        return io.NodeOutput(
-            loaded, loaded.adapter.info, ui=report_ui(_report(loaded.adapter), "Load ID Adapter")
-        )
+        return io.NodeOutput(loaded, loaded.adapter.info, ui=report_ui(_report(loaded.adapter), LOAD_ADAPTER))
 
     @classmethod
     def fingerprint_inputs(cls, adapter: str | None, text_branch: str | None, **_: Any) -> str:

@@ -22,7 +22,7 @@ from .host import images, paths
 from .host.conditioning import ATTACHED, Attached
 from .host.memory import LoadedAdapter
 from .host.messages import Message, from_remarks, info, keeps_report, node_id_of, report_ui
-from .host.plan import ATTACH
+from .host.titles import ATTACH, MIX
 from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket, file_options
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class MixFeatures(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterMixFeatures",
-            display_name="Mix Face Features",
+            display_name=MIX,
             category=CATEGORY,
             description="Makes one identity of the faces of one person, in the language of one adapter.",
             search_aliases=["combine faces", "merge embeddings", "encode identity"],
@@ -120,7 +120,7 @@ class MixFeatures(io.ComfyNode):
         return io.NodeOutput(
             identity,
             "\n".join(remark.text for remark in remarks),
-            ui={**shown, **report_ui(from_remarks(remarks), "Mix Face Features")},
+            ui={**shown, **report_ui(from_remarks(remarks), MIX)},
         )
 
 

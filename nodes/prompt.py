@@ -11,8 +11,8 @@ from ..idadapter_core import Identity
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.methods.idadapter import IDENTIFIER
 from .host.messages import info, keeps_report, node_id_of, report_ui, warning
-from .host.plan import PROMPT
 from .host.text import CLASS_WORD, complete_prompt, encode_prompt
+from .host.titles import PROMPT
 from .sockets import CATEGORY, IdentitySocket
 
 AUTO = "auto"

@@ -248,7 +248,7 @@ def _describe(
     for face in picked:
         if min(face.width, face.height) < SMALL_BOX or face.eye_distance < SMALL_EYE_DISTANCE:
             warnings.append(
-                f"small face ({face.width:.0f}x{face.height:.0f} px, eyes {face.eye_distance:.0f} px apart); "
+                f"small face ({face.width / scale:.0f}x{face.height / scale:.0f} px, eyes {face.eye_distance / scale:.0f} px apart); "
                 "the identity will be weak"
             )
     for warning in warnings:

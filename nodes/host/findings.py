@@ -12,7 +12,8 @@ from . import messages
 from .conditioning import PROMPTED, Prompted, attached_to, is_negative
 from .messages import Message, warning
 from .owners import owner_of
-from .plan import APPLY, ATTACH, KEY, PROMPT, RESCALE, Application, Plan
+from .plan import KEY, Application, Plan
+from .titles import APPLY, ATTACH, PROMPT, RESCALE
 
 
 @dataclass
@@ -69,35 +70,43 @@ def before_sampling(
     return found
 
 
-def after_sampling(
-    plan: Plan, called: bool, model_options: Mapping[str, Any], not_additions: Iterable[str], placed: bool
-) -> Findings:
-    """What turned out while sampling.
+@dataclass(frozen=True)
+class Heard:
+    """What a run heard of its own sampling."""
 
-    Args:
-        called: whether any model call of the run came by.
-        not_additions: owners of replacements that rescaling left alone.
-        placed: whether every gated layer could tell where it is.
-    """
+    calls: int  # of the model
+    evaluations: int  # of the model with all conditionings
+    missed: int  # evaluations without any model call
+    placed: bool  # every gated layer could tell where it is
+    changing: tuple[str, ...]  # owners of replacements that rescaling left alone
+
+
+def after_sampling(plan: Plan, heard: Heard, model_options: Mapping[str, Any]) -> Findings:
+    """What turned out while sampling."""
     found = Findings(plan)
     acting = [application for application in plan.applications if application.acts]
-    if not called:
+    rescale = plan.rescaling
+    if heard.calls == 0:
         cause = _cause(model_options)
         for application in acting:
             found.about(application.node_id, APPLY, _silence(application, cause))
-        rescale = plan.rescaling
         if rescale is not None and rescale.every_patch:
             found.about(rescale.node_id, RESCALE, f"nothing was rescaled in this picture: {cause}")
-    if not placed:
+    elif heard.missed:
+        text = f"in {heard.missed} of {heard.evaluations} evaluations of the model no identity could act: {_cause(model_options)}"
+        for application in acting:
+            found.about(application.node_id, APPLY, text)
+    elif heard.evaluations == 0 and rescale is not None:
+        found.about(rescale.node_id, RESCALE, f"the scales of text tokens do not act: {_WRAPPERS_TAKEN}.")
+    if not heard.placed:
         for application in (a for a in acting if a.gated):
             found.about(application.node_id, APPLY, _UNPLACED)
     if plan.rescale is not None:
-        for owner in sorted(set(not_additions)):
-            found.about(
-                plan.rescale.node_id,
-                RESCALE,
-                f"{owner} changes the text's attention itself and adds nothing to it, so it is left as it is.",
+        for owner in sorted(set(heard.changing)):
+            text = (
+                f"{owner} changes the text's attention itself and adds nothing to it, so it is left as it is."
             )
+            found.about(plan.rescale.node_id, RESCALE, text)
     return found
 
 

@@ -17,7 +17,7 @@ import torch
 from comfy.ldm.modules import attention as comfy_attention
 from torch import Tensor
 
-from ...idadapter_core.attention import add_residual, token_norms
+from ...idadapter_core.attention import add_residual, norm_factor, token_norms
 from ...idadapter_core.errors import InputError
 from .owners import owner_of
 
@@ -144,7 +144,5 @@ def _factor(text_norms: Tensor, added_norms: Tensor, live: Tensor, scale: Scale)
     inside it.
     """
     text, added = (torch.where(live, norms, 0.0).norm(dim=1) for norms in (text_norms, added_norms))
-    factor = scale.scale * text / added.clamp_min(torch.finfo(added.dtype).tiny)
-    if scale.limit:
-        factor = factor.clamp(max=1.0)
+    factor = norm_factor(text, added, scale.scale, added.dtype, at_most=1.0 if scale.limit else None)
     return torch.where(live, factor[:, None], 1.0)

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import messages
 from .messages import Message, warning
-from .plan import APPLY, ATTACH, PROMPT
+from .titles import APPLY, ATTACH, PROMPT
 
 APPLY_ID = "IDAdapterApply"
 IN_CONDITIONINGS = {"IDAdapterPrompt": PROMPT, "IDAdapterAttach": ATTACH}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from enum import Enum
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +28,12 @@ MOST_SHOWN = 12  # remarks on a node
 Level = Literal["info", "warning"]
 # Found when the graph was queued; when a sampling run began; when it had ended.
 Topic = Literal["graph", "run", "result"]
+
+
+class Whose(Enum):
+    """Whose frontend a message is for."""
+
+    RUNNING = "that of the prompt that runs"
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,19 @@ def keeps_report(define_schema: Callable[[type[_Node]], io.Schema]) -> Callable[
 
 
 def say(
-    node_id: str | None, title: str, topic: Topic, messages: Iterable[Message], client: str | None = None
+    node_id: str | None,
+    title: str,
+    topic: Topic,
+    messages: Iterable[Message],
+    client: str | Literal[Whose.RUNNING] | None = Whose.RUNNING,
 ) -> None:
     """Show messages on a node in place of those it showed on this topic; none clears them.
 
     Args:
         node_id: ComfyUI's id of the node in the running prompt; None outside a prompt, where messages are only logged.
         title: display name of the node, for the log.
-        client: the frontend that queued the prompt, where it does not run yet; that of the running prompt by default.
+        client: the frontend that queued the prompt, where it does not run yet, or None where a program queued it; that of the
+            running prompt by default.
     """
     messages = tuple(messages)
     _log_warnings(title, messages)
@@ -106,10 +118,11 @@ def say(
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
-    receiver = server.client_id if client is None else client
+    is_running = client is Whose.RUNNING
+    receiver = server.client_id if is_running else client
     if receiver is None:
         return  # queued by a program: sent to nobody in particular, it would reach every open browser
-    prompt = getattr(server, "last_prompt_id", None) if client is None else None
+    prompt = getattr(server, "last_prompt_id", None) if is_running else None
     data = {
         "node": node_id,
         "topic": topic,

@@ -50,8 +50,8 @@ def _fault_of(schema: io.Schema, given: dict[str, Any]) -> str:
             continue
         if wanted := _wanted(entry, value):
             return (
-                f"{entry.id} must be {wanted}, got {_shown(value)}. Its range is {entry.min:g} to {entry.max:g}: enter such a number, or "
-                "repair the node that is wired to it."
+                f"{entry.id} must be {wanted}, got {_shown(value)}. Enter a number from {entry.min:g} to {entry.max:g}, or repair the "
+                "node that is wired to it."
             )
     return ""
 

@@ -28,11 +28,12 @@ from ...idadapter_core.sites import Site
 from .call import CALL, Acting, Call, call_of, calling
 from .compilation import has_compile_wrapper, uncompiled
 from .conditioning import TEXT_POSITIONS, Attached, attached_to, is_negative
-from .findings import after_sampling, before_sampling, run_lost
+from .findings import Heard, after_sampling, before_sampling, run_lost
 from .foreign import OVERRIDE, ForeignSlot, Replacement, Rescaled, Scale, text_attention
 from .gates import GatePatch, loaded_gates, remember_norm
 from .plan import KEY, Application, Plan, Rescale
 from .run import Handle, Row, Rows, RowTags, Run, expand_rows, tile_rows, tokens_size
+from .titles import APPLY, RESCALE
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,9 @@ def outer_sample(
         result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         run.settle_trials()
         changing = [slot.owner for slot in run.foreign.values() if slot.adds is False]
-        called = run.calls > 0 or run.steps < 1
-        after_sampling(plan, called, guider.model_options, changing, run.placed).say("result")
+        heard = Heard(run.calls, run.evaluations, run.missed, run.placed, tuple(changing))
+        if run.steps > 0:
+            after_sampling(plan, heard, guider.model_options).say("result")
         return result
     finally:
         _running[plan] -= 1
@@ -141,11 +143,20 @@ def calc_cond_batch(
         _tell_of_lost_run(
             (args[0] if args else kwargs.get("model_options", {})).get("transformer_options", {})
         )
-    runs = [tags.run for tags in tagged if tags.text_positions]
-    rescale = runs[0].plan.rescaling if runs else None
-    if rescale is None:
         return executor(model, conds, x_in, timestep, *args, **kwargs)
-    run = runs[0]
+    run = tagged[0].run
+    run.evaluations += 1
+    before = run.calls
+    result = executor(model, _scaled(conds, run, timestep), x_in, timestep, *args, **kwargs)
+    run.missed += run.calls == before
+    return result
+
+
+def _scaled(conds: list[Any], run: Run, timestep: Tensor) -> list[Any]:
+    """The conditionings with the identity's text tokens at the scale of their step."""
+    rescale = run.plan.rescaling
+    if rescale is None or not any(_text_positions(c) for group in conds for c in group or ()):
+        return conds
     scale = rescale.schedule.text_scale(run.step(float(timestep.max())), run.steps)
 
     def scaled(conditioning: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +169,7 @@ def calc_cond_batch(
         model_conds = {**conditioning["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(states)}
         return {**conditioning, "model_conds": model_conds}
 
-    conds = [None if group is None else [scaled(c) for c in group] for group in conds]
-    return executor(model, conds, x_in, timestep, *args, **kwargs)
+    return [None if group is None else [scaled(c) for c in group] for group in conds]
 
 
 def _tags(conditioning: dict[str, Any]) -> RowTags | None:
@@ -194,7 +204,10 @@ def apply_model(
     run.calls += 1
     run.settle_trials()
     replacements = options.get("patches_replace", {}).get("attn2", {})
-    call = _call(rows, bool(replacements), model, x, t, options)
+    try:
+        call = _call(rows, bool(replacements), model, x, t, options)
+    except InputError as error:
+        raise _on_a_node(error, run.plan) from error
     if call is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     if call.acting or call.gated:
@@ -204,7 +217,18 @@ def apply_model(
         around.enter_context(calling(call))
         if has_compile_wrapper(options) or run.has_compiled_modules(model.diffusion_model):
             around.enter_context(uncompiled())
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        except InputError as error:
+            raise _on_a_node(error, run.plan) from error
+
+
+def _on_a_node(error: InputError, plan: Plan) -> InputError:
+    """A refusal from within the model, which no node of ours is the running one of, with the name of ours that it is about."""
+    if str(error).startswith((APPLY, RESCALE)):
+        return error
+    title = next((application.title for application in plan.applications if application.acts), RESCALE)
+    return InputError(f"{title}: {error}")
 
 
 def _bind(call: Call, replacements: dict[Any, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where files live: the only user of ComfyUI's folder_paths."""
+"""Where the pack's own files live."""
 
 from __future__ import annotations
 

@@ -11,10 +11,8 @@ from torch import Tensor
 from ...idadapter_core import Adapter, Identity
 from ...idadapter_core.schedule import RescaleSchedule
 from ...idadapter_core.sites import Site, attention_sites
+from .titles import APPLY
 
-# Display names of nodes that messages speak of.
-APPLY, RESCALE = "Apply ID Adapter", "Normalized Identity Rescaling"
-PROMPT, ATTACH = "ID Prompt", "Attach Identity to Conditioning"
 KEY = "idadapter"  # in transformer_options, model_conds and the wrappers' registry
 
 

@@ -129,6 +129,8 @@ class Run:
     chains: dict[Any, Any] = field(default_factory=dict)
     gate_patch: Any = None
     calls: int = 0  # model calls that came by
+    evaluations: int = 0  # of the model with all conditionings, as the sampler asks for them
+    missed: int = 0  # evaluations in which no model call came by
     placed: bool = True  # every gated layer that ran could tell which it is
 
     def __post_init__(self) -> None:

@@ -432,3 +432,16 @@ def test_a_weight_below_the_range_of_fp32_is_none() -> None:
     chosen, weights = select_references(vision_features(1, 3), Mix(weights=(1.0, 1e-60, 0.5)))
     assert len(chosen) == 2
     torch.testing.assert_close(weights, torch.tensor([2 / 3, 1 / 3]))
+
+
+@pytest.mark.parametrize(
+    ("people", "warned"), [((0, 1, 2), True), ((0, 0, 1, 1), True), ((0, 0, 0), False), ((0, 1), True)]
+)
+def test_people_of_whom_none_stands_out_are_told(people: tuple[int, ...], warned: bool) -> None:
+    """Nobody can be left out where no majority agrees, but the user is told."""
+    directions = torch.eye(4)[list(people)]
+    noise = recipe.value(0, "photos", (len(people), 4))
+    remarks = mix_remarks(FaceFeatures(embedding=directions + 0.05 * noise), Mix())
+    said = [remark.text for remark in remarks if remark.is_warning]
+    assert len(said) == warned
+    assert all("hardly alike" in text for text in said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -73,11 +74,15 @@ def prompted(kind: str, name: str, number: str = "3") -> Conditioning:
 # --- another node computes the model past us -------------------------------------------------------------------------
 
 
-def past_the_hooks(model: Any) -> Any:
-    """DeepCache: the UNet's own forward, called from a function wrapper."""
+def past_the_hooks(model: Any, begin: int = 0) -> Any:
+    """DeepCache: the UNet's own forward, called from a function wrapper, from a step on."""
+    steps = itertools.count()
 
     def deep_cache(apply_model: Any, arguments: dict[str, Any]) -> Tensor:
         base = model.model
+        if next(steps) < begin:
+            out: Tensor = apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+            return out
         x, t, c = arguments["input"], arguments["timestep"], arguments["c"]
         scaled = base.model_sampling.calculate_input(t, x)
         options = {
@@ -170,6 +175,35 @@ def test_nothing_is_said_where_all_is_well(options: dict[str, Any], heard: Heard
 def test_what_is_switched_off_is_not_missed(weight: float, end: float, heard: Heard) -> None:
     draw(past_the_hooks(apply(unet("sd15"), "sd15", person("sd15"), weight, 0.0, end)), "sd15")
     assert not [text for text in heard(APPLY) if "did not act in this picture" in text]
+
+
+def test_a_node_that_does_so_in_some_steps_is_told_too(heard: Heard) -> None:
+    draw(past_the_hooks(rescale(apply(unet("sd15"), "sd15", person("sd15"))), begin=1), "sd15", steps=4)
+    (said,) = heard(APPLY)
+    assert said.startswith("in 3 of 4 evaluations of the model no identity could act")
+    assert "(past_the_hooks)" in said
+
+
+def test_the_wrapper_of_text_tokens_alone(heard: Heard) -> None:
+    model = taking_wrappers(rescale(apply(unet("sd15"), "sd15", person("sd15"))), "calc_cond_batch")
+    draw(model, "sd15")
+    assert not heard(APPLY)
+    (said,) = heard(RESCALE)
+    assert said.startswith("the scales of text tokens do not act: another node has taken")
+
+
+def test_refusals_within_the_model_name_a_node() -> None:
+    """The node that runs is the sampler, which the user has nothing to change on."""
+
+    def wrapper(apply_model: Any, arguments: dict[str, Any]) -> Tensor:
+        c = {**arguments["c"], "c_crossattn": arguments["c"]["c_crossattn"][:1]}
+        out: Tensor = apply_model(arguments["input"][:1], arguments["timestep"][:1], **c)
+        return out.repeat(2, 1, 1, 1)
+
+    model = applied("sd15", "12").clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    with pytest.raises(RuntimeError, match=r"^Apply ID Adapter \(node 12\): another node changed the batch"):
+        draw(model, "sd15")
 
 
 # --- the user left something out -------------------------------------------------------------------------------------

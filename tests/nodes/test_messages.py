@@ -230,3 +230,12 @@ def test_photos_are_followed_to_their_files(
     assert [origin and (origin.file, origin.width, origin.height) for origin in found] == expected
     assert photo_origins(SimpleNamespace(prompt=prompt, unique_id="99"), "image", count) == []
     assert photo_origins(None, "image", count) == []
+
+
+def test_messages_of_a_prompt_that_a_program_queued_reach_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even that of the prompt which ran last."""
+    from ComfyUI_IDAdapter.nodes.host import messages
+
+    server = server_of(monkeypatch, "page")
+    messages.say("7", "ID Prompt", "graph", [messages.warning("something is missing")], client=None)
+    assert server.sent == []

@@ -42,7 +42,7 @@ def test_a_number_that_cannot_be_used_is_refused_by_name() -> None:
             assert type(refused.value).__name__ == "InputError"
             message = str(refused.value)
             assert message.startswith(f"{schema.display_name}: {entry.id} must be a")
-            assert f"Its range is {entry.min:g} to {entry.max:g}" in message
+            assert f"Enter a number from {entry.min:g} to {entry.max:g}" in message
             assert str(value)[:30] in message
             assert "repair the node that is wired to it" in message
             assert len(message) < 300

@@ -30,6 +30,15 @@ style.textContent = `
 `;
 document.head.append(style);
 
+// Where the files of each input belong, below ComfyUI's models folder.
+const FOLDERS = {
+  adapter: "idadapter",
+  text_branch: "idadapter",
+  recognizer: "idadapter/recognizers",
+  package: "insightface/models",
+  identity: "idadapter/identities",
+};
+
 let shown = [];
 
 function show(title, sentence) {
@@ -65,9 +74,9 @@ function inWords({ type, details, extra_info: extra }) {
   if (type !== "value_not_in_list") return "";
   const [kind, options] = extra.input_config ?? [];
   const choices = options?.options ?? (Array.isArray(kind) ? kind : []);
-  const hint = choices.length === 1 ? ` ${choices[0]}` : ""; // in place of files, the only choice says where they belong
-  return (
-    `${extra.input_name}: "${extra.received_value}" is not among the choices. ` +
-    `If it is a file, put it into its folder and refresh the list (R).${hint}`
-  );
+  const folder = FOLDERS[extra.input_name];
+  const where = folder
+    ? `Put that file into models/${folder} and refresh the list (R), or choose another one; this pack's README says where its files come from.`
+    : `Choose one of ${choices.join(", ")}.`;
+  return `${extra.input_name}: "${extra.received_value}" is not among the choices. ${where}`;
 }

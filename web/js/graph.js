@@ -24,8 +24,8 @@ api.queuePrompt = async function (...parameters) {
   const workflow = openWorkflow();
   try {
     const answer = await queuePrompt.apply(this, parameters);
-    workflowOfPrompt.set(answer.prompt_id, workflow);
-    tellRefusals(answer.node_errors);
+    workflowOfPrompt.set(answer?.prompt_id, workflow);
+    tellRefusals(answer?.node_errors);
     return answer;
   } catch (error) {
     tellRefusals(error.response?.node_errors);

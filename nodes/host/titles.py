@@ -1,0 +1,10 @@
+"""Display names of the nodes that messages speak of."""
+
+from __future__ import annotations
+
+APPLY = "Apply ID Adapter"
+ATTACH = "Attach Identity to Conditioning"
+LOAD_ADAPTER = "Load ID Adapter"
+MIX = "Mix Face Features"
+PROMPT = "ID Prompt"
+RESCALE = "Normalized Identity Rescaling"
