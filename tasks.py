@@ -437,7 +437,7 @@ def command_test(arguments: list[str]) -> int:
     environment = child_environment(comfyui)
     # The tests' tensors are tiny: a thread for each worker, and none that waits for another.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, workers))))
-    side_by_side = ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 else []
+    side_by_side = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
     code = run_openly([PYTHON, "-m", "pytest", *side_by_side, *arguments], environment)
     outcome = {0: "tests passed", 1: "tests failed", 5: "no tests were found"}.get(
         code, f"pytest stopped with exit code {code}"

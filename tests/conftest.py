@@ -33,14 +33,6 @@ SERVER_FILES: list[Writer] = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, those of a module stay together, and so do all that need the server."""
-    for item in items:
-        needs_server = "server" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("server" if needs_server else item.nodeid.split("::")[0]))
-
-
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     """Folder of the ComfyUI under test."""
