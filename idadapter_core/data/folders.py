@@ -156,7 +156,7 @@ class _Metadata:
         """Read a table; False where it is one of another kind, which names no photos."""
         path = self._root / inside / name
         try:
-            entries = list(read_entries(path, "captions", self._encoding, numbered=True))
+            entries = list(read_entries(path, "captions", self._encoding, needs_names=False))
         except ConfigError as error:
             self._rows.append(Photo(_join(inside, name), problem=str(error)))
             return True

@@ -41,12 +41,16 @@ Numbered = tuple[int, int, Entry | str]
 a text that says why it cannot be read."""
 
 
-def read_entries(path: Path, layout: str, encoding: str, *, numbered: bool = False) -> Iterator[Numbered]:
-    """The entries of a table.
+def read_entries(
+    path: Path, layout: str, encoding: str, *, numbered: bool = False, needs_names: bool = True
+) -> Iterator[Numbered]:
+    """The entries of a table. Blank lines are none, but they count in the entries' numbers.
 
     Args:
         layout: list for a path in each line; else the file's ending decides.
-        numbered: whether entries need no field that names a photo.
+        numbered: whether the entries belong to photos by their numbers: rows with nothing but empty fields are entries then, and no
+            column must name photos.
+        needs_names: whether a csv without a column that names photos is refused (unless numbered).
 
     Raises:
         ConfigError: the file is not of the kind that its ending says.
@@ -57,7 +61,7 @@ def read_entries(path: Path, layout: str, encoding: str, *, numbered: bool = Fal
         if layout == "list":
             return _list_lines(content, encoding)
         if ending in CSV_SUFFIXES:
-            return _csv_rows(path, decode_lines(content, encoding), numbered)
+            return _csv_rows(path, decode_lines(content, encoding), numbered, needs_names and not numbered)
         if ending == ".jsonl":
             return _json_lines(decode_lines(content, encoding))
         return _json_list(path, decode_text(content, encoding))
@@ -198,23 +202,31 @@ def _json_list(path: Path, text: str) -> Iterator[Numbered]:
 # ---------------------------------------------------------------------------------------------------- csv
 
 
-def _csv_rows(path: Path, text: str, numbered: bool) -> Iterator[Numbered]:
+def _csv_rows(path: Path, text: str, numbered: bool, needs_names: bool) -> Iterator[Numbered]:
     said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to tell the delimiter
     body = text[said.end() :] if said else text
     skipped = int(said is not None)
     delimiter = said[1] if said else _delimiter(body)
-    rows = _parsed_csv(path, body, delimiter, skipped, keep_empty=numbered)
-    first = next(rows, None)
+    rows = _parsed_csv(path, body, delimiter, skipped)
+    first = next((row for row in rows if _says_something(row[1])), None)
     if first is None:
         raise ConfigError(f"{path} is empty. Name a table with photos.")
     header = [plain_key(name) for name in first[1]]
-    if not numbered and not any(name in FILE_KEYS for name in header):
+    if needs_names and not any(name in FILE_KEYS for name in header):
         raise ConfigError(_headless(path, first[1]))
     for name in (name for name in header if name in _KEYS and header.count(name) > 1):
         raise ConfigError(
             f"{path}: the column {name} is there {header.count(name)} times. Remove or rename one."
         )
-    return ((number, line, _of_row(header, row)) for number, (line, row) in enumerate(rows))
+    return (
+        (number, line, _of_row(header, row))
+        for number, (line, row) in enumerate(rows)
+        if _says_something(row) or (numbered and row)
+    )
+
+
+def _says_something(row: Sequence[str]) -> bool:
+    return any(field.strip() for field in row)
 
 
 def _headless(path: Path, fields: Sequence[str]) -> str:
@@ -237,10 +249,8 @@ def _delimiter(text: str) -> str:
     return max(_DELIMITERS, key=known)
 
 
-def _parsed_csv(
-    path: Path, text: str, delimiter: str, skipped: int, keep_empty: bool
-) -> Iterator[tuple[int, list[str]]]:
-    """The rows, each with the number of its first line; without those whose fields are all empty, unless rows are counted."""
+def _parsed_csv(path: Path, text: str, delimiter: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
+    """The rows, each with the number of its first line. A blank line is a row without fields."""
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
     )
@@ -258,8 +268,7 @@ def _parsed_csv(
             csv.field_size_limit(before)
         if row is None:
             return
-        if row and (keep_empty or any(field.strip() for field in row)):
-            yield line, row
+        yield line, row
 
 
 def _of_row(header: Sequence[str], row: Sequence[str]) -> Entry | str:

@@ -428,6 +428,12 @@ class TestMetadata:
         assert [photo.identity for photo in source.photos] == ["a", "b"]
         assert not_read(source) == {"metadata tables that name no photos": 1}
 
+    def test_empty_rows_of_a_spreadsheet_are_none(self, tmp_path: Path) -> None:
+        touch(tmp_path, "0.jpg")
+        (tmp_path / "metadata.csv").write_text("file_name,text\n0.jpg,zero\n,\n , \n\n")
+        source = list_photos(tmp_path)
+        assert (captions(source), problems(source)) == ({"0.jpg": "zero"}, {})
+
 
 class TestCsv:
     @pytest.mark.parametrize(
@@ -514,6 +520,18 @@ class TestCsv:
             "1.png": "",
             "2.png": "b",
         }
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("t.csv", "\ncaption\nfirst\n\nthird\n\n"),
+            ("t.jsonl", '{"caption": "first"}\n\n{"caption": "third"}\n\n'),
+        ],
+    )
+    def test_blank_lines_count_in_every_table(self, name: str, content: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_text(content)
+        source = list_photos(tmp_path / name, numbered=True)
+        assert captions(source) == {"0.png": "first", "2.png": "third"}
 
 
 class TestJson:
