@@ -69,7 +69,10 @@ class Walk:
             counter.leave(name, HIDDEN)
         for name in self.linked:
             counter.leave(name, LINKED)
-        return [Photo(place, problem=f"the folder cannot be opened ({why})") for place, why in self.closed]
+        return [
+            Photo(place, problem=f"the folder cannot be opened ({why})", is_there=False)
+            for place, why in self.closed
+        ]
 
 
 def _own_files(output: Path | None) -> tuple[str, re.Pattern[str]] | None:
@@ -158,7 +161,7 @@ class _Metadata:
         try:
             entries = list(read_entries(path, "captions", self._encoding, needs_names=False))
         except ConfigError as error:
-            self._rows.append(Photo(_join(inside, name), problem=str(error)))
+            self._rows.append(Photo(_join(inside, name), problem=str(error), is_there=False))
             return True
         if not any(
             isinstance(entry, str) or any(key in entry for key in FILE_KEYS) for _, _, entry in entries
@@ -167,7 +170,7 @@ class _Metadata:
         for _, line, entry in entries:
             where = f"{_join(inside, name)}:{line}"
             if isinstance(entry, str):
-                self._rows.append(Photo(where, problem=entry))
+                self._rows.append(Photo(where, problem=entry, is_there=False))
             else:
                 self._take(inside, where, entry)
         return True
@@ -178,7 +181,7 @@ class _Metadata:
             if not named:
                 raise InputError("the entry names no photo")
         except InputError as error:
-            self._rows.append(Photo(where, problem=str(error)))
+            self._rows.append(Photo(where, problem=str(error), is_there=False))
             return
         source = self._source(inside, named)
         try:
@@ -222,7 +225,7 @@ class _Metadata:
     def unplaced(self) -> list[Photo]:
         """The rows of lines that cannot be read, or name no photo of the folder."""
         absent = [
-            replace(photo, problem=photo.problem or _absent(self._root, photo.source))
+            replace(photo, problem=photo.problem or _absent(self._root, photo.source), is_there=False)
             for name, photo in self._photos.items()
             if name not in self._met
         ]

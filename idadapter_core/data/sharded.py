@@ -80,10 +80,10 @@ class _Reader:
             if part.place not in self._used:
                 self._counter.leave(f"{self._name}{IN_SHARD}{part.name}", self._kind(part, found.problem))
         if not found.parts and not found.problem:
-            yield Photo(self._name, problem="the shard holds no files; get it again")
+            yield Photo(self._name, problem="the shard holds no files; get it again", is_there=False)
         if found.problem:
             problem = f"the shard gave {len(found.samples)} whole samples, then {found.problem}"
-            yield Photo(self._name, problem=problem)
+            yield Photo(self._name, problem=problem, is_there=False)
 
     def _kind(self, part: Part, problem: str) -> str:
         """Why a member was not read."""
@@ -98,7 +98,7 @@ class _Reader:
         self._of_samples |= {part.place for part in sample.parts.values()}
         part = next((sample.parts[ending] for ending in _endings() if ending in sample.parts), None)
         if part is None:
-            return Photo(source, problem=sample.problem or _no_photo(sample))
+            return Photo(source, problem=sample.problem or _no_photo(sample), is_there=False)
         self._seconds |= {other.place for other in sample.parts.values() if is_photo(other.name)}
         self._used.add(part.place)
         self._counter.photos += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,9 +100,9 @@ def list_photos(
     if captions is not None:
         source = _with_captions(source, captions, encoding, min_match)
     source = replace(source, photos=tuple(map(with_noun, source.photos)))
-    with_caption = [bool(photo.caption) for photo in source.photos]
-    if captions is None and any(with_caption):
-        source = _with_note(source, _share("captions", source.photos, with_caption))
+    share = _Share("captions", source.photos, lambda photo: bool(photo.caption))
+    if captions is None and share.having:
+        source = _with_note(source, f"{share}")
     return source
 
 
@@ -214,9 +214,8 @@ def _with_identities(source: Source, path: Path, encoding: str, least: float) ->
             f"{path} names none of the photos: it speaks of {next(iter(strangers), 'nothing')}, the photos are like "
             f'{source.photos[0].source}. Its lines must read "image identity" with the names of these files.'
         )
-    named = [photo.source in known for photo in source.photos]
-    share = _share("identities", source.photos, named)
-    _check_share("--identities", share, named, least)
+    share = _Share("identities", source.photos, lambda photo: photo.source in known)
+    share.check("--identities", least)
     photos = tuple(
         replace(photo, identity=known[photo.source][0]) if photo.source in known else photo
         for photo in source.photos
@@ -245,9 +244,8 @@ def _with_captions(source: Source, folder: Path, encoding: str, least: float) ->
         raise ConfigError(
             f"{folder} has no text file for any photo, for example none that is named {first}.txt. Name another folder."
         )
-    with_caption = [bool(photo.caption) for photo in photos]
-    share = _share("captions", photos, with_caption)
-    _check_share("--captions", share, with_caption, least)
+    share = _Share("captions", photos, lambda photo: bool(photo.caption))
+    share.check("--captions", least)
     return _with_note(replace(source, photos=photos), _rest(share, texts.unused(), "Texts", folder))
 
 
@@ -359,22 +357,32 @@ class _Names:
         return ""
 
 
-def _share(kind: str, photos: Sequence[Photo], having: Sequence[bool]) -> str:
-    """For example "captions for 1 of 3 photos; first without: 2.jpg". `having` says it of each photo."""
-    text = f"{kind} for {sum(having)} of {len(photos)} photos"
-    return text if all(having) else f"{text}; first without: {photos[having.index(False)].source}"
+class _Share:
+    """How many of the photos that there are have something, such as a caption. Rows about absent files and bad lines are no photos."""
+
+    def __init__(self, kind: str, photos: Iterable[Photo], has: Callable[[Photo], bool]) -> None:
+        there = [photo for photo in photos if photo.is_there]
+        self._without = [photo.source for photo in there if not has(photo)]
+        self._kind = kind
+        self._total = len(there)
+        self.having = len(there) - len(self._without)
+
+    def __str__(self) -> str:
+        """For example "captions for 1 of 3 photos; first without: 2.jpg"."""
+        text = f"{self._kind} for {self.having} of {self._total} photos"
+        return f"{text}; first without: {self._without[0]}" if self._without else text
+
+    def check(self, option: str, least: float) -> None:
+        """Raises ConfigError where a smaller share than `least` has it."""
+        if self.having < least * self._total:
+            raise ConfigError(
+                f"{option}: {self}. At least {least:.1%} are asked for by --min-match; correct the names, or lower it."
+            )
 
 
-def _check_share(option: str, share: str, having: Sequence[bool], least: float) -> None:
-    if sum(having) < least * len(having):
-        raise ConfigError(
-            f"{option}: {share}. At least {least:.1%} are asked for by --min-match; correct the names, or lower it."
-        )
-
-
-def _rest(share: str, unused: Sequence[str], kind: str, path: Path) -> str:
+def _rest(share: _Share, unused: Sequence[str], kind: str, path: Path) -> str:
     if not unused:
-        return share
+        return f"{share}"
     return f"{share}. {kind} of {path} without a photo: {len(unused)}; first: {unused[0]}"
 
 

@@ -90,7 +90,7 @@ def named_photos(
     has_names = False
     for number, line, entry in entries:
         if isinstance(entry, str):
-            yield Photo(f"{path.name}:{line}", problem=entry)
+            yield Photo(f"{path.name}:{line}", problem=entry, is_there=False)
             continue
         try:
             name = f"{number}.png" if numbered else value_of(entry, FILE_KEYS)
@@ -102,7 +102,7 @@ def named_photos(
             if not _is_name(name):
                 raise InputError("the entry names a photo with half a character or a NUL in its name")
         except InputError as error:
-            yield Photo(f"{path.name}:{line}", problem=str(error))
+            yield Photo(f"{path.name}:{line}", problem=str(error), is_there=False)
             continue
         yield _named(root, name, entry, listings)
 
@@ -130,7 +130,7 @@ def _named(root: Path, name: str, entry: Entry, listings: Listings) -> Photo:
             problem = str(error)
     inside = found.is_relative_to(root)
     source = found.relative_to(root).as_posix() if inside else found.as_posix()
-    return replace(photo, source=source, problem=problem)
+    return replace(photo, source=source, problem=problem, is_there=os.path.lexists(found))
 
 
 def _nameless(path: Path, number: int, entry: Entry) -> str:

@@ -607,6 +607,31 @@ class TestPartlyThere:
             list_photos(tmp_path / "img", identities=table, min_match=0.8)
         list_photos(tmp_path / "img", identities=table, min_match=0.75)
 
+    def test_rows_that_are_no_photos_do_not_count(self, tmp_path: Path) -> None:
+        """Beside the two photos, a photo that is named but absent, and lines that cannot be read."""
+        touch(tmp_path, "img/0.jpg", "img/1.jpg", "texts/0.txt")
+        for name in ("metadata.jsonl", "table.jsonl"):
+            (tmp_path / "img" / name).write_text(
+                '{"file_name": "0.jpg", "text": "zero"}\n{"file_name": "1.jpg"}\n{"file_name": "gone.jpg"}\n{broken\n{}\n'
+            )
+        table = tmp_path / "ids.txt"
+        table.write_text("0.jpg anna\n")
+        for given in (tmp_path / "img", tmp_path / "img" / "table.jsonl"):
+            source = list_photos(given, identities=table, min_match=0.5)
+            assert len(source.photos) == 5
+            assert source.notes == tuple(
+                f"{kind} for 1 of 2 photos; first without: 1.jpg" for kind in ("identities", "captions")
+            )
+            source = list_photos(given, captions=tmp_path / "texts", min_match=0.5)
+            assert source.notes == ("captions for 1 of 2 photos; first without: 1.jpg",)
+
+    def test_rows_of_shards_that_are_no_photos_do_not_count(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "s.tar", {"0.jpg": b"photo", "0.txt": b"c", "1.json": b"{}", "2.jpg": b"photo"})
+        (tmp_path / "t.tar").write_bytes(b"damaged")
+        source = list_photos(tmp_path)
+        assert (len(source.photos), source.files.photos) == (4, 2)
+        assert source.notes == ("captions for 1 of 2 photos; first without: s.tar::2",)
+
     @pytest.mark.parametrize(
         ("lines", "reason"),
         [
