@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..files import some
+from .inventory import TEXT_SUFFIXES
 from .photos import PHOTO_SUFFIXES
+from .texts import require_file
 
 MAX_SHARDS = 1_000_000
 """That a pattern may stand for."""
@@ -21,7 +23,7 @@ _BLOCK = 512
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _PHOTOS = frozenset(ending[1:] for ending in PHOTO_SUFFIXES)
-_TEXTS = frozenset(("txt", "caption", "json"))
+_TEXTS = frozenset((*(ending[1:] for ending in TEXT_SUFFIXES), "json"))
 _PACKED = (
     (b"\x1f\x8b", "gzip"),
     (b"BZh", "bzip2"),
@@ -158,7 +160,7 @@ def _parts(path: Path) -> tuple[list[Part], str, str]:
     links: list[tuple[int, str]] = []  # place in `found`, and the name that the link speaks of
     problem = broken = ""
     try:
-        size = path.stat().st_size
+        size = require_file(path)
         with path.open("rb") as file:
             start = file.read(8)
         packed = next((name for mark, name in _PACKED if start.startswith(mark)), "")

@@ -72,12 +72,11 @@ def undecoded(text: str) -> str:
     return _no_text(ord(found[0]) - 0xDC00, place, "UTF-8")
 
 
-def read_file(path: Path, most: int | None = None) -> bytes:
-    """The bytes of a file. Pipes and devices, which may never end, are refused, and so is a file of more than `most` bytes.
+def require_file(path: Path) -> int:
+    """The size of a file in bytes. Pipes and devices, which may never end, are refused before they are opened.
 
     Raises:
-        OSError: also where the name cannot be that of a file.
-        InputError: more than `most` bytes.
+        OSError: it is no file, or absent, or the name cannot be that of a file.
     """
     try:
         facts = path.stat()
@@ -87,8 +86,19 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         raise IsADirectoryError(0, "it is a folder")
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(0, "it is a pipe or a device, no file")
-    if most is not None and facts.st_size > most:
-        raise InputError(f"it has {facts.st_size:,} bytes, at most {most:,} are read")
+    return facts.st_size
+
+
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a file; one of more than `most` bytes is refused.
+
+    Raises:
+        OSError: as `require_file` does.
+        InputError: more than `most` bytes.
+    """
+    size = require_file(path)
+    if most is not None and size > most:
+        raise InputError(f"it has {size:,} bytes, at most {most:,} are read")
     return path.read_bytes()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -198,6 +199,16 @@ def test_what_is_no_tar_or_more_than_one(tmp_path: Path) -> None:
         path = tmp_path / "s.tar"
         path.write_bytes(content)
         assert reason in list_photos(path).photos[-1].problem
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write_tar(tmp_path / "b.tar", photos("0"))
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "c.tar").symlink_to("/dev/zero")
+    found = list_photos(tmp_path).photos
+    assert [photo.source for photo in found] == ["a.tar", "b.tar::0", "c.tar"]
+    assert all("it is a pipe or a device, no file" in found[n].problem for n in (0, 2))
 
 
 def test_a_sparse_member(tmp_path: Path) -> None:
