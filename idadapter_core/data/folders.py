@@ -45,7 +45,7 @@ class Walk:
                 part.startswith(".") for part in PurePosixPath(inside).parts
             ):  # for its files to be counted
                 folders[:] = [name for name in folders if not Path(place, name).is_symlink()]
-                self.hidden += [_join(inside, name) for name in names]
+                self.hidden += [path_in(inside, name) for name in names]
                 continue
             real = os.path.realpath(place)
             if real in seen:  # a link to a folder that was read already, perhaps one above it
@@ -55,7 +55,7 @@ class Walk:
             seen.add(real)
             if own is not None and real == own[0]:
                 names = [name for name in names if not own[1].fullmatch(name)]
-            self.hidden += [_join(inside, name) for name in names if name.startswith(".")]
+            self.hidden += [path_in(inside, name) for name in names if name.startswith(".")]
             folders[:] = sorted(name for name in folders if not _is_hidden_link(place, name))
             yield inside, sorted(name for name in names if not name.startswith("."))
 
@@ -101,7 +101,7 @@ def photos_in_folder(
     for inside, names in walk:
         texts[inside] = Captions(folder / inside, names, encoding)
         for name in names:
-            path = _join(inside, name)
+            path = path_in(inside, name)
             if is_photo(name):
                 photos.append(Photo(path))
             elif folded(name) in _METADATA:
@@ -114,7 +114,7 @@ def photos_in_folder(
         counter.texts += len(captions.used)
         for name in captions.names():
             if name not in captions.used:
-                counter.leave(_join(inside, name))
+                counter.leave(path_in(inside, name))
     rows = metadata.unplaced() + walk.leave_rest(counter)
     return sorted(photos, key=lambda photo: photo.source), sorted(rows, key=lambda row: row.source)
 
@@ -123,7 +123,7 @@ def _count_table(metadata: _Metadata, inside: str, name: str, counter: Counter) 
     if metadata.add(inside, name):
         counter.tables += 1
     else:
-        counter.leave(_join(inside, name), NO_TABLE)
+        counter.leave(path_in(inside, name), NO_TABLE)
 
 
 def folder_of(photo: Photo) -> str:
@@ -161,14 +161,14 @@ class _Metadata:
         try:
             entries = list(read_entries(path, "captions", self._encoding, needs_names=False))
         except ConfigError as error:
-            self._rows.append(Photo(_join(inside, name), problem=str(error), is_there=False))
+            self._rows.append(Photo(path_in(inside, name), problem=str(error), is_there=False))
             return True
         if not any(
             isinstance(entry, str) or any(key in entry for key in FILE_KEYS) for _, _, entry in entries
         ):
             return False
         for _, line, entry in entries:
-            where = f"{_join(inside, name)}:{line}"
+            where = f"{path_in(inside, name)}:{line}"
             if isinstance(entry, str):
                 self._rows.append(Photo(where, problem=entry, is_there=False))
             else:
@@ -250,7 +250,8 @@ def _with_text(photo: Photo, texts: Mapping[str, Captions]) -> Photo:
         return replace(photo, problem=str(error))
 
 
-def _join(inside: str, name: str) -> str:
+def path_in(inside: str, name: str) -> str:
+    """The path from the root of a file in a folder that `Walk` gives."""
     return f"{inside}/{name}" if inside else name
 
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError, InputError
 from .entries import Photo, described, parse_json, with_plain_keys
-from .folders import Walk
+from .folders import Walk, path_in
 from .index import IN_SHARD
 from .inventory import CUT, HIDDEN, OUTSIDE, SECOND, TEXT_SUFFIXES, Counter, ending_of, is_photo, kind_of
 from .photos import PHOTO_SUFFIXES, unread_suffixes
@@ -55,7 +55,7 @@ def _shards_below(folder: Path, counter: Counter, output: Path | None) -> tuple[
             if ending_of(name) == ".tar":
                 shards.append(folder / inside / name)
             else:
-                counter.leave(f"{inside}/{name}" if inside else name, OUTSIDE if is_photo(name) else "")
+                counter.leave(path_in(inside, name), OUTSIDE if is_photo(name) else "")
     return sorted(shards), walk.leave_rest(counter)
 
 

@@ -13,7 +13,7 @@ from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Captions, folded, stem_of
 from .entries import Photo, noun_of_caption, with_noun
-from .folders import PARTS, Walk, folder_of, nested_people, photos_in_folder
+from .folders import PARTS, Walk, folder_of, nested_people, path_in, photos_in_folder
 from .index import IN_SHARD
 from .inventory import Counter, Inventory, describe_unread, ending_of, is_photo
 from .photos import PHOTO_SUFFIXES
@@ -140,7 +140,7 @@ def _layout_of_folder(folder: Path) -> str:
     shards: list[str] = []
     photos = 0
     for inside, names in Walk(folder):
-        shards += [f"{inside}/{name}" if inside else name for name in names if ending_of(name) == ".tar"]
+        shards += [path_in(inside, name) for name in names if ending_of(name) == ".tar"]
         photos += sum(map(is_photo, names))
     if shards and photos:
         raise ConfigError(
@@ -309,7 +309,7 @@ class _Texts:
 
     def unused(self) -> list[str]:
         return [
-            f"{inside}/{name}" if inside else name
+            path_in(inside, name)
             for inside, captions in self._folders.items()
             for name in captions.names()
             if name not in captions.used
