@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..encodings import encoding_by_zeros
 from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Listings
@@ -55,7 +56,7 @@ def read_entries(
     Raises:
         ConfigError: the file is not of the kind that its ending says.
     """
-    content = _bytes(path)
+    content, encoding = _content(path, encoding)
     ending = path.suffix.lower()
     try:
         if layout == "list":
@@ -64,7 +65,7 @@ def read_entries(
             return _csv_rows(path, decode_lines(content, encoding), numbered, needs_names and not numbered)
         if ending == ".jsonl":
             return _json_lines(decode_lines(content, encoding))
-        return _json_list(path, decode_text(content, encoding))
+        return _json_list(path, _whole_text(content, encoding))
     except InputError as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
 
@@ -72,7 +73,7 @@ def read_entries(
 def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     """The lines of a text that are not empty, each with its number from 1. Raises ConfigError."""
     try:
-        text = decode_text(_bytes(path), encoding)
+        text = _whole_text(*_content(path, encoding))
     except InputError as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
     return ((number + 1, line) for number, line in _lines(text))
@@ -140,11 +141,21 @@ def _nameless(path: Path, number: int, entry: Entry) -> str:
     )
 
 
-def _bytes(path: Path) -> bytes:
+def _content(path: Path, encoding: str) -> tuple[bytes, str]:
+    """The bytes of a table, and their encoding: the one that is named, or UTF-16 and the like without a mark; "" for another."""
     try:
-        return read_file(path)
+        content = read_file(path)
+        return content, encoding or encoding_by_zeros(content)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
+
+
+def _whole_text(content: bytes, encoding: str) -> str:
+    """Raises InputError where one byte of it cannot be read."""
+    text = decode_text(content, encoding)
+    if bad := undecoded(text):
+        raise InputError(bad)
+    return text
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -211,6 +222,8 @@ def _csv_rows(path: Path, text: str, numbered: bool, needs_names: bool) -> Itera
     first = next((row for row in rows if _says_something(row[1])), None)
     if first is None:
         raise ConfigError(f"{path} is empty. Name a table with photos.")
+    if bad := _undecoded(first[1]):
+        raise ConfigError(f"{path}: its first line has bytes that cannot be read: {bad}.")
     header = [plain_key(name) for name in first[1]]
     if needs_names and not any(name in FILE_KEYS for name in header):
         raise ConfigError(_headless(path, first[1]))
@@ -271,8 +284,12 @@ def _parsed_csv(path: Path, text: str, delimiter: str, skipped: int) -> Iterator
         yield line, row
 
 
+def _undecoded(row: Sequence[str]) -> str:
+    return next(filter(None, map(undecoded, row)), "")
+
+
 def _of_row(header: Sequence[str], row: Sequence[str]) -> Entry | str:
-    if bad := next(filter(None, map(undecoded, row)), ""):
+    if bad := _undecoded(row):
         return f"the row has bytes that cannot be read: {bad}"
     if len(row) != len(header):
         return f"the row has {len(row)} fields, the first line has {len(header)}; put texts with the delimiter in them into quotes"

@@ -581,6 +581,66 @@ class TestJson:
             assert captions(list_photos(tmp_path / name)) == {"é.jpg": ""}
 
 
+class TestEncodingsOfTables:
+    """Without a byte order mark, ASCII at the beginning shows which UTF it is; anything else is named."""
+
+    TABLES = (
+        ("t.csv", "file,caption\né.jpg,фото\n"),
+        ("t.jsonl", '{"file": "é.jpg", "caption": "фото"}\n'),
+        ("t.json", '[{"file": "é.jpg", "caption": "фото"}]'),
+    )
+
+    @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+    def test_without_a_mark(self, encoding: str, tmp_path: Path) -> None:
+        for name, content in self.TABLES:
+            (tmp_path / name).write_bytes(content.encode(encoding))
+            for given in ("", encoding):
+                assert captions(list_photos(tmp_path / name, encoding=given)) == {"é.jpg": "фото"}
+        touch(tmp_path, "img/0.jpg")
+        (tmp_path / "ids.txt").write_bytes("0.jpg bö\n".encode(encoding))
+        (photo,) = list_photos(tmp_path / "img", identities=tmp_path / "ids.txt").photos
+        assert photo.identity == "bö"
+
+    @pytest.mark.parametrize(
+        ("content", "given", "reason"),
+        [
+            (
+                "файл,x\n".encode("cp1251"),
+                "",
+                "byte 0xf4 at position 0 is no UTF-8; name the right encoding with",
+            ),
+            ("file,caption\n".encode("utf-16-le"), "cp1251", r"a NUL at position 1 .*--encoding \(utf-16-le"),
+            ("ф,file\n".encode("utf-16-le"), "", r"a NUL at position 0 .*--encoding \(utf-16-le"),
+        ],
+    )
+    def test_a_first_line_in_another_encoding(
+        self, content: bytes, given: str, reason: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "t.csv").write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=f"its first line has bytes that cannot be read: {reason}"
+        ) as caught:
+            list_photos(tmp_path / "t.csv", encoding=given)
+        assert str(caught.value).isprintable()
+
+    def test_lines_of_json_in_another_encoding(self, tmp_path: Path) -> None:
+        (tmp_path / "t.jsonl").write_bytes('{"file": "0.jpg"}'.encode("utf-16-le"))
+        (photo,) = list_photos(tmp_path / "t.jsonl", encoding="cp1251").photos
+        assert (
+            "a NUL at position 1 is the sign of a wrong encoding; name the right one with --encoding"
+            in photo.problem
+        )
+
+    @pytest.mark.parametrize("name", ["t.json", "ids.txt"])
+    def test_texts_that_are_read_whole(self, name: str, tmp_path: Path) -> None:
+        touch(tmp_path, "0.jpg")
+        path = tmp_path / name
+        path.write_bytes('["0.jpg anna"]'.encode("utf-16-le"))
+        given, identities = (path, None) if name == "t.json" else (tmp_path, path)
+        with pytest.raises(ConfigError, match="cannot be read: a NUL at position 1 .*--encoding"):
+            list_photos(given, identities=identities, encoding="cp1251")
+
+
 class TestLists:
     @pytest.mark.skipif(os.name == "nt", reason="names are Unicode on Windows")
     def test_lines_end_at_line_feeds_alone(self, tmp_path: Path) -> None:
