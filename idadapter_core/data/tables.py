@@ -33,6 +33,9 @@ from .texts import BLANK, MAX_CAPTION, decode_lines, decode_text, read_file, und
 
 CSV_SUFFIXES = (".csv", ".tsv")
 TABLE_SUFFIXES = (".jsonl", *CSV_SUFFIXES)
+_MAX_LINES = (
+    1000  # of a row that the csv module refuses, which is read from its beginning again with each line
+)
 _DELIMITERS = ",;\t|"
 _KEYS = (*FILE_KEYS, *CAPTION_KEYS, *IDENTITY_KEYS, *NOUN_KEYS)
 
@@ -218,15 +221,17 @@ def _csv_rows(path: Path, text: str, numbered: bool, needs_names: bool) -> Itera
     body = text[said.end() :] if said else text
     skipped = int(said is not None)
     delimiter = said[1] if said else _delimiter(body)
-    rows = _parsed_csv(path, body, delimiter, skipped)
-    first = next((row for row in rows if _says_something(row[1])), None)
-    if first is None:
+    rows = _parsed_csv(path, body, delimiter, skipped, numbered)
+    line, fields = next((row for row in rows if _says_something(row[1])), (0, []))
+    if isinstance(fields, str):
+        raise ConfigError(f"{path}: the row that begins in line {line} {fields}.")
+    if not fields:
         raise ConfigError(f"{path} is empty. Name a table with photos.")
-    if bad := _undecoded(first[1]):
+    if bad := _undecoded(fields):
         raise ConfigError(f"{path}: its first line has bytes that cannot be read: {bad}.")
-    header = [plain_key(name) for name in first[1]]
+    header = [plain_key(name) for name in fields]
     if needs_names and not any(name in FILE_KEYS for name in header):
-        raise ConfigError(_headless(path, first[1]))
+        raise ConfigError(_headless(path, fields))
     for name in (name for name in header if name in _KEYS and header.count(name) > 1):
         raise ConfigError(
             f"{path}: the column {name} is there {header.count(name)} times. Remove or rename one."
@@ -262,21 +267,38 @@ def _delimiter(text: str) -> str:
     return max(_DELIMITERS, key=known)
 
 
-def _parsed_csv(path: Path, text: str, delimiter: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
-    """The rows, each with the number of its first line. A blank line is a row without fields."""
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
-    )
+def _parsed_csv(
+    path: Path, text: str, delimiter: str, skipped: int, counted: bool
+) -> Iterator[tuple[int, list[str] | str]]:
+    """The rows, each with the number of its first line, or why it cannot be read. A blank line is a row without fields.
+
+    Raises:
+        ConfigError: a row cannot be read, and it is unclear where it ends: it goes over several lines, or rows are counted.
+    """
+    line = skipped + 1
+    taken: list[str] = []  # the lines of a row
+
+    def lines() -> Iterator[str]:
+        for content in io.StringIO(text, newline=""):
+            taken.append(content)
+            yield content
+
+    source = lines()
+    reader = csv.reader(source, delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
         before = csv.field_size_limit(len(text) + 1)  # of the whole process; `_of_row` has a limit of its own
-        line = reader.line_num + skipped + 1
+        line += len(taken)
+        taken.clear()
+        row: list[str] | str | None
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise ConfigError(
-                f"{path}: the row that begins in line {line} cannot be read ({error}). Quotes inside a field are doubled, and each "
-                "quote that opens a field needs one that closes it."
-            ) from error
+            fields = _fields("".join(taken).rstrip("\r\n"), delimiter)
+            while fields is None and len(taken) < _MAX_LINES and next(source, ""):
+                fields = _fields("".join(taken).rstrip("\r\n"), delimiter)
+            row = fields or _unreadable(error)
+            if isinstance(row, str) and (counted or len(taken) > 1):
+                raise ConfigError(f"{path}: the row that begins in line {line} {row}.") from error
         finally:
             csv.field_size_limit(before)
         if row is None:
@@ -284,11 +306,37 @@ def _parsed_csv(path: Path, text: str, delimiter: str, skipped: int) -> Iterator
         yield line, row
 
 
+def _unreadable(error: csv.Error) -> str:
+    return f"cannot be read ({error}). Quotes inside a field are doubled, and each quote that opens a field needs one that closes it"
+
+
+def _fields(row: str, delimiter: str) -> list[str] | None:
+    """The fields of a row that the csv module refuses: with spaces behind a quoted field or, where tabs divide, with quotes that do
+    not enclose the whole field and belong to it. Nothing where it is neither, None where the row goes on in the next line.
+    """
+    end = re.escape(delimiter)
+    quoted = rf' *"([^"]*(?:""[^"]*)*)" *(?={end}|\Z)'
+    plain = rf"([^{end}\r\n]*)" if delimiter == "\t" else rf'(?! *")([^{end}\r\n]*)'
+    field = re.compile(f"{quoted}|{plain}")
+    is_open = re.compile(r' *"[^"]*(?:""[^"]*)*\Z')
+    fields: list[str] = []
+    place = -1
+    while place < len(row):
+        found = field.match(row, place + 1)
+        if not found or found.end() < len(row) and row[found.end()] != delimiter:
+            return None if is_open.match(row, place + 1) else []
+        fields.append(found[2] if found[1] is None else found[1].replace('""', '"'))
+        place = found.end()
+    return fields
+
+
 def _undecoded(row: Sequence[str]) -> str:
     return next(filter(None, map(undecoded, row)), "")
 
 
-def _of_row(header: Sequence[str], row: Sequence[str]) -> Entry | str:
+def _of_row(header: Sequence[str], row: Sequence[str] | str) -> Entry | str:
+    if isinstance(row, str):
+        return f"the row {row}"
     if bad := _undecoded(row):
         return f"the row has bytes that cannot be read: {bad}"
     if len(row) != len(header):

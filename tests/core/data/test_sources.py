@@ -449,6 +449,7 @@ class TestCsv:
             b"File Name,text\r0.JPG,a photo of her\r,\r",
             b"file,caption\n./0.jpg,a photo\xe2\x80\xa8of her\n",
             b"file,caption,x\n0.jpg,a photo of her," + b"x" * 200_000 + b"\n",
+            b'"file" ,"caption", "x"\n"0.jpg" , "a photo\nof her" ,\n',
         ],
         ids=[
             "plain",
@@ -461,6 +462,7 @@ class TestCsv:
             "old Mac",
             "U+2028",
             "a huge other field",
+            "spaces behind quotes",
         ],
     )
     def test_it_is_read_as_what_it_is(self, content: bytes, tmp_path: Path) -> None:
@@ -477,8 +479,19 @@ class TestCsv:
             (b"1.jpg,caf\xe9", "byte 0xe9 at position 3 is no UTF-8"),
             (b"1.jpg," + b"a" * 140_000, "has 140,000 characters in the field caption"),
             (b"a\0.jpg,x", "NUL"),
+            (b'1.jpg,"a"b', "cannot be read (',' expected after '\"'). Quotes inside a field are doubled"),
+            (b'1.jpg,"Hello, "she" said"', "cannot be read"),
         ],
-        ids=["too many", "too few", "no name", "no UTF-8", "huge", "NUL"],
+        ids=[
+            "too many",
+            "too few",
+            "no name",
+            "no UTF-8",
+            "huge",
+            "NUL",
+            "a quote",
+            "quotes around a delimiter",
+        ],
     )
     def test_bad_rows_are_told_by_their_line(self, row: bytes, reason: str, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_bytes(b'file,caption\n0.jpg,"one\ntwo"\n' + row + b"\n2.jpg,fine\n")
@@ -496,7 +509,8 @@ class TestCsv:
                 'file,caption\n0.jpg,x\n1.jpg,"open\n2.jpg,y\n',
                 r"begins in line 3 cannot be read \(unexpected end",
             ),
-            ('file,caption\n0.jpg,"a"b\n', "begins in line 2 cannot be read.*doubled"),
+            ('file,caption\n0.jpg,"a\n1.jpg,"b"\n', "begins in line 2 cannot be read.*doubled"),
+            ('file,"cap"tion\n0.jpg,a\n', "begins in line 1 cannot be read.*doubled"),
             ("file,caption,Caption\n0.jpg,a,b\n", "column caption is there 2 times"),
             ("", "is empty"),
             ("file,caption\n", "names no photos"),
@@ -512,6 +526,23 @@ class TestCsv:
         (tmp_path / "t.csv").write_text("file,caption\n0.jpg," + "a" * 200_000 + "\n")
         list_photos(tmp_path / "t.csv")
         assert csv.field_size_limit() == before
+
+    def test_quotes_in_fields_between_tabs(self, tmp_path: Path) -> None:
+        """They are quotes of the table only where they enclose the whole field."""
+        (tmp_path / "t.tsv").write_text(
+            'file\tcaption\tx\n0.jpg\t"Hello" he said\t\n1.jpg\t"a ""b""\tc"\t"x" y\n2.jpg\t"Hi" and "bye"\t\n3.jpg\td\te\n'
+        )
+        assert captions(list_photos(tmp_path / "t.tsv")) == {
+            "0.jpg": '"Hello" he said',
+            "1.jpg": 'a "b" c',
+            "2.jpg": '"Hi" and "bye"',
+            "3.jpg": "d",
+        }
+
+    def test_a_numbered_table_with_a_row_of_unclear_end(self, tmp_path: Path) -> None:
+        (tmp_path / "t.csv").write_text('caption,x\n"a"b,\nc,\n')
+        with pytest.raises(ConfigError, match="the row that begins in line 2 cannot be read.*doubled"):
+            list_photos(tmp_path / "t.csv", numbered=True)
 
     def test_numbered_rows_are_counted_with_empty_ones(self, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_text("caption,x\na,\n,\nb,\n")
