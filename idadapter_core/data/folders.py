@@ -13,7 +13,7 @@ from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Captions, folded
 from .entries import FILE_KEYS, Photo, described, value_of
-from .inventory import HIDDEN, LINKED, NO_TABLE, TEXT_SUFFIXES, Counter, ending_of, is_photo
+from .inventory import HIDDEN, LINKED, NO_TABLE, TEXT_SUFFIXES, Counter, ending_of, is_photo, path_in
 from .photos import unread_suffixes
 from .tables import read_entries
 
@@ -248,11 +248,6 @@ def _with_text(photo: Photo, texts: Mapping[str, Captions]) -> Photo:
         return replace(photo, caption=texts[inside].read(name))
     except InputError as error:
         return replace(photo, problem=str(error))
-
-
-def path_in(inside: str, name: str) -> str:
-    """The path from the root of a file in a folder that `Walk` gives."""
-    return f"{inside}/{name}" if inside else name
 
 
 def _posix(path: Path) -> str:

@@ -9,9 +9,20 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError, InputError
 from .entries import Photo, described, parse_json, with_plain_keys
-from .folders import Walk, path_in
+from .folders import Walk
 from .index import IN_SHARD
-from .inventory import CUT, HIDDEN, OUTSIDE, SECOND, TEXT_SUFFIXES, Counter, ending_of, is_photo, kind_of
+from .inventory import (
+    CUT,
+    HIDDEN,
+    OUTSIDE,
+    SECOND,
+    TEXT_SUFFIXES,
+    Counter,
+    ending_of,
+    is_photo,
+    kind_of,
+    path_in,
+)
 from .photos import PHOTO_SUFFIXES, unread_suffixes
 from .tars import Part, Sample, is_hidden, read_part, read_shard, shards_of
 from .texts import decode_text, first_line

@@ -13,9 +13,9 @@ from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Captions, folded, stem_of
 from .entries import Photo, noun_of_caption, with_noun
-from .folders import PARTS, Walk, folder_of, nested_people, path_in, photos_in_folder
+from .folders import PARTS, Walk, folder_of, nested_people, photos_in_folder
 from .index import IN_SHARD
-from .inventory import Counter, Inventory, describe_unread, ending_of, is_photo
+from .inventory import Counter, Inventory, describe_unread, ending_of, is_photo, path_in
 from .photos import PHOTO_SUFFIXES
 from .sharded import photos_in_shards
 from .tables import TABLE_SUFFIXES, named_photos, read_entries, read_lines
@@ -87,19 +87,21 @@ def list_photos(
             raise ConfigError(
                 f"{option} belongs to a table or a list of photos; {text} is neither. Leave it out."
             )
+    counter = Counter()
     if chosen == "webdataset":
-        source = _from_shards(text, encoding, output)
+        source = _from_shards(text, encoding, counter, output)
     elif not is_table:
-        source = _from_folder(Path(text), chosen, encoding, output)
+        source = _from_folder(Path(text), chosen, encoding, counter, output)
     else:
         source = _from_table(Path(text), chosen, root, numbered, encoding)
     if not source.photos:
-        raise ConfigError(_nothing(text, source))
+        raise ConfigError(_nothing(text, replace(source, files=counter.inventory())))
     if identities is not None:
         source = _with_identities(source, identities, encoding, min_match)
+        counter.tables += counter.take_texts(source.root, [identities])
     if captions is not None:
-        source = _with_captions(source, captions, encoding, min_match)
-    source = replace(source, photos=tuple(map(with_noun, source.photos)))
+        source = _with_captions(source, captions, encoding, min_match, counter)
+    source = replace(source, photos=tuple(map(with_noun, source.photos)), files=counter.inventory())
     share = _Share("captions", source.photos, lambda photo: bool(photo.caption))
     if captions is None and share.having:
         source = _with_note(source, f"{share}")
@@ -150,13 +152,12 @@ def _layout_of_folder(folder: Path) -> str:
     return "webdataset" if shards else "auto"
 
 
-def _from_folder(folder: Path, layout: str, encoding: str, output: Path | None) -> Source:
+def _from_folder(folder: Path, layout: str, encoding: str, counter: Counter, output: Path | None) -> Source:
     """The photos below a folder; for the layout auto, a folder per person where none lies outside of one."""
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder. The layout {layout} needs a folder of photos{', or a .jsonl or .csv table' * (layout == 'captions')}."
         )
-    counter = Counter()
     photos, rows = photos_in_folder(folder, encoding, counter, output)
     folders = {folder_of(photo) for photo in photos}
     if layout == "auto" and "" in folders and len(folders) > 1:
@@ -175,7 +176,7 @@ def _from_folder(folder: Path, layout: str, encoding: str, output: Path | None) 
         kept = [replace(photo, identity=photo.identity or folder_of(photo)) for photo in photos]
         nested, layout = nested_people(folders - {""}), "folders"
     listed = tuple(sorted(kept + rows, key=lambda photo: photo.source))
-    return _with_note(Source(layout, folder, listed, counter.inventory()), nested)
+    return _with_note(Source(layout, folder, listed), nested)
 
 
 def _from_table(path: Path, layout: str, root: Path | None, numbered: bool, encoding: str) -> Source:
@@ -186,10 +187,9 @@ def _from_table(path: Path, layout: str, root: Path | None, numbered: bool, enco
     return Source(layout, start, tuple(named_photos(path, start, entries, numbered, encoding)))
 
 
-def _from_shards(text: str, encoding: str, output: Path | None) -> Source:
-    counter = Counter()
+def _from_shards(text: str, encoding: str, counter: Counter, output: Path | None) -> Source:
     root, photos = photos_in_shards(text, encoding, counter, output)
-    return Source("webdataset", root, tuple(photos), counter.inventory())
+    return Source("webdataset", root, tuple(photos))
 
 
 # ---------------------------------------------------------------------------------------------------- texts elsewhere
@@ -234,7 +234,7 @@ def _split_line(path: Path, number: int, line: str, names: _Names) -> tuple[str,
     return line[: gaps[-1][0]], line[gaps[-1][1] :]
 
 
-def _with_captions(source: Source, folder: Path, encoding: str, least: float) -> Source:
+def _with_captions(source: Source, folder: Path, encoding: str, least: float, counter: Counter) -> Source:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; --captions takes one of text files, one for each photo")
     texts = _Texts(folder, encoding, map(folder_of, source.photos))
@@ -246,6 +246,7 @@ def _with_captions(source: Source, folder: Path, encoding: str, least: float) ->
         )
     share = _Share("captions", photos, lambda photo: bool(photo.caption))
     share.check("--captions", least)
+    counter.texts += counter.take_texts(source.root, texts.used())
     return _with_note(replace(source, photos=photos), _rest(share, texts.unused(), "Texts", folder))
 
 
@@ -304,8 +305,8 @@ class _Texts:
             )
         return fitting[0] if fitting else None
 
-    def used(self) -> int:
-        return sum(len(captions.used) for captions in self._folders.values())
+    def used(self) -> list[Path]:
+        return [captions.folder / name for captions in self._folders.values() for name in captions.used]
 
     def unused(self) -> list[str]:
         return [

@@ -762,6 +762,29 @@ class TestPartlyThere:
         with pytest.raises(ConfigError, match="--captions: captions for 3 of 5 photos.*--min-match"):
             list_photos(tmp_path / "img", captions=tmp_path / "texts", min_match=0.9)
 
+    def test_texts_within_the_folder_of_the_photos(self, tmp_path: Path) -> None:
+        """What is read is not counted as not read, and the numbers sum to all files."""
+        touch(
+            tmp_path, "a.jpg", "b.jpg", "b.txt", "t/a.txt", "t/deep/b.caption", "t/other.txt", "x/other.txt"
+        )
+        (tmp_path / "ids.txt").write_text("a.jpg anna\n")
+        (tmp_path / "link").symlink_to("t")
+        for given in ("t", "link"):
+            source = list_photos(
+                tmp_path, "captions", captions=tmp_path / given, identities=tmp_path / "ids.txt"
+            )
+            assert captions(source) == {"a.jpg": "t/a.txt", "b.jpg": "t/deep/b.caption"}
+            assert not_read(source) == {".txt": 2, "folders that are there under another name": 1}
+            files = source.files
+            assert (files.photos, files.texts, files.tables, files.files) == (2, 3, 1, 9)
+            assert next(kind.first for kind in files.unread if kind.kind == ".txt") == "link/other.txt"
+
+    def test_texts_beside_shards(self, tmp_path: Path) -> None:
+        touch(tmp_path, "t/a.txt", "t/b.txt")
+        write_tar(tmp_path / "s.tar", {"a.jpg": b"photo"})
+        source = list_photos(tmp_path, captions=tmp_path / "t")
+        assert (source.files.texts, not_read(source)) == (1, {".txt": 1})
+
     def test_captions_in_folders(self, tmp_path: Path) -> None:
         touch(
             tmp_path,
