@@ -15,7 +15,16 @@ from .captions import Captions, folded, stem_of
 from .entries import Photo, noun_of_caption, with_noun
 from .folders import PARTS, Walk, folder_of, nested_people, photos_in_folder
 from .index import IN_SHARD
-from .inventory import Counter, Inventory, describe_unread, ending_of, is_photo, path_in
+from .inventory import (
+    TEXT_SUFFIXES,
+    Counter,
+    Inventory,
+    Unread,
+    describe_unread,
+    ending_of,
+    is_photo,
+    path_in,
+)
 from .photos import PHOTO_SUFFIXES
 from .sharded import photos_in_shards
 from .tables import TABLE_SUFFIXES, named_photos, read_entries, read_lines
@@ -23,6 +32,7 @@ from .texts import check_encoding
 
 __all__ = ["LAYOUTS", "Photo", "Source", "list_photos", "noun_of_caption"]
 
+_PACKED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 LAYOUTS = ("auto", "folders", "captions", "list", "ip-adapter", "webdataset")
 
 
@@ -132,8 +142,18 @@ def _layout(text: str) -> str:
         return "ip-adapter"
     if ending == ".txt":
         return "list"
+    if not path.exists():
+        raise ConfigError(f"{text}: no such folder and no such file. Check the path.")
+    if _PACKED_TAR.search(path.name):
+        return "webdataset"  # which says what to do with it
+    advice = "" if ending in TEXT_SUFFIXES else Unread(ending, 1, text).advice
     raise ConfigError(
-        f"{text}: no such folder, and no file of a known kind (.tar, {', '.join(TABLE_SUFFIXES)}, .json, .txt). Check the path."
+        f"{text}: neither a folder nor a file of a known kind (.tar, {', '.join(TABLE_SUFFIXES)}, .json, .txt). "
+        + (
+            f"For {ending} files: {advice}."
+            if advice
+            else "Name the folder that has the photos, or say with --layout what it is."
+        )
     )
 
 

@@ -891,6 +891,12 @@ class TestShards:
     def test_compressed_shards_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="not compressed"):
             list_photos(tmp_path / "s.tar.gz", "webdataset")
+        for name in ("s.tar.gz", "S.TGZ", "s.tar.zst"):
+            touch(tmp_path, name)
+            with pytest.raises(
+                ConfigError, match=f"{name}: a shard must be .* not compressed.*Unpack it first"
+            ):
+                list_photos(tmp_path / name)
 
     def test_braces(self) -> None:
         assert expand_braces("a-{08..10}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10") for e in "xy"]
@@ -909,6 +915,22 @@ def test_options_of_tables_are_not_ignored(layout: str, option: dict[str, Any], 
 )
 def test_nothing_there(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such"):
+        list_photos(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("photos.zip", "For .zip files: unpack them"),
+        ("table.parquet", "For .parquet files: write the table as .jsonl or .csv"),
+        ("photo.jpg", "Name the folder that has the photos"),
+        ("photo.caption", "Name the folder that has the photos"),
+        ("list", "say with --layout what it is"),
+    ],
+)
+def test_a_file_of_another_kind(name: str, advice: str, tmp_path: Path) -> None:
+    touch(tmp_path, name)
+    with pytest.raises(ConfigError, match=f"{name}: neither a folder nor a file of a known kind.*{advice}"):
         list_photos(tmp_path / name)
 
 
