@@ -259,8 +259,9 @@ def _with_captions(source: Source, folder: Path, encoding: str, least: float, co
         raise ConfigError(f"{folder}: no such folder; --captions takes one of text files, one for each photo")
     texts = _Texts(folder, encoding, map(folder_of, source.photos))
     photos = tuple(texts.describe(photo, _Names.name_of(source, photo)) for photo in source.photos)
-    first = stem_of(_Names.name_of(source, source.photos[0]))
     if not texts.used():
+        there = next((photo for photo in source.photos if photo.is_there), source.photos[0])
+        first = stem_of(_Names.name_of(source, there))
         raise ConfigError(
             f"{folder} has no text file for any photo, for example none that is named {first}.txt. Name another folder."
         )
