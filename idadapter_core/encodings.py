@@ -14,6 +14,23 @@ _MARKS = (
 )
 
 
+_ZEROS = (
+    ("utf-32-le", (False, True, True, True)),
+    ("utf-32-be", (True, True, True, False)),
+    ("utf-16-le", (False, True, False, True)),
+    ("utf-16-be", (True, False, True, False)),
+)
+
+
 def encoding_by_mark(content: bytes) -> str:
     """The encoding that the byte order mark at the beginning of a file names, for `bytes.decode`; "" where there is no mark."""
     return next((name for mark, name in _MARKS if content.startswith(mark)), "")
+
+
+def encoding_by_zeros(content: bytes) -> str:
+    """UTF-16 or UTF-32 without a byte order mark, for `bytes.decode`, by the zeros in its first four bytes; "" where there are none.
+
+    Only for texts that begin with two ASCII characters, such as TOML, JSON and the names of columns: a few others look like that, too.
+    """
+    zeros = tuple(byte == 0 for byte in content[:4])
+    return next((name for name, expected in _ZEROS if zeros == expected), "")

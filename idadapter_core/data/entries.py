@@ -38,6 +38,9 @@ class Photo:
     offset: int = 0
     size: int = 0
     problem: str = ""  # why it cannot be used, even with a good face
+    is_there: bool = (
+        True  # False: no such file, or a row about something else, such as a line that cannot be read
+    )
 
 
 def noun_of_caption(caption: str) -> str:

@@ -13,7 +13,7 @@ from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Captions, folded
 from .entries import FILE_KEYS, Photo, described, value_of
-from .inventory import HIDDEN, LINKED, NO_TABLE, TEXT_SUFFIXES, Counter, ending_of, is_photo
+from .inventory import HIDDEN, LINKED, NO_TABLE, TEXT_SUFFIXES, Counter, ending_of, is_photo, path_in
 from .photos import unread_suffixes
 from .tables import read_entries
 
@@ -45,7 +45,7 @@ class Walk:
                 part.startswith(".") for part in PurePosixPath(inside).parts
             ):  # for its files to be counted
                 folders[:] = [name for name in folders if not Path(place, name).is_symlink()]
-                self.hidden += [_join(inside, name) for name in names]
+                self.hidden += [path_in(inside, name) for name in names]
                 continue
             real = os.path.realpath(place)
             if real in seen:  # a link to a folder that was read already, perhaps one above it
@@ -55,7 +55,7 @@ class Walk:
             seen.add(real)
             if own is not None and real == own[0]:
                 names = [name for name in names if not own[1].fullmatch(name)]
-            self.hidden += [_join(inside, name) for name in names if name.startswith(".")]
+            self.hidden += [path_in(inside, name) for name in names if name.startswith(".")]
             folders[:] = sorted(name for name in folders if not _is_hidden_link(place, name))
             yield inside, sorted(name for name in names if not name.startswith("."))
 
@@ -69,7 +69,10 @@ class Walk:
             counter.leave(name, HIDDEN)
         for name in self.linked:
             counter.leave(name, LINKED)
-        return [Photo(place, problem=f"the folder cannot be opened ({why})") for place, why in self.closed]
+        return [
+            Photo(place, problem=f"the folder cannot be opened ({why})", is_there=False)
+            for place, why in self.closed
+        ]
 
 
 def _own_files(output: Path | None) -> tuple[str, re.Pattern[str]] | None:
@@ -98,7 +101,7 @@ def photos_in_folder(
     for inside, names in walk:
         texts[inside] = Captions(folder / inside, names, encoding)
         for name in names:
-            path = _join(inside, name)
+            path = path_in(inside, name)
             if is_photo(name):
                 photos.append(Photo(path))
             elif folded(name) in _METADATA:
@@ -111,7 +114,7 @@ def photos_in_folder(
         counter.texts += len(captions.used)
         for name in captions.names():
             if name not in captions.used:
-                counter.leave(_join(inside, name))
+                counter.leave(path_in(inside, name))
     rows = metadata.unplaced() + walk.leave_rest(counter)
     return sorted(photos, key=lambda photo: photo.source), sorted(rows, key=lambda row: row.source)
 
@@ -120,7 +123,7 @@ def _count_table(metadata: _Metadata, inside: str, name: str, counter: Counter) 
     if metadata.add(inside, name):
         counter.tables += 1
     else:
-        counter.leave(_join(inside, name), NO_TABLE)
+        counter.leave(path_in(inside, name), NO_TABLE)
 
 
 def folder_of(photo: Photo) -> str:
@@ -156,18 +159,18 @@ class _Metadata:
         """Read a table; False where it is one of another kind, which names no photos."""
         path = self._root / inside / name
         try:
-            entries = list(read_entries(path, "captions", self._encoding, numbered=True))
+            entries = list(read_entries(path, "captions", self._encoding, needs_names=False))
         except ConfigError as error:
-            self._rows.append(Photo(_join(inside, name), problem=str(error)))
+            self._rows.append(Photo(path_in(inside, name), problem=str(error), is_there=False))
             return True
         if not any(
             isinstance(entry, str) or any(key in entry for key in FILE_KEYS) for _, _, entry in entries
         ):
             return False
         for _, line, entry in entries:
-            where = f"{_join(inside, name)}:{line}"
+            where = f"{path_in(inside, name)}:{line}"
             if isinstance(entry, str):
-                self._rows.append(Photo(where, problem=entry))
+                self._rows.append(Photo(where, problem=entry, is_there=False))
             else:
                 self._take(inside, where, entry)
         return True
@@ -178,7 +181,7 @@ class _Metadata:
             if not named:
                 raise InputError("the entry names no photo")
         except InputError as error:
-            self._rows.append(Photo(where, problem=str(error)))
+            self._rows.append(Photo(where, problem=str(error), is_there=False))
             return
         source = self._source(inside, named)
         try:
@@ -222,7 +225,7 @@ class _Metadata:
     def unplaced(self) -> list[Photo]:
         """The rows of lines that cannot be read, or name no photo of the folder."""
         absent = [
-            replace(photo, problem=photo.problem or _absent(self._root, photo.source))
+            replace(photo, problem=photo.problem or _absent(self._root, photo.source), is_there=False)
             for name, photo in self._photos.items()
             if name not in self._met
         ]
@@ -245,10 +248,6 @@ def _with_text(photo: Photo, texts: Mapping[str, Captions]) -> Photo:
         return replace(photo, caption=texts[inside].read(name))
     except InputError as error:
         return replace(photo, problem=str(error))
-
-
-def _join(inside: str, name: str) -> str:
-    return f"{inside}/{name}" if inside else name
 
 
 def _posix(path: Path) -> str:

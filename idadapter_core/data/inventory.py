@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..files import some
@@ -89,18 +91,49 @@ class Counter:
     def __init__(self) -> None:
         self.photos = self.texts = self.tables = 0
         self._unread: dict[str, tuple[int, str]] = {}
+        self._texts: dict[str, int] = {}  # not read so far, by name; a shard may hold a name twice
 
     def leave(self, name: str, kind: str = "") -> None:
         """Count a file that is not read: under its ending, or under a kind that is named."""
         kind = kind or kind_of(name)
-        count, first = self._unread.get(kind, (0, name))
-        self._unread[kind] = count + 1, min(first, name)
+        if kind in TEXT_SUFFIXES:
+            self._texts[name] = self._texts.get(name, 0) + 1
+        else:
+            self._unread[kind] = _with(self._unread.get(kind), name, 1)
+
+    def take_texts(self, root: Path, paths: Collection[Path]) -> int:
+        """Leave these files no longer, as far as they were left as texts below the root; returns how many that were."""
+        # A folder may have been read under the name of a link to it.
+        left = {os.path.realpath(root / inside): inside for inside in {_folder(name) for name in self._texts}}
+        places = {folder: left.get(os.path.realpath(folder)) for folder in {path.parent for path in paths}}
+        taken = 0
+        for path in paths:
+            inside = places[path.parent]
+            taken += self._texts.pop(path_in(inside, path.name), 0) if inside is not None else 0
+        return taken
 
     def inventory(self) -> Inventory:
         # Kinds with a way to have them read come first, then the most numerous.
-        kinds = [Unread(kind, *found) for kind, found in self._unread.items()]
+        unread = dict(self._unread)
+        for name, count in self._texts.items():
+            unread[kind_of(name)] = _with(unread.get(kind_of(name)), name, count)
+        kinds = [Unread(kind, *found) for kind, found in unread.items()]
         kinds.sort(key=lambda kind: (not kind.advice, -kind.count, kind.kind))
         return Inventory(self.photos, self.texts, self.tables, tuple(kinds))
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _with(before: tuple[int, str] | None, name: str, count: int) -> tuple[int, str]:
+    """A number of files and the first one by name, with some more."""
+    return (count, name) if before is None else (before[0] + count, min(before[1], name))
+
+
+def path_in(inside: str, name: str) -> str:
+    """The path from the root of a file in a folder that has this path from the root; that of the root itself is ""."""
+    return f"{inside}/{name}" if inside else name
 
 
 def ending_of(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -11,7 +11,18 @@ from ..errors import ConfigError, InputError
 from .entries import Photo, described, parse_json, with_plain_keys
 from .folders import Walk
 from .index import IN_SHARD
-from .inventory import CUT, HIDDEN, OUTSIDE, SECOND, TEXT_SUFFIXES, Counter, ending_of, is_photo, kind_of
+from .inventory import (
+    CUT,
+    HIDDEN,
+    OUTSIDE,
+    SECOND,
+    TEXT_SUFFIXES,
+    Counter,
+    ending_of,
+    is_photo,
+    kind_of,
+    path_in,
+)
 from .photos import PHOTO_SUFFIXES, unread_suffixes
 from .tars import Part, Sample, is_hidden, read_part, read_shard, shards_of
 from .texts import decode_text, first_line
@@ -55,7 +66,7 @@ def _shards_below(folder: Path, counter: Counter, output: Path | None) -> tuple[
             if ending_of(name) == ".tar":
                 shards.append(folder / inside / name)
             else:
-                counter.leave(f"{inside}/{name}" if inside else name, OUTSIDE if is_photo(name) else "")
+                counter.leave(path_in(inside, name), OUTSIDE if is_photo(name) else "")
     return sorted(shards), walk.leave_rest(counter)
 
 
@@ -80,10 +91,10 @@ class _Reader:
             if part.place not in self._used:
                 self._counter.leave(f"{self._name}{IN_SHARD}{part.name}", self._kind(part, found.problem))
         if not found.parts and not found.problem:
-            yield Photo(self._name, problem="the shard holds no files; get it again")
+            yield Photo(self._name, problem="the shard holds no files; get it again", is_there=False)
         if found.problem:
             problem = f"the shard gave {len(found.samples)} whole samples, then {found.problem}"
-            yield Photo(self._name, problem=problem)
+            yield Photo(self._name, problem=problem, is_there=False)
 
     def _kind(self, part: Part, problem: str) -> str:
         """Why a member was not read."""
@@ -96,32 +107,32 @@ class _Reader:
     def _photo(self, sample: Sample) -> Photo:
         source = f"{self._name}{IN_SHARD}{sample.key}"
         self._of_samples |= {part.place for part in sample.parts.values()}
-        part = next((sample.parts[ending] for ending in _endings() if ending in sample.parts), None)
-        if part is None:
-            return Photo(source, problem=sample.problem or _no_photo(sample))
+        kind = next((ending for ending in _endings() if ending in sample.parts), None)
+        if kind is None:
+            return Photo(source, problem=sample.problem or _no_photo(sample), is_there=False)
+        part = sample.parts[kind]
         self._seconds |= {other.place for other in sample.parts.values() if is_photo(other.name)}
         self._used.add(part.place)
         self._counter.photos += 1
         photo = Photo(source, offset=part.offset, size=part.size, problem=sample.problem or part.problem)
         try:
-            return photo if photo.problem else self._described(photo, sample)
+            return photo if photo.problem else self._described(photo, kind, sample)
         except InputError as error:
             return replace(photo, problem=str(error))
 
-    def _described(self, photo: Photo, sample: Sample) -> Photo:
-        """The photo with the facts from the sample's other files. A text counts for more than the JSON's caption."""
-        if "json" in sample.parts:
-            said = self._facts(sample.parts["json"])
-            photo = replace(said, source=photo.source, offset=photo.offset, size=photo.size)
-        for ending in TEXT_SUFFIXES:
-            part = sample.parts.get(ending[1:])
-            if part is not None:
-                try:
-                    caption = first_line(self._text(part))
-                except InputError as error:
-                    raise InputError(f"its caption {part.name} cannot be read: {error}") from error
-                return replace(photo, caption=caption or photo.caption)
-        return photo
+    def _described(self, photo: Photo, kind: str, sample: Sample) -> Photo:
+        """The photo, of this kind, with the facts from the sample's other files. A text counts for more than the JSON's caption."""
+        facts = _beside(kind, sample, (".json",))
+        if facts is not None:
+            photo = replace(self._facts(facts), source=photo.source, offset=photo.offset, size=photo.size)
+        part = _beside(kind, sample, TEXT_SUFFIXES)
+        if part is None:
+            return photo
+        try:
+            caption = first_line(self._text(part))
+        except InputError as error:
+            raise InputError(f"its caption {part.name} cannot be read: {error}") from error
+        return replace(photo, caption=caption or photo.caption)
 
     def _facts(self, part: Part) -> Photo:
         try:
@@ -138,6 +149,12 @@ class _Reader:
         self._used.add(part.place)
         self._counter.texts += 1
         return decode_text(read_part(self._shard, part), self._encoding)
+
+
+def _beside(kind: str, sample: Sample, endings: Sequence[str]) -> Part | None:
+    """The file with the first of these endings, where there is one; as in folders, the photo's whole name before it goes first."""
+    names = [f"{kind}{ending}" for ending in endings] + [ending[1:] for ending in endings]
+    return next((sample.parts[name] for name in names if name in sample.parts), None)
 
 
 def _endings() -> Iterator[str]:

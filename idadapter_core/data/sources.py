@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,16 @@ from .captions import Captions, folded, stem_of
 from .entries import Photo, noun_of_caption, with_noun
 from .folders import PARTS, Walk, folder_of, nested_people, photos_in_folder
 from .index import IN_SHARD
-from .inventory import Counter, Inventory, describe_unread, ending_of, is_photo
+from .inventory import (
+    TEXT_SUFFIXES,
+    Counter,
+    Inventory,
+    Unread,
+    describe_unread,
+    ending_of,
+    is_photo,
+    path_in,
+)
 from .photos import PHOTO_SUFFIXES
 from .sharded import photos_in_shards
 from .tables import TABLE_SUFFIXES, named_photos, read_entries, read_lines
@@ -23,6 +32,7 @@ from .texts import check_encoding
 
 __all__ = ["LAYOUTS", "Photo", "Source", "list_photos", "noun_of_caption"]
 
+_PACKED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 LAYOUTS = ("auto", "folders", "captions", "list", "ip-adapter", "webdataset")
 
 
@@ -87,22 +97,24 @@ def list_photos(
             raise ConfigError(
                 f"{option} belongs to a table or a list of photos; {text} is neither. Leave it out."
             )
+    counter = Counter()
     if chosen == "webdataset":
-        source = _from_shards(text, encoding, output)
+        source = _from_shards(text, encoding, counter, output)
     elif not is_table:
-        source = _from_folder(Path(text), chosen, encoding, output)
+        source = _from_folder(Path(text), chosen, encoding, counter, output)
     else:
         source = _from_table(Path(text), chosen, root, numbered, encoding)
     if not source.photos:
-        raise ConfigError(_nothing(text, source))
+        raise ConfigError(_nothing(text, replace(source, files=counter.inventory())))
     if identities is not None:
         source = _with_identities(source, identities, encoding, min_match)
+        counter.tables += counter.take_texts(source.root, [identities])
     if captions is not None:
-        source = _with_captions(source, captions, encoding, min_match)
-    source = replace(source, photos=tuple(map(with_noun, source.photos)))
-    with_caption = [bool(photo.caption) for photo in source.photos]
-    if captions is None and any(with_caption):
-        source = _with_note(source, _share("captions", source.photos, with_caption))
+        source = _with_captions(source, captions, encoding, min_match, counter)
+    source = replace(source, photos=tuple(map(with_noun, source.photos)), files=counter.inventory())
+    share = _Share("captions", source.photos, lambda photo: bool(photo.caption))
+    if captions is None and share.having:
+        source = _with_note(source, f"{share}")
     return source
 
 
@@ -130,8 +142,18 @@ def _layout(text: str) -> str:
         return "ip-adapter"
     if ending == ".txt":
         return "list"
+    if not path.exists():
+        raise ConfigError(f"{text}: no such folder and no such file. Check the path.")
+    if _PACKED_TAR.search(path.name):
+        return "webdataset"  # which says what to do with it
+    advice = "" if ending in TEXT_SUFFIXES else Unread(ending, 1, text).advice
     raise ConfigError(
-        f"{text}: no such folder, and no file of a known kind (.tar, {', '.join(TABLE_SUFFIXES)}, .json, .txt). Check the path."
+        f"{text}: neither a folder nor a file of a known kind (.tar, {', '.join(TABLE_SUFFIXES)}, .json, .txt). "
+        + (
+            f"For {ending} files: {advice}."
+            if advice
+            else "Name the folder that has the photos, or say with --layout what it is."
+        )
     )
 
 
@@ -140,7 +162,7 @@ def _layout_of_folder(folder: Path) -> str:
     shards: list[str] = []
     photos = 0
     for inside, names in Walk(folder):
-        shards += [f"{inside}/{name}" if inside else name for name in names if ending_of(name) == ".tar"]
+        shards += [path_in(inside, name) for name in names if ending_of(name) == ".tar"]
         photos += sum(map(is_photo, names))
     if shards and photos:
         raise ConfigError(
@@ -150,13 +172,12 @@ def _layout_of_folder(folder: Path) -> str:
     return "webdataset" if shards else "auto"
 
 
-def _from_folder(folder: Path, layout: str, encoding: str, output: Path | None) -> Source:
+def _from_folder(folder: Path, layout: str, encoding: str, counter: Counter, output: Path | None) -> Source:
     """The photos below a folder; for the layout auto, a folder per person where none lies outside of one."""
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder. The layout {layout} needs a folder of photos{', or a .jsonl or .csv table' * (layout == 'captions')}."
         )
-    counter = Counter()
     photos, rows = photos_in_folder(folder, encoding, counter, output)
     folders = {folder_of(photo) for photo in photos}
     if layout == "auto" and "" in folders and len(folders) > 1:
@@ -175,7 +196,7 @@ def _from_folder(folder: Path, layout: str, encoding: str, output: Path | None) 
         kept = [replace(photo, identity=photo.identity or folder_of(photo)) for photo in photos]
         nested, layout = nested_people(folders - {""}), "folders"
     listed = tuple(sorted(kept + rows, key=lambda photo: photo.source))
-    return _with_note(Source(layout, folder, listed, counter.inventory()), nested)
+    return _with_note(Source(layout, folder, listed), nested)
 
 
 def _from_table(path: Path, layout: str, root: Path | None, numbered: bool, encoding: str) -> Source:
@@ -186,10 +207,9 @@ def _from_table(path: Path, layout: str, root: Path | None, numbered: bool, enco
     return Source(layout, start, tuple(named_photos(path, start, entries, numbered, encoding)))
 
 
-def _from_shards(text: str, encoding: str, output: Path | None) -> Source:
-    counter = Counter()
+def _from_shards(text: str, encoding: str, counter: Counter, output: Path | None) -> Source:
     root, photos = photos_in_shards(text, encoding, counter, output)
-    return Source("webdataset", root, tuple(photos), counter.inventory())
+    return Source("webdataset", root, tuple(photos))
 
 
 # ---------------------------------------------------------------------------------------------------- texts elsewhere
@@ -214,9 +234,8 @@ def _with_identities(source: Source, path: Path, encoding: str, least: float) ->
             f"{path} names none of the photos: it speaks of {next(iter(strangers), 'nothing')}, the photos are like "
             f'{source.photos[0].source}. Its lines must read "image identity" with the names of these files.'
         )
-    named = [photo.source in known for photo in source.photos]
-    share = _share("identities", source.photos, named)
-    _check_share("--identities", share, named, least)
+    share = _Share("identities", source.photos, lambda photo: photo.source in known)
+    share.check("--identities", least)
     photos = tuple(
         replace(photo, identity=known[photo.source][0]) if photo.source in known else photo
         for photo in source.photos
@@ -235,19 +254,20 @@ def _split_line(path: Path, number: int, line: str, names: _Names) -> tuple[str,
     return line[: gaps[-1][0]], line[gaps[-1][1] :]
 
 
-def _with_captions(source: Source, folder: Path, encoding: str, least: float) -> Source:
+def _with_captions(source: Source, folder: Path, encoding: str, least: float, counter: Counter) -> Source:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; --captions takes one of text files, one for each photo")
     texts = _Texts(folder, encoding, map(folder_of, source.photos))
     photos = tuple(texts.describe(photo, _Names.name_of(source, photo)) for photo in source.photos)
-    first = stem_of(_Names.name_of(source, source.photos[0]))
     if not texts.used():
+        there = next((photo for photo in source.photos if photo.is_there), source.photos[0])
+        first = stem_of(_Names.name_of(source, there))
         raise ConfigError(
             f"{folder} has no text file for any photo, for example none that is named {first}.txt. Name another folder."
         )
-    with_caption = [bool(photo.caption) for photo in photos]
-    share = _share("captions", photos, with_caption)
-    _check_share("--captions", share, with_caption, least)
+    share = _Share("captions", photos, lambda photo: bool(photo.caption))
+    share.check("--captions", least)
+    counter.texts += counter.take_texts(source.root, texts.used())
     return _with_note(replace(source, photos=photos), _rest(share, texts.unused(), "Texts", folder))
 
 
@@ -306,12 +326,12 @@ class _Texts:
             )
         return fitting[0] if fitting else None
 
-    def used(self) -> int:
-        return sum(len(captions.used) for captions in self._folders.values())
+    def used(self) -> list[Path]:
+        return [captions.folder / name for captions in self._folders.values() for name in captions.used]
 
     def unused(self) -> list[str]:
         return [
-            f"{inside}/{name}" if inside else name
+            path_in(inside, name)
             for inside, captions in self._folders.items()
             for name in captions.names()
             if name not in captions.used
@@ -359,22 +379,32 @@ class _Names:
         return ""
 
 
-def _share(kind: str, photos: Sequence[Photo], having: Sequence[bool]) -> str:
-    """For example "captions for 1 of 3 photos; first without: 2.jpg". `having` says it of each photo."""
-    text = f"{kind} for {sum(having)} of {len(photos)} photos"
-    return text if all(having) else f"{text}; first without: {photos[having.index(False)].source}"
+class _Share:
+    """How many of the photos that there are have something, such as a caption. Rows about absent files and bad lines are no photos."""
+
+    def __init__(self, kind: str, photos: Iterable[Photo], has: Callable[[Photo], bool]) -> None:
+        there = [photo for photo in photos if photo.is_there]
+        self._without = [photo.source for photo in there if not has(photo)]
+        self._kind = kind
+        self._total = len(there)
+        self.having = len(there) - len(self._without)
+
+    def __str__(self) -> str:
+        """For example "captions for 1 of 3 photos; first without: 2.jpg"."""
+        text = f"{self._kind} for {self.having} of {self._total} photos"
+        return f"{text}; first without: {self._without[0]}" if self._without else text
+
+    def check(self, option: str, least: float) -> None:
+        """Raises ConfigError where a smaller share than `least` has it."""
+        if self.having < least * self._total:
+            raise ConfigError(
+                f"{option}: {self}. At least {least:.1%} are asked for by --min-match; correct the names, or lower it."
+            )
 
 
-def _check_share(option: str, share: str, having: Sequence[bool], least: float) -> None:
-    if sum(having) < least * len(having):
-        raise ConfigError(
-            f"{option}: {share}. At least {least:.1%} are asked for by --min-match; correct the names, or lower it."
-        )
-
-
-def _rest(share: str, unused: Sequence[str], kind: str, path: Path) -> str:
+def _rest(share: _Share, unused: Sequence[str], kind: str, path: Path) -> str:
     if not unused:
-        return share
+        return f"{share}"
     return f"{share}. {kind} of {path} without a photo: {len(unused)}; first: {unused[0]}"
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..encodings import encoding_by_zeros
 from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Listings
@@ -32,6 +33,9 @@ from .texts import BLANK, MAX_CAPTION, decode_lines, decode_text, read_file, und
 
 CSV_SUFFIXES = (".csv", ".tsv")
 TABLE_SUFFIXES = (".jsonl", *CSV_SUFFIXES)
+_MAX_LINES = (
+    1000  # of a row that the csv module refuses, which is read from its beginning again with each line
+)
 _DELIMITERS = ",;\t|"
 _KEYS = (*FILE_KEYS, *CAPTION_KEYS, *IDENTITY_KEYS, *NOUN_KEYS)
 
@@ -41,26 +45,30 @@ Numbered = tuple[int, int, Entry | str]
 a text that says why it cannot be read."""
 
 
-def read_entries(path: Path, layout: str, encoding: str, *, numbered: bool = False) -> Iterator[Numbered]:
-    """The entries of a table.
+def read_entries(
+    path: Path, layout: str, encoding: str, *, numbered: bool = False, needs_names: bool = True
+) -> Iterator[Numbered]:
+    """The entries of a table. Blank lines are none, but they count in the entries' numbers.
 
     Args:
         layout: list for a path in each line; else the file's ending decides.
-        numbered: whether entries need no field that names a photo.
+        numbered: whether the entries belong to photos by their numbers: rows with nothing but empty fields are entries then, and no
+            column must name photos.
+        needs_names: whether a csv without a column that names photos is refused (unless numbered).
 
     Raises:
         ConfigError: the file is not of the kind that its ending says.
     """
-    content = _bytes(path)
+    content, encoding = _content(path, encoding)
     ending = path.suffix.lower()
     try:
         if layout == "list":
             return _list_lines(content, encoding)
         if ending in CSV_SUFFIXES:
-            return _csv_rows(path, decode_lines(content, encoding), numbered)
+            return _csv_rows(path, decode_lines(content, encoding), numbered, needs_names and not numbered)
         if ending == ".jsonl":
             return _json_lines(decode_lines(content, encoding))
-        return _json_list(path, decode_text(content, encoding))
+        return _json_list(path, _whole_text(content, encoding))
     except InputError as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
 
@@ -68,7 +76,7 @@ def read_entries(path: Path, layout: str, encoding: str, *, numbered: bool = Fal
 def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     """The lines of a text that are not empty, each with its number from 1. Raises ConfigError."""
     try:
-        text = decode_text(_bytes(path), encoding)
+        text = _whole_text(*_content(path, encoding))
     except InputError as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
     return ((number + 1, line) for number, line in _lines(text))
@@ -86,7 +94,7 @@ def named_photos(
     has_names = False
     for number, line, entry in entries:
         if isinstance(entry, str):
-            yield Photo(f"{path.name}:{line}", problem=entry)
+            yield Photo(f"{path.name}:{line}", problem=entry, is_there=False)
             continue
         try:
             name = f"{number}.png" if numbered else value_of(entry, FILE_KEYS)
@@ -98,7 +106,7 @@ def named_photos(
             if not _is_name(name):
                 raise InputError("the entry names a photo with half a character or a NUL in its name")
         except InputError as error:
-            yield Photo(f"{path.name}:{line}", problem=str(error))
+            yield Photo(f"{path.name}:{line}", problem=str(error), is_there=False)
             continue
         yield _named(root, name, entry, listings)
 
@@ -126,7 +134,7 @@ def _named(root: Path, name: str, entry: Entry, listings: Listings) -> Photo:
             problem = str(error)
     inside = found.is_relative_to(root)
     source = found.relative_to(root).as_posix() if inside else found.as_posix()
-    return replace(photo, source=source, problem=problem)
+    return replace(photo, source=source, problem=problem, is_there=os.path.lexists(found))
 
 
 def _nameless(path: Path, number: int, entry: Entry) -> str:
@@ -136,11 +144,21 @@ def _nameless(path: Path, number: int, entry: Entry) -> str:
     )
 
 
-def _bytes(path: Path) -> bytes:
+def _content(path: Path, encoding: str) -> tuple[bytes, str]:
+    """The bytes of a table, and their encoding: the one that is named, or UTF-16 and the like without a mark; "" for another."""
     try:
-        return read_file(path)
+        content = read_file(path)
+        return content, encoding or encoding_by_zeros(content)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
+
+
+def _whole_text(content: bytes, encoding: str) -> str:
+    """Raises InputError where one byte of it cannot be read."""
+    text = decode_text(content, encoding)
+    if bad := undecoded(text):
+        raise InputError(bad)
+    return text
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -198,23 +216,35 @@ def _json_list(path: Path, text: str) -> Iterator[Numbered]:
 # ---------------------------------------------------------------------------------------------------- csv
 
 
-def _csv_rows(path: Path, text: str, numbered: bool) -> Iterator[Numbered]:
+def _csv_rows(path: Path, text: str, numbered: bool, needs_names: bool) -> Iterator[Numbered]:
     said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to tell the delimiter
     body = text[said.end() :] if said else text
     skipped = int(said is not None)
     delimiter = said[1] if said else _delimiter(body)
-    rows = _parsed_csv(path, body, delimiter, skipped, keep_empty=numbered)
-    first = next(rows, None)
-    if first is None:
+    rows = _parsed_csv(path, body, delimiter, skipped, numbered)
+    line, fields = next((row for row in rows if _says_something(row[1])), (0, []))
+    if isinstance(fields, str):
+        raise ConfigError(f"{path}: the row that begins in line {line} {fields}.")
+    if not fields:
         raise ConfigError(f"{path} is empty. Name a table with photos.")
-    header = [plain_key(name) for name in first[1]]
-    if not numbered and not any(name in FILE_KEYS for name in header):
-        raise ConfigError(_headless(path, first[1]))
+    if bad := _undecoded(fields):
+        raise ConfigError(f"{path}: its first line has bytes that cannot be read: {bad}.")
+    header = [plain_key(name) for name in fields]
+    if needs_names and not any(name in FILE_KEYS for name in header):
+        raise ConfigError(_headless(path, fields))
     for name in (name for name in header if name in _KEYS and header.count(name) > 1):
         raise ConfigError(
             f"{path}: the column {name} is there {header.count(name)} times. Remove or rename one."
         )
-    return ((number, line, _of_row(header, row)) for number, (line, row) in enumerate(rows))
+    return (
+        (number, line, _of_row(header, row))
+        for number, (line, row) in enumerate(rows)
+        if _says_something(row) or (numbered and row)
+    )
+
+
+def _says_something(row: Sequence[str]) -> bool:
+    return any(field.strip() for field in row)
 
 
 def _headless(path: Path, fields: Sequence[str]) -> str:
@@ -238,32 +268,76 @@ def _delimiter(text: str) -> str:
 
 
 def _parsed_csv(
-    path: Path, text: str, delimiter: str, skipped: int, keep_empty: bool
-) -> Iterator[tuple[int, list[str]]]:
-    """The rows, each with the number of its first line; without those whose fields are all empty, unless rows are counted."""
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
-    )
+    path: Path, text: str, delimiter: str, skipped: int, counted: bool
+) -> Iterator[tuple[int, list[str] | str]]:
+    """The rows, each with the number of its first line, or why it cannot be read. A blank line is a row without fields.
+
+    Raises:
+        ConfigError: a row cannot be read, and it is unclear where it ends: it goes over several lines, or rows are counted.
+    """
+    line = skipped + 1
+    taken: list[str] = []  # the lines of a row
+
+    def lines() -> Iterator[str]:
+        for content in io.StringIO(text, newline=""):
+            taken.append(content)
+            yield content
+
+    source = lines()
+    reader = csv.reader(source, delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
         before = csv.field_size_limit(len(text) + 1)  # of the whole process; `_of_row` has a limit of its own
-        line = reader.line_num + skipped + 1
+        line += len(taken)
+        taken.clear()
+        row: list[str] | str | None
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise ConfigError(
-                f"{path}: the row that begins in line {line} cannot be read ({error}). Quotes inside a field are doubled, and each "
-                "quote that opens a field needs one that closes it."
-            ) from error
+            fields = _fields("".join(taken).rstrip("\r\n"), delimiter)
+            while fields is None and len(taken) < _MAX_LINES and next(source, ""):
+                fields = _fields("".join(taken).rstrip("\r\n"), delimiter)
+            row = fields or _unreadable(error)
+            if isinstance(row, str) and (counted or len(taken) > 1):
+                raise ConfigError(f"{path}: the row that begins in line {line} {row}.") from error
         finally:
             csv.field_size_limit(before)
         if row is None:
             return
-        if row and (keep_empty or any(field.strip() for field in row)):
-            yield line, row
+        yield line, row
 
 
-def _of_row(header: Sequence[str], row: Sequence[str]) -> Entry | str:
-    if bad := next(filter(None, map(undecoded, row)), ""):
+def _unreadable(error: csv.Error) -> str:
+    return f"cannot be read ({error}). Quotes inside a field are doubled, and each quote that opens a field needs one that closes it"
+
+
+def _fields(row: str, delimiter: str) -> list[str] | None:
+    """The fields of a row that the csv module refuses: with spaces behind a quoted field or, where tabs divide, with quotes that do
+    not enclose the whole field and belong to it. Nothing where it is neither, None where the row goes on in the next line.
+    """
+    end = re.escape(delimiter)
+    quoted = rf' *"([^"]*(?:""[^"]*)*)" *(?={end}|\Z)'
+    plain = rf"([^{end}\r\n]*)" if delimiter == "\t" else rf'(?! *")([^{end}\r\n]*)'
+    field = re.compile(f"{quoted}|{plain}")
+    is_open = re.compile(r' *"[^"]*(?:""[^"]*)*\Z')
+    fields: list[str] = []
+    place = -1
+    while place < len(row):
+        found = field.match(row, place + 1)
+        if not found or found.end() < len(row) and row[found.end()] != delimiter:
+            return None if is_open.match(row, place + 1) else []
+        fields.append(found[2] if found[1] is None else found[1].replace('""', '"'))
+        place = found.end()
+    return fields
+
+
+def _undecoded(row: Sequence[str]) -> str:
+    return next(filter(None, map(undecoded, row)), "")
+
+
+def _of_row(header: Sequence[str], row: Sequence[str] | str) -> Entry | str:
+    if isinstance(row, str):
+        return f"the row {row}"
+    if bad := _undecoded(row):
         return f"the row has bytes that cannot be read: {bad}"
     if len(row) != len(header):
         return f"the row has {len(row)} fields, the first line has {len(header)}; put texts with the delimiter in them into quotes"

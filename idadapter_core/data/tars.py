@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..files import some
+from .inventory import TEXT_SUFFIXES
 from .photos import PHOTO_SUFFIXES
+from .texts import require_file
 
 MAX_SHARDS = 1_000_000
 """That a pattern may stand for."""
@@ -21,7 +23,7 @@ _BLOCK = 512
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _PHOTOS = frozenset(ending[1:] for ending in PHOTO_SUFFIXES)
-_TEXTS = frozenset(("txt", "caption", "json"))
+_TEXTS = frozenset((*(ending[1:] for ending in TEXT_SUFFIXES), "json"))
 _PACKED = (
     (b"\x1f\x8b", "gzip"),
     (b"BZh", "bzip2"),
@@ -45,7 +47,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Sample:
-    """The files of a tar that belong together: those with one name before the first dot, wherever they stand.
+    """The files of a tar that belong together: those with one name before the first dot, wherever they stand. Texts may have the whole
+    name of a photo before their ending (`a.jpg.txt`).
 
     Names with more dots belong together by the part before the last one where each such name has a photo (`a.01.jpg, a.01.txt, a.02.jpg`).
     """
@@ -158,7 +161,7 @@ def _parts(path: Path) -> tuple[list[Part], str, str]:
     links: list[tuple[int, str]] = []  # place in `found`, and the name that the link speaks of
     problem = broken = ""
     try:
-        size = path.stat().st_size
+        size = require_file(path)
         with path.open("rb") as file:
             start = file.read(8)
         packed = next((name for mark, name in _PACKED if start.startswith(mark)), "")
@@ -284,7 +287,7 @@ def _joined_by_case(groups: Mapping[str, _Members]) -> dict[str, _Members]:
 def _samples(key: str, members: _Members) -> list[Sample]:
     """The samples in the files of one name before the first dot: as a rule one."""
     photos = {_stem(name) for name, _ in members if _ending(name) in _PHOTOS}
-    texts = {_stem(name) for name, _ in members if _ending(name) in _TEXTS}
+    texts = {_stem(name) for name, _ in members if _is_text(name)}
     if photos <= {""}:
         return _unique(key, members)
     if "" in photos:
@@ -303,7 +306,7 @@ def _samples(key: str, members: _Members) -> list[Sample]:
         problem = f"{key} has one text for {len(shared)} photos ({some(shared)}); give each photo a text of its own name"
         samples = [replace(sample, problem=problem) for sample in _apart(key, members, shared)]
     else:
-        samples = _unique(key, rest) if any(_ending(name) in _TEXTS for name, _ in rest) else []
+        samples = _unique(key, rest) if any(_is_text(name) for name, _ in rest) else []
     return samples + _apart(key, members, own)
 
 
@@ -318,7 +321,7 @@ def _apart(key: str, members: _Members, stems: Collection[str]) -> list[Sample]:
 
 def _unique(key: str, members: _Members) -> list[Sample]:
     """The sample of these files; where a file is there more than once, one for each photo, with the reason why it is of no use."""
-    counts = Counter(name for name, _ in members if name in _PHOTOS | _TEXTS)
+    counts = Counter(name for name, _ in members if name in _PHOTOS or (_is_text(name) and not _stem(name)))
     twice = [part.name for name, part in members if counts[name] > 1]
     if not twice:
         return [Sample(key, dict(members))]
@@ -332,7 +335,8 @@ def _unique(key: str, members: _Members) -> list[Sample]:
 
 def _whole(samples: list[Sample], broken: str, is_sorted: bool) -> tuple[list[Sample], int]:
     """The samples that a damage left whole, and how many it did not."""
-    cut = {broken.rpartition(".")[0], _split(broken)[0]} if broken else set()
+    key, ending = _split(broken)
+    cut = {key, f"{key}.{_stem(ending)}"} if broken else set()
     if not is_sorted:
         kinds = samples[0].parts.keys()
         whole = [sample for sample in samples if sample.key not in cut and sample.parts.keys() == kinds]
@@ -344,8 +348,15 @@ def _whole(samples: list[Sample], broken: str, is_sorted: bool) -> tuple[list[Sa
 
 
 def _ending(name: str) -> str:
-    return name.rpartition(".")[2]
+    """The last part of a name; of a text that is named like a photo, the photo's, too (jpg.txt)."""
+    stem, _, ending = name.rpartition(".")
+    photo = stem.rpartition(".")[2]
+    return f"{photo}.{ending}" if ending in _TEXTS and photo in _PHOTOS else ending
 
 
 def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
+    return name[: -len(_ending(name))].removesuffix(".") if _ending(name) else name.removesuffix(".")
+
+
+def _is_text(name: str) -> bool:
+    return name.rpartition(".")[2] in _TEXTS

@@ -13,7 +13,10 @@ MAX_CAPTION = 100_000
 """Characters. CLIP reads 77 tokens; a longer text is no caption but a table or a log of that name."""
 _MAX_FILE = 16 * MAX_CAPTION  # bytes of a caption's file: several lines of four bytes a character
 _MARK = "\ufeff"
-_UNDECODED = re.compile("[\udc80-\udcff]")
+_NAME_IT = (
+    "name the right one with --encoding (utf-16-le for UTF-16 without a byte order mark), or save it as UTF-8"
+)
+_UNDECODED = re.compile("[\0\udc80-\udcff]")
 # Control characters that are no white space, the mark that decoders leave for bytes they cannot read, and code points that are no characters.
 _SUSPECT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ufffe\uffff]")
 BLANK = " \t\r\n\v\f"
@@ -64,20 +67,21 @@ def decode_lines(content: bytes, encoding: str = "") -> str:
 
 
 def undecoded(text: str) -> str:
-    """The first byte of a text from `decode_lines` that is no UTF-8, in words; "" where all are."""
+    """The first byte of a text from `decode_lines` that is no UTF-8, or the first NUL, in words; "" where there is neither."""
     found = _UNDECODED.search(text)
     if not found:
         return ""
+    if found[0] == "\0":
+        return f"a NUL at position {found.start()} is the sign of a wrong encoding; {_NAME_IT}"
     place = len(text[: found.start()].encode("utf-8", "surrogateescape"))
     return _no_text(ord(found[0]) - 0xDC00, place, "UTF-8")
 
 
-def read_file(path: Path, most: int | None = None) -> bytes:
-    """The bytes of a file. Pipes and devices, which may never end, are refused, and so is a file of more than `most` bytes.
+def require_file(path: Path) -> int:
+    """The size of a file in bytes. Pipes and devices, which may never end, are refused before they are opened.
 
     Raises:
-        OSError: also where the name cannot be that of a file.
-        InputError: more than `most` bytes.
+        OSError: it is no file, or absent, or the name cannot be that of a file.
     """
     try:
         facts = path.stat()
@@ -87,8 +91,19 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         raise IsADirectoryError(0, "it is a folder")
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(0, "it is a pipe or a device, no file")
-    if most is not None and facts.st_size > most:
-        raise InputError(f"it has {facts.st_size:,} bytes, at most {most:,} are read")
+    return facts.st_size
+
+
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a file; one of more than `most` bytes is refused.
+
+    Raises:
+        OSError: as `require_file` does.
+        InputError: more than `most` bytes.
+    """
+    size = require_file(path)
+    if most is not None and size > most:
+        raise InputError(f"it has {size:,} bytes, at most {most:,} are read")
     return path.read_bytes()
 
 
@@ -122,8 +137,7 @@ def caption_of(text: str) -> str:
         raise InputError(f"it has {len(text):,} characters, at most {MAX_CAPTION:,} are a caption")
     if found := _SUSPECT.search(text):
         raise InputError(
-            f"it has the character U+{ord(found[0]):04X} at position {found.start()}, the sign of a wrong encoding; name the right one "
-            "with --encoding (utf-16-le for UTF-16 without a byte order mark), or save it as UTF-8"
+            f"it has the character U+{ord(found[0]):04X} at position {found.start()}, the sign of a wrong encoding; {_NAME_IT}"
         )
     # A byte order mark inside of a text comes of files that were joined.
     return " ".join(text.replace(_MARK, "").encode("utf-8", "replace").decode().split())

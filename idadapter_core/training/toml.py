@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..encodings import encoding_by_mark
+from ..encodings import encoding_by_mark, encoding_by_zeros
 from ..errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -70,7 +70,7 @@ def _advice(text: str, error: Exception) -> str:
 
 
 def _decoded(path: Path, content: bytes) -> str:
-    encoding = encoding_by_mark(content) or _without_mark(content)
+    encoding = encoding_by_mark(content) or encoding_by_zeros(content) or "utf-8"
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -83,20 +83,6 @@ def _decoded(path: Path, content: bytes) -> str:
         raise ConfigError(
             f"{path}: line {line} is not UTF-8 (byte 0x{content[error.start]:02x}){_likeness(content)}. Save the file as UTF-8."
         ) from error
-
-
-def _without_mark(content: bytes) -> str:
-    """UTF-16 and UTF-32 show by the zeros in it: TOML's own characters are ASCII, and NUL is none of it."""
-    head = content[:4]
-    for encoding, is_zero in (
-        ("utf-32-le", (False, True, True, True)),
-        ("utf-32-be", (True, True, True, False)),
-        ("utf-16-le", (False, True, False, True)),
-        ("utf-16-be", (True, False, True, False)),
-    ):
-        if tuple(byte == 0 for byte in head) == is_zero:
-            return encoding
-    return "utf-8"
 
 
 def _likeness(content: bytes) -> str:

@@ -428,6 +428,12 @@ class TestMetadata:
         assert [photo.identity for photo in source.photos] == ["a", "b"]
         assert not_read(source) == {"metadata tables that name no photos": 1}
 
+    def test_empty_rows_of_a_spreadsheet_are_none(self, tmp_path: Path) -> None:
+        touch(tmp_path, "0.jpg")
+        (tmp_path / "metadata.csv").write_text("file_name,text\n0.jpg,zero\n,\n , \n\n")
+        source = list_photos(tmp_path)
+        assert (captions(source), problems(source)) == ({"0.jpg": "zero"}, {})
+
 
 class TestCsv:
     @pytest.mark.parametrize(
@@ -443,6 +449,7 @@ class TestCsv:
             b"File Name,text\r0.JPG,a photo of her\r,\r",
             b"file,caption\n./0.jpg,a photo\xe2\x80\xa8of her\n",
             b"file,caption,x\n0.jpg,a photo of her," + b"x" * 200_000 + b"\n",
+            b'"file" ,"caption", "x"\n"0.jpg" , "a photo\nof her" ,\n',
         ],
         ids=[
             "plain",
@@ -455,6 +462,7 @@ class TestCsv:
             "old Mac",
             "U+2028",
             "a huge other field",
+            "spaces behind quotes",
         ],
     )
     def test_it_is_read_as_what_it_is(self, content: bytes, tmp_path: Path) -> None:
@@ -471,8 +479,19 @@ class TestCsv:
             (b"1.jpg,caf\xe9", "byte 0xe9 at position 3 is no UTF-8"),
             (b"1.jpg," + b"a" * 140_000, "has 140,000 characters in the field caption"),
             (b"a\0.jpg,x", "NUL"),
+            (b'1.jpg,"a"b', "cannot be read (',' expected after '\"'). Quotes inside a field are doubled"),
+            (b'1.jpg,"Hello, "she" said"', "cannot be read"),
         ],
-        ids=["too many", "too few", "no name", "no UTF-8", "huge", "NUL"],
+        ids=[
+            "too many",
+            "too few",
+            "no name",
+            "no UTF-8",
+            "huge",
+            "NUL",
+            "a quote",
+            "quotes around a delimiter",
+        ],
     )
     def test_bad_rows_are_told_by_their_line(self, row: bytes, reason: str, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_bytes(b'file,caption\n0.jpg,"one\ntwo"\n' + row + b"\n2.jpg,fine\n")
@@ -490,7 +509,8 @@ class TestCsv:
                 'file,caption\n0.jpg,x\n1.jpg,"open\n2.jpg,y\n',
                 r"begins in line 3 cannot be read \(unexpected end",
             ),
-            ('file,caption\n0.jpg,"a"b\n', "begins in line 2 cannot be read.*doubled"),
+            ('file,caption\n0.jpg,"a\n1.jpg,"b"\n', "begins in line 2 cannot be read.*doubled"),
+            ('file,"cap"tion\n0.jpg,a\n', "begins in line 1 cannot be read.*doubled"),
             ("file,caption,Caption\n0.jpg,a,b\n", "column caption is there 2 times"),
             ("", "is empty"),
             ("file,caption\n", "names no photos"),
@@ -507,6 +527,23 @@ class TestCsv:
         list_photos(tmp_path / "t.csv")
         assert csv.field_size_limit() == before
 
+    def test_quotes_in_fields_between_tabs(self, tmp_path: Path) -> None:
+        """They are quotes of the table only where they enclose the whole field."""
+        (tmp_path / "t.tsv").write_text(
+            'file\tcaption\tx\n0.jpg\t"Hello" he said\t\n1.jpg\t"a ""b""\tc"\t"x" y\n2.jpg\t"Hi" and "bye"\t\n3.jpg\td\te\n'
+        )
+        assert captions(list_photos(tmp_path / "t.tsv")) == {
+            "0.jpg": '"Hello" he said',
+            "1.jpg": 'a "b" c',
+            "2.jpg": '"Hi" and "bye"',
+            "3.jpg": "d",
+        }
+
+    def test_a_numbered_table_with_a_row_of_unclear_end(self, tmp_path: Path) -> None:
+        (tmp_path / "t.csv").write_text('caption,x\n"a"b,\nc,\n')
+        with pytest.raises(ConfigError, match="the row that begins in line 2 cannot be read.*doubled"):
+            list_photos(tmp_path / "t.csv", numbered=True)
+
     def test_numbered_rows_are_counted_with_empty_ones(self, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_text("caption,x\na,\n,\nb,\n")
         assert captions(list_photos(tmp_path / "t.csv", numbered=True)) == {
@@ -514,6 +551,18 @@ class TestCsv:
             "1.png": "",
             "2.png": "b",
         }
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("t.csv", "\ncaption\nfirst\n\nthird\n\n"),
+            ("t.jsonl", '{"caption": "first"}\n\n{"caption": "third"}\n\n'),
+        ],
+    )
+    def test_blank_lines_count_in_every_table(self, name: str, content: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_text(content)
+        source = list_photos(tmp_path / name, numbered=True)
+        assert captions(source) == {"0.png": "first", "2.png": "third"}
 
 
 class TestJson:
@@ -563,6 +612,66 @@ class TestJson:
             assert captions(list_photos(tmp_path / name)) == {"é.jpg": ""}
 
 
+class TestEncodingsOfTables:
+    """Without a byte order mark, ASCII at the beginning shows which UTF it is; anything else is named."""
+
+    TABLES = (
+        ("t.csv", "file,caption\né.jpg,фото\n"),
+        ("t.jsonl", '{"file": "é.jpg", "caption": "фото"}\n'),
+        ("t.json", '[{"file": "é.jpg", "caption": "фото"}]'),
+    )
+
+    @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+    def test_without_a_mark(self, encoding: str, tmp_path: Path) -> None:
+        for name, content in self.TABLES:
+            (tmp_path / name).write_bytes(content.encode(encoding))
+            for given in ("", encoding):
+                assert captions(list_photos(tmp_path / name, encoding=given)) == {"é.jpg": "фото"}
+        touch(tmp_path, "img/0.jpg")
+        (tmp_path / "ids.txt").write_bytes("0.jpg bö\n".encode(encoding))
+        (photo,) = list_photos(tmp_path / "img", identities=tmp_path / "ids.txt").photos
+        assert photo.identity == "bö"
+
+    @pytest.mark.parametrize(
+        ("content", "given", "reason"),
+        [
+            (
+                "файл,x\n".encode("cp1251"),
+                "",
+                "byte 0xf4 at position 0 is no UTF-8; name the right encoding with",
+            ),
+            ("file,caption\n".encode("utf-16-le"), "cp1251", r"a NUL at position 1 .*--encoding \(utf-16-le"),
+            ("ф,file\n".encode("utf-16-le"), "", r"a NUL at position 0 .*--encoding \(utf-16-le"),
+        ],
+    )
+    def test_a_first_line_in_another_encoding(
+        self, content: bytes, given: str, reason: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "t.csv").write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=f"its first line has bytes that cannot be read: {reason}"
+        ) as caught:
+            list_photos(tmp_path / "t.csv", encoding=given)
+        assert str(caught.value).isprintable()
+
+    def test_lines_of_json_in_another_encoding(self, tmp_path: Path) -> None:
+        (tmp_path / "t.jsonl").write_bytes('{"file": "0.jpg"}'.encode("utf-16-le"))
+        (photo,) = list_photos(tmp_path / "t.jsonl", encoding="cp1251").photos
+        assert (
+            "a NUL at position 1 is the sign of a wrong encoding; name the right one with --encoding"
+            in photo.problem
+        )
+
+    @pytest.mark.parametrize("name", ["t.json", "ids.txt"])
+    def test_texts_that_are_read_whole(self, name: str, tmp_path: Path) -> None:
+        touch(tmp_path, "0.jpg")
+        path = tmp_path / name
+        path.write_bytes('["0.jpg anna"]'.encode("utf-16-le"))
+        given, identities = (path, None) if name == "t.json" else (tmp_path, path)
+        with pytest.raises(ConfigError, match="cannot be read: a NUL at position 1 .*--encoding"):
+            list_photos(given, identities=identities, encoding="cp1251")
+
+
 class TestLists:
     @pytest.mark.skipif(os.name == "nt", reason="names are Unicode on Windows")
     def test_lines_end_at_line_feeds_alone(self, tmp_path: Path) -> None:
@@ -588,6 +697,31 @@ class TestPartlyThere:
         ):
             list_photos(tmp_path / "img", identities=table, min_match=0.8)
         list_photos(tmp_path / "img", identities=table, min_match=0.75)
+
+    def test_rows_that_are_no_photos_do_not_count(self, tmp_path: Path) -> None:
+        """Beside the two photos, a photo that is named but absent, and lines that cannot be read."""
+        touch(tmp_path, "img/0.jpg", "img/1.jpg", "texts/0.txt")
+        for name in ("metadata.jsonl", "table.jsonl"):
+            (tmp_path / "img" / name).write_text(
+                '{"file_name": "0.jpg", "text": "zero"}\n{"file_name": "1.jpg"}\n{"file_name": "gone.jpg"}\n{broken\n{}\n'
+            )
+        table = tmp_path / "ids.txt"
+        table.write_text("0.jpg anna\n")
+        for given in (tmp_path / "img", tmp_path / "img" / "table.jsonl"):
+            source = list_photos(given, identities=table, min_match=0.5)
+            assert len(source.photos) == 5
+            assert source.notes == tuple(
+                f"{kind} for 1 of 2 photos; first without: 1.jpg" for kind in ("identities", "captions")
+            )
+            source = list_photos(given, captions=tmp_path / "texts", min_match=0.5)
+            assert source.notes == ("captions for 1 of 2 photos; first without: 1.jpg",)
+
+    def test_rows_of_shards_that_are_no_photos_do_not_count(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "s.tar", {"0.jpg": b"photo", "0.txt": b"c", "1.json": b"{}", "2.jpg": b"photo"})
+        (tmp_path / "t.tar").write_bytes(b"damaged")
+        source = list_photos(tmp_path)
+        assert (len(source.photos), source.files.photos) == (4, 2)
+        assert source.notes == ("captions for 1 of 2 photos; first without: s.tar::2",)
 
     @pytest.mark.parametrize(
         ("lines", "reason"),
@@ -627,6 +761,29 @@ class TestPartlyThere:
         assert source.notes[0].endswith("without a photo: 1; first: other.txt")
         with pytest.raises(ConfigError, match="--captions: captions for 3 of 5 photos.*--min-match"):
             list_photos(tmp_path / "img", captions=tmp_path / "texts", min_match=0.9)
+
+    def test_texts_within_the_folder_of_the_photos(self, tmp_path: Path) -> None:
+        """What is read is not counted as not read, and the numbers sum to all files."""
+        touch(
+            tmp_path, "a.jpg", "b.jpg", "b.txt", "t/a.txt", "t/deep/b.caption", "t/other.txt", "x/other.txt"
+        )
+        (tmp_path / "ids.txt").write_text("a.jpg anna\n")
+        (tmp_path / "link").symlink_to("t")
+        for given in ("t", "link"):
+            source = list_photos(
+                tmp_path, "captions", captions=tmp_path / given, identities=tmp_path / "ids.txt"
+            )
+            assert captions(source) == {"a.jpg": "t/a.txt", "b.jpg": "t/deep/b.caption"}
+            assert not_read(source) == {".txt": 2, "folders that are there under another name": 1}
+            files = source.files
+            assert (files.photos, files.texts, files.tables, files.files) == (2, 3, 1, 9)
+            assert next(kind.first for kind in files.unread if kind.kind == ".txt") == "link/other.txt"
+
+    def test_texts_beside_shards(self, tmp_path: Path) -> None:
+        touch(tmp_path, "t/a.txt", "t/b.txt")
+        write_tar(tmp_path / "s.tar", {"a.jpg": b"photo"})
+        source = list_photos(tmp_path, captions=tmp_path / "t")
+        assert (source.files.texts, not_read(source)) == (1, {".txt": 1})
 
     def test_captions_in_folders(self, tmp_path: Path) -> None:
         touch(
@@ -734,6 +891,12 @@ class TestShards:
     def test_compressed_shards_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="not compressed"):
             list_photos(tmp_path / "s.tar.gz", "webdataset")
+        for name in ("s.tar.gz", "S.TGZ", "s.tar.zst"):
+            touch(tmp_path, name)
+            with pytest.raises(
+                ConfigError, match=f"{name}: a shard must be .* not compressed.*Unpack it first"
+            ):
+                list_photos(tmp_path / name)
 
     def test_braces(self) -> None:
         assert expand_braces("a-{08..10}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10") for e in "xy"]
@@ -752,6 +915,22 @@ def test_options_of_tables_are_not_ignored(layout: str, option: dict[str, Any], 
 )
 def test_nothing_there(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such"):
+        list_photos(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("photos.zip", "For .zip files: unpack them"),
+        ("table.parquet", "For .parquet files: write the table as .jsonl or .csv"),
+        ("photo.jpg", "Name the folder that has the photos"),
+        ("photo.caption", "Name the folder that has the photos"),
+        ("list", "say with --layout what it is"),
+    ],
+)
+def test_a_file_of_another_kind(name: str, advice: str, tmp_path: Path) -> None:
+    touch(tmp_path, name)
+    with pytest.raises(ConfigError, match=f"{name}: neither a folder nor a file of a known kind.*{advice}"):
         list_photos(tmp_path / name)
 
 

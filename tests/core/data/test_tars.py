@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -73,6 +74,10 @@ HARD, SYMBOLIC = tarfile.LNKTYPE, tarfile.SYMTYPE
         ([("a.jpg", b"photo a"), ("a.json", b'{"caption": "json"}'), ("a.txt", b"")], {"a": "json"}),
         ([("a.jpg", b"photo a"), ("a.png", b"second"), ("a.txt", b"ca")], {"a": "ca"}),
         ([*photos("a"), ("__info__", b"x"), (".cache/b.jpg", b"x")], {"a": ""}),
+        ([*photos("a", "b"), *texts(**{"b": "no", "a.jpg": "ca", "b.jpg": "cb"})], {"a": "ca", "b": "cb"}),
+        ([("a.JPG", b"photo a"), ("a.JPG.Caption", b"ca"), ("a.jpg.json", b'{"caption": "json"}')], {"a": "ca"}),
+        ([*photos("i.01", "i.02"), *texts(**{"i.02.jpg": "c2", "i.01.jpg": "c1"})], {"i.01": "c1", "i.02": "c2"}),
+        ([*photos("a"), ("a.mask.png", b"mask"), *texts(**{"a.jpg": "ca"})], {"a": "ca"}),
     ],
     ids=[
         "all photos, then all texts",
@@ -89,6 +94,10 @@ HARD, SYMBOLIC = tarfile.LNKTYPE, tarfile.SYMTYPE
         "an empty text",
         "a second photo",
         "hidden",
+        "the photo's whole name",
+        "the photo's whole name, upper case",
+        "the photo's whole name, dots in keys",
+        "the photo's whole name, a picture of another kind",
     ],
 )  # fmt: skip
 def test_members_are_joined(members: list[Member], expected: dict[str, str], tmp_path: Path) -> None:
@@ -140,6 +149,7 @@ def test_links(tmp_path: Path) -> None:
     [
         ([*photos("a"), *texts(a="1"), *photos("b", "a"), *texts(a="2")], ["a", "a"], "a.jpg is there 2 times"),
         ([*photos("a", "b"), *texts(a="1"), *texts(a="2")], ["a"], "a.txt is there 2 times"),
+        ([*photos("a", "b"), *texts(**{"a.jpg": "1"}), *texts(**{"a.jpg": "2"})], ["a"], "a.jpg.txt is there 2 times"),
         ([("a.left.jpg", b"l"), ("a.right.jpg", b"r"), *texts(a="c"), *photos("b")], ["a.left", "a.right"], "one text for 2 photos"),
         ([("a.json", b"{}"), *photos("b")], ["a"], "the sample has no photo, only json"),
         ([("README", b""), *photos("b")], ["README"], "the sample has no photo, only README"),
@@ -188,6 +198,12 @@ def test_an_unsorted_shard_that_is_cut_off(tmp_path: Path) -> None:
     assert files(path).files == 6
 
 
+def test_a_shard_that_is_cut_off_in_the_text_of_a_photos_whole_name(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [*photos("i.01"), *texts(**{"i.01.jpg": "c1"})])
+    path.write_bytes(path.read_bytes()[: 1024 + 513])
+    assert "gave 0 whole samples, then it is cut off inside i.01.jpg.txt" in seen(path)[""][2]
+
+
 def test_what_is_no_tar_or_more_than_one(tmp_path: Path) -> None:
     first = write_tar(tmp_path / "a.tar", photos("a")).read_bytes()
     for content, reason in (
@@ -198,6 +214,16 @@ def test_what_is_no_tar_or_more_than_one(tmp_path: Path) -> None:
         path = tmp_path / "s.tar"
         path.write_bytes(content)
         assert reason in list_photos(path).photos[-1].problem
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write_tar(tmp_path / "b.tar", photos("0"))
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "c.tar").symlink_to("/dev/zero")
+    found = list_photos(tmp_path).photos
+    assert [photo.source for photo in found] == ["a.tar", "b.tar::0", "c.tar"]
+    assert all("it is a pipe or a device, no file" in found[n].problem for n in (0, 2))
 
 
 def test_a_sparse_member(tmp_path: Path) -> None:
