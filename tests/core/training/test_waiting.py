@@ -324,3 +324,32 @@ def test_a_process_that_never_starts_is_named(rank: int, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         arrive(set(), environ, within=0.2)
     assert arrive(set(), {}) is None
+
+
+@pytest.mark.parametrize("where", ["first word", "question", "sleep"])
+def test_signals_are_as_before_where_the_processes_do_not_meet(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends the waiting: nothing is left open for signals to be written to."""
+
+    def end(*args: Any) -> Any:
+        raise Left
+
+    pairs: list[tuple[socket.socket, socket.socket]] = []
+    pair = socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", lambda: pairs.append(pair()) or pairs[-1])
+    store = Store()
+    monkeypatch.setattr(watching, "_store", lambda *args: store)
+    monkeypatch.setattr("torch.distributed.PrefixStore", lambda prefix, store: store)
+    if where == "sleep":
+        monkeypatch.setattr(watching.time, "sleep", end)
+    else:
+        monkeypatch.setattr(store, "set" if where == "first word" else "check", end, raising=False)
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with pytest.raises(Left):
+        arrive(set(), environ)
+    after = signal.set_wakeup_fd(before)
+    assert after == before
+    assert [end.fileno() for end in pairs[0]] == [-1, -1]
