@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from idadapter_core import waiting
+from idadapter_core.data import index
 from idadapter_core.errors import InputError, TrainingError
 from idadapter_core.training import engine, loading, sampling, watch as watching
 from idadapter_core.training.checkpoints import checkpoints
@@ -29,7 +30,7 @@ from idadapter_core.training.loading import Batches, prepare_worker
 from idadapter_core.training.logs import read_log
 from idadapter_core.training.watch import WAITS, Watch, arrive
 from idadapter_core.waiting import Aside
-from tests.core.training.test_engine import Process, wait_for
+from tests.core.training.test_engine import Process
 from tests.tiny.toy import Toy
 
 if sys.platform == "win32":
@@ -88,8 +89,14 @@ def full() -> Any:
         (full, r"shared memory is full: /dev/shm.*--shm-size.*data\.workers = 0"),
         (lambda: Unsendable(OSError(24, "Too many open files")), r"ulimit -n.*data\.workers = 0"),
         (lambda: Unsendable(TypeError("no pickle")), "cannot be handed over: no pickle"),
-        (lambda: os.kill(os.getpid(), signal.SIGBUS), "died: shared memory is full.*--shm-size"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"died: it was killed \(SIGKILL\).*memory"),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGBUS),
+            "died: it was ended by SIGBUS: shared memory is full.*--shm-size",
+        ),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "died: it was ended by SIGKILL, .*memory.*fewer data.workers",
+        ),
         (lambda: os._exit(3), "died: it ended with exit code 3"),
     ],
 )
@@ -153,27 +160,34 @@ def test_a_thread_aside_hands_over_what_comes_of_its_work() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_while_data_is_waited_for(toy: Toy, tmp_path: Path, workers: int) -> None:
-    copy = Toy(tmp_path / "toy", toy.kind)
-    shutil.copytree(toy.folder, copy.folder)
-    photo = sorted((copy.folder / "photos").rglob("*.png"))[3]
-    photo.unlink()
-    os.mkfifo(photo)
+def test_sigterm_while_data_is_waited_for(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """The fifth photo is on a disk that does not answer, for which a pipe stands."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = index.read_file
+    photos: list[Path] = []
+
+    def stuck(path: Path) -> bytes:
+        photos.append(path)
+        return pipe.read_bytes() if len(photos) == 5 else read(path)
+
+    def signal_the_reader() -> None:
+        end = os.open(pipe, os.O_WRONLY)  # comes back when somebody reads
+        os.kill(os.getpid(), signal.SIGTERM)
+        over.wait()
+        os.close(end)
+
+    monkeypatch.setattr(index, "read_file", stuck)
+    over, helper = threading.Event(), threading.Thread(target=signal_the_reader, daemon=True)
+    helper.start()
     run = tmp_path / "run"
-    process = Process(copy, run, train={"steps": 100_000, "batch": 2}, data={"workers": workers})
-    pipe: list[int] = []
-
-    def somebody_reads() -> bool:
-        with contextlib.suppress(OSError):
-            pipe.append(os.open(photo, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(pipe)
-
-    wait_for(somebody_reads, process)  # which goes on for as long as the other end is open
-    process.process.send_signal(signal.SIGTERM)
-    code, output = process.wait()
-    os.close(pipe[0])
-    assert code == STOPPED, output
-    assert "Traceback" not in output
+    settings: dict[str, Any] = {"train": {"steps": 100, "batch": 2}, "data": {"workers": workers}}
+    try:
+        assert train(toy.config(run, **settings)) == STOPPED
+    finally:
+        over.set()
     done = len(read_log(run))
     assert [c.step for c in checkpoints(run)] == ([done] if done else [])
 
