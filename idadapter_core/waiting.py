@@ -62,6 +62,7 @@ class Aside:
         self._tasks: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None] = (
             queue.SimpleQueue()
         )
+        self._last: concurrent.futures.Future[Any] | None = None
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def do(self, work: Callable[[], T], look: Callable[[float], None]) -> T:
@@ -73,10 +74,16 @@ class Aside:
         """
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         began = time.monotonic()
+        self._last = future
         self._tasks.put((future, work))
         while not concurrent.futures.wait([future], TURN).done:
             look(time.monotonic() - began)
         return future.result()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is still at what somebody left who waited for it."""
+        return self._last is not None and not self._last.done()
 
     def close(self) -> None:
         """The thread ends after what it is at."""

@@ -192,6 +192,56 @@ def test_sigterm_while_data_is_waited_for(
     assert [c.step for c in checkpoints(run)] == ([done] if done else [])
 
 
+@pytest.mark.parametrize("what", ["first line", "checkpoint", "second signal", "no signal"])
+def test_a_disk_that_does_not_answer(
+    what: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A write that comes back when the test is over: one signal ends the run after a grace, a second one at once."""
+    over, began = threading.Event(), threading.Event()
+    monkeypatch.setattr(waiting, "TURN", 0.02)
+    monkeypatch.setattr(engine, "PATIENCE", 0.3 if what == "no signal" else 1000.0)
+    monkeypatch.setattr(engine, "_DISK_GRACE", 1000.0 if what == "second signal" else 0.1)
+    monkeypatch.setattr(engine, "_INSIST", 0.0)
+    writes = 0
+
+    def stuck(*args: Any, **options: Any) -> Any:
+        nonlocal writes
+        writes += 1
+        if what != "first line" and writes == 1:
+            return write(*args, **options)
+        began.set()
+        over.wait()
+        raise OSError("over")
+
+    def signals() -> None:
+        began.wait()
+        for _ in range({"no signal": 0, "second signal": 2}.get(what, 1)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            over.wait(0.2)
+
+    where = "RunLog" if what == "first line" else "write_checkpoint"
+    write = getattr(engine, where)
+    monkeypatch.setattr(engine, where, stuck)
+    helper = threading.Thread(target=signals, daemon=True)
+    helper.start()
+    config = toy.config(tmp_path / "run", train={"steps": 9}, output={"save_every": 1})
+    message = rf"{re.escape(config.output.folder)} has not answered for .* s\. .*--resume auto"
+    try:
+        if what == "no signal":
+            with pytest.raises(TrainingError, match=message):
+                train(config)
+        elif what == "second signal":
+            with pytest.raises(waiting.Terminated):
+                train(config)
+        else:
+            assert train(config) == STOPPED
+            assert re.search(message, capsys.readouterr().err)
+    finally:
+        over.set()
+        helper.join()
+    assert [c.step for c in checkpoints(tmp_path / "run")] == ([] if what == "first line" else [1])
+
+
 def test_shared_memory_that_is_too_small(toy: Toy, tmp_path: Path) -> None:
     """With the file system of a container that has none to spare."""
     mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
