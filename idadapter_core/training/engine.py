@@ -56,7 +56,7 @@ CONFIG, FACTS = "config.toml", "run.json"
 RESUME = ("never", "auto")
 STOPPED = TERMINATED
 _INSIST = 5.0  # seconds after which another SIGTERM is no copy of the first, which launchers and clusters send to the same process
-_DISK_GRACE = 120.0  # seconds from a signal in which a disk may take a checkpoint, which of a large adapter has gigabytes
+_DISK_GRACE = 600.0  # seconds from a signal in which a disk may take a checkpoint, which of IDAdapter on SDXL has 33 GB
 _BETWEEN_WARNINGS = 60.0  # seconds
 # What may differ in a run that goes on: it changes nothing of a step, or is known by the digest of what the path leads to.
 _FREE = {
