@@ -16,6 +16,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -63,6 +64,7 @@ class Aside:
             queue.SimpleQueue()
         )
         self._last: concurrent.futures.Future[Any] | None = None
+        _asides.add(self)
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def do(self, work: Callable[[], T], look: Callable[[float], None]) -> T:
@@ -97,6 +99,14 @@ class Aside:
             except BaseException as error:
                 future.set_exception(error)
             del task, future, work  # or the last result is kept until the next task comes
+
+
+_asides: weakref.WeakSet[Aside] = weakref.WeakSet()  # a thread holds its own
+
+
+def is_work_left() -> bool:
+    """Whether a thread aside is still at something that nobody waits for any more."""
+    return any(aside.is_busy for aside in _asides)
 
 
 def memory_advice() -> str:
@@ -162,6 +172,7 @@ __all__ = [
     "Terminated",
     "exit_now",
     "ignore_signals",
+    "is_work_left",
     "kill_children",
     "memory_advice",
     "reason_of_death",

@@ -56,7 +56,9 @@ CONFIG, FACTS = "config.toml", "run.json"
 RESUME = ("never", "auto")
 STOPPED = TERMINATED
 _INSIST = 5.0  # seconds after which another SIGTERM is no copy of the first, which launchers and clusters send to the same process
-_DISK_GRACE = 600.0  # seconds from a signal in which a disk may take a checkpoint, which of IDAdapter on SDXL has 33 GB
+_DISK_GRACE = (
+    600.0  # seconds from a signal in which a disk may take a checkpoint, which of IDAdapter on SDXL has 33 GB
+)
 _BETWEEN_WARNINGS = 60.0  # seconds
 # What may differ in a run that goes on: it changes nothing of a step, or is known by the digest of what the path leads to.
 _FREE = {
@@ -190,16 +192,17 @@ class _Run:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         MicroBatches(config, 1, 0, rank=self.rank, world=self.world)  # refused before anything is loaded
-        self.parts = load_parts(config, self.device)
-        self.facts = self._what_it_depends_on()
-        self.state = {} if start is None else start.state()
+        self.parts = self._read(lambda: load_parts(config, self.device))
+        self.facts = self._read(self._what_it_depends_on)
+        self.state = {} if start is None else self._read(start.state)
         with self._waiting():
             self._require_one_start(start)
         if start is not None:
             self._require_same(start, allow_config_change)
         self.step = 0 if start is None else start.step
         self.position = int(self.state.get("position", 0))  # of the next sample in the sequence of all epochs
-        self.adapter = prepare_adapter(config, self.parts, None if start is None else start.path / ADAPTER)
+        adapter = None if start is None else start.path / ADAPTER
+        self.adapter = self._read(lambda: prepare_adapter(config, self.parts, adapter))
         self.parameters = trainable(self.adapter)
         bundle = Bundle(self.parts.base, self.adapter, self.parts.networks, config).to(self.device)
         self.bundle = bundle
@@ -214,7 +217,7 @@ class _Run:
         if config.train.ema:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         if start is not None:
-            self._load(start)
+            self._read(lambda: self._load(start))
         if config.train.checkpointing:
             self.parts.base.unet.enable_gradient_checkpointing()
         with self._waiting():
@@ -523,6 +526,27 @@ class _Run:
 
         with contextlib.nullcontext() if self.watch is None else self.watch.doing(WRITES):
             return self.aside.do(work, look)
+
+    def _read(self, work: Callable[[], T]) -> T:
+        """What is read before the first step: models, a checkpoint. A signal ends it at once, for there is nothing to keep yet.
+
+        Raises:
+            TrainingError: it is not done after `PATIENCE` seconds.
+        """
+
+        def read() -> T:
+            if self.device.type == "cuda":  # each thread has a device of its own
+                torch.cuda.set_device(self.device)
+            return work()
+
+        def look(seconds: float) -> None:
+            if seconds > PATIENCE:
+                raise TrainingError(
+                    f"models and checkpoints are not read after {seconds:.0f} s. Look at the disks of output.folder ({self.folder}) and of "
+                    "the files under [base], then start again."
+                )
+
+        return self.aside.do(read, look)
 
     def _last_saved(self) -> str:
         return (

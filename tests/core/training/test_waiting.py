@@ -113,10 +113,11 @@ def test_a_photo_that_is_never_read(
     """A pipe that nobody writes to stands for a disk that does not answer. Who waits may leave, is told of it, and waits not for ever."""
     os.mkfifo(tmp_path / "photo")
     looked: list[int] = []
+    is_stuck = False
 
     def look() -> None:
         looked.append(1)
-        if len(looked) == 3:
+        if is_stuck and len(looked) == 3:
             raise Left
 
     def read() -> bytes:
@@ -126,6 +127,8 @@ def test_a_photo_that_is_never_read(
     monkeypatch.setattr(loading, "_BETWEEN_WARNINGS", 0.0)
     with batches(read, workers, look=look) as given:
         given.next()
+        is_stuck = True
+        looked.clear()
         with pytest.raises(Left):
             given.next()
     assert re.search(
@@ -240,6 +243,50 @@ def test_a_disk_that_does_not_answer(
         over.set()
         helper.join()
     assert [c.step for c in checkpoints(tmp_path / "run")] == ([] if what == "first line" else [1])
+
+
+@pytest.mark.parametrize("ends", ["signal", "patience"])
+def test_models_that_are_never_read(
+    ends: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, where no signal has a checkpoint to write."""
+    over = threading.Event()
+    monkeypatch.setattr(waiting, "TURN", 0.02)
+
+    def stuck(*args: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()  # which must hear signals
+        if ends == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        over.wait()
+
+    monkeypatch.setattr(engine, "load_parts", stuck)
+    monkeypatch.setattr(engine, "PATIENCE", 1000.0 if ends == "signal" else 0.1)
+    try:
+        with (
+            pytest.raises(waiting.Terminated if ends == "signal" else TrainingError),
+            waiting.terminable(),
+        ):
+            train(toy.config(tmp_path))
+    finally:
+        over.set()
+
+
+def test_a_program_ends_though_a_thread_is_stuck() -> None:
+    """At once, with its exit code and all that it said."""
+    code = (
+        "import threading\n"
+        "from idadapter_core.program import start\n"
+        "from idadapter_core.waiting import Aside\n"
+        "def look(seconds): raise TimeoutError\n"
+        "def main():\n"
+        "    try: Aside('disk').do(threading.Event().wait, look)\n"
+        "    except TimeoutError: print('left')\n"
+        "    import atexit; atexit.register(print, 'waited')\n"
+        "    return 143\n"
+        "start(main)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, timeout=240)
+    assert (ended.returncode, ended.stdout) == (143, b"left\n"), ended.stderr
 
 
 def test_shared_memory_that_is_too_small(toy: Toy, tmp_path: Path) -> None:
