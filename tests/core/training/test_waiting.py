@@ -134,9 +134,9 @@ def test_a_photo_that_is_never_read(
     assert re.search(
         "no data for 0 s: .*read", "".join(r.getMessage() for r in caplog.records).replace("reading", "read")
     )
-    monkeypatch.setattr(loading, "PATIENCE", 0.1)
     with batches(read, workers) as given:
         given.next()
+        monkeypatch.setattr(loading, "PATIENCE", 0.1)
         with pytest.raises(TrainingError, match="no data for .* s: .*Look at the disk"):
             given.next()
 
