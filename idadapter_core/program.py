@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import IDAdapterError
-from .waiting import TERMINATED, Terminated, terminable
+from .waiting import TERMINATED, Terminated, exit_now, is_work_left, terminable
 
 INTERRUPTED = 130  # the exit code after Ctrl+C, as shells have it
 
@@ -33,7 +33,14 @@ def start(main: Callable[[], int]) -> None:
         os.environ["PYTHONUTF8"] = "1"  # for its worker processes
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    sys.exit(main())
+    code = main()
+    if (
+        is_work_left()
+    ):  # Python's own end breaks off threads in the middle of a library's work, which may end in a crash
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        exit_now(code)
+    sys.exit(code)
 
 
 def run(work: Callable[[], int], *, error: int = 1, interrupted: str = "nothing was written") -> int:

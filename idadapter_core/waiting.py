@@ -16,7 +16,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 TURN = 0.5
 """Seconds from one look at signals to the next."""
+PATIENCE = 1800.0
+"""Seconds without any data, or any answer of a disk, after which waiting ends."""
 SHARED_MEMORY = Path("/dev/shm")
 TERMINATED = 143  # exit code after SIGTERM, as of a program that the signal ended
 
@@ -60,6 +63,8 @@ class Aside:
         self._tasks: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None] = (
             queue.SimpleQueue()
         )
+        self._last: concurrent.futures.Future[Any] | None = None
+        _asides.add(self)
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def do(self, work: Callable[[], T], look: Callable[[float], None]) -> T:
@@ -71,10 +76,16 @@ class Aside:
         """
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         began = time.monotonic()
+        self._last = future
         self._tasks.put((future, work))
         while not concurrent.futures.wait([future], TURN).done:
             look(time.monotonic() - began)
         return future.result()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is still at what somebody left who waited for it."""
+        return self._last is not None and not self._last.done()
 
     def close(self) -> None:
         """The thread ends after what it is at."""
@@ -90,6 +101,14 @@ class Aside:
             del task, future, work  # or the last result is kept until the next task comes
 
 
+_asides: weakref.WeakSet[Aside] = weakref.WeakSet()  # a thread holds its own
+
+
+def is_work_left() -> bool:
+    """Whether a thread aside is still at something that nobody waits for any more."""
+    return any(aside.is_busy for aside in _asides)
+
+
 def memory_advice() -> str:
     """What to do where processes cannot hand data to each other in shared memory."""
     size = ""
@@ -102,21 +121,33 @@ def memory_advice() -> str:
     )
 
 
-def reason_of_death(exit_code: int | None) -> str:
-    """What the exit code of a worker process tells, with what to do about it."""
-    if exit_code is None:
-        return "it does not answer"
-    if exit_code >= 0:
-        return f"it ended with exit code {exit_code}"
-    if -exit_code == getattr(signal, "SIGBUS", 0):
-        return memory_advice()
-    name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
-    if -exit_code == getattr(signal, "SIGKILL", 0):
-        return (
-            f"it was killed ({name}), as the system does where memory runs out. Use fewer data.workers, a smaller train.batch or a "
-            "machine with more memory"
-        )
-    return f"it was ended by {name}"
+def reason_of_death(
+    workers: Iterable[multiprocessing.process.BaseProcess], advice: Mapping[str, str] | None = None
+) -> str:
+    """How a worker process died, in words; empty where none has, or all ended well.
+
+    Args:
+        advice: what to add, by the name of the signal that ended it.
+    """
+    bad = [code for worker in workers if not worker.is_alive() and (code := worker.exitcode)]
+    if not bad:
+        return ""
+    code = min(
+        bad, key=lambda code: code == -signal.SIGTERM
+    )  # which the others may have got when the first had died
+    if code > 0:
+        return f"it ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+    more = (advice or {}).get(name, "")
+    return f"it was ended by {name}{memory}{more and f': {more}'}"
+
+
+def ignore_signals() -> None:
+    """For a worker process: signals are for its parent, which ends its workers when it is time."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def kill_children(but: Sequence[multiprocessing.process.BaseProcess] = ()) -> None:
@@ -133,12 +164,15 @@ def exit_now(code: int) -> None:
 
 
 __all__ = [
+    "PATIENCE",
     "SHARED_MEMORY",
     "TERMINATED",
     "TURN",
     "Aside",
     "Terminated",
     "exit_now",
+    "ignore_signals",
+    "is_work_left",
     "kill_children",
     "memory_advice",
     "reason_of_death",

@@ -254,7 +254,9 @@ def write_index(
     try:
         write_safetensors({_EMBEDDINGS: stored}, {}, beside)
         write_lines(path, lines())
-    except (OSError, CheckpointError) as error:
+    except CheckpointError as error:  # names the file, and says what helps
+        raise ConfigError(f"{error}") from error
+    except OSError as error:
         raise ConfigError(
             f"{path}: cannot be written ({error}). Choose another folder, or free some space."
         ) from error

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import some
-from ..waiting import kill_children
+from ..waiting import PATIENCE, ignore_signals, kill_children, reason_of_death
 from .entries import Photo
 from .index import IN_SHARD, OK, Index, Row, write_index
 from .measure import Limits, Measured, Models, judge, measure
@@ -46,7 +46,6 @@ MIN_PHOTOS = 3
 """Of a person; with fewer, the median embedding says nothing."""
 _PROGRESS_VERSION = 2
 _SYNC_SECONDS = 1.0
-_PATIENCE = 1800.0  # seconds without a result from any worker
 _AHEAD = 4  # photos handed out to each worker before its results are back
 _NOUNS = {"M": "man", "F": "woman"}
 
@@ -217,6 +216,7 @@ def _look(
         initargs=(looker,),
     )
     others = multiprocessing.active_children()
+    started: list[multiprocessing.process.BaseProcess] = []
     pending: dict[Future[Finding], Photo] = {}
     queue = iter(photos)
     try:
@@ -230,10 +230,11 @@ def _look(
                     break
             if not pending:
                 return
-            done = wait(pending, _PATIENCE, FIRST_COMPLETED).done
+            started = started or [child for child in multiprocessing.active_children() if child not in others]
+            done = wait(pending, PATIENCE, FIRST_COMPLETED).done
             if not done:
                 raise InputError(
-                    f"no photo was looked at for {_PATIENCE:.0f} s: a worker is stuck at one of {_some_of(pending)}. Look at the disk that "
+                    f"no photo was looked at for {PATIENCE:.0f} s: a worker is stuck at one of {_some_of(pending)}. Look at the disk that "
                     "they are on, then give the same command again: it goes on from where it was."
                 )
             for future in done:
@@ -241,13 +242,22 @@ def _look(
                 yield pending.pop(future), finding
     except BrokenProcessPool as error:
         raise InputError(
-            f"a worker process died, perhaps for want of memory, at one of {_some_of(pending)}. Give "
-            "the same command again, with fewer --workers: it goes on from where it was."
+            f"a worker process died at one of {_some_of(pending)}: {_reason(started)}. Give the same command "
+            "again, with fewer --workers if memory ran out: it goes on from where it was."
         ) from error
     finally:
         if pending:  # who leaves early waits for nobody: a worker may be stuck, and writes nothing
             kill_children(others)
         pool.shutdown(cancel_futures=True)
+
+
+def _reason(workers: Sequence[multiprocessing.process.BaseProcess]) -> str:
+    """How one of them died. The pool may be asking for its exit code at this moment, which the system tells only once."""
+    for _ in range(100):
+        if reason := reason_of_death(workers):
+            return reason
+        time.sleep(0.01)
+    return "it left no exit code"
 
 
 def _some_of(pending: Mapping[Future[Finding], Photo]) -> str:
@@ -273,8 +283,7 @@ _worker: tuple[Looker, Models] | None = None
 def _start_worker(looker: Looker) -> None:
     global _worker
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the parent, which ends its workers
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         import cv2

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from ..extra import require, versions
 from ..faces.packages import DETECTION
 from ..files import file_digest, some, write_file
 from ..methods import METHODS, idadapter
-from ..waiting import TERMINATED, Aside, Terminated
+from ..waiting import PATIENCE, TERMINATED, Aside, Terminated
 from .adapters import trainable
 from .bundle import Bundle
 from .cache import Cache, kinds
@@ -48,12 +48,18 @@ from .randomness import epoch_order
 from .samples import VALIDATION, Batch, MicroBatches, Samples, collate
 from .watch import WAITS, WRITES, Watch, arrive, named
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 CONFIG, FACTS = "config.toml", "run.json"
 RESUME = ("never", "auto")
 STOPPED = TERMINATED
 _INSIST = 5.0  # seconds after which another SIGTERM is no copy of the first, which launchers and clusters send to the same process
+_DISK_GRACE = (
+    600.0  # seconds from a signal in which a disk may take a checkpoint, which of IDAdapter on SDXL has 33 GB
+)
+_BETWEEN_WARNINGS = 60.0  # seconds
 # What may differ in a run that goes on: it changes nothing of a step, or is known by the digest of what the path leads to.
 _FREE = {
     "base": ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_package"),
@@ -80,7 +86,7 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
         allow_config_change: go on although settings or data that change the result are others than before.
 
     Returns:
-        the exit code: 0 when all steps are done, `STOPPED` when a signal ended the run after a checkpoint.
+        the exit code: 0 when all steps are done, `STOPPED` when a signal ended the run, after a checkpoint or where the disk took none.
 
     Raises:
         IDAdapterError: settings, data, or the training itself; the last good checkpoint is there.
@@ -106,6 +112,11 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
         try:
             with _signals(run):
                 return run.go()
+        except TrainingError as error:
+            if not (run.is_stopping and run.aside.is_busy):
+                raise
+            sys.stderr.write(f"{error}\n")
+            return STOPPED
         finally:
             is_settled = run.is_settled
             run.close()
@@ -181,16 +192,17 @@ class _Run:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         MicroBatches(config, 1, 0, rank=self.rank, world=self.world)  # refused before anything is loaded
-        self.parts = load_parts(config, self.device)
-        self.facts = self._what_it_depends_on()
-        self.state = {} if start is None else start.state()
+        self.parts = self._read(lambda: load_parts(config, self.device))
+        self.facts = self._read(self._what_it_depends_on)
+        self.state = {} if start is None else self._read(start.state)
         with self._waiting():
             self._require_one_start(start)
         if start is not None:
             self._require_same(start, allow_config_change)
         self.step = 0 if start is None else start.step
         self.position = int(self.state.get("position", 0))  # of the next sample in the sequence of all epochs
-        self.adapter = prepare_adapter(config, self.parts, None if start is None else start.path / ADAPTER)
+        adapter = None if start is None else start.path / ADAPTER
+        self.adapter = self._read(lambda: prepare_adapter(config, self.parts, adapter))
         self.parameters = trainable(self.adapter)
         bundle = Bundle(self.parts.base, self.adapter, self.parts.networks, config).to(self.device)
         self.bundle = bundle
@@ -205,7 +217,7 @@ class _Run:
         if config.train.ema:
             self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         if start is not None:
-            self._load(start)
+            self._read(lambda: self._load(start))
         if config.train.checkpointing:
             self.parts.base.unet.enable_gradient_checkpointing()
         with self._waiting():
@@ -222,7 +234,8 @@ class _Run:
 
     def go(self) -> int:
         with self._together():
-            self._open_log()
+            if self.is_main:
+                self._to_disk(self._open_log)
         config = self.config
         samples = self._samples(self.parts.train_rows)
         keys = MicroBatches(
@@ -243,8 +256,6 @@ class _Run:
             batches.close()
 
     def _open_log(self) -> None:
-        if not self.is_main:
-            return
         write_file(self.folder / CONFIG, config_toml(self.config).encode())
         write_file(self.folder / FACTS, json.dumps(self._facts(), indent=1).encode())
         sys.stderr.write(f"{self.folder}: {self._in_words()}\n")
@@ -260,7 +271,7 @@ class _Run:
             self._tell_of_the_stop()
             return STOPPED
         if self.log is not None:
-            self.log.close()
+            self._to_disk(self.log.close)
             sys.stderr.write(
                 f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core.export {self.folder} NAME.safetensors` "
                 "writes the file for ComfyUI.\n"
@@ -296,7 +307,7 @@ class _Run:
     def _tell_of_the_stop(self) -> None:
         if self.log is None:
             return
-        self.log.close()  # its bar first
+        self._to_disk(self.log.close)  # its bar first
         if self.step:
             log.warning("stopped by a signal after step %d; the checkpoint is written", self.step)
         else:
@@ -368,7 +379,7 @@ class _Run:
 
     def _what_is_kept(self) -> str:
         """Advice for who has to start again: from where."""
-        kept = latest(self.folder)
+        kept = self._to_disk(lambda: latest(self.folder))
         if kept is None:
             return "There is no checkpoint yet: start again."
         return (
@@ -471,31 +482,78 @@ class _Run:
     def _keep(self) -> str:
         """A checkpoint of the steps done, by a process that has lost others; says what came of it."""
         with self._updating:
-            found = latest(self.folder)
-            if not self.step or (found is not None and found.step == self.step):
-                return _kept(found)
             try:
-                self._write_now(lambda work: work())
+                found = self._to_disk(lambda: latest(self.folder))
+                if self.step and (found is None or found.step != self.step):
+                    self._write_now()
+                    found = self._to_disk(lambda: latest(self.folder))
             except IDAdapterError as error:
                 return f"{error}"
-        return _kept(latest(self.folder))
+        return _kept(found)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a signal asked for the end, here or in another process."""
+        return self.stops or "stop" in self.signals
 
     def _look(self) -> None:
         """Give up what is waited for, where a signal was heard."""
-        if self.stops or "stop" in self.signals:
+        if self.is_stopping:
             raise _Interrupted
 
-    def _to_disk(self, work: Callable[[], object]) -> None:
-        """What may hang with a disk. A signal does not end it, for a checkpoint takes its time; a second one does."""
+    def _to_disk(self, work: Callable[[], T]) -> T:
+        """What may hang with the disk of output.folder. A signal leaves it `_DISK_GRACE` seconds, for a checkpoint takes its time; a
+        second one ends it.
+
+        Raises:
+            TrainingError: it is not done after the grace, or after `PATIENCE` seconds without a signal.
+        """
         warned = 0.0
+        heard = PATIENCE - _DISK_GRACE  # when a signal was, in seconds of this waiting
 
         def look(seconds: float) -> None:
-            nonlocal warned
-            if seconds - warned > 60:
+            nonlocal warned, heard
+            if self.is_stopping:
+                heard = min(heard, seconds)
+            if seconds - heard > _DISK_GRACE:
+                raise TrainingError(
+                    f"step {self.step}: {self.folder} has not answered for {seconds:.0f} s. {self._last_saved()} Look at the disk, then go "
+                    "on with --resume auto."
+                )
+            if seconds - warned > _BETWEEN_WARNINGS:
                 warned = seconds
-                log.warning("%s is being written to for %.0f s", self.folder, seconds)
+                log.warning("%s has not answered for %.0f s", self.folder, seconds)
 
-        self.aside.do(work, look)
+        with contextlib.nullcontext() if self.watch is None else self.watch.doing(WRITES):
+            return self.aside.do(work, look)
+
+    def _read(self, work: Callable[[], T]) -> T:
+        """What is read before the first step: models, a checkpoint. A signal ends it at once, for there is nothing to keep yet.
+
+        Raises:
+            TrainingError: it is not done after `PATIENCE` seconds.
+        """
+
+        def read() -> T:
+            if self.device.type == "cuda":  # each thread has a device of its own
+                torch.cuda.set_device(self.device)
+            return work()
+
+        def look(seconds: float) -> None:
+            if seconds > PATIENCE:
+                raise TrainingError(
+                    f"models and checkpoints are not read after {seconds:.0f} s. Look at the disks of output.folder ({self.folder}) and of "
+                    "the files under [base], then start again."
+                )
+
+        return self.aside.do(read, look)
+
+    def _last_saved(self) -> str:
+        return (
+            f"The last checkpoint is that of step {self.saved}."
+            if self.saved > 0
+            else "There is no checkpoint yet."
+        )
 
     def _average(self) -> None:
         decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step))
@@ -618,7 +676,15 @@ class _Run:
             self._tell({"validation": measured})
 
     def _sample(self) -> None:
-        with self._together():
+        def look(seconds: float) -> None:
+            self._look()
+            if seconds > PATIENCE:
+                raise TrainingError(
+                    f"step {self.step}: the pictures of {self.folder} wait for a disk for {seconds:.0f} s. Look at those of the photos and "
+                    "of output.folder, then go on with --resume auto."
+                )
+
+        with self._together(), contextlib.closing(Aside("pictures")) as aside:
             if self.log is not None:
                 with self._averaged():
                     pixels = sample_grid(
@@ -629,9 +695,10 @@ class _Run:
                         self.folder,
                         self.step,
                         look=self._look,
-                        read=lambda work: self.aside.do(work, lambda seconds: self._look()),
+                        wait=lambda work: aside.do(work, look),
                     )
-                self.log.picture(self.step, "samples", pixels)
+                log = self.log
+                self._to_disk(lambda: log.picture(self.step, "samples", pixels))
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -650,15 +717,10 @@ class _Run:
             self._write()
 
     def _write(self) -> None:
-        if not self.is_main or self.saved == self.step or not self.step:
-            return
-        with contextlib.nullcontext() if self.watch is None else self.watch.doing(WRITES):
-            self._write_now(self._to_disk)
+        if self.is_main and self.step and self.saved != self.step and not self.aside.is_busy:
+            self._write_now()
 
-    def _write_now(self, run: Callable[[Callable[[], object]], object]) -> None:
-        """Args:
-        run: what the writing is given to.
-        """
+    def _write_now(self) -> None:
         self._require_finite()
         state = {
             "step": self.step,
@@ -674,7 +736,7 @@ class _Run:
             torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
             write_file(folder / CONFIG, config_toml(self.config).encode())
 
-        run(
+        self._to_disk(
             lambda: write_checkpoint(
                 self.folder, self.step, state, write, keep_last=output.keep_last, keep_every=output.keep_every
             )
@@ -779,9 +841,9 @@ class _Run:
         )
 
     def close(self) -> None:
+        if self.log is not None and not self.aside.is_busy:
+            self._to_disk(self.log.close)
         self.aside.close()
-        if self.log is not None:
-            self.log.close()
         if self.bundle.injected is not None:
             self.bundle.injected.eject()
         # Where the others do not know that this process is leaving, taking leave of them would wait for ever.

@@ -43,7 +43,7 @@ def sample_grid(
     step: int,
     *,
     look: Callable[[], None] = lambda: None,
-    read: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    wait: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> Image:
     """Draw and write `samples/step-N.png`; the picture (H, W, 3), RGB uint8.
 
@@ -51,7 +51,7 @@ def sample_grid(
 
     Args:
         look: called before each step of the sampler; what it raises ends the drawing.
-        read: calls what reads photos, and gives what that returns.
+        wait: calls what reads photos and what writes the picture, and gives what that returns.
     """
     rows = parts.test_rows or parts.train_rows
     chosen = list(by_person(rows).values())[: config.output.sample_people]
@@ -66,7 +66,7 @@ def sample_grid(
     }
     for person in chosen:
         photos = person[: config.data.references]
-        features = features_of(parts.index, photos, parts.networks, parts.recognizer_digest, device, read)
+        features = features_of(parts.index, photos, parts.networks, parts.recognizer_digest, device, wait)
         identity = adapter.encode(features)
         assert features.crops is not None
         line = [_fit(to_levels((features.crops[0] + 1) / 2), size)]
@@ -81,9 +81,13 @@ def sample_grid(
     ]
     grid = _grid([*lines, (BASE, [blank, *alone])], ("reference", *config.output.prompts))
     path = folder / FOLDER / f"step-{step:08d}.png"
+    wait(lambda: _write(path, grid))
+    return grid
+
+
+def _write(path: Path, grid: Image) -> None:
     with replacing(path) as temporary:
         PILImage.fromarray(grid).save(temporary, format="PNG")
-    return grid
 
 
 def _levels(picture: Tensor, config: RunConfig) -> Image:

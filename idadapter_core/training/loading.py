@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import multiprocessing.queues
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -15,12 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..errors import IDAdapterError, TrainingError
-from ..waiting import Aside, memory_advice, reason_of_death
+from ..waiting import PATIENCE, Aside, ignore_signals, memory_advice, reason_of_death
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 1800.0
-"""Seconds without any data after which waiting ends."""
 _BETWEEN_WARNINGS = 60.0  # seconds
 _LEAVE = 2.0  # seconds for workers to leave by themselves
 
@@ -112,9 +109,9 @@ class Batches:
 
     def _death(self) -> str:
         """How a worker died, in words; empty where none has."""
-        codes = [worker.exitcode for worker in self._workers() if not worker.is_alive()]
-        bad = [code for code in codes if code]
-        return f"a worker process of the loader died: {reason_of_death(bad[0])}." if bad else ""
+        memory = "use fewer data.workers, a smaller train.batch or a machine with more memory"
+        reason = reason_of_death(self._workers(), {"SIGBUS": memory_advice(), "SIGKILL": memory})
+        return f"a worker process of the loader died: {reason}." if reason else ""
 
     def _failure(self, error: Exception) -> str:
         if death := self._death():
@@ -162,9 +159,7 @@ def prepare_worker(worker: int) -> None:
     A signal to all processes of a run must not end workers before the trainer's checkpoint is written. And a batch that cannot be
     handed over must not get lost, as Python has it: then the trainer would wait for it for ever.
     """
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignore_signals()
     multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_error  # type: ignore[attr-defined]
 
 
@@ -178,4 +173,4 @@ def _hand_over_error(queue: Any, error: Exception, item: tuple[Any, Any]) -> Non
     queue.put((item[0], TrainingError(f"what a worker process read cannot be handed over: {text}.")))
 
 
-__all__ = ["PATIENCE", "Batches", "prepare_worker"]
+__all__ = ["Batches", "prepare_worker"]

@@ -23,7 +23,7 @@ BACKSLASHES = (
 )
 _LINE = re.compile(r"at line (\d+)")
 _WORD = re.compile(r"[^\s\"'=/\\.,]+")
-_IN_DOUBLE_QUOTES = re.compile(r'"[^"]*\\')
+_IN_DOUBLE_QUOTES = re.compile(r'"[^"]*(?<!\\)\\(?!\\)')  # two of them are one that is meant
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _likeness(content: bytes) -> str:
-    """Which encoding a text seems to be in, with a word as it reads there; empty where none fits."""
+    """Which encoding a text seems to be in, with a word as it reads there. One letter is too little to tell."""
     for name, encoding, fits in _OTHERS:
         try:
             text = content.decode(encoding)
@@ -94,6 +94,8 @@ def _likeness(content: bytes) -> str:
             continue
         words = [word for word in _WORD.findall(text) if not word.isascii()]
         if words and all(map(fits, words)):
+            if sum(not letter.isascii() for word in words for letter in word) < 2:
+                break
             return f"; it seems to be {name}, in which it reads {words[0]!r}"
     return "; it is in no encoding of Unicode"
 

@@ -66,8 +66,12 @@ class Watch:
         for end in (self._ears, self._mouth):
             end.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        self._beat()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        try:
+            self._beat()
+        except BaseException:
+            self.close(is_settled=False)
+            raise
 
     def start(self) -> None:
         """From now on the others are listened to."""
@@ -241,14 +245,18 @@ def arrive(heard: set[str], environ: Mapping[str, str] = os.environ, within: flo
         f"idadapter/{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     )
     watch = Watch(PrefixStore(prefix, store), rank, world, heard)
-    while missing := watch.missing():
-        if time.monotonic() > deadline:
-            raise TrainingError(
-                f"{named(missing)} of {world} did not start within {within:.0f} s. See that each machine runs the same command, and "
-                f"reaches {_where(environ)}."
-            )
-        time.sleep(0.1)
-    watch.start()
+    try:
+        while missing := watch.missing():
+            if time.monotonic() > deadline:
+                raise TrainingError(
+                    f"{named(missing)} of {world} did not start within {within:.0f} s. See that each machine runs the same command, and "
+                    f"reaches {_where(environ)}."
+                )
+            time.sleep(0.1)
+        watch.start()
+    except BaseException:
+        watch.close(is_settled=False)
+        raise
     return watch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,3 +108,24 @@ def test_the_result_is_split_anew_and_keeps_the_rest(tmp_path: Path) -> None:
     assert sum(r.split == "test" for r in other.rows) == 10
     with pytest.raises(ConfigError, match="quarantine, merge"):
         dedupe(index, tmp_path / "no.jsonl", people="forget")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize("size", [100, 10_000])
+def test_a_full_disk_is_told_once(tmp_path: Path, size: int) -> None:
+    """Of the embeddings first, and of the rows where those still found room."""
+    import resource  # absent on Windows
+
+    rows = [replace(row(number, f"{number}"), caption="a" * 3000) for number in range(4)]
+    index = indexed(tmp_path, rows, [1, 2, 3, 4])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(ConfigError) as raised:
+            dedupe(index, tmp_path / "new" / "clean.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = f"{raised.value}"
+    assert message.count("cannot be written") == message.count("Choose another folder") == 1
+    assert str(tmp_path / "new") in message
+    assert not (tmp_path / "new" / "clean.jsonl").exists()

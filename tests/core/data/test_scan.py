@@ -158,7 +158,7 @@ def test_a_worker_that_is_stuck_holds_up_nobody(scanned: Scanned, beside: Path) 
 def test_waiting_for_a_worker_ends(scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(done: int, total: int) -> None:
         if done:
-            monkeypatch.setattr(scanning, "_PATIENCE", 0.2)
+            monkeypatch.setattr(scanning, "PATIENCE", 0.2)
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid or 0, signal.SIGSTOP)
 
@@ -166,6 +166,21 @@ def test_waiting_for_a_worker_ends(scanned: Scanned, beside: Path, monkeypatch: 
         InputError, match="no photo was looked at for 0 s: a worker is stuck at one of .*disk"
     ):
         again(scanned, beside, workers=1, progress=stop)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+def test_a_worker_that_died_is_told_with_its_reason(scanned: Scanned, beside: Path) -> None:
+    def kill(done: int, total: int) -> None:
+        if done == 1:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGKILL)
+
+    with pytest.raises(
+        InputError,
+        match=r"a worker process died at one of .*: it was ended by SIGKILL, .*memory.*fewer --workers",
+    ):
+        again(scanned, beside, workers=1, progress=kill)
     assert not multiprocessing.active_children()
 
 

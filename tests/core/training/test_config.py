@@ -233,6 +233,26 @@ def test_another_encoding_is_named(tmp_path: Path, path: str, encoding: str, nam
         read_config(file)
 
 
+@pytest.mark.parametrize(
+    ("letter", "encoding"),
+    [("я", "cp1251"), ("Я", "cp1251"), ("ё", "cp1251"), ("é", "cp1252"), ("Ünal", "cp1252"), ("モ", "cp932")],
+)
+def test_one_letter_tells_no_encoding(tmp_path: Path, letter: str, encoding: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(f'[base]\nfamily = "sd15"\npath = "{letter}"\n'.encode(encoding))
+    with pytest.raises(ConfigError, match=r"line 3 is not UTF-8 .*Save the file as UTF-8") as raised:
+        read_config(file)
+    assert "seems to be" not in f"{raised.value}"
+
+
+@pytest.mark.parametrize("line", [r'path = "C:\\models', r'path = "C:\\models\\base'])
+def test_backslashes_that_are_right_get_no_advice(tmp_path: Path, line: str) -> None:
+    """What is wrong there is the quote that is missing."""
+    with pytest.raises(ConfigError, match="Correct that line: path = ") as raised:
+        read_config(write(tmp_path, f'[base]\n{line}\nfamily = "sd15"\n'))
+    assert "single quotes" not in f"{raised.value}"
+
+
 @pytest.mark.parametrize("path", [r"C:\models\base", r"C:\Users\me", "D:\\", r"models\xl"])
 def test_backslashes_in_double_quotes(tmp_path: Path, path: str) -> None:
     """A right line in the eyes of who wrote it: the hint says what to write."""

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from idadapter_core import waiting
+from idadapter_core.data import index
 from idadapter_core.errors import InputError, TrainingError
 from idadapter_core.training import engine, loading, sampling, watch as watching
 from idadapter_core.training.checkpoints import checkpoints
@@ -29,7 +30,7 @@ from idadapter_core.training.loading import Batches, prepare_worker
 from idadapter_core.training.logs import read_log
 from idadapter_core.training.watch import WAITS, Watch, arrive
 from idadapter_core.waiting import Aside
-from tests.core.training.test_engine import Process, wait_for
+from tests.core.training.test_engine import Process
 from tests.tiny.toy import Toy
 
 if sys.platform == "win32":
@@ -88,8 +89,14 @@ def full() -> Any:
         (full, r"shared memory is full: /dev/shm.*--shm-size.*data\.workers = 0"),
         (lambda: Unsendable(OSError(24, "Too many open files")), r"ulimit -n.*data\.workers = 0"),
         (lambda: Unsendable(TypeError("no pickle")), "cannot be handed over: no pickle"),
-        (lambda: os.kill(os.getpid(), signal.SIGBUS), "died: shared memory is full.*--shm-size"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"died: it was killed \(SIGKILL\).*memory"),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGBUS),
+            "died: it was ended by SIGBUS: shared memory is full.*--shm-size",
+        ),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "died: it was ended by SIGKILL, .*memory.*fewer data.workers",
+        ),
         (lambda: os._exit(3), "died: it ended with exit code 3"),
     ],
 )
@@ -106,10 +113,11 @@ def test_a_photo_that_is_never_read(
     """A pipe that nobody writes to stands for a disk that does not answer. Who waits may leave, is told of it, and waits not for ever."""
     os.mkfifo(tmp_path / "photo")
     looked: list[int] = []
+    is_stuck = False
 
     def look() -> None:
         looked.append(1)
-        if len(looked) == 3:
+        if is_stuck and len(looked) == 3:
             raise Left
 
     def read() -> bytes:
@@ -119,14 +127,16 @@ def test_a_photo_that_is_never_read(
     monkeypatch.setattr(loading, "_BETWEEN_WARNINGS", 0.0)
     with batches(read, workers, look=look) as given:
         given.next()
+        is_stuck = True
+        looked.clear()
         with pytest.raises(Left):
             given.next()
     assert re.search(
         "no data for 0 s: .*read", "".join(r.getMessage() for r in caplog.records).replace("reading", "read")
     )
-    monkeypatch.setattr(loading, "PATIENCE", 0.1)
     with batches(read, workers) as given:
         given.next()
+        monkeypatch.setattr(loading, "PATIENCE", 0.1)
         with pytest.raises(TrainingError, match="no data for .* s: .*Look at the disk"):
             given.next()
 
@@ -153,29 +163,130 @@ def test_a_thread_aside_hands_over_what_comes_of_its_work() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_while_data_is_waited_for(toy: Toy, tmp_path: Path, workers: int) -> None:
-    copy = Toy(tmp_path / "toy", toy.kind)
-    shutil.copytree(toy.folder, copy.folder)
-    photo = sorted((copy.folder / "photos").rglob("*.png"))[3]
-    photo.unlink()
-    os.mkfifo(photo)
+def test_sigterm_while_data_is_waited_for(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """The fifth photo is on a disk that does not answer, for which a pipe stands."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = index.read_file
+    photos: list[Path] = []
+
+    def stuck(path: Path) -> bytes:
+        photos.append(path)
+        return pipe.read_bytes() if len(photos) == 5 else read(path)
+
+    def signal_the_reader() -> None:
+        end = os.open(pipe, os.O_WRONLY)  # comes back when somebody reads
+        os.kill(os.getpid(), signal.SIGTERM)
+        over.wait()
+        os.close(end)
+
+    monkeypatch.setattr(index, "read_file", stuck)
+    over, helper = threading.Event(), threading.Thread(target=signal_the_reader, daemon=True)
+    helper.start()
     run = tmp_path / "run"
-    process = Process(copy, run, train={"steps": 100_000, "batch": 2}, data={"workers": workers})
-    pipe: list[int] = []
-
-    def somebody_reads() -> bool:
-        with contextlib.suppress(OSError):
-            pipe.append(os.open(photo, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(pipe)
-
-    wait_for(somebody_reads, process)  # which goes on for as long as the other end is open
-    process.process.send_signal(signal.SIGTERM)
-    code, output = process.wait()
-    os.close(pipe[0])
-    assert code == STOPPED, output
-    assert "Traceback" not in output
+    settings: dict[str, Any] = {"train": {"steps": 100, "batch": 2}, "data": {"workers": workers}}
+    try:
+        assert train(toy.config(run, **settings)) == STOPPED
+    finally:
+        over.set()
     done = len(read_log(run))
     assert [c.step for c in checkpoints(run)] == ([done] if done else [])
+
+
+@pytest.mark.parametrize("what", ["first line", "checkpoint", "second signal", "no signal"])
+def test_a_disk_that_does_not_answer(
+    what: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A write that comes back when the test is over: one signal ends the run after a grace, a second one at once."""
+    over, began = threading.Event(), threading.Event()
+    monkeypatch.setattr(waiting, "TURN", 0.02)
+    monkeypatch.setattr(engine, "PATIENCE", 0.3 if what == "no signal" else 1000.0)
+    monkeypatch.setattr(engine, "_DISK_GRACE", 1000.0 if what == "second signal" else 0.1)
+    monkeypatch.setattr(engine, "_INSIST", 0.0)
+    writes = 0
+
+    def stuck(*args: Any, **options: Any) -> Any:
+        nonlocal writes
+        writes += 1
+        if what != "first line" and writes == 1:
+            return write(*args, **options)
+        began.set()
+        over.wait()
+        raise OSError("over")
+
+    def signals() -> None:
+        began.wait()
+        for _ in range({"no signal": 0, "second signal": 2}.get(what, 1)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            over.wait(0.2)
+
+    where = "RunLog" if what == "first line" else "write_checkpoint"
+    write = getattr(engine, where)
+    monkeypatch.setattr(engine, where, stuck)
+    helper = threading.Thread(target=signals, daemon=True)
+    helper.start()
+    config = toy.config(tmp_path / "run", train={"steps": 9}, output={"save_every": 1})
+    message = rf"{re.escape(config.output.folder)} has not answered for .* s\. .*--resume auto"
+    try:
+        if what == "no signal":
+            with pytest.raises(TrainingError, match=message):
+                train(config)
+        elif what == "second signal":
+            with pytest.raises(waiting.Terminated):
+                train(config)
+        else:
+            assert train(config) == STOPPED
+            assert re.search(message, capsys.readouterr().err)
+    finally:
+        over.set()
+        helper.join()
+    assert [c.step for c in checkpoints(tmp_path / "run")] == ([] if what == "first line" else [1])
+
+
+@pytest.mark.parametrize("ends", ["signal", "patience"])
+def test_models_that_are_never_read(
+    ends: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, where no signal has a checkpoint to write."""
+    over = threading.Event()
+    monkeypatch.setattr(waiting, "TURN", 0.02)
+
+    def stuck(*args: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()  # which must hear signals
+        if ends == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        over.wait()
+
+    monkeypatch.setattr(engine, "load_parts", stuck)
+    monkeypatch.setattr(engine, "PATIENCE", 1000.0 if ends == "signal" else 0.1)
+    try:
+        with (
+            pytest.raises(waiting.Terminated if ends == "signal" else TrainingError),
+            waiting.terminable(),
+        ):
+            train(toy.config(tmp_path))
+    finally:
+        over.set()
+
+
+def test_a_program_ends_though_a_thread_is_stuck() -> None:
+    """At once, with its exit code and all that it said."""
+    code = (
+        "import threading\n"
+        "from idadapter_core.program import start\n"
+        "from idadapter_core.waiting import Aside\n"
+        "def look(seconds): raise TimeoutError\n"
+        "def main():\n"
+        "    try: Aside('disk').do(threading.Event().wait, look)\n"
+        "    except TimeoutError: print('left')\n"
+        "    import atexit; atexit.register(print, 'waited')\n"
+        "    return 143\n"
+        "start(main)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, timeout=240)
+    assert (ended.returncode, ended.stdout) == (143, b"left\n"), ended.stderr
 
 
 def test_shared_memory_that_is_too_small(toy: Toy, tmp_path: Path) -> None:
@@ -324,3 +435,32 @@ def test_a_process_that_never_starts_is_named(rank: int, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         arrive(set(), environ, within=0.2)
     assert arrive(set(), {}) is None
+
+
+@pytest.mark.parametrize("where", ["first word", "question", "sleep"])
+def test_signals_are_as_before_where_the_processes_do_not_meet(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends the waiting: nothing is left open for signals to be written to."""
+
+    def end(*args: Any) -> Any:
+        raise Left
+
+    pairs: list[tuple[socket.socket, socket.socket]] = []
+    pair = socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", lambda: pairs.append(pair()) or pairs[-1])
+    store = Store()
+    monkeypatch.setattr(watching, "_store", lambda *args: store)
+    monkeypatch.setattr("torch.distributed.PrefixStore", lambda prefix, store: store)
+    if where == "sleep":
+        monkeypatch.setattr(watching.time, "sleep", end)
+    else:
+        monkeypatch.setattr(store, "set" if where == "first word" else "check", end, raising=False)
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with pytest.raises(Left):
+        arrive(set(), environ)
+    after = signal.set_wakeup_fd(before)
+    assert after == before
+    assert [end.fileno() for end in pairs[0]] == [-1, -1]
