@@ -79,14 +79,45 @@ def test_what_is_left_out_is_said_and_unsaid(server: ComfyServer, case: str) -> 
 def browser(server: ComfyServer) -> Iterator[Browser]:
     with Browser(server.url) as running:
         yield running
+        running.use_renderer(False)  # the setting is the server's, and others look at it after us
+
+
+# A choice as a hand makes it: the classic renderer goes through the widget, Nodes 2.0 through a list that opens on the page.
+CHOOSE = """(async (node, name, chosen, nodes_2) => {
+  if (!nodes_2) {
+    const widget = node.widgets.find((candidate) => candidate.name === name);
+    widget.setValue(chosen, { e: new MouseEvent('click'), node, canvas: window.app.canvas });
+    return;
+  }
+  const press = (element) => {
+    for (const kind of ['pointerdown', 'mousedown', 'pointerup', 'mouseup', 'click']) {
+      const options = { bubbles: true, composed: true, button: 0, pointerId: 1, pointerType: 'mouse' };
+      element.dispatchEvent(kind.startsWith('pointer') ? new PointerEvent(kind, options) : new MouseEvent(kind, options));
+    }
+  };
+  const soon = async (find) => {
+    for (let tries = 0; tries < 100; tries++) {
+      const found = find();
+      if (found) return found;
+      await new Promise((done) => setTimeout(done, 50));
+    }
+    throw new Error(`${name} cannot be set to ${chosen}`);
+  };
+  const shown = `[data-node-id="${node.id}"] [role=combobox][aria-label="${name}"]`;
+  press(await soon(() => document.querySelector(shown)));
+  press(await soon(() => [...document.querySelectorAll('[role=option]')].find((option) => option.textContent.trim() === chosen)));
+  await soon(() => !document.querySelector('[role=option]'));
+})"""
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium: install it or set CHROMIUM to its executable"
 )
-def test_choosing_the_wider_scope_chooses_limit(browser: Browser) -> None:
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes_2"])
+def test_choosing_the_wider_scope_chooses_limit(browser: Browser, nodes_2: bool) -> None:
     """The sensible mode for other packs, where it is chosen by hand; what was saved keeps its meaning."""
+    browser.use_renderer(nodes_2)
     graph, nodes = graph_of()
     graph.workflow[nodes["rescale"].id]["inputs"]["scope"] = "every attention patch"
     browser.load_prompt(graph.workflow)
@@ -96,10 +127,7 @@ def test_choosing_the_wider_scope_chooses_limit(browser: Browser) -> None:
         return str(browser.evaluate(f"{node}.widgets.find((w) => w.name === '{name}').value"))
 
     def choose(name: str, chosen: str) -> None:
-        browser.evaluate(
-            f"(() => {{ const w = {node}.widgets.find((w) => w.name === '{name}'); w.value = '{chosen}'; "
-            f"w.callback?.('{chosen}', window.app.canvas, {node}); }})()"
-        )
+        browser.evaluate(f"{CHOOSE}({node}, '{name}', '{chosen}', {str(nodes_2).lower()})")
 
     assert (value("scope"), value("mode")) == ("every attention patch", "normalized")
     browser.evaluate("window.app.loadGraphData(window.app.rootGraph.serialize()).then(() => undefined)")
@@ -108,9 +136,13 @@ def test_choosing_the_wider_scope_chooses_limit(browser: Browser) -> None:
     assert value("mode") == "normalized"
     choose("scope", "every attention patch")
     assert value("mode") == "limit"
+    if nodes_2:  # and so it is shown
+        shown = f"document.querySelector('[data-node-id=\"{nodes['rescale'].id}\"] [role=combobox][aria-label=mode]')"
+        assert browser.evaluate(f"{shown}.textContent.trim()") == "limit"
     choose("mode", "normalized")
     assert value("mode") == "normalized"
     for mode in ("off", "limit"):
+        choose("scope", "ID adapters")
         choose("mode", mode)
         choose("scope", "every attention patch")
         assert value("mode") == mode
