@@ -29,7 +29,7 @@ HEAVY = (
 
 # From the top down: a module imports from lines below its own only.
 LAYERS = (
-    ("__init__", "__main__", "convert", "train", "cache", "export", "evaluate"),
+    ("__init__", "__main__", "convert", "train", "cache", "export", "evaluate", "demo_world"),
     ("evaluation",),
     ("training",),
     ("data",),
@@ -44,7 +44,7 @@ LAYERS = (
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SIBLINGS = {"methods", "faces", "unet", "data", "training", "evaluation"}
+SIBLINGS = {"methods", "faces", "unet", "data", "training", "evaluation", "demo_world"}
 
 
 def modules() -> list[Path]:
