@@ -22,13 +22,20 @@ class Canvas:
     light: Floats  # (size * size, 3)
     depth: Floats  # (size * size)
     kind: npt.NDArray[np.uint8]  # (size * size)
+    cover: Floats  # (size * size) how much of the background is hidden, 0..1
 
     @classmethod
     def over(cls, background: Floats) -> Canvas:
         """A canvas on a background (size, size, 3) of light."""
         size = len(background)
         light = background.reshape(-1, 3).astype(np.float32).copy()
-        return cls(size, light, np.full(size * size, EMPTY, np.float32), np.zeros(size * size, np.uint8))
+        return cls(
+            size,
+            light,
+            np.full(size * size, EMPTY, np.float32),
+            np.zeros(size * size, np.uint8),
+            np.zeros(size * size, np.float32),
+        )
 
     def visible(self, fragments: Fragments, lift: float = 0.0) -> npt.NDArray[np.bool_]:
         """Fragments (M) in front of what is there, seen `lift` decimetres nearer than they are."""
@@ -56,6 +63,7 @@ class Canvas:
         shown &= alpha > FAINT
         pixel, opacity = fragments.pixel[shown], alpha[shown]
         self.light[pixel] = mix(self.light[pixel], color[shown], opacity[:, None])
+        self.cover[pixel] = mix(self.cover[pixel], (1.0,), opacity)
         hiding, front = opacity > hides, opacity > 0.5
         self.depth[pixel[hiding]] = fragments.depth[shown][hiding] + np.float32(lift)
         self.kind[pixel[front]] = kind if isinstance(kind, int) else kind[shown][front]

@@ -88,7 +88,9 @@ def caption(
     rng = np.random.default_rng([SEED_TAG, factors.seed if wording is None else wording])
     parts = {name: _pick(rng, words) for name, words in _alternatives(factors).items()}
     order = rng.random(len(FACTORS) - 1)
-    style = parts.pop("style") if "style" in mention else "a picture of {noun}"
+    style = parts.pop("style")
+    if "style" not in mention:
+        style = "a picture of {noun}"
     noun = f"a {word} {person.sex}" if word else f"a {person.sex}"
     ordered = [name for _, name in sorted(zip(order, parts, strict=True))]
     said = [parts[name] for name in ordered if name in mention and parts[name]]

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .arrays import Floats, Ints
 
 SUBSAMPLES = (
     256  # grid that corners are rounded to; 2**8 keeps products of two edges of 2**12 samples far below 2**53
 )
 FAR = 1 << 14  # samples; corners farther out are clipped, so that products stay exact
+BACKENDS = ("numpy", "numba")
 EMPTY = -1e9  # depth where nothing was drawn
 
 Filled = tuple[npt.NDArray[np.float64], Ints, npt.NDArray[np.float64]]
@@ -178,10 +180,18 @@ def _compiled() -> Fill | None:
 
 
 def fill_for(backend: str | None) -> Fill:
-    """The function behind a name; see `rasterize`."""
+    """The function behind a name; see `rasterize`.
+
+    Raises:
+        InputError: there is none of that name, or numba is not installed.
+    """
+    if backend not in (None, *BACKENDS):
+        raise InputError(f"there is no renderer {backend!r}; choose one of: {', '.join(BACKENDS)}.")
     if backend == "numpy":
         return _fill_with_numpy
     compiled = _compiled()
     if backend == "numba" and compiled is None:
-        raise ImportError("numba is not installed: pip install numba, or take the backend numpy")
+        raise InputError(
+            "numba is not installed: pip install numba, or take the backend numpy, which draws the same."
+        )
     return compiled or _fill_with_numpy

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..errors import InputError
 from .arrays import Floats, normals, reduce, screen
 from .body import draw_body
-from .canvas import NOTHING, Canvas
+from .canvas import Canvas
 from .captions import caption
 from .factors import Factors
 from .hair import casters, draw_beard, draw_hair
@@ -120,7 +120,7 @@ def _develop(shot: Shot) -> tuple[np.ndarray, ...]:
         screen(canvas.light).reshape(n, n, 3), canvas.depth.reshape(n, n), kind, shot.factors.seed, n / 256
     )
     image = reduce(finish(shot.factors.style, sheet), SUPERSAMPLING)
-    mask = reduce((kind != NOTHING).astype(np.float32), SUPERSAMPLING)
+    mask = reduce(canvas.cover.reshape(n, n), SUPERSAMPLING)
     skull = shot.camera.in_pixels(shot.mesh[shot.head.skull])
     return (
         np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8),
