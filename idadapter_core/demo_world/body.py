@@ -142,7 +142,7 @@ def _open_mouth(shot: Shot, gap: np.ndarray) -> None:
     front = smoothstep(MOUTH_DEEP, MOUTH_FRONT, place[:, 2])
     normal = normalize(normal * np.float32(0.4) + VIEW * np.float32(0.6))  # a row of teeth looks smooth
     light = shot.lighting.surface(albedo, normal, points, 0.25 + 0.65 * front, 0.04, shadows=False)
-    upper = 0.6 + 0.4 * smoothstep(6.60, 6.66, place[:, 1])  # the lip's shadow lies on the lower row
+    upper = 0.45 + 0.55 * smoothstep(6.60, 6.66, place[:, 1])  # the lip's shadow lies on the lower row
     light = light * column((0.3 + 0.55 * front) * np.where(tooth[:, 0] > 0, upper, 1))
     alpha = np.where(hole[seen.pixel], np.float32(1), np.float32(0))
     shot.canvas.paint(seen, light, kinds.MOUTH, alpha, lift=0.08)

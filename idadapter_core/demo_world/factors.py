@@ -36,7 +36,7 @@ EXPRESSIONS: Mapping[str, Mapping[str, float]] = {
         "mouthStretch": 0.2, "browOuterUp": 0.15,
     },
     "laughing": {
-        "mouthSmile": 1.05, "cheekSquint": 0.9, "eyeSquint": 0.55, "jawOpen": 0.5, "mouthUpperUp": 0.55, "mouthLowerDown": 0.25,
+        "mouthSmile": 1.05, "cheekSquint": 0.9, "eyeSquint": 0.55, "jawOpen": 0.72, "mouthUpperUp": 0.55, "mouthLowerDown": 0.25,
         "mouthStretch": 0.25, "browOuterUp": 0.3, "browInnerUp": 0.2,
     },
     "sad": {
@@ -47,7 +47,7 @@ EXPRESSIONS: Mapping[str, Mapping[str, float]] = {
         "browDown": 1.5, "noseSneer": 0.9, "eyeSquint": 0.3, "eyeWide": 0.3, "mouthFrown": 0.9, "mouthPress": 0.6, "mouthRollLower": 0.3,
         "mouthRollUpper": 0.3, "jawForward": 0.3, "cheekSquint": 0.3,
     },
-    "surprised": {"browInnerUp": 1.1, "browOuterUp": 1.1, "eyeWide": 1.1, "jawOpen": 0.6, "mouthFunnel": 0.25},
+    "surprised": {"browInnerUp": 1.1, "browOuterUp": 1.1, "eyeWide": 1.1, "jawOpen": 0.75, "mouthFunnel": 0.25},
     "eyes_closed": {"eyeBlink": 1.0, "mouthSmile": 0.12, "browInnerUp": 0.15},
 }  # fmt: skip
 

@@ -159,11 +159,16 @@ class Person:
         return _sample(int(seed))
 
     def with_look_of(self, other: Person) -> Person:
-        """This person's shape under another one's skin, hair, brows and eyes: an impostor by shape alone.
+        """This person with another one's skin, hair, brows, eyes and beard: an impostor by shape alone.
 
-        Sex, age and weight are the other one's too, for what they paint and where hair grows.
+        Raises:
+            InputError: the two are of different sex, so that a look would not fit.
         """
-        return replace(other, seed=self.seed, shape=self.shape, asymmetry=self.asymmetry)
+        if self.sex != other.sex:
+            raise InputError(
+                f"a {self.sex} cannot take the look of a {other.sex}; choose two people of the same sex."
+            )
+        return replace(self, look=other.look)
 
 
 def seed_of(split: str, index: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Floats, normals, rotate, smoothstep
+from .arrays import Floats, normals, rotate, settled, smoothstep
 from .factors import COLLARS, EXPRESSIONS, Factors
 from .head import SKIN, load_head
 from .identity import LONG_STYLES, Person, base_name, trait_names
@@ -92,8 +92,8 @@ def _normalized(meshes: Floats) -> Floats:
     center = (meshes[:, left].mean(1) + meshes[:, right].mean(1)) / 2
     meshes = meshes - center[:, None]
     heights = meshes[:, head.skull, 1]
-    scale = (HEAD_HEIGHT / (heights.max(1) - heights.min(1))) ** np.float32(0.8)
-    return meshes * scale[:, None, None].astype(np.float32)
+    scale = settled((HEAD_HEIGHT / (heights.max(1) - heights.min(1))) ** np.float32(0.8))
+    return meshes * scale[:, None, None]
 
 
 def posed_meshes(
@@ -124,7 +124,7 @@ def _comb(mesh: Floats, person: Person) -> None:
     mesh[curtain, 0] *= 0.98 - 0.10 * smoothstep(6.7, 6.0, places[:, 1])
     if person.look.hair.style == "wavy":
         side = np.sign(places[:, 0])
-        wave = np.sin(places[:, 1] * 6.5 + 1.5 * side + 2 * places[:, 2])
+        wave = settled(np.sin(places[:, 1] * 6.5 + 1.5 * side + 2 * places[:, 2]))
         mesh[curtain, 0] += side * (0.10 + 0.07 * wave) * smoothstep(7.4, 6.6, places[:, 1])
 
 
@@ -156,9 +156,7 @@ def _muscles(factors: Sequence[Factors]) -> dict[str, Floats]:
 def _pose(factor: Factors) -> Pose:
     yaw, pitch, roll = (float(np.radians(value)) for value in (factor.yaw, factor.pitch, factor.roll))
     tilt = _matrix(2, roll) @ _matrix(0, pitch)
-    return Pose(
-        (tilt @ _matrix(1, yaw)).astype(np.float32), _matrix(1, SHOULDERS_FOLLOW * yaw).astype(np.float32)
-    )
+    return Pose(settled(tilt @ _matrix(1, yaw)), settled(_matrix(1, SHOULDERS_FOLLOW * yaw)))
 
 
 def _matrix(axis: int, angle: float) -> np.ndarray:

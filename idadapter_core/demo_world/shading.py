@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Color, Floats, Ints, column, dot, linear, normalize, power, smoothstep, unit
+from .arrays import Color, Floats, Ints, column, dot, linear, normalize, power, settled, smoothstep, unit
 from .factors import Light
 from .noise import look_up, strands
 from .raster import EMPTY, depth_map
@@ -42,10 +42,9 @@ class Lighting:
     def of(cls, light: Light, casters: list[tuple[Floats, Ints]], backend: str | None) -> Lighting:
         """Light with the shadows of meshes, pairs of vertices (V, 3) and triangles (T, 3)."""
         azimuth, elevation = float(np.radians(light.azimuth)), float(np.radians(light.elevation))
-        sun = unit(
-            float(np.sin(azimuth) * np.cos(elevation)),
-            float(np.sin(elevation)),
-            float(np.cos(azimuth) * np.cos(elevation)),
+        flat = np.cos(elevation)
+        sun = normalize(
+            settled(np.array([np.sin(azimuth) * flat, np.sin(elevation), np.cos(azimuth) * flat]))
         )
         across = normalize(np.array([sun[2], 0, -sun[0]], np.float32))
         down = np.cross(sun, across).astype(np.float32)

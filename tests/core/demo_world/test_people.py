@@ -70,13 +70,17 @@ def test_few_heads_are_gray() -> None:
     assert len(gray) < 0.1 * len(people)
 
 
-def test_an_impostor_by_shape_keeps_the_look_alone() -> None:
-    one, other = Person.sample(0), Person.sample(4)
+def test_an_impostor_by_shape_takes_the_look_alone() -> None:
+    women = [person for person in map(Person.sample, range(20)) if person.sex == "woman"]
+    man = next(person for person in map(Person.sample, range(20)) if person.sex == "man")
+    one, other = women[:2]
     impostor = one.with_look_of(other)
-    assert impostor.shape == one.shape
-    assert (impostor.look, impostor.sex, impostor.age) == (other.look, other.sex, other.age)
-    assert impostor != one
-    assert impostor != other
+    assert impostor.look == other.look != one.look
+    assert (impostor.shape, impostor.ancestry, impostor.age) == (one.shape, one.ancestry, one.age)
+    with pytest.raises(
+        InputError, match="a woman cannot take the look of a man; choose two people of the same sex"
+    ):
+        one.with_look_of(man)
 
 
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 1.5, "1", True])

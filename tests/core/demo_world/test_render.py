@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +22,7 @@ from idadapter_core.demo_world.identity import HAIR_STYLES
 from idadapter_core.demo_world.raster import depth_map, rasterize
 from idadapter_core.errors import InputError
 
+from . import known_pictures
 from .conftest import SIZE, picture, plain
 
 
@@ -175,14 +179,34 @@ def test_dark_skin_can_be_seen_at_night() -> None:
         assert np.percentile(face, 95) - np.percentile(face, 5) > 25
 
 
-# sha256 of the pixels, and pixels of a coarse copy for platforms whose last bits of sines differ.
-KNOWN: dict[str, tuple[str, list[int]]] = {}
+def test_known_pictures_are_drawn_again() -> None:
+    """The pixels of every run; on a platform whose sines differ in their last bits, means of squares within one level."""
+    known = json.loads(known_pictures.FILE.read_text(encoding="utf-8"))
+    drawn = known_pictures.draw()
+    assert list(known) == list(drawn)
+    for name, pixels in drawn.items():
+        if known[name]["sha256"] != hashlib.sha256(pixels.tobytes()).hexdigest():
+            assert difference(known_pictures.coarse(pixels), np.array(known[name]["coarse"])) <= 1, name
 
 
-def coarse(pixels: np.ndarray) -> list[int]:
-    """Means of 4 × 4 squares of the picture, rounded."""
-    side = len(pixels) // 4
-    return [round(float(part)) for part in pixels.reshape(4, side, 4, side, 3).mean((1, 3)).ravel()]
+def test_the_coarse_copies_notice_a_change(person: Person) -> None:
+    before, after = (picture(person, plain(expression=name)).pixels[0] for name in ("neutral", "smiling"))
+    assert difference(known_pictures.coarse(before), known_pictures.coarse(after)) > 1
+
+
+def test_a_simpler_processor_draws_nearly_the_same_pixels() -> None:
+    features = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    if not features:
+        pytest.skip("numpy uses no optional instructions on this processor")
+    code = "import sys; from tests.core.demo_world import known_pictures; sys.stdout.buffer.write(known_pictures.packed())"
+    root = Path(world.__file__).parents[2]
+    environment = {**os.environ, "NPY_DISABLE_CPU_FEATURES": " ".join(features), "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, check=True
+    )
+    here = np.frombuffer(known_pictures.packed(), np.uint8).astype(int)
+    there = np.frombuffer(done.stdout, np.uint8).astype(int)
+    assert (np.abs(here - there) > 1).mean() < 0.001
 
 
 def test_imports_are_numpy_and_the_standard_library() -> None:
@@ -250,7 +274,3 @@ def test_both_rasterisers_agree_on_random_triangles() -> None:
     one, other = (rasterize(points, triangles, 64, backend=name) for name in ("numpy", "numba"))
     for name in ("pixel", "corners", "weights", "depth"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
-
-
-def _digest(pixels: np.ndarray) -> str:
-    return hashlib.sha256(pixels.tobytes()).hexdigest()
