@@ -9,7 +9,7 @@ import numpy as np
 from . import canvas as kinds
 from .arrays import Floats, Ints, column, dot, linear, mix, normalize, power, smoothstep
 from .factors import CLOTHES
-from .head import AXIS, EYE, SKIN, TEETH, load_head
+from .head import AXIS, EYE, LOWER_TEETH, SKIN, TONGUE, load_head
 from .identity import EYE_COLORS
 from .mesh import above_neckline
 from .noise import grain, look_up
@@ -137,13 +137,17 @@ def _open_mouth(shot: Shot, gap: np.ndarray) -> None:
     hole = np.zeros(shot.camera.size**2, bool)
     hole[gap] = True
     points, normal, place = shot.attributes(seen, shot.mesh, shot.normals, shot.head.template)
-    tooth = column((shot.head.kind[seen.corners[:, 0]] == TEETH).astype(np.float32))
+    kind = shot.head.kind[seen.corners[:, 0]]
+    tooth = column((kind != TONGUE).astype(np.float32))
     albedo = linear(mix(np.broadcast_to(np.array(GUM_COLOR, np.float32), normal.shape), TEETH_COLOR, tooth))
     front = smoothstep(MOUTH_DEEP, MOUTH_FRONT, place[:, 2])
     normal = normalize(normal * np.float32(0.4) + VIEW * np.float32(0.6))  # a row of teeth looks smooth
     light = shot.lighting.surface(albedo, normal, points, 0.25 + 0.65 * front, 0.04, shadows=False)
-    upper = 0.45 + 0.55 * smoothstep(6.60, 6.66, place[:, 1])  # the lip's shadow lies on the lower row
-    light = light * column((0.3 + 0.55 * front) * np.where(tooth[:, 0] > 0, upper, 1))
+    beside = smoothstep(
+        0.12, 0.28, np.abs(place[:, 0])
+    )  # the lip's shadow lies on the lower row, the cheek's on its sides
+    row = np.where(kind == LOWER_TEETH, 0.5 - 0.4 * beside, 1)
+    light = light * column((0.3 + 0.55 * front) * row)
     alpha = np.where(hole[seen.pixel], np.float32(1), np.float32(0))
     shot.canvas.paint(seen, light, kinds.MOUTH, alpha, lift=0.08)
 

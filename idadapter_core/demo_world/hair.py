@@ -204,7 +204,7 @@ def _draw_shell(shot: Shot, hair: Hair, height: Floats, share: float, brightness
 
 def _no_loose_dots(normal: Floats) -> Floats:
     """Strands that are seen from their edge would be dots around the outline."""
-    return smoothstep(-0.05, 0.3, normal[:, 2])
+    return smoothstep(0.05, 0.45, normal[:, 2])
 
 
 def _cut(hair: Hair) -> float:
@@ -233,7 +233,7 @@ def _draw_curtain(shot: Shot, hair: Hair, hat: bool) -> None:
         def cover(place: Floats, normal: Floats, streaks: Floats, share: float = share) -> Floats:
             y = place[:, 1]
             opening = np.interp(y, OPENING_HEIGHTS, OPENING_ANGLES).astype(np.float32)
-            alpha = smoothstep(-1.5, 2.0, angle(place) - opening - 2.5 * streaks)
+            alpha = smoothstep(-2.0, 3.0, angle(place) - opening - 1.5 * streaks)
             alpha = alpha * smoothstep(-0.04, 0.06, y - end - ragged * streaks)
             if share < 1:
                 alpha = alpha * smoothstep(-0.4, 0.3, streaks) * _no_loose_dots(normal)
@@ -298,7 +298,7 @@ def draw_beard(shot: Shot) -> None:
         area = np.minimum(full, 0.40 - side)
     lips = np.exp(-(((place[:, 1] - 6.61) / 0.095) ** 4) - (side / 0.27) ** 4)
     rough = look_up(grain(), place[:, 0] * 2.4, place[:, 1] * 0.9) - 0.5
-    alpha = 0.92 * smoothstep(-0.04, 0.09, area + 0.14 * rough - 0.5 * lips)
+    alpha = 0.92 * smoothstep(-0.04, 0.09, area + 0.14 * rough - 0.5 * lips) * _no_loose_dots(normal)
     down = rotate(
         np.stack([place[:, 0] * 0.5, np.full(len(place), -1.0, np.float32), 0 * side], 1), shot.pose.head
     )

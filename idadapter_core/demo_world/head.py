@@ -16,7 +16,7 @@ from .arrays import Floats, Ints, smoothstep
 
 ASSET = Path(__file__).parent / "assets" / "head.npz"
 STEP = 1e-3  # decimetres; coordinates are stored as whole multiples, 0.1 mm
-SKIN, EYE, TEETH, TONGUE = range(4)  # what a vertex of the mesh belongs to
+SKIN, EYE, UPPER_TEETH, LOWER_TEETH, TONGUE = range(5)  # what a vertex of the mesh belongs to
 AXIS = 0.35  # z of the upright axis that angles around the head are measured from
 
 
@@ -115,7 +115,13 @@ def load_head() -> Head:
     template = _lengths(stored["template"])
     parts = {name[5:]: stored[name].astype(np.int32) for name in stored if name.startswith("part_")}
     kind = np.full(len(template), SKIN, np.int32)
-    owners = {"left_eye": EYE, "right_eye": EYE, "teeth": TEETH, "tongue": TONGUE}
+    owners = {
+        "left_eye": EYE,
+        "right_eye": EYE,
+        "upper_teeth": UPPER_TEETH,
+        "lower_teeth": LOWER_TEETH,
+        "tongue": TONGUE,
+    }
     for name, owner in owners.items():
         kind[np.unique(parts[name])] = owner
     names = tuple(str(name) for name in stored["shape_names"])
@@ -132,7 +138,7 @@ def load_head() -> Head:
         actions=_morphs([str(name) for name in stored["action_names"]], stored["actions"]),
         body=parts["body"],
         eyes=(parts["left_eye"], parts["right_eye"]),
-        teeth=parts["teeth"],
+        teeth=np.concatenate([parts["upper_teeth"], parts["lower_teeth"]]),
         tongue=parts["tongue"],
         hair=parts["hair"],
         lashes=parts["lashes"],

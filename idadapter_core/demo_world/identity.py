@@ -54,8 +54,8 @@ HAIR_COLORS: Mapping[str, Color] = {
 # How strongly shapes of a part of the face vary: half the width of the range, 1 is the end that the sculptors made.
 # A flat range tells people apart as well as a bell curve of the same deviation, and has no tails that look odd.
 SPREADS: Mapping[str, float] = {
-    "cheek": 0.75, "chin": 0.50, "ears": 0.45, "eyebrows": 0.55, "eyes": 0.62, "forehead": 0.35, "head": 0.36,
-    "mouth": 0.55, "neck": 0.25, "nose": 0.66, "outline": 0.60,
+    "cheek": 0.90, "chin": 0.60, "ears": 0.55, "eyebrows": 0.65, "eyes": 0.75, "forehead": 0.35, "head": 0.36,
+    "mouth": 0.62, "neck": 0.25, "nose": 0.80, "outline": 0.72,
 }  # fmt: skip
 SPREAD_OF: Mapping[str, float] = {
     # Shifts to one side are no shapes of faces.

@@ -137,6 +137,7 @@ def _lenses(shot: Shot, rims: Sequence[Floats], dark: bool) -> None:
 def _hat(shot: Shot) -> None:
     template, beanie = shot.head.template, shot.factors.accessory == "beanie"
     edge = 7.60 if beanie else 7.66
+    _shade_under_hat(shot, edge)
     cuff = 0.05 * smoothstep(7.98, 7.93, template[:, 1]) if beanie else 0.0
     height = 0.10 + 0.16 * smoothstep(7.7, 8.3, template[:, 1]) + cuff
     vertices = (shot.mesh + shot.normals * height[:, None]).astype(np.float32)
@@ -148,7 +149,7 @@ def _hat(shot: Shot) -> None:
         pattern = pattern * (1 - 0.18 * smoothstep(0.02, 0.0, np.abs(place[:, 1] - 7.98)))
     else:
         pattern = 1 - 0.28 * smoothstep(0.06, 0.02, np.abs(np.sin(turn * 3)))
-    inside = place[:, 1] - edge + 0.22 * smoothstep(0.6, -0.6, place[:, 2])
+    inside = _inside_hat(place, edge)
     light = shot.lighting.surface(
         linear(_color(shot) * column(pattern)), normal, points, 0.9, 0.01, shadows=False
     )
@@ -157,10 +158,23 @@ def _hat(shot: Shot) -> None:
         _brim(shot)
 
 
+def _inside_hat(place: Floats, edge: float) -> Floats:
+    """Decimetres (M) above the edge of a hat, which lies lower at the back."""
+    return place[:, 1] - edge + 0.22 * smoothstep(0.6, -0.6, place[:, 2])
+
+
+def _shade_under_hat(shot: Shot, edge: float) -> None:
+    """Darken forehead and hair below the edge."""
+    vertices = (shot.mesh + shot.normals * np.float32(0.015)).astype(np.float32)
+    seen = shot.draw(vertices, _hat_skin(), cull=True)
+    alpha = 0.45 * smoothstep(-0.20, 0.0, _inside_hat(seen.interpolate(shot.head.template), edge))
+    shot.canvas.paint(seen, np.zeros((len(seen), 3), np.float32), kinds.HAT, alpha, lift=0.05)
+
+
 def _brim(shot: Shot) -> None:
     u, v = np.meshgrid(np.linspace(-1.05, 1.05, BRIM_TURNS), np.linspace(0, 1, BRIM_STEPS))
     front = shot.still[shot.head.nearest(0, 7.8, 1.5)]
-    y = front[1] + 0.03 - 0.15 * v - 0.16 * np.sin(u) ** 2
+    y = front[1] + 0.05 - 0.30 * v - 0.16 * np.sin(u) ** 2
     still = np.stack(
         [np.sin(u) * 0.82 * (1 + 0.12 * v), y, front[2] - 0.78 + np.cos(u) * (0.90 + 0.70 * v)], -1
     ).reshape(-1, 3)
@@ -170,7 +184,7 @@ def _brim(shot: Shot) -> None:
         [np.stack([first, lower, lower + 1], 1), np.stack([first, lower + 1, first + 1], 1)]
     )
     seen, normal, points = shot.draw_solid(shot.pose(still.astype(np.float32)), triangles.astype(np.int32))
-    albedo = np.broadcast_to(linear(_color(shot) * np.float32(0.85)), normal.shape)
+    albedo = np.broadcast_to(linear(_color(shot) * np.float32(0.72)), normal.shape)
     shot.canvas.paint(
         seen, shot.lighting.surface(albedo, normal, points, 0.8, 0.02, shadows=False), kinds.HAT
     )
