@@ -25,6 +25,8 @@ HEAVY = (
     "cv2",
     "transformers",
     "diffusers",
+    "numba",
+    "anny",
 )
 
 # From the top down: a module imports from lines below its own only.
@@ -93,7 +95,14 @@ def test_the_table_notices_an_upward_import() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["idadapter_core", "idadapter_core.convert", "idadapter_core.faces", "idadapter_core.unet"]
+    "module",
+    [
+        "idadapter_core",
+        "idadapter_core.convert",
+        "idadapter_core.demo_world",
+        "idadapter_core.faces",
+        "idadapter_core.unet",
+    ],
 )
 def test_importing_the_core_loads_no_host_and_no_face_library(module: str) -> None:
     code = f"import {module}, json, sys; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
