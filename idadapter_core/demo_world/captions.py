@@ -61,6 +61,11 @@ BACKGROUND_WORDS: Mapping[str, Sequence[str]] = {
     "sunset": ("at sunset", "in front of a sunset", "with a sunset behind"),
 }
 
+# Phrases that begin with one of these may follow without a comma, as long as there was none before.
+LINKS = (
+    "with", "in", "at", "on", "before", "against", "among", "wearing", "dressed", "looking", "facing", "turned", "smiling", "laughing",
+)  # fmt: skip
+
 
 def caption(
     person: Person,
@@ -94,15 +99,11 @@ def caption(
     noun = f"a {word} {person.sex}" if word else f"a {person.sex}"
     ordered = [name for _, name in sorted(zip(order, parts, strict=True))]
     said = [parts[name] for name in ordered if name in mention and parts[name]]
-    joint = ", " if rng.random() < 0.6 else " "
-    return _joined(style.format(noun=noun), said, joint)
-
-
-def _joined(start: str, said: Sequence[str], joint: str) -> str:
-    """Commas where a phrase follows a comma already, or as the joint says."""
-    if "," in start:
-        joint = ", "
-    return start + "".join(joint + phrase for phrase in said)
+    text = style.format(noun=noun)
+    for phrase in said:
+        flows = phrase.split()[0] in LINKS and "," not in text and rng.random() < 0.6
+        text += f" {phrase}" if flows else f", {phrase}"
+    return text
 
 
 def words_of(factor: str, value: str) -> tuple[str, ...]:

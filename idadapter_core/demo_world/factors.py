@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import InputError
 from .arrays import Color
-from .identity import between
+from .identity import between, require_one_of
 
 STYLES = ("photo", "sketch", "oil", "comic", "night")
 BACKGROUNDS = ("studio", "snow", "beach", "forest", "city_night", "brick", "bookshelf", "sunset")
@@ -102,12 +102,12 @@ class Factors:
     seed: int  # of brush strokes and of the wording of the caption
 
     def __post_init__(self) -> None:
-        _require("style", self.style, STYLES)
-        _require("background", self.background, BACKGROUNDS)
-        _require("accessory", self.accessory, ACCESSORIES)
-        _require("colour of clothes", self.clothes, tuple(CLOTHES))
-        _require("collar", self.collar, COLLARS)
-        _require("expression", self.expression, tuple(EXPRESSIONS))
+        require_one_of("style", self.style, STYLES)
+        require_one_of("background", self.background, BACKGROUNDS)
+        require_one_of("accessory", self.accessory, ACCESSORIES)
+        require_one_of("colour of clothes", self.clothes, tuple(CLOTHES))
+        require_one_of("collar", self.collar, COLLARS)
+        require_one_of("expression", self.expression, tuple(EXPRESSIONS))
         for name, limit in LIMITS.items():
             value = getattr(self, name)
             if not -limit <= value <= limit:
@@ -162,8 +162,8 @@ class Factors:
             and drawn["accessory"] == "sunglasses"
         ):
             drawn["accessory"] = "glasses"  # nobody sees closed eyes behind sunglasses
-        _require("direction", drawn["direction"], DIRECTIONS)
-        _require("background", drawn["background"], BACKGROUNDS)
+        require_one_of("direction", drawn["direction"], DIRECTIONS)
+        require_one_of("background", drawn["background"], BACKGROUNDS)
         return cls(
             style=drawn["style"],
             background=drawn["background"],
@@ -202,8 +202,3 @@ def _one_of(rng: np.random.Generator, names: Sequence[str]) -> str:
 
 def _normal(rng: np.random.Generator, deviation: float, limit: float) -> float:
     return min(max(deviation * float(rng.standard_normal()), -limit), limit)
-
-
-def _require(what: str, value: str, names: Sequence[str]) -> None:
-    if value not in names:
-        raise InputError(f"there is no {what} {value!r}; choose one of: {', '.join(names)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -101,6 +101,9 @@ class Hair:
     part: int  # -1 or 1: side of the parting
     recession: float  # 0..1
 
+    def __post_init__(self) -> None:
+        require_one_of("hair style", self.style, HAIR_STYLES)
+
 
 @dataclass(frozen=True)
 class Brows:
@@ -131,6 +134,10 @@ class Look:
     moles: int
     texture_seed: int
 
+    def __post_init__(self) -> None:
+        require_one_of("colour of eyes", self.eyes, tuple(EYE_COLORS))
+        require_one_of("beard", self.beard, BEARDS)
+
 
 @dataclass(frozen=True)
 class Person:
@@ -144,6 +151,15 @@ class Person:
     shape: tuple[float, ...]  # one per name of `trait_names()`, about -1..1
     asymmetry: tuple[float, ...]  # one per shape of the head
     look: Look
+
+    def __post_init__(self) -> None:
+        require_one_of("sex", self.sex, SEXES)
+        for name, count in (("shape", len(trait_names())), ("asymmetry", len(load_head().shape_names))):
+            if len(getattr(self, name)) != count:
+                raise InputError(
+                    f"the {name} of a person has {count} values, got {len(getattr(self, name))}; "
+                    "start from Person.sample and replace single values."
+                )
 
     @classmethod
     def sample(cls, seed: int) -> Person:
@@ -171,14 +187,19 @@ class Person:
         return replace(self, look=other.look)
 
 
+def require_one_of(what: str, value: str, names: Sequence[str]) -> None:
+    """Refuse a class that does not exist."""
+    if value not in names:
+        raise InputError(f"there is no {what} {value!r}; choose one of: {', '.join(names)}.")
+
+
 def seed_of(split: str, index: int) -> int:
     """The seed of person `index` (0, 1, 2, ...) of a group of `SPLITS`.
 
     Raises:
         InputError: the group is unknown, or the index is negative.
     """
-    if split not in SPLITS:
-        raise InputError(f"there is no group of people {split!r}; choose one of: {', '.join(SPLITS)}.")
+    require_one_of("group of people", split, tuple(SPLITS))
     if index < 0:
         raise InputError(f"people of a group are counted from 0, got {index}; choose another index.")
     digits = SPLITS[split]

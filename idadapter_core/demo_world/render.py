@@ -63,9 +63,9 @@ def render(
             f"every picture needs a person and factors, got {len(people)} people and {len(factors)} factors; "
             "repeat a person for each of their pictures."
         )
-    if not MIN_SIZE <= size <= MAX_SIZE:
+    if not isinstance(size, (int, np.integer)) or not MIN_SIZE <= size <= MAX_SIZE:
         raise InputError(
-            f"the size of a picture must lie within {MIN_SIZE}..{MAX_SIZE} pixels, got {size}; choose another one."
+            f"the size of a picture must be a whole number within {MIN_SIZE}..{MAX_SIZE} pixels, got {size}; choose another one."
         )
     drawn = [
         picture

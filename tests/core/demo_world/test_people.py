@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -97,3 +98,17 @@ def test_groups_and_indices_that_are_not_there_are_refused() -> None:
         seed_of("exam", 0)
     with pytest.raises(InputError, match="counted from 0, got -1"):
         seed_of("test", -1)
+
+
+def test_people_who_cannot_be_drawn_are_refused() -> None:
+    person = Person.sample(0)
+    with pytest.raises(InputError, match="no hair style 'mohawk'; choose one of: bald, buzz"):
+        replace(person.look.hair, style="mohawk")
+    with pytest.raises(InputError, match="no colour of eyes 'red'"):
+        replace(person.look, eyes="red")
+    with pytest.raises(InputError, match="no beard 'forked'"):
+        replace(person.look, beard="forked")
+    with pytest.raises(
+        InputError, match=r"the shape of a person has 116 values, got 1; start from Person\.sample"
+    ):
+        replace(person, shape=(0.0,))

@@ -234,9 +234,9 @@ def test_what_cannot_be_drawn_is_refused(person: Person) -> None:
         render([person], [plain(), plain()])
     with pytest.raises(InputError, match="got 0 people and 0 factors"):
         render([], [])
-    for size in (31, 1025):
+    for size in (31, 1025, 64.5):
         with pytest.raises(InputError, match=rf"within 32..1024 pixels, got {size}"):
-            render([person], [plain()], size)
+            render([person], [plain()], size)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no renderer 'cuda'; choose one of: numpy, numba"):
         render([person], [plain()], SIZE, backend="cuda")
 
