@@ -14,7 +14,7 @@ from .identity import Person
 SEED_TAG = 1_209  # as for people
 FACTORS = ("style", "expression", "direction", "clothes", "accessory", "background")
 
-# Alternatives of each class; "{noun}" is who is seen and "{color}" the clothes. Words of one class name no other one.
+# Alternatives of each class; "{noun}" is who is seen, "{color}" the colour of the clothes. Words of one class name no other one.
 STYLE_WORDS: Mapping[str, Sequence[str]] = {
     "photo": ("a photo of {noun}", "a portrait photo of {noun}", "a photograph of {noun}"),
     "sketch": ("a pencil sketch of {noun}", "a pencil drawing of {noun}", "a sketch of {noun}"),
@@ -45,9 +45,9 @@ ACCESSORY_WORDS: Mapping[str, Sequence[str]] = {
     "scarf": ("with a scarf", "wearing a scarf", "with a warm scarf"),
 }
 CLOTHES_WORDS: Sequence[str] = (
-    "in a {color} shirt",
-    "wearing a {color} shirt",
-    "in a {color} top",
+    "in {a_color} shirt",
+    "wearing {a_color} shirt",
+    "in {a_color} top",
     "dressed in {color}",
 )
 BACKGROUND_WORDS: Mapping[str, Sequence[str]] = {
@@ -96,7 +96,7 @@ def caption(
     style = parts.pop("style")
     if "style" not in mention:
         style = "a picture of {noun}"
-    noun = f"a {word} {person.sex}" if word else f"a {person.sex}"
+    noun = _with_article(f"{word} {person.sex}" if word else person.sex)
     ordered = [name for _, name in sorted(zip(order, parts, strict=True))]
     said = [parts[name] for name in ordered if name in mention and parts[name]]
     text = style.format(noun=noun)
@@ -113,7 +113,7 @@ def words_of(factor: str, value: str) -> tuple[str, ...]:
         "background": BACKGROUND_WORDS,
     }.get(factor, {})  # fmt: skip
     if factor == "clothes":
-        return tuple(phrase.format(color=value) for phrase in CLOTHES_WORDS)
+        return tuple(phrase.format(color=value, a_color=_with_article(value)) for phrase in CLOTHES_WORDS)
     return tuple(table[value])
 
 
@@ -125,7 +125,9 @@ def vocabulary() -> tuple[str, ...]:
     tables = (STYLE_WORDS, EXPRESSION_WORDS, DIRECTION_WORDS, ACCESSORY_WORDS, BACKGROUND_WORDS)
     phrases = [phrase for table in tables for words in table.values() for phrase in words]
     phrases += [*CLOTHES_WORDS, *CLOTHES, *SEXES, "a picture of"]
-    text = " ".join(phrases).replace("{noun}", "").replace("{color}", "")
+    text = " ".join([*phrases, *map(_with_article, CLOTHES)])
+    for slot in ("{noun}", "{color}", "{a_color}"):
+        text = text.replace(slot, "")
     return tuple(sorted(set(re.findall(r"[a-z]+", text))))
 
 
@@ -134,6 +136,10 @@ def _alternatives(factors: Factors) -> dict[str, Sequence[str]]:
         name: words_of(name, factors.direction if name == "direction" else getattr(factors, name))
         for name in FACTORS
     }
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:

@@ -147,3 +147,10 @@ def test_the_vocabulary_is_all_that_captions_use(person: Person) -> None:
     words = set(vocabulary())
     for factors in many():
         assert set(caption(person, factors).replace(",", " ").split()) <= words
+
+
+def test_articles_suit_their_nouns(person: Person) -> None:
+    texts = {caption(person, plain(clothes="orange"), wording=seed) for seed in range(30)}
+    assert any("an orange" in text for text in texts)
+    assert not any("a orange" in text for text in texts)
+    assert caption(person, plain(), mention=(), word="ohwx") == f"a picture of an ohwx {person.sex}"
