@@ -99,7 +99,7 @@ def _saturated(image: Floats, amount: float) -> Floats:
 
 def _oil(sheet: Sheet) -> Floats:
     """Strokes of a brush in warm, dense colours."""
-    flat = _flattened(sheet, max(2, round(4 * sheet.scale)))
+    flat = mix(_flattened(sheet, max(2, round(4 * sheet.scale))), sheet.image, 0.3)  # eyes stay eyes
     flat = np.clip((_saturated(flat, 1.4) - 0.5) * 1.1 + 0.53, 0, 1)
     rng = np.random.default_rng([SEED_TAG, sheet.seed])
     size = len(flat)
@@ -115,7 +115,7 @@ def _oil(sheet: Sheet) -> Floats:
 
 def _comic(sheet: Sheet) -> Floats:
     """Flat colours in a few steps, and ink."""
-    flat = _flattened(sheet, max(2, round(5 * sheet.scale)))
+    flat = mix(_flattened(sheet, max(2, round(4 * sheet.scale))), sheet.image, 0.35)
     mean = (flat[..., 0] + flat[..., 1] + flat[..., 2])[..., None] / 3
     level = mean * 5 + 0.3
     whole = np.floor(level)
@@ -123,7 +123,7 @@ def _comic(sheet: Sheet) -> Floats:
         whole + smoothstep(0.42, 0.58, level - whole) - 0.05
     ) / 5  # steps with a narrow slope: no jump at a border
     flat = np.clip(_saturated(flat, 1.5) * stepped / (mean + 0.02) * 1.12, 0, 1)
-    detail = np.clip(slope(blur(sheet.gray, 1.0 * sheet.scale)) * sheet.scale - 0.24, 0, 1) * 1.4
+    detail = np.clip(slope(blur(sheet.gray, 1.0 * sheet.scale)) * sheet.scale - 0.20, 0, 1) * 1.5
     lines = blur(sheet.lines(), 0.8 * sheet.scale)
     ink = np.clip(1.5 * lines + detail, 0, 1)
     return flat * (1 - 0.9 * ink)[..., None]
