@@ -60,7 +60,8 @@ def _parted(hair: Hair, places: Floats) -> Floats:
     return np.exp(-(((side - 0.42) / 0.07) ** 2)) * smoothstep(7.6, 7.9, places[:, 1])
 
 
-# Decimetres of hair over the skin, from the hair, canonical places (V, 3), and soft noise (V) of -0.5..0.5.
+# Decimetres of hair over the skin, from the hair, canonical places (V, 3), how far each lies on top of the head (V, 0..1), and soft
+# noise (V, -0.5..0.5).
 THICKNESS: Mapping[str, Thickness] = {
     "buzz": lambda hair, p, top, n: np.full(len(p), 0.02, np.float32),
     "short": lambda hair, p, top, n: 0.05 + (0.07 + 0.10 * hair.length) * top + 0.05 * n,
