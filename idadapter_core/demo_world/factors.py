@@ -137,7 +137,7 @@ class Factors:
         """Draw all factors, but for those that are given. `dataclasses.replace` sets the others.
 
         A given class does not change what is drawn for the rest: the generator advances by the same steps. Light suits
-        the background.
+        the background. Closed eyes and sunglasses meet only where one of the two is given.
 
         Raises:
             InputError: a given class does not exist.
