@@ -170,8 +170,8 @@ def load_adapter(
         wanted = {key: tensor for key, tensor in second.items() if key.startswith(formats.TEXT_PREFIX)}
         if config.head_width != second_config.head_width:
             raise MismatchError(
-                f"{source} and {second_source} were not made for each other: their attention heads are {config.head_width} and "
-                f"{second_config.head_width} wide. Choose the two branches of one training."
+                f"{source} and {second_source} were not made for each other: the attention heads of the first are "
+                f"{config.head_width} wide, those of the second {second_config.head_width}. Choose the two branches of one training."
             )
         state |= wanted
         digests = {c.recognizer for c in (config, second_config)} - {""}
@@ -194,13 +194,15 @@ def _branches_problem(
     if not adapter.has_text_branch and text.has_text_branch:
         return ""
     if same:
-        missing = "adapter" if text.has_text_branch else "text"
-        rest = f"choose the file of the {missing} branch as {'adapter' if missing == 'adapter' else 'text_branch'}"
-        if adapter.has_adapter_branch and adapter.has_text_branch:
-            rest = "it holds both branches: set text_branch to 'none'"
+        if not text.has_text_branch:
+            rest = "it holds no text branch: choose the file of the text branch as text_branch, or set that to 'none'"
+        elif adapter.has_adapter_branch:
+            rest = "it already holds a text branch: set text_branch to 'none'"
         else:
-            rest = f"it holds the {uniid.branches(adapter)} alone: {rest}"
-            rest += ", or set text_branch to 'none'"
+            rest = (
+                "it already holds a text branch, but no adapter branch: choose the file of the adapter branch as adapter, or set "
+                "text_branch to 'none'"
+            )
         return f"{first} is chosen twice, as adapter and as text_branch; {rest}."
     if not adapter.has_adapter_branch and not text.has_text_branch:
         return (

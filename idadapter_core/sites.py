@@ -57,8 +57,8 @@ def attention_sites(keys: Iterable[str]) -> tuple[Site, ...]:
     found = _from_ldm(names) or _from_diffusers(names)
     if not found:
         raise MismatchError(
-            "this model is none of the Stable Diffusion kind (it has no cross-attention layers of such a UNet), and ID adapters work in "
-            "no other: SD1.5, SD2.1, SDXL and what was trained from them. Load a model of the family the adapter was made for."
+            "no cross-attention layers of a Stable Diffusion UNet found in this model. ID adapters work in SD1.5, SD2.1, SDXL and models "
+            "that were trained from them: load one of the family that the adapter was made for."
         )
     sites: list[Site] = []
     for transformer, depth in sorted(set(found), key=lambda item: (item[0].order, item[1])):

@@ -319,19 +319,19 @@ def test_a_second_text_branch_is_refused(state: State, tmp_path: Path) -> None:
         (
             "text",
             "text",
-            "text.bin is chosen twice, as adapter and as text_branch; it holds the text branch alone: choose the file of the adapter "
-            "branch as adapter, or set text_branch to 'none'.",
+            "text.bin is chosen twice, as adapter and as text_branch; it already holds a text branch, but no adapter branch: choose the "
+            "file of the adapter branch as adapter, or set text_branch to 'none'.",
         ),
         (
             "adapter",
             "adapter",
-            "adapter.bin is chosen twice, as adapter and as text_branch; it holds the adapter branch alone: choose the file of the "
-            "text branch as text_branch, or set text_branch to 'none'.",
+            "adapter.bin is chosen twice, as adapter and as text_branch; it holds no text branch: choose the file of the text branch as "
+            "text_branch, or set that to 'none'.",
         ),
         (
             "whole",
             "whole",
-            "whole.bin is chosen twice, as adapter and as text_branch; it holds both branches: set text_branch to 'none'.",
+            "whole.bin is chosen twice, as adapter and as text_branch; it already holds a text branch: set text_branch to 'none'.",
         ),
         (
             "adapter",

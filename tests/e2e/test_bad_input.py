@@ -551,7 +551,10 @@ def test_no_adapter_file_at_all(server: ComfyServer) -> None:
 
 def test_the_text_branch_chosen_twice(server: ComfyServer) -> None:
     message = refused_adapter(server, TEXT_BRANCH, TEXT_BRANCH)
-    assert "is chosen twice, as adapter and as text_branch; it holds the text branch alone" in message
+    assert (
+        "is chosen twice, as adapter and as text_branch; it already holds a text branch, but no adapter branch"
+        in message
+    )
     assert "choose the file of the adapter branch as adapter, or set text_branch to 'none'" in message
 
 
@@ -563,7 +566,7 @@ def test_the_branches_exchanged(server: ComfyServer) -> None:
 
 def test_the_adapter_branch_chosen_as_text_branch(server: ComfyServer) -> None:
     message = refused_adapter(server, ADAPTER, ADAPTER)
-    assert "is chosen twice, as adapter and as text_branch; it holds the adapter branch alone" in message
+    assert "is chosen twice, as adapter and as text_branch; it holds no text branch" in message
     assert "choose the file of the text branch as text_branch" in message
 
 

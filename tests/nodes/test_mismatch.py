@@ -52,7 +52,9 @@ def test_model_without_cross_attention() -> None:
         def model_state_dict() -> dict[str, object]:
             return {"diffusion_model.double_blocks.0.img_attn.qkv.weight": None}
 
-    with pytest.raises(MismatchError, match=r"none of the Stable Diffusion kind .* SD1.5, SD2.1, SDXL"):
+    with pytest.raises(
+        MismatchError, match=r"no cross-attention layers of a Stable Diffusion UNet found.*SD1.5, SD2.1, SDXL"
+    ):
         plan_of(Other())
 
 

@@ -33,6 +33,15 @@ from idadapter_core.waiting import Aside
 from tests.core.training.test_engine import Process
 from tests.tiny.toy import Toy
 
+
+@pytest.fixture(autouse=True)
+def _no_handler_of_other_tests() -> Iterator[None]:
+    """A loader that another test began in the main thread leaves torch's handler of SIGCHLD behind, for the whole process."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
 if sys.platform == "win32":
     pytest.skip("signals and pipes of POSIX", allow_module_level=True)
 
