@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,12 @@ class LoadedAnalyzer:
         return result
 
 
-def load_recognizer(path: Path) -> tuple[Any, str]:
-    """A torch face network as a ModelPatcher, and its digest."""
+def load_recognizer(path: Path, progress: Callable[[], object] = lambda: None) -> tuple[Any, str]:
+    """A torch face network as a ModelPatcher, and its digest. `progress` is called when each of the two is there."""
     network = load_iresnet(path)
+    progress()
     name = digest(network)
+    progress()
     return manage(network, _reload_recognizer, path, name), name
 
 
@@ -108,8 +110,8 @@ class LoadFaceAnalyzer(io.ComfyNode):
         if recognizer == FROM_PACKAGE:
             return io.NodeOutput(LoadedAnalyzer(open_analyzer(folder, provider, recognition=True)))
         progress = comfy.utils.ProgressBar(3)
-        patcher, recognizer_digest = load_recognizer(paths.path_of(paths.RECOGNIZERS, recognizer))
-        progress.update(2)
+        file = paths.path_of(paths.RECOGNIZERS, recognizer)
+        patcher, recognizer_digest = load_recognizer(file, lambda: progress.update(1))
         analyzer = open_analyzer(folder, provider)
         progress.update(1)
         return io.NodeOutput(LoadedAnalyzer(analyzer, patcher, recognizer_digest))
