@@ -56,6 +56,11 @@ def test_too_many_bad_photos(scanned: Scanned, tmp_path: Path, capsys: pytest.Ca
     )
 
 
+def _hear_ctrl_c() -> None:
+    """Processes in the background and pytest-xdist's own ignore it, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups of that kind")
 def test_ctrl_c_while_workers_start(scanned: Scanned, tmp_path: Path) -> None:
     """It goes to all processes at the terminal; one of them tells, in one line."""
@@ -76,6 +81,7 @@ def test_ctrl_c_while_workers_start(scanned: Scanned, tmp_path: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=_hear_ctrl_c,
         )
         assert process.stdout is not None
         while "face models run on" not in process.stdout.readline():
