@@ -36,6 +36,8 @@ FIVE = (*PHOTOS[:2], STRANGER, PHOTOS[2], EMPTY)
 WIDGET = "idadapter_messages"
 EVENT = "idadapter.messages"
 TOAST = "document.querySelector('.p-toast-message')"
+# Those of the attempt before fade away for a moment.
+ONE_TOAST = "document.querySelectorAll('.p-toast-message').length === 1"
 OVERLAY = "document.querySelector('[data-testid=error-overlay]')"
 
 
@@ -398,7 +400,7 @@ def test_our_error_in_another_packs_node_is_said_too(page: Page) -> None:
     rewire(graph, nodes["sampler"], positive=add_attach(graph, nodes["positive"], nodes["identity"]))
     open_workflow(page.browser, graph)
     page.browser.run()
-    page.browser.wait_for(TOAST, "no toast")
+    page.browser.wait_for(ONE_TOAST, "not one toast")
     (text,) = toast_texts(page.browser)
     assert text.startswith("KSampler: ")
     assert "Add one Apply ID Adapter" in text
@@ -410,7 +412,7 @@ def test_a_file_that_is_not_there_is_named(page: Page) -> None:
     graph.workflow[nodes["adapter"].id]["inputs"]["adapter"] = "absent.safetensors"
     open_workflow(page.browser, graph)
     page.browser.run()
-    page.browser.wait_for(TOAST, "no toast")
+    page.browser.wait_for(ONE_TOAST, "not one toast")
     keep_screenshot(page, "refused")
     (text,) = toast_texts(page.browser)
     assert text.startswith('Load ID Adapter: adapter: "absent.safetensors" is not among the choices.')
