@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.demo_world grid OUT.png`: look at people who don't exist."""
+"""`python -m idadapter_core.demo_world grid OUT.png`: look at people who don't exist. `… build` makes the networks that know them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .identity import SPLITS
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = _parser().parse_args(arguments)
-    return run(lambda: _grid(options))
+    return run(lambda: options.work_of(options), interrupted=options.interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +43,70 @@ def _parser() -> argparse.ArgumentParser:
         help='one style, "any" for a mixture, or "all" for the same pictures in each (default photo)',
     )  # fmt: skip
     grid.add_argument("--captions", action="store_true", help="print what each picture shows")
+    grid.set_defaults(work_of=_grid, interrupted="nothing was written")
+    _add_build(commands)
     return parser
+
+
+def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
+    build = commands.add_parser(
+        "build",
+        help="make the networks of the demo world, stage by stage (hours; needs opencv, onnx, insightface)",
+    )
+    build.add_argument(
+        "stages", nargs="*", metavar="STAGE", help="stages to do; all of them where none is named"
+    )
+    build.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where everything is kept; a stopped build goes on from there",
+    )
+    build.add_argument("--processes", type=int, default=2, help="that draw pictures (default 2)")
+    build.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of a training (default 1: where other programs run, more gain little)",
+    )
+    build.add_argument(
+        "--settings", choices=("full", "tiny"), default="full", help="tiny: in a minute, to see that it works"
+    )
+    build.add_argument("--again", action="store_true", help="make the stages once more that were done before")
+    build.add_argument("--list", action="store_true", help="say what the stages do, and which are done")
+    build.add_argument(
+        "--ship",
+        action="store_true",
+        help="copy what the named stages made, if it is good enough, to the files that are shipped",
+    )
+    build.set_defaults(work_of=_build, interrupted="the same command goes on from there")
+
+
+def _build(options: argparse.Namespace) -> int:
+    # Their libraries (torch, opencv, onnx) are no business of who draws a sheet.
+    import torch
+
+    from .build.make import STAGES
+    from .build.settings import SETTINGS
+    from .build.stages import Bench, describe, run_stages, ship
+
+    for name in ("processes", "threads"):
+        if getattr(options, name) < 1:
+            raise InputError(
+                f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
+            )
+    bench = Bench(options.work, SETTINGS[options.settings], options.processes, options.again)
+    if options.list:
+        sys.stdout.write(describe(STAGES, bench))
+        return 0
+    if options.ship:
+        for path in ship(STAGES, options.stages, bench):
+            sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
+        return 0
+    torch.set_num_threads(options.threads)
+    run_stages(STAGES, options.stages, bench)
+    return 0
 
 
 def _grid(options: argparse.Namespace) -> int:

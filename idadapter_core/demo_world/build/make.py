@@ -1,0 +1,203 @@
+"""What the stages of the build do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...faces.detector import FaceAnalyzer, open_analyzer
+from ...faces.iresnet import EMBEDDING_WIDTH, IResNet
+from ..autoencoder import load_autoencoder, save_autoencoder
+from ..readers import load_reader, save_reader
+from ..second_recognizer import EMBEDDING, SecondRecognizer, load_second_recognizer, save_second_recognizer
+from ..shipped import (
+    AUTOENCODER,
+    DETECTOR_FILE,
+    FACE_PACKAGE,
+    FACE_PACKAGES,
+    JUDGE,
+    READER,
+    RECOGNIZER_FILE,
+    SEX_AND_AGE_FILE,
+)
+from .batches import Pool
+from .detector import Exported, detection_scores, output_names, train_detector
+from .measures import recognition
+from .onnx_files import write_onnx
+from .pictures import draw_pictures, open_pictures
+from .settings import Course
+from .sex_and_age import SIDE, sex_and_age_scores, train_sex_and_age
+from .sheets import write_pairs
+from .stages import Bench, Stage
+from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, train_autoencoder
+from .train_readers import reader_scores, train_reader
+from .train_recognizers import embeddings_of, first_of, recognizer_scores, train_recognizer
+
+RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (24, 48, 96, 96)
+PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
+EXAMPLE_SIDE = 320  # of the detector's input while it is exported; the file takes any
+
+
+def _pool(bench: Bench, *groups: str) -> Pool:
+    return Pool([open_pictures(bench.pictures, group) for group in groups])
+
+
+def _training(bench: Bench, name: str) -> dict[str, Any]:
+    """What every training is given besides its network and pictures."""
+    course: Course = bench.course(name)
+    log: Callable[[str], None] = lambda line: bench.log(name, line)  # noqa: E731
+    return {"course": course, "checkpoint": bench.checkpoint(name), "seed": bench.settings.seed, "log": log}
+
+
+def _pictures(bench: Bench) -> None:
+    draw_pictures(bench.pictures, bench.settings, bench.processes, lambda line: bench.log("pictures", line))
+
+
+def _readers(bench: Bench) -> None:
+    reader = train_reader(_pool(bench, "training", "second_training"), **_training(bench, "readers"))
+    save_reader(reader, bench.files / READER)
+    bench.score("readers", reader_scores(load_reader(bench.files / READER), _pool(bench, "test")))
+
+
+def _embed(network: nn.Module, crops: Tensor) -> Tensor:
+    return first_of(network(crops))
+
+
+class _EmbeddingAlone(nn.Module):
+    def __init__(self, network: IResNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return first_of(self.network(crops))
+
+
+def _judged(bench: Bench) -> dict[str, Pool]:
+    return {name.removeprefix("test_"): _pool(bench, name) for name in ("test_photo", "test_shape")}
+
+
+def _recognizer(bench: Bench) -> None:
+    network = IResNet(RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS)
+    torch.manual_seed(bench.settings.seed)
+    trained = train_recognizer(
+        network, _embed, EMBEDDING_WIDTH, _pool(bench, "training"), **_training(bench, "recognizer")
+    )
+    assert isinstance(trained, IResNet)
+    example = torch.zeros(1, 3, 112, 112)
+    write_onnx(
+        _EmbeddingAlone(trained), example, bench.files / PACKAGE / RECOGNIZER_FILE, ["embedding"],
+        {"input": {0: "None"}, "embedding": {0: "None"}},
+    )  # fmt: skip
+    bench.score("recognizer", recognizer_scores(trained, _embed, _judged(bench)))
+
+
+def _second_recognizer(bench: Bench) -> None:
+    torch.manual_seed(bench.settings.seed + 1)
+    trained = train_recognizer(
+        SecondRecognizer(),
+        _call,
+        EMBEDDING,
+        _pool(bench, "second_training"),
+        **_training(bench, "second_recognizer"),
+    )
+    assert isinstance(trained, SecondRecognizer)
+    save_second_recognizer(trained, bench.files / JUDGE)
+    loaded = load_second_recognizer(bench.files / JUDGE)
+    bench.score("second_recognizer", recognizer_scores(loaded, _call, _judged(bench)))
+
+
+def _call(network: nn.Module, crops: Tensor) -> Tensor:
+    result: Tensor = network(crops)
+    return result
+
+
+def _detector(bench: Bench) -> None:
+    detector = train_detector(_pool(bench, "training", "second_training"), **_training(bench, "detector"))
+    names = output_names()
+    free = {name: {0: f"n{name.split('_')[1]}"} for name in names}
+    write_onnx(
+        Exported(detector), torch.zeros(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE), bench.files / PACKAGE / DETECTOR_FILE, names,
+        {"input": {2: "height", 3: "width"}, **free},
+    )  # fmt: skip
+    pool = _pool(bench, "test")
+    numbers = np.linspace(0, len(pool) - 1, min(200, len(pool))).astype(np.int64)
+    bench.score("detector", detection_scores(analyzer_of(bench.files / PACKAGE).detect, pool, numbers))
+
+
+def _sex_and_age(bench: Bench) -> None:
+    network = train_sex_and_age(
+        _pool(bench, "training", "second_training"), **_training(bench, "sex_and_age")
+    )
+    write_onnx(
+        network, torch.zeros(1, 3, SIDE, SIDE), bench.files / PACKAGE / SEX_AND_AGE_FILE, ["fc1"],
+        {"input": {0: "None"}, "fc1": {0: "None"}},
+    )  # fmt: skip
+    bench.score("sex_and_age", sex_and_age_scores(network, _pool(bench, "test")))
+
+
+def _autoencoder(bench: Bench) -> None:
+    pool = _pool(bench, "training", "second_training")
+    network = train_autoencoder(pool, load_reader(bench.files / READER), **_training(bench, "autoencoder"))
+    path = bench.files / AUTOENCODER
+    save_autoencoder(network, path, *latent_statistics(network, pool))
+    loaded, _, _ = load_autoencoder(path)
+    photos = _pool(bench, "test_photo")
+    numbers = np.arange(len(photos))
+    originals, copies = photos.pixels(numbers), rebuilt(loaded, photos)
+    judge = load_second_recognizer(bench.files / JUDGE)
+    before, after = (
+        recognition(embeddings_of(judge, _call, pixels, photos.landmarks), photos.people)["rank_one"]
+        for pixels in (originals, copies)
+    )
+    write_pairs(originals[:12], copies[:12], bench.home / "sheets" / "autoencoder.png")
+    bench.score(
+        "autoencoder",
+        {
+            "signal_to_noise": round(signal_to_noise(originals, copies), 2),
+            "rank_one_of_originals": before,
+            "rank_one": after,
+            "kept": round(1 + after - before, 4),
+        },
+    )
+
+
+def analyzer_of(folder: Path) -> FaceAnalyzer:
+    """The face package of a folder, on the CPU."""
+    return open_analyzer(folder, "cpu")
+
+
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("pictures", "draw what everything learns from", (), _pictures),
+        Stage(
+            "detector", "train the face detector", ("pictures",), _detector, (f"{PACKAGE}/{DETECTOR_FILE}",),
+            {"found": 0.98},
+        ),
+        Stage(
+            "sex_and_age", "train the network that guesses sex and age", ("pictures",), _sex_and_age,
+            (f"{PACKAGE}/{SEX_AND_AGE_FILE}",), {"sex": 0.95},
+        ),
+        Stage(
+            "readers", "train the network that reads factors", ("pictures",), _readers, (READER,),
+            {"expression": 0.85, "direction": 0.97, "background": 0.97, "style": 0.97, "sex": 0.95, "accessory": 0.93},
+        ),
+        Stage(
+            "recognizer", "train the face package's recogniser", ("pictures",), _recognizer,
+            (f"{PACKAGE}/{RECOGNIZER_FILE}",), {"photo_auc": 0.98, "photo_rank_one": 0.9},
+        ),
+        Stage(
+            "second_recognizer", "train the recogniser that judges, on other people", ("pictures",), _second_recognizer,
+            (JUDGE,), {"photo_auc": 0.98, "photo_rank_one": 0.9},
+        ),
+        Stage(
+            "autoencoder", "train the autoencoder", ("pictures", "readers", "second_recognizer"), _autoencoder,
+            (AUTOENCODER,), {"kept": 0.97},
+        ),
+    )
+}  # fmt: skip
