@@ -2,7 +2,7 @@
 
 Its file has the form of the tiny autoencoders that ComfyUI loads (TAESD: 64 channels everywhere, three blocks a level). Such a network is too
 slow to be trained on a CPU. So most of it is left out while it learns: the larger a level's pictures, the fewer channels and blocks it has. In the file
-the missing channels are zeros. A block of zeros passes on what it gets, which is never negative, so both compute the same.
+the missing channels are zeros. A block of zeros passes on what it gets, as long as that is not negative, so both compute the same.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ def _blocks(width: int, count: int) -> nn.Sequential:
     return nn.Sequential(*(_Block(width) for _ in range(count)))
 
 
+def _level(hidden: Tensor, blocks: nn.Module) -> Tensor:
+    """What a level's blocks make of what is led into it. Where there are none, the file's blocks of zeros still cut off below 0."""
+    result: Tensor = blocks(hidden) if len(list(blocks.children())) else F.relu(hidden)
+    return result
+
+
 class Encoder(nn.Module):
     """Pictures (B, 3, H, W) in 0..1 to latents (B, C, H/8, W/8)."""
 
@@ -78,7 +84,7 @@ class Encoder(nn.Module):
     def forward(self, pictures: Tensor) -> Tensor:
         hidden = pictures
         for conv, blocks in zip(self.convs, self.blocks, strict=True):
-            hidden = blocks(F.relu(conv(hidden)))
+            hidden = _level(conv(hidden), blocks)
         latents: Tensor = self.last(hidden)
         return latents
 
@@ -105,7 +111,8 @@ class Decoder(nn.Module):
         for level in range(deepest, -1, -1):
             if level < deepest:
                 hidden = F.interpolate(hidden, scale_factor=2)
-            hidden = self.blocks[level](F.relu(self.convs[level](hidden)))
+            hidden = self.convs[level](hidden)
+            hidden = _level(F.relu(hidden) if level == deepest else hidden, self.blocks[level])
         pictures: Tensor = self.last(hidden)
         return pictures
 

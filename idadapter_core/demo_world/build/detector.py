@@ -28,7 +28,7 @@ CENTRE, AROUND = (
     0.55,
 )  # of a face's side: who answers for it, and who need not say that there is nothing
 CANVAS, LARGE_CANVAS = 320, 640
-LARGE_EVERY = 4  # batches
+LARGE_EVERY = 3  # batches
 MIRRORED = (1, 0, 2, 4, 3)  # landmarks of a mirrored picture
 UNCERTAIN = -4.6  # logit of 1 %, with which all scores begin
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...faces.detector import FaceAnalyzer, open_analyzer
-from ...faces.iresnet import EMBEDDING_WIDTH, IResNet
+from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet
 from ..autoencoder import load_autoencoder, save_autoencoder
 from ..readers import load_reader, save_reader
 from ..second_recognizer import EMBEDDING, SecondRecognizer, load_second_recognizer, save_second_recognizer
@@ -26,11 +26,11 @@ from ..shipped import (
     SEX_AND_AGE_FILE,
 )
 from .batches import Pool
-from .detector import Exported, detection_scores, output_names, train_detector
+from .detector import Detector, Exported, detection_scores, output_names, train_detector
 from .measures import recognition
 from .onnx_files import write_onnx
 from .pictures import draw_pictures, open_pictures
-from .settings import Course
+from .settings import FULL, SECOND, Course
 from .sex_and_age import SIDE, sex_and_age_scores, train_sex_and_age
 from .sheets import write_pairs
 from .stages import Bench, Stage
@@ -55,11 +55,21 @@ def _training(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def _pictures(bench: Bench) -> None:
-    draw_pictures(bench.pictures, bench.settings, bench.processes, lambda line: bench.log("pictures", line))
+    _draw(bench, "pictures", [name for name in bench.settings.groups if name != SECOND])
+
+
+def _second_pictures(bench: Bench) -> None:
+    _draw(bench, "second_pictures", [SECOND])
+
+
+def _draw(bench: Bench, stage: str, groups: list[str]) -> None:
+    draw_pictures(
+        bench.pictures, bench.settings, bench.processes, lambda line: bench.log(stage, line), groups
+    )
 
 
 def _readers(bench: Bench) -> None:
-    reader = train_reader(_pool(bench, "training", "second_training"), **_training(bench, "readers"))
+    reader = train_reader(_pool(bench, "training"), **_training(bench, "readers"))
     save_reader(reader, bench.files / READER)
     bench.score("readers", reader_scores(load_reader(bench.files / READER), _pool(bench, "test")))
 
@@ -81,6 +91,28 @@ def _judged(bench: Bench) -> dict[str, Pool]:
     return {name.removeprefix("test_"): _pool(bench, name) for name in ("test_photo", "test_shape")}
 
 
+def write_package_file(kind: str, network: nn.Module, folder: Path) -> Path:
+    """Write "detector", "recognizer" or "sex_and_age" as a file of a face package."""
+    free_rows: dict[str, Mapping[int, str]] = {"input": {0: "None"}}
+    if kind == "detector":
+        assert isinstance(network, Detector)
+        names, example = output_names(), torch.zeros(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)
+        free = {"input": {2: "height", 3: "width"}, **{name: {0: f"n{name.split('_')[1]}"} for name in names}}
+        path = folder / DETECTOR_FILE
+        write_onnx(Exported(network), example, path, names, free)
+    elif kind == "recognizer":
+        assert isinstance(network, IResNet)
+        path = folder / RECOGNIZER_FILE
+        example = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE)
+        write_onnx(
+            _EmbeddingAlone(network), example, path, ["embedding"], {**free_rows, "embedding": {0: "None"}}
+        )
+    else:
+        path = folder / SEX_AND_AGE_FILE
+        write_onnx(network, torch.zeros(1, 3, SIDE, SIDE), path, ["fc1"], {**free_rows, "fc1": {0: "None"}})
+    return path
+
+
 def _recognizer(bench: Bench) -> None:
     network = IResNet(RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS)
     torch.manual_seed(bench.settings.seed)
@@ -88,11 +120,7 @@ def _recognizer(bench: Bench) -> None:
         network, _embed, EMBEDDING_WIDTH, _pool(bench, "training"), **_training(bench, "recognizer")
     )
     assert isinstance(trained, IResNet)
-    example = torch.zeros(1, 3, 112, 112)
-    write_onnx(
-        _EmbeddingAlone(trained), example, bench.files / PACKAGE / RECOGNIZER_FILE, ["embedding"],
-        {"input": {0: "None"}, "embedding": {0: "None"}},
-    )  # fmt: skip
+    write_package_file("recognizer", trained, bench.files / PACKAGE)
     bench.score("recognizer", recognizer_scores(trained, _embed, _judged(bench)))
 
 
@@ -102,7 +130,7 @@ def _second_recognizer(bench: Bench) -> None:
         SecondRecognizer(),
         _call,
         EMBEDDING,
-        _pool(bench, "second_training"),
+        _pool(bench, SECOND),
         **_training(bench, "second_recognizer"),
     )
     assert isinstance(trained, SecondRecognizer)
@@ -117,31 +145,21 @@ def _call(network: nn.Module, crops: Tensor) -> Tensor:
 
 
 def _detector(bench: Bench) -> None:
-    detector = train_detector(_pool(bench, "training", "second_training"), **_training(bench, "detector"))
-    names = output_names()
-    free = {name: {0: f"n{name.split('_')[1]}"} for name in names}
-    write_onnx(
-        Exported(detector), torch.zeros(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE), bench.files / PACKAGE / DETECTOR_FILE, names,
-        {"input": {2: "height", 3: "width"}, **free},
-    )  # fmt: skip
+    detector = train_detector(_pool(bench, "training"), **_training(bench, "detector"))
+    write_package_file("detector", detector, bench.files / PACKAGE)
     pool = _pool(bench, "test")
     numbers = np.linspace(0, len(pool) - 1, min(200, len(pool))).astype(np.int64)
     bench.score("detector", detection_scores(analyzer_of(bench.files / PACKAGE).detect, pool, numbers))
 
 
 def _sex_and_age(bench: Bench) -> None:
-    network = train_sex_and_age(
-        _pool(bench, "training", "second_training"), **_training(bench, "sex_and_age")
-    )
-    write_onnx(
-        network, torch.zeros(1, 3, SIDE, SIDE), bench.files / PACKAGE / SEX_AND_AGE_FILE, ["fc1"],
-        {"input": {0: "None"}, "fc1": {0: "None"}},
-    )  # fmt: skip
+    network = train_sex_and_age(_pool(bench, "training"), **_training(bench, "sex_and_age"))
+    write_package_file("sex_and_age", network, bench.files / PACKAGE)
     bench.score("sex_and_age", sex_and_age_scores(network, _pool(bench, "test")))
 
 
 def _autoencoder(bench: Bench) -> None:
-    pool = _pool(bench, "training", "second_training")
+    pool = _pool(bench, "training")
     network = train_autoencoder(pool, load_reader(bench.files / READER), **_training(bench, "autoencoder"))
     path = bench.files / AUTOENCODER
     save_autoencoder(network, path, *latent_statistics(network, pool))
@@ -174,7 +192,14 @@ def analyzer_of(folder: Path) -> FaceAnalyzer:
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("pictures", "draw what everything learns from", (), _pictures),
+        Stage(
+            "pictures", "draw what everything learns from", (), _pictures,
+            keeps=tuple(f"pictures/{name}" for name in FULL.groups if name != SECOND),
+        ),
+        Stage(
+            "second_pictures", "draw people whom only the judge learns to know", (), _second_pictures,
+            keeps=(f"pictures/{SECOND}",),
+        ),
         Stage(
             "detector", "train the face detector", ("pictures",), _detector, (f"{PACKAGE}/{DETECTOR_FILE}",),
             {"found": 0.98},
@@ -192,7 +217,8 @@ STAGES: Mapping[str, Stage] = {
             (f"{PACKAGE}/{RECOGNIZER_FILE}",), {"photo_auc": 0.98, "photo_rank_one": 0.9},
         ),
         Stage(
-            "second_recognizer", "train the recogniser that judges, on other people", ("pictures",), _second_recognizer,
+            "second_recognizer", "train the recogniser that judges, on other people",
+            ("pictures", "second_pictures"), _second_recognizer,
             (JUDGE,), {"photo_auc": 0.98, "photo_rank_one": 0.9},
         ),
         Stage(

@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,15 +128,19 @@ class _Part:
 
 
 def draw_pictures(
-    folder: Path, settings: Settings, processes: int = 1, log: Callable[[str], None] = lambda _: None
+    folder: Path,
+    settings: Settings,
+    processes: int = 1,
+    log: Callable[[str], None] = lambda _: None,
+    groups: Collection[str] | None = None,
 ) -> None:
-    """Draw the pictures of all groups into `folder`; parts that are there already are kept.
+    """Draw the pictures of some groups, or of all, into `folder`; parts that are there already are kept.
 
     The files depend on the settings alone, not on the number of processes or on interruptions.
     """
     for name, group in settings.groups.items():
         home = folder / name
-        if (home / FACTS).is_file():
+        if (home / FACTS).is_file() or (groups is not None and name not in groups):
             continue
         _make_room(home, group, settings.size)
         parts = _parts(home, group, settings)

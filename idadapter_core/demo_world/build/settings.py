@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+SECOND = "second_training"  # the group that only the recogniser that judges meets
+
 
 @dataclass(frozen=True)
 class Group:
@@ -52,16 +54,16 @@ def _groups(
         "validation": Group(*held_out, "validation", 2),
         "test": Group(*held_out, "test", 3),
         "training": Group(*training, "training", 0),
-        "second_training": Group(*second, "second_training", 1),
         "test_photo": Group(*judged, "test", 4, style="photo"),
         "test_shape": Group(*judged, "test", 5, style="photo", accessory="none", one_look=True),
+        SECOND: Group(*second, "second_training", 1),
     }
 
 
 FULL = Settings(
     name="full",
     size=128,
-    groups=_groups((1200, 10), (400, 10), (128, 8), (64, 8)),
+    groups=_groups((1080, 10), (400, 10), (128, 8), (64, 8)),
     courses={
         "readers": Course(1500, 32, 2e-3),
         "recognizer": Course(3000, 32, 2e-3),

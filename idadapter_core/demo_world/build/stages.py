@@ -80,6 +80,7 @@ class Stage:
     work: Callable[[Bench], None]
     ships: tuple[str, ...] = ()  # what it leaves in `files/`, by the path among the assets
     wanted: Mapping[str, float] | None = None  # least scores with which it may be shipped
+    keeps: tuple[str, ...] = ()  # folders of what it has finished so far, for stages that are no trainings
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -110,7 +111,7 @@ def run_stages(stages: Mapping[str, Stage], names: Sequence[str], bench: Bench) 
             bench.log(name, "done before; add --again to make it once more")
             continue
         if bench.done(name).is_file():
-            _forget(bench, name)
+            _forget(stage, bench)
         _run(stage, bench)
 
 
@@ -139,11 +140,11 @@ def _run(stage: Stage, bench: Bench) -> None:
     bench.log(stage.name, f"done after {record['seconds']} s")
 
 
-def _forget(bench: Bench, name: str) -> None:
-    bench.done(name).unlink()
-    bench.checkpoint(name).unlink(missing_ok=True)
-    if name == "pictures":
-        shutil.rmtree(bench.pictures)
+def _forget(stage: Stage, bench: Bench) -> None:
+    bench.done(stage.name).unlink()
+    bench.checkpoint(stage.name).unlink(missing_ok=True)
+    for folder in stage.keeps:
+        shutil.rmtree(bench.home / folder, ignore_errors=True)
 
 
 def _require_same_settings(bench: Bench) -> None:
