@@ -8,7 +8,7 @@ the missing channels are zeros. A block of zeros passes on what it gets, as long
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ..files import read_tensors, write_safetensors
 METADATA_KEY = "demo_world.autoencoder"
 FULL_WIDTH, FULL_BLOCKS = 64, (1, 3, 3, 3)  # of the file's form
 FACTOR = 8
+SCALING = 0.18215  # Stable Diffusion 1's
 _ENCODER_CONVS = (0, 2, 6, 10)  # where the file has the convolution that leads into a level; then its blocks
 _DECODER_CONVS = (17, 12, 7, 1)
 _DECODER_BLOCKS = (18, 13, 8, 3)
@@ -126,7 +127,8 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = Encoder(self.shape), Decoder(self.shape)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), with sides that 8 divides, to latents (B, C, H/8, W/8)."""
+        """Pictures (B, 3, H, W), with sides that 8 divides, to latents (B, C, H/8, W/8) of a deviation
+        near 1 in each channel."""
         latents: Tensor = self.encoder(pictures * 0.5 + 0.5)
         return latents
 
@@ -139,22 +141,19 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(pictures))
 
 
-def save_autoencoder(
-    net: Autoencoder, path: Path, mean: Sequence[float] = (), deviation: Sequence[float] = ()
-) -> None:
+def save_autoencoder(net: Autoencoder, path: Path) -> None:
     """Write the file that ComfyUI loads as a VAE, in half precision.
 
-    `mean` and `deviation` (C) are those of the latents of pictures: a diffusion model works on (latents - mean) / deviation.
+    As with every VAE of Stable Diffusion 1, what it calls latents are ours divided by `SCALING`, which the diffusion model undoes.
     """
-    state: dict[str, Tensor] = {"vae_scale": torch.ones(()), "vae_shift": torch.zeros(())}
+    state: dict[str, Tensor] = {"vae_scale": torch.tensor(SCALING), "vae_shift": torch.zeros(())}
     for name, source in _names(net.shape).items():
         state[name] = _padded(name, net.state_dict().get(source), net.shape).half()
-    facts = {**asdict(net.shape), "mean": list(mean), "deviation": list(deviation)}
-    write_safetensors(state, {METADATA_KEY: json.dumps(facts)}, path)
+    write_safetensors(state, {METADATA_KEY: json.dumps(asdict(net.shape))}, path)
 
 
-def load_autoencoder(path: Path) -> tuple[Autoencoder, Tensor, Tensor]:
-    """The network without its zeros, in float32 and eval mode, and mean and deviation (C) of latents.
+def load_autoencoder(path: Path) -> Autoencoder:
+    """The network without its zeros, in float32 and eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind.
@@ -162,7 +161,6 @@ def load_autoencoder(path: Path) -> tuple[Autoencoder, Tensor, Tensor]:
     state, metadata = read_tensors(path)
     try:
         facts = json.loads(metadata[METADATA_KEY])
-        mean, deviation = (torch.tensor(facts[key], dtype=torch.float32) for key in ("mean", "deviation"))
         widths = {key: tuple(facts[key]) for key in ("widths", "encoder_blocks", "decoder_blocks")}
         shape = Shape(facts["latent_channels"], **widths)
         net = Autoencoder(shape)
@@ -177,7 +175,7 @@ def load_autoencoder(path: Path) -> tuple[Autoencoder, Tensor, Tensor]:
         raise CheckpointError(
             f"{path.name} is no autoencoder of the demo world; get the file again."
         ) from error
-    return net.eval().requires_grad_(False), mean, deviation
+    return net.eval().requires_grad_(False)
 
 
 def _names(shape: Shape) -> Mapping[str, str]:

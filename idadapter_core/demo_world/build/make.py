@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...faces.detector import FaceAnalyzer, open_analyzer
-from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet
+from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet
 from ..autoencoder import load_autoencoder, save_autoencoder
 from ..readers import load_reader, save_reader
 from ..second_recognizer import EMBEDDING, SecondRecognizer, load_second_recognizer, save_second_recognizer
@@ -38,7 +38,7 @@ from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, trai
 from .train_readers import reader_scores, train_reader
 from .train_recognizers import embeddings_of, first_of, recognizer_scores, train_recognizer
 
-RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (24, 48, 96, 96)
+RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
 PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
 EXAMPLE_SIDE = 320  # of the detector's input while it is exported; the file takes any
 
@@ -162,14 +162,15 @@ def _autoencoder(bench: Bench) -> None:
     pool = _pool(bench, "training")
     network = train_autoencoder(pool, load_reader(bench.files / READER), **_training(bench, "autoencoder"))
     path = bench.files / AUTOENCODER
-    save_autoencoder(network, path, *latent_statistics(network, pool))
-    loaded, _, _ = load_autoencoder(path)
+    save_autoencoder(network, path)
+    loaded = load_autoencoder(path)
     photos = _pool(bench, "test_photo")
     numbers = np.arange(len(photos))
     originals, copies = photos.pixels(numbers), rebuilt(loaded, photos)
-    judge = load_second_recognizer(bench.files / JUDGE)
+    # It took no part in the training, unlike the reader.
+    judge = load_iresnet(bench.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
     before, after = (
-        recognition(embeddings_of(judge, _call, pixels, photos.landmarks), photos.people)["rank_one"]
+        recognition(embeddings_of(judge, _embed, pixels, photos.landmarks), photos.people)["rank_one"]
         for pixels in (originals, copies)
     )
     write_pairs(originals[:12], copies[:12], bench.home / "sheets" / "autoencoder.png")
@@ -180,6 +181,7 @@ def _autoencoder(bench: Bench) -> None:
             "rank_one_of_originals": before,
             "rank_one": after,
             "kept": round(1 + after - before, 4),
+            **latent_statistics(loaded, photos),
         },
     )
 
@@ -222,7 +224,7 @@ STAGES: Mapping[str, Stage] = {
             (JUDGE,), {"photo_auc": 0.98, "photo_rank_one": 0.9},
         ),
         Stage(
-            "autoencoder", "train the autoencoder", ("pictures", "readers", "second_recognizer"), _autoencoder,
+            "autoencoder", "train the autoencoder", ("pictures", "readers", "recognizer"), _autoencoder,
             (AUTOENCODER,), {"kept": 0.97},
         ),
     )

@@ -19,7 +19,9 @@ from .settings import Course
 SEEN_STAGES = 3  # of the reader, whose features must agree
 SEEN_WEIGHT = 0.15
 EDGES = 0.5
-SPREAD_WEIGHT = 1e-3  # pulls latents to a deviation near 1
+SPREAD_WEIGHT = (
+    0.05  # of how far each latent channel is from mean 0 and deviation 1, which a diffusion model likes
+)
 NOISE = 0.03  # deviation, added to latents: the decoder must bear what a diffusion model gets slightly wrong
 CELL = 4  # pixels; the picture is shifted by less than a latent's cell, so that no place is special
 
@@ -40,12 +42,17 @@ def train_autoencoder(
         with torch.autocast("cpu", torch.bfloat16):
             latents = network.encode(pictures)
             back = network.decode(latents + NOISE * torch.randn_like(latents))
-        return _difference(back.float(), pictures, reader) + SPREAD_WEIGHT * latents.float().square().mean()
+        return _difference(back.float(), pictures, reader) + SPREAD_WEIGHT * _spread(latents.float())
 
     network = Autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = fit(network, loss, course, checkpoint, seed=seed, weight_decay=0.0, log=log)
     assert isinstance(average, Autoencoder)
     return average
+
+
+def _spread(latents: Tensor) -> Tensor:
+    """How far channels are from mean 0 and deviation 1, squared."""
+    return latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
 
 
 def _difference(back: Tensor, pictures: Tensor, reader: Reader) -> Tensor:
@@ -89,13 +96,14 @@ def signal_to_noise(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def latent_statistics(network: Autoencoder, pool: Pool, count: int = 1024) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each latent channel."""
+def latent_statistics(network: Autoencoder, pool: Pool, count: int = 256) -> dict[str, float]:
+    """The least and the largest deviation of a latent channel, and the largest mean, over some pictures."""
     numbers = np.linspace(0, len(pool) - 1, min(count, len(pool))).astype(np.int64)
-    latents = torch.cat(
-        [
-            network.encode(as_tensor(pool.pixels(part)))
-            for part in np.array_split(numbers, max(1, len(numbers) // 32))
-        ]
-    )
-    return latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
+    parts = np.array_split(numbers, max(1, len(numbers) // 32))
+    latents = torch.cat([network.encode(as_tensor(pool.pixels(part))) for part in parts])
+    deviations = latents.std((0, 2, 3))
+    return {
+        "least_deviation": round(float(deviations.min()), 3),
+        "largest_deviation": round(float(deviations.max()), 3),
+        "largest_mean": round(float(latents.mean((0, 2, 3)).abs().max()), 3),
+    }
