@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import key_problems, read_tensors, write_safetensors
@@ -13,6 +13,7 @@ ASSETS = Path(__file__).parent / "assets"
 AUTOENCODER = "autoencoder.safetensors"
 KIND = "demo_world"  # in the metadata of a network's file
 READER = "reader.safetensors"
+BASE = "base.safetensors"
 JUDGE = "second_recognizer.safetensors"
 FACE_PACKAGES = "insightface"  # a root of packages, as insightface has it
 FACE_PACKAGE = "demo_world"  # the name of the one in it
@@ -38,29 +39,46 @@ def face_package() -> Path:
     return shipped(f"{FACE_PACKAGES}/models/{FACE_PACKAGE}")
 
 
-def save_network(network: nn.Module, kind: str, path: Path) -> None:
-    """Write a network in half precision; `kind` names it in the file."""
+def save_network(network: nn.Module, kind: str, path: Path, left_out: str = "") -> None:
+    """Write a network in half precision; `kind` names it in the file.
+
+    `left_out`: a part of the names of weights that the file does without, because not every release of a library has it.
+    """
     state = {
-        key: value.half().contiguous()
+        _without(left_out, key): value.half().contiguous()
         for key, value in network.state_dict().items()
         if value.is_floating_point()
     }
     write_safetensors(state, {KIND: kind}, path)
 
 
-def load_network(network: nn.Module, kind: str, path: Path) -> None:
+def read_network(kind: str, path: Path) -> dict[str, Tensor]:
+    """The weights in a file of `save_network`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind.
+    """
+    state, metadata = read_tensors(path)
+    if (found := metadata.get(KIND, "something else")) != kind:
+        raise CheckpointError(f"{path.name} is no {kind} of the demo world, but {found}; get the file again.")
+    return state
+
+
+def load_network(network: nn.Module, kind: str, path: Path, left_out: str = "") -> None:
     """Fill a network from a file of `save_network`; it is then in float32 and eval mode, and not to be trained.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another network.
     """
-    state, metadata = read_tensors(path)
+    state = read_network(kind, path)
     expected = {key: value for key, value in network.state_dict().items() if value.is_floating_point()}
-    problems = key_problems(expected, state)
-    if metadata.get(KIND) != kind or problems:
-        found = metadata.get(KIND, "something else")
+    if problems := key_problems({_without(left_out, key): value for key, value in expected.items()}, state):
         raise CheckpointError(
-            f"{path.name} is no {kind} of the demo world, but {found if found != kind else 'another one: ' + problems}; get the file again."
+            f"{path.name} is no {kind} of the demo world, but another one: {problems}; get the file again."
         )
-    network.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
+    network.load_state_dict({key: state[_without(left_out, key)].float() for key in expected}, strict=False)
     network.eval().requires_grad_(False)
+
+
+def _without(part: str, name: str) -> str:
+    return name.replace(part, "") if part else name

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ...faces.detector import FaceAnalyzer, open_analyzer
 from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet
 from ..autoencoder import load_autoencoder, save_autoencoder
+from ..base import load_base, save_base
 from ..readers import load_reader, save_reader
 from ..second_recognizer import EMBEDDING, SecondRecognizer, load_second_recognizer, save_second_recognizer
 from ..shipped import (
     AUTOENCODER,
+    BASE,
     DETECTOR_FILE,
     FACE_PACKAGE,
     FACE_PACKAGES,
@@ -32,14 +34,16 @@ from .onnx_files import write_onnx
 from .pictures import draw_pictures, open_pictures
 from .settings import FULL, SECOND, Course
 from .sex_and_age import SIDE, sex_and_age_scores, train_sex_and_age
-from .sheets import write_pairs
+from .sheets import write_pairs, write_sheet
 from .stages import Bench, Stage
 from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, train_autoencoder
+from .train_base import base_scores, encode_pictures, train_base
 from .train_readers import reader_scores, train_reader
 from .train_recognizers import embeddings_of, first_of, recognizer_scores, train_recognizer
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
 PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
+LATENTS = "latents/training.npy"  # of a build
 EXAMPLE_SIDE = 320  # of the detector's input while it is exported; the file takes any
 
 
@@ -186,6 +190,21 @@ def _autoencoder(bench: Bench) -> None:
     )
 
 
+def _latents(bench: Bench) -> None:
+    network = load_autoencoder(bench.files / AUTOENCODER)
+    encode_pictures(network, _pool(bench, "training"), bench.home / LATENTS)
+
+
+def _base(bench: Bench) -> None:
+    latents = np.load(bench.home / LATENTS)
+    base = train_base(_pool(bench, "training"), latents, **_training(bench, "base"))
+    save_base(base, bench.files / BASE)
+    judges = load_autoencoder(bench.files / AUTOENCODER), load_reader(bench.files / READER)
+    scores, pictures = base_scores(load_base(bench.files / BASE), *judges, bench.settings.judged_prompts)
+    write_sheet(pictures[:48], bench.home / "sheets" / "base.png")
+    bench.score("base", scores)
+
+
 def analyzer_of(folder: Path) -> FaceAnalyzer:
     """The face package of a folder, on the CPU."""
     return open_analyzer(folder, "cpu")
@@ -226,6 +245,11 @@ STAGES: Mapping[str, Stage] = {
         Stage(
             "autoencoder", "train the autoencoder", ("pictures", "readers", "recognizer"), _autoencoder,
             (AUTOENCODER,), {"kept": 0.97},
+        ),
+        Stage("latents", "encode the pictures", ("pictures", "autoencoder"), _latents, keeps=("latents",)),
+        Stage(
+            "base", "train the base model", ("latents", "readers"), _base, (BASE,),
+            {"style": 0.95, "background": 0.95, "sex": 0.95, "accessory": 0.90, "expression": 0.75, "direction": 0.95},
         ),
     )
 }  # fmt: skip

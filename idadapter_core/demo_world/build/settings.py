@@ -43,6 +43,7 @@ class Settings:
     size: int  # pixels along a side of a picture
     groups: Mapping[str, Group]
     courses: Mapping[str, Course] = field(default_factory=dict)
+    judged_prompts: int = 2  # to measure how the base model follows words
     seed: int = 0
 
 
@@ -71,7 +72,9 @@ FULL = Settings(
         "second_recognizer": Course(2000, 32, 2e-3),
         "detector": Course(1500, 8, 2e-3),
         "sex_and_age": Course(600, 32, 2e-3),
+        "base": Course(16000, 64, 1e-3),
     },
+    judged_prompts=240,
 )
 TINY = Settings(
     name="tiny",
@@ -79,7 +82,15 @@ TINY = Settings(
     groups=_groups((4, 3), (4, 2), (3, 2), (3, 2)),
     courses={
         name: Course(2, 2, 1e-3)
-        for name in ("readers", "recognizer", "autoencoder", "second_recognizer", "detector", "sex_and_age")
+        for name in (
+            "readers",
+            "recognizer",
+            "autoencoder",
+            "second_recognizer",
+            "detector",
+            "sex_and_age",
+            "base",
+        )
     },
 )
 SETTINGS: Mapping[str, Settings] = {settings.name: settings for settings in (FULL, TINY)}

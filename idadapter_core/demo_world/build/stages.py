@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,8 @@ def _forget(stage: Stage, bench: Bench) -> None:
 def _require_same_settings(bench: Bench) -> None:
     """One folder, one build: pictures of other numbers would be mixed."""
     path = bench.home / "settings.json"
-    mine = asdict(replace(bench.settings, courses={}))
+    everything = asdict(bench.settings)
+    mine = {name: everything[name] for name in ("name", "size", "groups", "seed")}
     if not path.is_file():
         write_json(path, mine)
     found = json.loads(path.read_text("utf-8"))
