@@ -337,3 +337,53 @@ def test_people_far_apart_are_all_recognised() -> None:
     people = np.repeat(np.arange(5), 3)
     rows = rng.standard_normal((5, 16))[people] * 3 + 0.1 * rng.standard_normal((15, 16))
     assert recognition(rows, people) == {"auc": 1.0, "rank_one": 1.0}
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+def _command(*arguments: str | Path) -> int:
+    from idadapter_core.demo_world.__main__ import main
+
+    return main(["build", *map(str, arguments)])
+
+
+def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from idadapter_core.demo_world.build.make import STAGES
+
+    before = torch.get_num_threads()
+    try:
+        assert _command("--work", tmp_path, "--settings", "tiny", "--processes", "1") == 0
+    finally:
+        torch.set_num_threads(before)
+    for stage in STAGES.values():
+        assert (tmp_path / "done" / f"{stage.name}.json").is_file()
+        for file in stage.ships:
+            assert (tmp_path / "files" / file).stat().st_size > 1000
+        if stage.wanted:
+            scores = json.loads((tmp_path / "scores" / f"{stage.name}.json").read_text("utf-8"))
+            assert set(stage.wanted) <= set(scores), "what is wanted is measured"
+            assert all(0 <= scores[name] <= 1 for name in stage.wanted if name != "kept")
+    assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
+    capsys.readouterr()
+    assert _command("base", "--ship", "--work", tmp_path, "--settings", "tiny") == 1
+    assert "is needed to ship it; train it longer" in capsys.readouterr().err
+    assert _command("--list", "--work", tmp_path, "--settings", "tiny") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[name, "done"] for name in STAGES]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing",), "there is no stage 'nothing'; choose from: pictures, second_pictures"),
+        (("readers",), "the stage `readers` needs what `pictures` makes"),
+        (("--processes", "0"), "--processes must be at least 1, got 0"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--ship",), "name the stages whose files are to be shipped"),
+        (("--ship", "readers"), "readers.json is missing; run the stage `readers` first"),
+    ],
+)
+def test_what_cannot_be_built_is_said(
+    arguments: Sequence[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _command(*arguments, "--work", tmp_path) == 1
+    assert message in capsys.readouterr().err
