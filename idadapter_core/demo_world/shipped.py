@@ -13,6 +13,7 @@ ASSETS = Path(__file__).parent / "assets"
 AUTOENCODER = "autoencoder.safetensors"
 KIND = "demo_world"  # in the metadata of a network's file
 READER = "reader.safetensors"
+CLIP_VISION = "clip_vision"  # a folder
 BASE = "base.safetensors"
 JUDGE = "second_recognizer.safetensors"
 FACE_PACKAGES = "insightface"  # a root of packages, as insightface has it

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...faces.detector import FaceAnalyzer, open_analyzer
 from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet
+from ...training.vision import load_vision
 from ..autoencoder import load_autoencoder, save_autoencoder
 from ..base import load_base, save_base
 from ..readers import load_reader, save_reader
@@ -19,6 +20,7 @@ from ..second_recognizer import EMBEDDING, SecondRecognizer, load_second_recogni
 from ..shipped import (
     AUTOENCODER,
     BASE,
+    CLIP_VISION,
     DETECTOR_FILE,
     FACE_PACKAGE,
     FACE_PACKAGES,
@@ -40,6 +42,7 @@ from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, trai
 from .train_base import base_scores, encode_pictures, train_base
 from .train_readers import reader_scores, train_reader
 from .train_recognizers import embeddings_of, first_of, recognizer_scores, train_recognizer
+from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision, vision_scores
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
 PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
@@ -190,6 +193,13 @@ def _autoencoder(bench: Bench) -> None:
     )
 
 
+def _vision(bench: Bench) -> None:
+    model = train_vision(_pool(bench, "training"), **_training(bench, "vision"))
+    save_vision(model, bench.files / CLIP_VISION)
+    encoder = load_vision(bench.files / CLIP_VISION)
+    bench.score("vision", vision_scores(encoder, _pool(bench, "test_photo")))
+
+
 def _latents(bench: Bench) -> None:
     network = load_autoencoder(bench.files / AUTOENCODER)
     encode_pictures(network, _pool(bench, "training"), bench.home / LATENTS)
@@ -245,6 +255,10 @@ STAGES: Mapping[str, Stage] = {
         Stage(
             "autoencoder", "train the autoencoder", ("pictures", "readers", "recognizer"), _autoencoder,
             (AUTOENCODER,), {"kept": 0.97},
+        ),
+        Stage(
+            "vision", "train the CLIP vision model for IDAdapter", ("pictures",), _vision,
+            (f"{CLIP_VISION}/{WEIGHTS}", f"{CLIP_VISION}/{CONFIG_FILE}"), {"photo_auc": 0.8},
         ),
         Stage("latents", "encode the pictures", ("pictures", "autoencoder"), _latents, keeps=("latents",)),
         Stage(

@@ -72,6 +72,7 @@ FULL = Settings(
         "second_recognizer": Course(2000, 32, 2e-3),
         "detector": Course(1500, 8, 2e-3),
         "sex_and_age": Course(600, 32, 2e-3),
+        "vision": Course(3000, 64, 1e-3),
         "base": Course(16000, 64, 1e-3),
     },
     judged_prompts=240,
@@ -80,17 +81,6 @@ TINY = Settings(
     name="tiny",
     size=128,
     groups=_groups((4, 3), (4, 2), (3, 2), (3, 2)),
-    courses={
-        name: Course(2, 2, 1e-3)
-        for name in (
-            "readers",
-            "recognizer",
-            "autoencoder",
-            "second_recognizer",
-            "detector",
-            "sex_and_age",
-            "base",
-        )
-    },
+    courses={name: Course(2, 2, 1e-3) for name in FULL.courses},
 )
 SETTINGS: Mapping[str, Settings] = {settings.name: settings for settings in (FULL, TINY)}
