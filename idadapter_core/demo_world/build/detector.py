@@ -27,6 +27,7 @@ CENTRE, AROUND = (
     0.22,
     0.55,
 )  # of a face's side: who answers for it, and who need not say that there is nothing
+NEARLY = 1.3
 CANVAS, LARGE_CANVAS = 320, 640
 LARGE_EVERY = 3  # batches
 MIRRORED = (1, 0, 2, 4, 3)  # landmarks of a mirrored picture
@@ -173,7 +174,9 @@ def targets(scene: Scene, level: int) -> npt.NDArray[np.float32]:
         size = float(max(box[2] - box[0], box[3] - box[1]))
         x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         distance = np.maximum(np.abs(at[None] - x), np.abs(at[:, None] - y))
-        wanted[:, 0][:, distance < max(AROUND * size, stride)] = -1
+        # A stride that is not for faces of this size must see none in its parts; one that almost is may see it.
+        if low / NEARLY <= size < high * NEARLY:
+            wanted[:, 0][:, distance < max(AROUND * size, stride)] = -1
         if not low <= size < high:
             continue
         rows, columns = np.nonzero(distance <= max(CENTRE * size, 0.51 * stride))
