@@ -31,14 +31,14 @@ from idadapter_core.data.index import Row, read_index, write_index
 from idadapter_core.faces.align import TEMPLATE, TEMPLATE_SIZE
 from idadapter_core.faces.iresnet import EMBEDDING_WIDTH, IRESNET100_LAYERS, STAGE_WIDTHS, IResNet
 from idadapter_core.methods import METHODS, idadapter, uniid
+from idadapter_core.stable_diffusion.inject import inject
+from idadapter_core.stable_diffusion.noise import scaled_linear
+from idadapter_core.stable_diffusion.single_file import _UNETS, KL, TEXT_ENCODERS
+from idadapter_core.stable_diffusion.text import LENGTH, TextEncoders
 from idadapter_core.training.adapters import Wanted, fresh_config
 from idadapter_core.training.bundle import BORDER
 from idadapter_core.training.cache import PART
 from idadapter_core.training.config import LossConfig, TrainConfig
-from idadapter_core.training.diffusion import scaled_linear
-from idadapter_core.training.single_file import _UNETS, KL, TEXT_ENCODERS
-from idadapter_core.training.text import LENGTH, TextEncoders
-from idadapter_core.unet import inject
 from tests.harness.shim import run_shim
 
 FAMILIES = {"sd15": "SD1.5", "sd21": "SD2.1", "sdxl": "SDXL"}

@@ -53,14 +53,14 @@ from idadapter_core.faces.features import crops_to_tensor
 from idadapter_core.faces.images import Image
 from idadapter_core.faces.iresnet import IRESNET100_LAYERS, IResNet, save_iresnet
 from idadapter_core.files import write_safetensors
+from idadapter_core.randomness import positions
+from idadapter_core.stable_diffusion.text import Conditioning
 from idadapter_core.training.adapters import trainable
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import KEYS, PART, Cache, Folder, build, kinds
 from idadapter_core.training.config import RunConfig, parse_config
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.randomness import positions
 from idadapter_core.training.samples import Batch, Photo, Samples, join, photo_pictures, target_picture
-from idadapter_core.training.text import Conditioning
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 from tests.tiny.bases import write_diffusers_base

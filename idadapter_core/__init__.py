@@ -7,8 +7,8 @@ from .attention import decoupled_attention, gated_self_attention, normalized_res
 from .checkpoint import Adapter, load_adapter, load_identity, save_adapter, save_identity
 from .errors import IDAdapterError
 from .sites import Site, attention_sites
+from .stable_diffusion.inject import eject, inject
 from .types import Face, FaceFeatures, Identity, Mix
-from .unet import eject, inject
 
 __all__ = [
     "Adapter",

@@ -14,9 +14,9 @@ from ..errors import ConfigError, InputError
 from ..faces.images import Image
 from ..methods import METHODS, idadapter
 from ..schedule import RescaleSchedule
-from ..training.bases import load_base
+from ..stable_diffusion.base import load_base
+from ..stable_diffusion.pipeline import Acting, Pipeline, features_of, to_levels
 from ..training.parts import load_networks
-from ..training.pipeline import Acting, Pipeline, features_of, to_levels
 from ..types import Identity, Mix
 from .config import EvaluationConfig, RunEntry, SamplingConfig
 from .people import Person, Photo

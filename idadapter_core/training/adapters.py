@@ -18,7 +18,7 @@ from ..methods import METHODS, Config, idadapter, uniid
 from ..methods.idadapter import IDAdapterConfig
 from ..methods.uniid import SiteProjections, UniIDConfig
 from ..sites import Site
-from ..unet import fitting_blocks, transformer_blocks
+from ..stable_diffusion.inject import fitting_blocks, transformer_blocks
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from ..faces.align import TEMPLATE_SIZE
 from ..faces.detector import FaceAnalyzer, select_faces
 from ..faces.iresnet import IResNet
 from ..methods import idadapter, uniid
-from ..unet import inject
-from .bases import Base
+from ..stable_diffusion.base import Base
+from ..stable_diffusion.inject import inject
+from ..stable_diffusion.text import Conditioning, insert_tokens
+from ..stable_diffusion.vision import VisionEncoder
 from .config import RunConfig
 from .identity_loss import align_faces, crop_to_image, identity_cosines
 from .samples import STAGE_NAMES, Batch
-from .text import Conditioning, insert_tokens
-from .vision import VisionEncoder
 
 BORDER = 4  # latents around a face that its pixels depend on
 

@@ -35,15 +35,7 @@ from .bundle import recognize, see
 from .config import RunConfig, writable
 from .loading import Batches, prepare_worker
 from .parts import Parts
-from .samples import (
-    STAGE_NAMES,
-    Photo,
-    Preprocess,
-    photo_tensors,
-    photos_of_variants,
-    place,
-    target_picture,
-)
+from .samples import STAGE_NAMES, Photo, Preprocess, photo_tensors, photos_of_variants, place, target_picture
 
 VERSION = 2  # of the computations below and of decoding; a change makes all entries new ones
 PART = 512  # entries of a part

@@ -33,7 +33,9 @@ from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteErro
 from ..extra import require, versions
 from ..faces.packages import DETECTION
 from ..files import file_digest, some, write_file
+from ..logs import RunLog
 from ..methods import METHODS, idadapter
+from ..randomness import epoch_order
 from ..waiting import PATIENCE, TERMINATED, Aside, Terminated
 from .adapters import trainable
 from .bundle import Bundle
@@ -42,9 +44,7 @@ from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, load_optim
 from .config import RunConfig, TrainConfig, config_toml, differences, read_config, writable
 from .grids import sample_grid
 from .loading import Batches, prepare_worker
-from .logs import RunLog
 from .parts import load_parts, prepare_adapter, require_files
-from .randomness import epoch_order
 from .samples import VALIDATION, Batch, MicroBatches, Samples, collate
 from .watch import WAITS, WRITES, Watch, arrive, named
 

@@ -18,10 +18,10 @@ from ..data.people import by_person
 from ..errors import InputError
 from ..faces.images import Image
 from ..files import replacing
+from ..stable_diffusion.pipeline import Pipeline, features_of, to_levels
 from .bundle import Bundle
 from .config import RunConfig
 from .parts import Parts
-from .pipeline import Pipeline, features_of, to_levels
 
 FOLDER = "samples"
 SEED = 0

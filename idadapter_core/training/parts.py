@@ -16,12 +16,12 @@ from ..faces.detector import FaceAnalyzer, open_analyzer
 from ..faces.iresnet import load_iresnet
 from ..methods import uniid
 from ..recognizer import recorded_recognizer
+from ..stable_diffusion.base import Base, load_base
+from ..stable_diffusion.vision import load_vision
 from .adapters import Wanted, fresh_adapter, load_start
-from .bases import Base, load_base
 from .bundle import Networks
 from .config import BaseConfig, RunConfig, require_paths
 from .samples import usable_rows
-from .vision import load_vision
 
 
 @dataclass(frozen=True, eq=False)

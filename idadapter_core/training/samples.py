@@ -26,9 +26,9 @@ from ..faces.enrich import variant
 from ..faces.features import crops_to_tensor
 from ..faces.images import Image
 from ..methods import idadapter, uniid
+from ..randomness import generator, positions, seed_of
 from ..types import Face
 from .config import CAPTION, CLASS_WORD, RunConfig
-from .randomness import generator, positions, seed_of
 
 PROMPTS = {idadapter.METHOD: CAPTION, uniid.METHOD: f"a photo of a {CLASS_WORD}"}
 NO_CAPTION = f"a photo of a {CLASS_WORD}"

@@ -101,7 +101,7 @@ def test_the_table_notices_an_upward_import() -> None:
         "idadapter_core.convert",
         "idadapter_core.demo_world",
         "idadapter_core.faces",
-        "idadapter_core.unet",
+        "idadapter_core.stable_diffusion.inject",
     ],
 )
 def test_importing_the_core_loads_no_host_and_no_face_library(module: str) -> None:

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from idadapter_core.checkpoint import Adapter, load_adapter
 from idadapter_core.errors import InputError, MismatchError
-from idadapter_core.methods.uniid import (
-    SiteProjections,
-    UniIDConfig,
-    UniIDEncoder,
-    normalize_text_tokens,
-)
+from idadapter_core.methods.uniid import SiteProjections, UniIDConfig, UniIDEncoder, normalize_text_tokens
 from idadapter_core.types import Identity, Mix
 from tests.golden import recipe
 from tests.golden.compare import assert_published

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from idadapter_core.checkpoint import Adapter
-from idadapter_core.unet import Injected
+from idadapter_core.stable_diffusion.inject import Injected
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 

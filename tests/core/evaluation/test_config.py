@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 
 from idadapter_core.errors import ConfigError
-from idadapter_core.evaluation.config import (
-    EvaluationConfig,
-    RunEntry,
-    read_evaluation,
-    require_sound,
-)
+from idadapter_core.evaluation.config import EvaluationConfig, RunEntry, read_evaluation, require_sound
 from idadapter_core.evaluation.metrics import METRICS, read_requirement
 from idadapter_core.evaluation.presets import PRESETS, with_preset
 from idadapter_core.evaluation.prompts import EXPRESSION, GROUPS, POSE, POSES, built_in, expression_name

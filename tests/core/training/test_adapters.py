@@ -15,6 +15,7 @@ from idadapter_core.errors import CheckpointError, ConfigError, MismatchError
 from idadapter_core.methods.idadapter import PRESETS, IDAdapterConfig
 from idadapter_core.methods.uniid import UniIDConfig
 from idadapter_core.sites import attention_sites
+from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.training.adapters import (
     Wanted,
     fresh_adapter,
@@ -23,7 +24,6 @@ from idadapter_core.training.adapters import (
     to_adapter,
     trainable,
 )
-from idadapter_core.unet import inject
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 from tests.tiny.diffusers_unet import diffusers_unet, inputs, predict

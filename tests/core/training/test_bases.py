@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from idadapter_core.errors import CheckpointError, ConfigError, InputError, MismatchError
-from idadapter_core.training.bases import Base, load_base, noise_schedule
+from idadapter_core.stable_diffusion.base import Base, load_base, noise_schedule
+from idadapter_core.stable_diffusion.single_file import SingleFile
 from idadapter_core.training.config import BaseConfig
-from idadapter_core.training.single_file import SingleFile
 from tests.golden import recipe
 from tests.tiny.bases import KINDS, diffusers_base, scheduler, tiny_autoencoder
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from idadapter_core.errors import ConfigError
-from idadapter_core.training.diffusion import LATENT_LIMIT, NoiseSchedule, scaled_linear
+from idadapter_core.stable_diffusion.noise import LATENT_LIMIT, NoiseSchedule, scaled_linear
 from tests.golden import recipe
 
 CLEAN, NOISE = recipe.value(1, "clean", (6, 4, 8, 8)), recipe.value(1, "noise", (6, 4, 8, 8))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from idadapter_core.training import logs
-from idadapter_core.training.logs import LOG, RunLog, read_log, remaining
+from idadapter_core import logs
+from idadapter_core.logs import LOG, RunLog, read_log, remaining
 
 
 def write(folder: Path, start: int, lines: dict[int, dict[str, Any]], *, tensorboard: bool = False) -> None:

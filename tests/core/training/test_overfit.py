@@ -18,12 +18,12 @@ from torch import Tensor
 
 from idadapter_core.checkpoint import Adapter
 from idadapter_core.data.index import read_index, write_index
+from idadapter_core.logs import read_log
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import Cache, build, kinds
 from idadapter_core.training.checkpoints import ADAPTER, latest
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.engine import train
-from idadapter_core.training.logs import read_log
 from idadapter_core.training.parts import load_parts, prepare_adapter
 from idadapter_core.training.samples import VALIDATION, Batch, Samples, join
 from tests.tiny.bases import diffusers_base, tiny_autoencoder

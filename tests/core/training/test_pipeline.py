@@ -20,12 +20,12 @@ from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.features import extract_features
 from idadapter_core.schedule import RescaleSchedule
+from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline, features_of, to_levels
+from idadapter_core.stable_diffusion.text import LENGTH, insert_tokens
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.grids import sample_grid
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.pipeline import Acting, Pipeline, features_of, to_levels
-from idadapter_core.training.text import LENGTH, insert_tokens
 from idadapter_core.types import Identity
 from tests.tiny.acting import acting
 from tests.tiny.diffusers_unet import traces

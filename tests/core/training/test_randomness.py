@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from idadapter_core.training.randomness import epoch_order, generator, positions, seed_of
+from idadapter_core.randomness import epoch_order, generator, positions, seed_of
 
 
 def test_the_same_parts_give_the_same_numbers_whatever_was_drawn_before() -> None:

@@ -21,8 +21,8 @@ from idadapter_core.data.index import Index, Row, read_index, write_index
 from idadapter_core.errors import ConfigError, FaceError
 from idadapter_core.faces.align import TEMPLATE, align_face
 from idadapter_core.faces.enrich import variant
+from idadapter_core.randomness import generator, seed_of
 from idadapter_core.training.config import RunConfig, parse_config
-from idadapter_core.training.randomness import generator, seed_of
 from idadapter_core.training.samples import (
     VALIDATION,
     Batch,

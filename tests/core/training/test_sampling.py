@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from idadapter_core.errors import InputError
-from idadapter_core.training.bases import Base, load_base
+from idadapter_core.stable_diffusion.base import Base, load_base
+from idadapter_core.stable_diffusion.noise import scaled_linear
+from idadapter_core.stable_diffusion.sampler import positive_rows, sample, simple_schedule
+from idadapter_core.stable_diffusion.text import Conditioning
 from idadapter_core.training.config import BaseConfig
-from idadapter_core.training.diffusion import scaled_linear
-from idadapter_core.training.sampling import positive_rows, sample, simple_schedule
-from idadapter_core.training.text import Conditioning
 from tests.tiny.bases import KINDS, diffusers_base
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from idadapter_core.errors import CheckpointError, ConfigError, InputError
-from idadapter_core.training.vision import VisionEncoder, load_vision
+from idadapter_core.stable_diffusion.vision import VisionEncoder, load_vision
 from tests.harness.shim import run_shim
 from tests.tiny.vision import NARROW_WIDTH, PATCHES, WIDTH, config_file, vision_state
 

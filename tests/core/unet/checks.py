@@ -12,7 +12,7 @@ from torch import Tensor
 
 from idadapter_core.checkpoint import Adapter
 from idadapter_core.errors import InputError, MismatchError
-from idadapter_core.unet import Injected, inject
+from idadapter_core.stable_diffusion.inject import Injected, inject
 from tests.golden import recipe
 from tests.tiny.diffusers_unet import inputs, observed, predict, traces
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from idadapter_core.checkpoint import Adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.sites import attention_sites
-from idadapter_core.unet import Injected, eject, inject
+from idadapter_core.stable_diffusion.inject import Injected, eject, inject
 from tests.core.unet.checks import (
     AsItWas,
     bad_tokens,

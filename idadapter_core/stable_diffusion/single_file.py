@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..files import read_tensors
-from .autoencoder import Autoencoder, autoencoder_from_state
 from .pretrained import build_clip, build_diffusers, from_library, read_json
+from .vae import Autoencoder, autoencoder_from_state
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint import Adapter
-from ..errors import MismatchError
-from ..methods import Config, idadapter, uniid
-from . import gated, projected
+from ...checkpoint import Adapter
+from ...errors import MismatchError
+from ...methods import Config, idadapter, uniid
+from . import decoupled as projected, gated
 from .blocks import fitting_blocks, transformer_blocks
+from .decoupled import InjectedUniID
 from .gated import InjectedIDAdapter
 from .injection import Injected, Observer, injected_into
-from .projected import InjectedUniID
 
 _KINDS: dict[str, type[InjectedIDAdapter | InjectedUniID]] = {
     idadapter.METHOD: InjectedIDAdapter,
@@ -58,7 +58,7 @@ def inject(unet: Any, adapter: Adapter | idadapter.IDAdapterLayers | uniid.SiteP
     if injected_into(unet) is not None:
         raise MismatchError(
             f"an ID adapter is injected into this {type(unet).__name__} already, and two would train against each other. Eject it "
-            "first (idadapter_core.unet.eject)."
+            "first (idadapter_core.stable_diffusion.inject.eject)."
         )
     return _KINDS[adapter.method](unet, adapter)
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import add_identity, decoupled_attention, prepare_keys_values, sample_norm
-from ..errors import InputError
-from ..methods.uniid import SiteProjections, UniIDConfig
-from ..sites import Site
+from ...attention import add_identity, decoupled_attention, prepare_keys_values, sample_norm
+from ...errors import InputError
+from ...methods.uniid import SiteProjections, UniIDConfig
+from ...sites import Site
 from .injection import Injected, Setting, SiteHooks, require_finite
 
 

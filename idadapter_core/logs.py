@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..extra import BETWEEN_LINES, require
-from ..files import write_lines
+from .extra import BETWEEN_LINES, require
+from .files import write_lines
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from ..faces.features import crops_to_tensor
 from ..faces.images import Image
 from ..methods import idadapter, uniid
 from ..schedule import RescaleSchedule
+from ..training.bundle import Networks, see
+from ..training.config import CLASS_WORD
+from ..training.samples import Photo, photo_pictures
 from ..types import Face, FaceFeatures, Identity
-from ..unet import inject
-from .bases import Base
-from .bundle import Networks, see
-from .config import CLASS_WORD
-from .samples import Photo, photo_pictures
-from .sampling import sample
+from .base import Base
+from .inject import inject
+from .sampler import sample
 from .text import Conditioning, insert_tokens
 
 BeforeStep = Callable[[int, int], Conditioning | None]

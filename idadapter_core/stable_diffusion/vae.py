@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, InputError
 from ..files import read_tensors
-from .pretrained import (
-    build_diffusers,
-    freeze,
-    from_library,
-    load_folder,
-    read_json,
-    weights_digest,
-)
+from .pretrained import build_diffusers, freeze, from_library, load_folder, read_json, weights_digest
 
 SCALING = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}
 """What the latents of an AutoencoderKL are multiplied with for the UNet of a family."""

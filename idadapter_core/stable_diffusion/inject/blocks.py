@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint import Adapter
-from ..errors import MismatchError
-from ..sites import Site, attention_sites
+from ...checkpoint import Adapter
+from ...errors import MismatchError
+from ...sites import Site, attention_sites
 
 # The argument that diffusers hands from the UNet down to each transformer block.
 ARGUMENT = "cross_attention_kwargs"

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..methods.uniid import reference_names
 from ..sites import attention_sites, family_name
-from .autoencoder import Autoencoder, load_autoencoder
-from .config import BaseConfig
-from .diffusion import NoiseSchedule, scaled_linear
+from ..training.config import BaseConfig
+from .noise import NoiseSchedule, scaled_linear
 from .pretrained import freeze, from_library, load_folder, published_names, read_json, weights_digest
 from .single_file import KL, SingleFile
 from .text import TextEncoders
+from .vae import Autoencoder, load_autoencoder
 
 log = logging.getLogger(__name__)
 

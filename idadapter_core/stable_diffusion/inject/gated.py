@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError, MismatchError
-from ..methods.idadapter import GatedAdapter, GateIdentity, IDAdapterConfig, IDAdapterLayers
-from ..sites import Site
+from ...errors import InputError, MismatchError
+from ...methods.idadapter import GatedAdapter, GateIdentity, IDAdapterConfig, IDAdapterLayers
+from ...sites import Site
 from .injection import Injected, Setting, SiteHooks, require_finite
 
 

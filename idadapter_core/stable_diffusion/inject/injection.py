@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention import sample_norm
-from ..checkpoint import Adapter
-from ..errors import InputError, MismatchError
-from ..sites import Site
+from ...attention import sample_norm
+from ...checkpoint import Adapter
+from ...errors import InputError, MismatchError
+from ...sites import Site
 from .blocks import ARGUMENT, argument_position, fitting_blocks
 
 # Our entry in ARGUMENT. What acts travels with the call: gradient checkpointing keeps a block's arguments and runs the block again

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .bases import Base
-from .diffusion import NoiseSchedule
+from .base import Base
+from .noise import NoiseSchedule
 from .text import Conditioning
 
 _LEAST_SIGNAL = 4.8973451890853435e-08  # alpha-bar that stands for none at all, as in ComfyUI
