@@ -43,7 +43,9 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from benchmarks import training_cost as cost
+from idadapter_core.config import parse_config
 from idadapter_core.data.index import Index, Row, read_index, write_index
+from idadapter_core.data.references import Photo, photo_pictures
 from idadapter_core.data.scan import scan
 from idadapter_core.data.sources import list_photos
 from idadapter_core.data.split import SplitSettings
@@ -58,9 +60,9 @@ from idadapter_core.stable_diffusion.text import Conditioning
 from idadapter_core.training.adapters import trainable
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import KEYS, PART, Cache, Folder, build, kinds
-from idadapter_core.training.config import RunConfig, parse_config
+from idadapter_core.training.config import RunConfig
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.samples import Batch, Photo, Samples, join, photo_pictures, target_picture
+from idadapter_core.training.samples import Batch, Samples, join, target_picture
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 from tests.tiny.bases import write_diffusers_base

@@ -9,10 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .config import add_arguments
 from .errors import ConfigError
 from .extra import progress_bar, require
 from .program import Parser, run, start
-from .training.config import add_arguments, read_config
+from .training.config import read_config
 
 TOLERANCE = 0.02  # relative, between devices and after fp16
 

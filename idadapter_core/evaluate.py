@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .config import add_arguments
 from .program import Parser, run, start
-from .training.config import add_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

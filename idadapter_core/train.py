@@ -10,8 +10,9 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from .config import add_arguments
 from .program import Parser, run, start
-from .training.config import add_arguments, read_config
+from .training.config import read_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

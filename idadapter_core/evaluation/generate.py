@@ -10,13 +10,14 @@ import torch
 
 from ..checkpoint import Adapter, load_adapter
 from ..data.index import Index
+from ..data.references import features_of
 from ..errors import ConfigError, InputError
 from ..faces.images import Image
 from ..methods import METHODS, idadapter
 from ..schedule import RescaleSchedule
 from ..stable_diffusion.base import load_base
-from ..stable_diffusion.pipeline import Acting, Pipeline, features_of, to_levels
-from ..training.parts import load_networks
+from ..stable_diffusion.networks import load_networks
+from ..stable_diffusion.pipeline import Acting, Pipeline, to_levels
 from ..types import Identity, Mix
 from .config import EvaluationConfig, RunEntry, SamplingConfig
 from .people import Person, Photo

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..methods.uniid import reference_names
 from ..sites import attention_sites, family_name
-from ..training.config import BaseConfig
+from .config import BaseConfig
 from .noise import NoiseSchedule, scaled_linear
 from .pretrained import freeze, from_library, load_folder, published_names, read_json, weights_digest
 from .single_file import KL, SingleFile

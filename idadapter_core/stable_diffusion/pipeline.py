@@ -5,7 +5,7 @@ The same seed gives the picture that ComfyUI gives with KSampler (euler, simple)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,23 +13,18 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Adapter
-from ..data.index import Index, Row
 from ..errors import InputError
-from ..faces.features import crops_to_tensor
 from ..faces.images import Image
 from ..methods import idadapter, uniid
+from ..prompts import CLASS_WORD
 from ..schedule import RescaleSchedule
-from ..training.bundle import Networks, see
-from ..training.config import CLASS_WORD
-from ..training.samples import Photo, photo_pictures
-from ..types import Face, FaceFeatures, Identity
+from ..types import Identity
 from .base import Base
 from .inject import inject
 from .sampler import sample
 from .text import Conditioning, insert_tokens
 
 BeforeStep = Callable[[int, int], Conditioning | None]
-_SEX = {"man": "M", "woman": "F"}
 
 
 @dataclass(frozen=True)
@@ -221,48 +216,6 @@ def _by_rows(identity: Identity, rows: Tensor) -> Tensor:
     assert identity.adapter_tokens_uncond is not None
     parts = [identity.adapter_tokens if keep else identity.adapter_tokens_uncond for keep in rows.tolist()]
     return torch.cat(parts)
-
-
-def features_of(
-    index: Index,
-    rows: Sequence[Row],
-    networks: Networks,
-    recognizer: str,
-    device: torch.device | str,
-    read: Callable[[Callable[[], Any]], Any] = lambda work: work(),
-) -> FaceFeatures:
-    """The features of rows of one person, as Extract Face Features gives them.
-
-    Args:
-        recognizer: the name on record.
-        read: calls what reads the photos, and gives what that returns.
-    """
-    pictures = read(lambda: [photo_pictures(index.load(row), Photo(row)) for row in rows])
-    crops = crops_to_tensor([crop for crop, _ in pictures])
-    faces = tuple(
-        Face(
-            box=row.box or (0.0, 0.0, 0.0, 0.0),
-            landmarks=row.landmarks or (),
-            score=row.score,
-            image_size=(row.width, row.height),
-            sex=_SEX.get(row.class_noun),
-        )
-        for row in rows
-    )
-    with torch.no_grad():
-        embedding, stages = networks.recognizer(crops.to(device))
-    seen: dict[str, Tensor] = {}
-    if networks.vision is not None:
-        seen = see(networks.vision, networks.vision.preprocess([head for _, head in pictures]).to(device))
-    return FaceFeatures(
-        embedding=embedding.cpu(),
-        stages=tuple(stage.cpu() for stage in stages),
-        patch_tokens=seen["patch_tokens"].cpu() if seen else None,
-        class_embedding=seen["class_embedding"].cpu() if seen else None,
-        faces=faces,
-        recognizer=recognizer,
-        crops=crops,
-    )
 
 
 def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.precision") -> Image:

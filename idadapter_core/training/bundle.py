@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,27 +21,18 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import Adapter
 from ..faces.align import TEMPLATE_SIZE
-from ..faces.detector import FaceAnalyzer, select_faces
+from ..faces.detector import select_faces
 from ..faces.iresnet import IResNet
 from ..methods import idadapter, uniid
 from ..stable_diffusion.base import Base
 from ..stable_diffusion.inject import inject
+from ..stable_diffusion.networks import Networks, see
 from ..stable_diffusion.text import Conditioning, insert_tokens
-from ..stable_diffusion.vision import VisionEncoder
 from .config import RunConfig
 from .identity_loss import align_faces, crop_to_image, identity_cosines
 from .samples import STAGE_NAMES, Batch
 
 BORDER = 4  # latents around a face that its pixels depend on
-
-
-@dataclass(frozen=True, eq=False)
-class Networks:
-    """What is frozen beside the base models."""
-
-    recognizer: IResNet
-    vision: VisionEncoder | None = None  # for IDAdapter
-    detector: FaceAnalyzer | None = None  # for L_id by the detector
 
 
 @torch.no_grad()
@@ -57,13 +48,6 @@ def recognize(recognizer: IResNet, crops: Tensor, with_stages: bool) -> dict[str
         ]
         features |= dict(zip(STAGE_NAMES, [*shallow, stages[3]], strict=True))
     return features
-
-
-@torch.no_grad()
-def see(vision: VisionEncoder, heads: Tensor) -> dict[str, Tensor]:
-    """`patch_tokens` (F, P, d) and `class_embedding` (F, d) of heads (F, 3, S, S)."""
-    patches, classes = vision(heads)
-    return {"patch_tokens": patches.float(), "class_embedding": classes.float()}
 
 
 class Bundle(nn.Module):

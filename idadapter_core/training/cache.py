@@ -27,15 +27,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..config import writable
 from ..data.index import Index, Row
+from ..data.references import Photo, Preprocess, photo_tensors, photos_of_variants
 from ..errors import ConfigError, IDAdapterError
 from ..files import write_file, write_safetensors
 from ..methods import uniid
-from .bundle import recognize, see
-from .config import RunConfig, writable
+from ..stable_diffusion.networks import see
+from .bundle import recognize
+from .config import RunConfig
 from .loading import Batches, prepare_worker
 from .parts import Parts
-from .samples import STAGE_NAMES, Photo, Preprocess, photo_tensors, photos_of_variants, place, target_picture
+from .samples import STAGE_NAMES, place, target_picture
 
 VERSION = 2  # of the computations below and of decoding; a change makes all entries new ones
 PART = 512  # entries of a part

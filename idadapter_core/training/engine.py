@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint import save_adapter
+from ..config import config_toml, writable
 from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteError, TrainingError
 from ..extra import require, versions
 from ..faces.packages import DETECTION
@@ -41,7 +42,7 @@ from .adapters import trainable
 from .bundle import Bundle
 from .cache import Cache, kinds
 from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, load_optimizer, write_checkpoint
-from .config import RunConfig, TrainConfig, config_toml, differences, read_config, writable
+from .config import RunConfig, TrainConfig, differences, read_config
 from .grids import sample_grid
 from .loading import Batches, prepare_worker
 from .parts import load_parts, prepare_adapter, require_files

@@ -12,15 +12,12 @@ import torch
 from ..checkpoint import Adapter
 from ..data.index import Index, Row, read_index
 from ..errors import ConfigError
-from ..faces.detector import FaceAnalyzer, open_analyzer
-from ..faces.iresnet import load_iresnet
 from ..methods import uniid
-from ..recognizer import recorded_recognizer
 from ..stable_diffusion.base import Base, load_base
-from ..stable_diffusion.vision import load_vision
+from ..stable_diffusion.config import require_paths
+from ..stable_diffusion.networks import Networks, load_networks
 from .adapters import Wanted, fresh_adapter, load_start
-from .bundle import Networks
-from .config import BaseConfig, RunConfig, require_paths
+from .config import RunConfig
 from .samples import usable_rows
 
 
@@ -34,37 +31,6 @@ class Parts:
     index: Index
     train_rows: Sequence[Row]
     test_rows: Sequence[Row]
-
-
-def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[Networks, str]:
-    """The networks that look at faces, and the recogniser's recorded name.
-
-    Raises:
-        ConfigError: one that the method needs is not named.
-    """
-    if not base.recognizer:
-        raise ConfigError(
-            "base.recognizer is empty; name the face network's file (UniID: iResNet-100 of Glint360K; IDAdapter: also the "
-            "recogniser .onnx of the face package that its users will have)"
-        )
-    path = Path(base.recognizer)
-    recognizer = load_iresnet(path, any_layers=path.suffix == ".onnx" and method != uniid.METHOD)
-    vision = None
-    if method != uniid.METHOD:
-        if not base.vision:
-            raise ConfigError(
-                "base.vision is empty; IDAdapter needs a CLIP vision model (ViT-L/14 in the paper)"
-            )
-        vision = load_vision(Path(base.vision))
-    detector: FaceAnalyzer | None = None
-    if needs_detector:
-        if not base.face_package:
-            raise ConfigError(
-                "loss.gate or loss.align is 'detector', so base.face_package must name the folder of a face package; or set "
-                "them to 'noise' and 'target'"
-            )
-        detector = open_analyzer(Path(base.face_package), "cpu")
-    return Networks(recognizer, vision, detector), recorded_recognizer(path, method, recognizer)
 
 
 def require_files(config: RunConfig, *others: str) -> None:

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from idadapter_core import export, train
 from idadapter_core.checkpoint import load_adapter
 from idadapter_core.data.index import read_index
+from idadapter_core.data.references import features_of
 from idadapter_core.logs import read_log
 from idadapter_core.schedule import RescaleSchedule
 from idadapter_core.stable_diffusion.base import load_base
-from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline, features_of
-from idadapter_core.training.config import BaseConfig
-from idadapter_core.training.parts import load_networks
+from idadapter_core.stable_diffusion.config import BaseConfig
+from idadapter_core.stable_diffusion.networks import load_networks
+from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline
 from tests.harness.comfy import REPOSITORY
 from tests.harness.results import picture
 from tests.harness.server import ComfyServer, server_environment

@@ -12,6 +12,7 @@ import pytest
 
 from idadapter_core import evaluate as command
 from idadapter_core.checkpoint import save_adapter
+from idadapter_core.config import config_toml, parse_config
 from idadapter_core.data.index import read_index
 from idadapter_core.errors import ConfigError
 from idadapter_core.evaluation.config import EvaluationConfig, RunEntry
@@ -20,7 +21,6 @@ from idadapter_core.evaluation.people import Person, choose_people
 from idadapter_core.evaluation.prompts import Prompt
 from idadapter_core.stable_diffusion.base import load_base
 from idadapter_core.stable_diffusion.pipeline import Pipeline
-from idadapter_core.training.config import config_toml, parse_config
 from tests.harness.shim import run_shim
 from tests.tiny.idadapter import CONFIGS, tiny_idadapter
 from tests.tiny.toy import Toy, write_toy

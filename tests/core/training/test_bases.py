@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from idadapter_core.errors import CheckpointError, ConfigError, InputError, MismatchError
 from idadapter_core.stable_diffusion.base import Base, load_base, noise_schedule
+from idadapter_core.stable_diffusion.config import BaseConfig
 from idadapter_core.stable_diffusion.single_file import SingleFile
-from idadapter_core.training.config import BaseConfig
 from tests.golden import recipe
 from tests.tiny.bases import KINDS, diffusers_base, scheduler, tiny_autoencoder
 

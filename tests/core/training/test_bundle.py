@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from idadapter_core.checkpoint import Adapter
+from idadapter_core.data.references import Photo, features_of, photo_tensors
 from idadapter_core.faces.align import TEMPLATE
 from idadapter_core.methods import idadapter
 from idadapter_core.stable_diffusion.inject import inject
-from idadapter_core.stable_diffusion.pipeline import features_of
 from idadapter_core.stable_diffusion.text import LENGTH, insert_tokens
 from idadapter_core.stable_diffusion.vae import load_autoencoder
 from idadapter_core.training import bundle as bundles
@@ -27,7 +27,7 @@ from idadapter_core.training.bundle import Bundle, decode_face
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.identity_loss import align_faces, identity_cosines
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.samples import Batch, Photo, Samples, join, photo_tensors
+from idadapter_core.training.samples import Batch, Samples, join
 from tests.golden import recipe
 from tests.tiny.acting import acting
 from tests.tiny.bases import diffusers_base

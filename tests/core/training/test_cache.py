@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from idadapter_core import cache as command
+from idadapter_core.config import config_toml
 from idadapter_core.data.index import Row, read_index, write_index
 from idadapter_core.errors import ConfigError, InputError
 from idadapter_core.training import cache as caches
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import FACTS, KEYS, Cache, Folder, build, kinds, verify
 from idadapter_core.training.checkpoints import ADAPTER, latest
-from idadapter_core.training.config import RunConfig, config_toml
+from idadapter_core.training.config import RunConfig
 from idadapter_core.training.engine import train
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
 from idadapter_core.training.samples import VALIDATION, Batch, Samples, join, place

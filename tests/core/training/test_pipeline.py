@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from idadapter_core.checkpoint import Adapter
+from idadapter_core.data.references import features_of
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.features import extract_features
 from idadapter_core.schedule import RescaleSchedule
-from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline, features_of, to_levels
+from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline, to_levels
 from idadapter_core.stable_diffusion.text import LENGTH, insert_tokens
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.config import RunConfig

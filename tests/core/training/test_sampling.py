@@ -10,10 +10,10 @@ from torch import Tensor
 
 from idadapter_core.errors import InputError
 from idadapter_core.stable_diffusion.base import Base, load_base
+from idadapter_core.stable_diffusion.config import BaseConfig
 from idadapter_core.stable_diffusion.noise import scaled_linear
 from idadapter_core.stable_diffusion.sampler import positive_rows, sample, simple_schedule
 from idadapter_core.stable_diffusion.text import Conditioning
-from idadapter_core.training.config import BaseConfig
 from tests.tiny.bases import KINDS, diffusers_base
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..encodings import encoding_by_mark, encoding_by_zeros
-from ..errors import ConfigError
+from .encodings import encoding_by_mark, encoding_by_zeros
+from .errors import ConfigError
 
 if sys.version_info >= (3, 11):
     import tomllib
