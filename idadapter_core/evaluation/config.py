@@ -23,7 +23,7 @@ PARTS = ("both", "adapter", "text")  # of an adapter
 class PeopleConfig:
     """Who is drawn."""
 
-    index: str = ""  # written by `python -m idadapter_core.data scan`
+    index: str = ""  # written by `python -m idadapter_core scan`
     split: str = "test"
     identities: int = 50  # people, drawn by the seed; 0: all that have enough photos
     references: int = 4  # photos of each: what adapters are given, and what pictures are compared with
@@ -219,9 +219,7 @@ def require_files(config: EvaluationConfig) -> None:
 def require_sound(config: EvaluationConfig) -> None:
     """Raise ConfigError where sections that are each fine do not fit together."""
     if not config.data.index:
-        raise ConfigError(
-            "data.index is empty; name the index that `python -m idadapter_core.data scan` wrote"
-        )
+        raise ConfigError("data.index is empty; name the index that `python -m idadapter_core scan` wrote")
     prompts = config.all_prompts()
     if not prompts:
         raise ConfigError("there are no prompts; choose sampling.groups, or add [[prompts]]")

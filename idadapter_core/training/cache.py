@@ -125,7 +125,7 @@ class Folder:
                     keys = json.loads((file.metadata() or {})[KEYS])
             except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
                 raise ConfigError(
-                    f"{part}: no part of a cache ({error}). Delete it and run `python -m idadapter_core.cache build` again."
+                    f"{part}: no part of a cache ({error}). Delete it and run `python -m idadapter_core cache build` again."
                 ) from error
             self._places |= {key: (part.name, place) for place, key in enumerate(keys)}
 
@@ -161,7 +161,7 @@ class Cache:
             if missing:
                 raise ConfigError(
                     f"{folder.path}: {len(missing)} of {len(kind.entries)} {kind.name} are not in the cache, the first of "
-                    f"{missing[0].photo.row.source}. {_others(root, kind)}Run `python -m idadapter_core.cache build` with the run's "
+                    f"{missing[0].photo.row.source}. {_others(root, kind)}Run `python -m idadapter_core cache build` with the run's "
                     "configuration, or set data.cache to '' to do without."
                 )
         self._latents, self._photos = folders

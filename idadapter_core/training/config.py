@@ -36,7 +36,7 @@ SCHEDULES = ("constant", "cosine")
 class DataConfig:
     """What is trained on."""
 
-    index: str = ""  # written by `python -m idadapter_core.data scan`
+    index: str = ""  # written by `python -m idadapter_core scan`
     cache: str = ""  # folder of latents, crops and features; empty: computed when they are needed
     resolution: int = 512  # side of the square pictures, pixels
     references: int = (

@@ -274,7 +274,7 @@ class _Run:
         if self.log is not None:
             self._to_disk(self.log.close)
             sys.stderr.write(
-                f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core.export {self.folder} NAME.safetensors` "
+                f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core export {self.folder} NAME.safetensors` "
                 "writes the file for ComfyUI.\n"
             )
         return 0

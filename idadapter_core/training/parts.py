@@ -60,7 +60,7 @@ def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
     """
     if not config.data.index:
         raise ConfigError(
-            "data.index is empty; make an index with `python -m idadapter_core.data scan` and name it there"
+            "data.index is empty; make an index with `python -m idadapter_core scan` and name it there"
         )
     index = read_index(Path(config.data.index))
     train_rows, test_rows = usable_rows(index, config, "train"), usable_rows(index, config, "test")

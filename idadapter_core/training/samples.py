@@ -350,6 +350,6 @@ def usable_rows(index: Index, config: RunConfig, split: str) -> list[Row]:
     if not rows and split == "train":
         raise ConfigError(
             f"{index.path}: no photo is left to train on (data.min_photos = {config.data.min_photos}). See "
-            "`python -m idadapter_core.data stats` for what there is."
+            "`python -m idadapter_core stats` for what there is."
         )
     return rows

@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.convert`, as a user runs it."""
+"""`python -m idadapter_core convert`, as a user runs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from idadapter_core.checkpoint import load_adapter, save_adapter
-from idadapter_core.convert import main
+from idadapter_core.cli.convert import main
 from idadapter_core.errors import MismatchError
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.iresnet import IResNet, digest, save_iresnet
@@ -32,7 +32,7 @@ def published(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "idadapter_core.convert", *map(str, arguments)]
+    command = [sys.executable, "-m", "idadapter_core", "convert", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8")
 
 

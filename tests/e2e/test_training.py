@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from idadapter_core import export, train
 from idadapter_core.checkpoint import load_adapter
+from idadapter_core.cli import export, train
 from idadapter_core.data.index import read_index
 from idadapter_core.data.references import features_of
 from idadapter_core.logs import read_log

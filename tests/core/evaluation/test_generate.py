@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from idadapter_core import evaluate as command
 from idadapter_core.checkpoint import save_adapter
+from idadapter_core.cli import evaluate as command
 from idadapter_core.config import config_toml, parse_config
 from idadapter_core.data.index import read_index
 from idadapter_core.errors import ConfigError

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from idadapter_core import cache as command
+from idadapter_core.cli import cache as command
 from idadapter_core.config import config_toml
 from idadapter_core.data.index import Row, read_index, write_index
 from idadapter_core.errors import ConfigError, InputError
@@ -248,7 +248,7 @@ def test_what_changed_is_missing(built: RunConfig, parts: Parts, what: str) -> N
     before = content(built)
     with pytest.raises(ConfigError, match=changed[what][2]) as raised:
         Cache(Path(built.data.cache), kinds(*changed[what][:2]))
-    assert "python -m idadapter_core.cache build" in str(raised.value)
+    assert "python -m idadapter_core cache build" in str(raised.value)
     assert "data.cache" in str(raised.value)
     found = {
         "recogniser": f"There are photos of recognizer {parts.recognizer_digest}, but recognizer {'0' * 16} is wanted",

@@ -66,7 +66,7 @@ class Process:
         self.config = folder.parent / f"{folder.name}.toml"
         self.config.write_text(config_toml(toy.config(folder, **sections)), encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        program = ["-m", "idadapter_core.train", "--config", str(self.config), *arguments]
+        program = ["-m", "idadapter_core", "train", "--config", str(self.config), *arguments]
         path = os.pathsep.join(str(p) for p in (shim_path(), ROOT) if p)
         self.log = (folder.parent / f"{folder.name}.log").open("wb+")
         self.process = subprocess.Popen(
@@ -300,7 +300,7 @@ def test_killed_while_writing_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, torch\n"
         "torch.save = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from idadapter_core.train import main\n"
+        "from idadapter_core.cli.train import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     config = tmp_path / "run.toml"
@@ -461,7 +461,7 @@ def test_accelerate_launches_it(toy: Toy, tmp_path: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
     ended = subprocess.run(
-        [sys.executable, *launcher, "-m", "idadapter_core.train", "--config", str(config)],
+        [sys.executable, *launcher, "-m", "idadapter_core", "train", "--config", str(config)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -285,7 +285,7 @@ def test_a_program_ends_though_a_thread_is_stuck() -> None:
     """At once, with its exit code and all that it said."""
     code = (
         "import threading\n"
-        "from idadapter_core.program import start\n"
+        "from idadapter_core.cli.program import start\n"
         "from idadapter_core.waiting import Aside\n"
         "def look(seconds): raise TimeoutError\n"
         "def main():\n"

@@ -17,7 +17,7 @@ from idadapter_core.checkpoint import Adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.sites import attention_sites
 from idadapter_core.stable_diffusion.inject import Injected, eject, inject
-from tests.core.unet.checks import (
+from tests.core.stable_diffusion.inject.checks import (
     AsItWas,
     bad_tokens,
     require_derivatives,

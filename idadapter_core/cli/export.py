@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.export RUN OUTPUT.safetensors`: the file that Load ID Adapter reads, from a run or a checkpoint."""
+"""`python -m idadapter_core export RUN OUTPUT.safetensors`: the file that Load ID Adapter reads, from a run or a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoint import load_adapter, save_adapter
-from .errors import ConfigError
-from .files import DTYPES
-from .program import Parser, require_new, run, start
-from .training.checkpoints import ADAPTER, EMA, checkpoints
+from ..checkpoint import load_adapter, save_adapter
+from ..errors import ConfigError
+from ..files import DTYPES
+from ..training.checkpoints import ADAPTER, EMA, checkpoints
+from .program import Parser, require_new, run
 
 WEIGHTS = ("auto", "ema", "trained")
 
@@ -19,7 +19,7 @@ WEIGHTS = ("auto", "ema", "trained")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(
-        prog="python -m idadapter_core.export",
+        prog="python -m idadapter_core export",
         description="Write a trained adapter as one file for Load ID Adapter (models/idadapter).",
     )
     parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
@@ -88,7 +88,3 @@ def adapter_file(run: Path, weights: str = "auto", step: int | None = None) -> P
     if weights == "ema" and not averaged.is_file():
         raise ConfigError(f"{folder}: holds no averaged weights (train.ema was 0); use --weights trained")
     return averaged if weights != "trained" and averaged.is_file() else folder / ADAPTER
-
-
-if __name__ == "__main__":
-    start(main)

@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.cache build|verify --config run.toml`: latents and features of a run's photos, computed once.
+"""`python -m idadapter_core cache build|verify --config run.toml`: latents and features of a run's photos, computed once.
 
 `build` goes on where it was cut off, and shares its work among the processes of `torchrun` or `accelerate launch`.
 """
@@ -9,11 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .config import add_arguments
-from .errors import ConfigError
-from .extra import progress_bar, require
-from .program import Parser, run, start
-from .training.config import read_config
+from ..config import add_arguments
+from ..errors import ConfigError
+from ..extra import progress_bar, require
+from ..training.config import read_config
+from .program import Parser, run
 
 TOLERANCE = 0.02  # relative, between devices and after fp16
 
@@ -21,7 +21,7 @@ TOLERANCE = 0.02  # relative, between devices and after fp16
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 an error or entries that differ, 130 interrupted, 143 after SIGTERM."""
     parser = Parser(
-        prog="python -m idadapter_core.cache",
+        prog="python -m idadapter_core cache",
         description="Build or verify the cache of a training run.",
     )
     parser.add_argument("command", choices=("build", "verify"))
@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .training.cache import build, verify
-    from .training.engine import has_accelerator
-    from .training.parts import load_parts, require_files
-    from .training.watch import arrive
+    from ..training.cache import build, verify
+    from ..training.engine import has_accelerator
+    from ..training.parts import load_parts, require_files
+    from ..training.watch import arrive
 
     config = read_config(options.config, options.set)
     if not config.data.cache:
@@ -73,7 +73,3 @@ def _run(options: argparse.Namespace) -> int:
         said = f"{count} entries computed" if count else "all entries were there already"
         sys.stdout.write(f"{who}{name}: {said}\n")
     return 0
-
-
-if __name__ == "__main__":
-    start(main)

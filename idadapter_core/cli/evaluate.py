@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.evaluate --config eval.toml`: measures adapters on people, prompts and seeds."""
+"""`python -m idadapter_core evaluate --config eval.toml`: measures adapters on people, prompts and seeds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import add_arguments
-from .program import Parser, run, start
+from ..config import add_arguments
+from .program import Parser, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .evaluation.config import read_evaluation, require_files, require_sound
-    from .evaluation.metrics import read_requirement
-    from .evaluation.presets import with_preset
+    from ..evaluation.config import read_evaluation, require_files, require_sound
+    from ..evaluation.metrics import read_requirement
+    from ..evaluation.presets import with_preset
 
     overrides = [*options.set, *([f"preset.name={options.preset}"] if options.preset else [])]
     config = with_preset(read_evaluation(options.config, overrides))
@@ -35,10 +35,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     requirements = [read_requirement(text, config) for text in options.require]
     require_files(config)
 
-    from .data.index import read_index
-    from .evaluation.generate import PipelineGenerator
-    from .evaluation.observe import Observer
-    from .evaluation.run import evaluate
+    from ..data.index import read_index
+    from ..evaluation.generate import PipelineGenerator
+    from ..evaluation.observe import Observer
+    from ..evaluation.run import evaluate
 
     index = read_index(Path(config.data.index))
     observer = Observer(config)
@@ -61,7 +61,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m idadapter_core.evaluate",
+        prog="python -m idadapter_core evaluate",
         description="Measure identity adapters: how much a person is kept, how well prompts are followed, how varied pictures are.",
     )
     add_arguments(parser)
@@ -76,7 +76,3 @@ def _parser() -> argparse.ArgumentParser:
         help="exit with 1 unless every adapter reaches it at every scale; 'RUN/METRIC>=VALUE' for one run; may be given several times",
     )
     return parser
-
-
-if __name__ == "__main__":
-    start(main)

@@ -1,7 +1,7 @@
-"""`python -m idadapter_core.train --config run.toml`: trains an adapter.
+"""`python -m idadapter_core train --config run.toml`: trains an adapter.
 
-The same file runs on one machine or many: `accelerate launch -m idadapter_core.train --config run.toml`, or
-`torchrun --nproc-per-node 8 -m idadapter_core.train --config run.toml`.
+The same file runs on one machine or many: `accelerate launch -m idadapter_core train --config run.toml`, or
+`torchrun --nproc-per-node 8 -m idadapter_core train --config run.toml`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from .config import add_arguments
-from .program import Parser, run, start
-from .training.config import read_config
+from ..config import add_arguments
+from ..training.config import read_config
+from .program import Parser, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 an error, 143 stopped by a signal after a checkpoint, 130 interrupted."""
     parser = Parser(
-        prog="python -m idadapter_core.train",
+        prog="python -m idadapter_core train",
         description="Train an IDAdapter or a branch of UniID.",
     )
     add_arguments(parser)
@@ -43,10 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.set)
-    from .training.engine import train
+    from ..training.engine import train
 
     return train(config, resume=options.resume, allow_config_change=options.allow_config_change)
-
-
-if __name__ == "__main__":
-    start(main)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import IDAdapterError
-from .waiting import TERMINATED, Terminated, exit_now, is_work_left, terminable
+from ..errors import IDAdapterError
+from ..waiting import TERMINATED, Terminated, exit_now, is_work_left, terminable
 
 INTERRUPTED = 130  # the exit code after Ctrl+C, as shells have it
 

@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.data scan|stats|dedupe|shards`: from photos to what a training reads."""
+"""`python -m idadapter_core scan|stats|dedupe|shards`: from photos to what a training reads."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..data.dedupe import PEOPLE, dedupe, settings_of
+from ..data.index import Index, read_index
+from ..data.inventory import describe_inventory
+from ..data.measure import Limits
+from ..data.scan import scan
+from ..data.shards import INDEX_NAME, write_shards
+from ..data.sources import LAYOUTS, list_photos
+from ..data.split import SplitSettings, describe_split
+from ..data.stats import bad_photos, describe
 from ..errors import ConfigError
 from ..extra import progress_bar
 from ..faces.detector import PROVIDERS
-from ..program import Parser, run, start
-from .dedupe import PEOPLE, dedupe, settings_of
-from .index import Index, read_index
-from .inventory import describe_inventory
-from .measure import Limits
-from .scan import scan
-from .shards import INDEX_NAME, write_shards
-from .sources import LAYOUTS, list_photos
-from .split import SplitSettings, describe_split
-from .stats import bad_photos, describe
+from .program import Parser, run
 
 LICENCE_NOTE = (
     "Note: insightface's packages of face models (buffalo_l, antelopev2, ...) are for non-commercial research only; "
@@ -148,7 +148,7 @@ def _check_output(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m idadapter_core.data",
+        prog="python -m idadapter_core",
         description="From photos to an index that a training reads.",
         epilog="docs/datasets.md has the commands for the datasets that people use, docs/training.md what comes after.",
     )
@@ -281,7 +281,3 @@ _LIMITS = {
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-if __name__ == "__main__":
-    start(main)

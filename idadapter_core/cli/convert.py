@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.convert`: says what a checkpoint is, and writes it in the project's own format; or writes an untrained
+"""`python -m idadapter_core convert`: says what a checkpoint is, and writes it in the project's own format; or writes an untrained
 IDAdapter, the start of a training."""
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
-from .files import DTYPES
-from .methods import idadapter
-from .program import Parser, require_new, run, start
-from .recognizer import recorded_recognizer
+from ..checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
+from ..files import DTYPES
+from ..methods import idadapter
+from ..recognizer import recorded_recognizer
+from .program import Parser, require_new, run
 
 MAX_SEED = 2**64 - 1
 
@@ -48,7 +48,7 @@ def _convert(options: argparse.Namespace, output: Path | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m idadapter_core.convert",
+        prog="python -m idadapter_core convert",
         usage="%(prog)s [options] INPUT [OUTPUT]\n       %(prog)s [options] --init PRESET OUTPUT",
         description="Print what an adapter checkpoint is; with an output file, write it as .safetensors with its config inside. "
         "With --init, write an untrained IDAdapter instead: the start of a training.",
@@ -132,7 +132,3 @@ def _counts(adapter: Adapter) -> str:
         return ""
     parts = idadapter.parameter_counts(adapter.config).items()
     return f"parameters in M: {', '.join(f'{name} {count / 1e6:.2f}' for name, count in parts if count)}\n"
-
-
-if __name__ == "__main__":
-    start(main)
