@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.data.index import Row, read_index, write_index
 from idadapter_core.faces.align import TEMPLATE, TEMPLATE_SIZE
 from idadapter_core.faces.iresnet import EMBEDDING_WIDTH, IRESNET100_LAYERS, STAGE_WIDTHS, IResNet

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Adapter, initial_adapter, load_adapter, save_adapter
+from ..adapter import Adapter, initial_adapter, load_adapter, save_adapter
 from ..files import DTYPES
-from ..methods import idadapter
+from ..methods import METHODS
+from ..methods.method import UNCONDITIONAL
 from ..recognizer import recorded_recognizer
 from .program import Parser, require_new, run
 
@@ -32,11 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace, output: Path | None) -> int:
     if options.init is None:
         adapter = load_adapter(options.files[0], options.text_branch)
-        if recognizer := recorded_recognizer(options.recognizer, adapter.method):
+        if recognizer := recorded_recognizer(options.recognizer, adapter.kind.needs(adapter.config).stages):
             adapter = replace(adapter, config=replace(adapter.config, recognizer=recognizer))
     else:
-        recognizer = recorded_recognizer(options.recognizer, idadapter.METHOD)
-        config = replace(idadapter.PRESETS[options.init], recognizer=recognizer, **_new_settings(options))
+        preset = _presets()[options.init]
+        stages = next(m.needs(preset).stages for m in METHODS.values() if isinstance(preset, m.config))
+        recognizer = recorded_recognizer(options.recognizer, stages)
+        config = replace(preset, recognizer=recognizer, **_new_settings(options))
         dtype = DTYPES[options.dtype] or torch.float32
         adapter = initial_adapter(config, options.files[0].name, options.seed or 0, dtype)
     sys.stdout.write(f"{adapter.info}\n{_counts(adapter)}digest {adapter.digest}\n")
@@ -75,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     new = parser.add_argument_group("a new adapter")
-    new.add_argument("--init", choices=idadapter.PRESETS, help="the UNet family it is for")
+    new.add_argument("--init", choices=_presets(), help="the UNet family it is for")
     new.add_argument("--references", type=int, help="photos of a person in training, N (default: 4)")
     new.add_argument(
         "--tokens",
@@ -84,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument(
         "--unconditional",
-        choices=idadapter.UNCONDITIONAL,
+        choices=UNCONDITIONAL,
         help="what the adapter does on negative prompts: nothing, or the tokens of zeroed features (default: skip)",
     )
     new.add_argument("--seed", type=int, help="of the random weights (default: 0)")
@@ -120,6 +123,11 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path
     return output
 
 
+def _presets() -> dict[str, Any]:
+    """Configs of the untrained adapters that can be written, by UNet family."""
+    return {family: config for method in METHODS.values() for family, config in method.presets.items()}
+
+
 def _new_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a preset that were given."""
     given = {name: getattr(options, name) for name in ("references", "tokens", "unconditional")}
@@ -127,8 +135,8 @@ def _new_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _counts(adapter: Adapter) -> str:
-    """A line with the parameters of each part of an IDAdapter; nothing for a method of one part."""
-    if not isinstance(adapter.config, idadapter.IDAdapterConfig):
+    """A line with the parameters of each part; nothing for a method of one part."""
+    parts = adapter.kind.parameters(adapter.config).items()
+    if not parts:
         return ""
-    parts = idadapter.parameter_counts(adapter.config).items()
     return f"parameters in M: {', '.join(f'{name} {count / 1e6:.2f}' for name, count in parts if count)}\n"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint import load_adapter, save_adapter
+from ..adapter import load_adapter, save_adapter
 from ..errors import ConfigError
 from ..files import DTYPES
 from ..training.checkpoints import ADAPTER, EMA, checkpoints

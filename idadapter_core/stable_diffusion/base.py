@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..methods.uniid import reference_names
+from ..mechanisms.text import reference_names
 from ..sites import attention_sites, family_name
 from .config import BaseConfig
 from .noise import NoiseSchedule, scaled_linear

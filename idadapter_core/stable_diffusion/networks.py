@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..faces.detector import FaceAnalyzer, open_analyzer
 from ..faces.iresnet import IResNet, load_iresnet
-from ..methods import uniid
+from ..methods.method import Needs
 from ..recognizer import recorded_recognizer
 from .config import BaseConfig
 from .vision import VisionEncoder, load_vision
@@ -22,11 +22,11 @@ class Networks:
     """What is frozen beside the base models."""
 
     recognizer: IResNet
-    vision: VisionEncoder | None = None  # for IDAdapter
+    vision: VisionEncoder | None = None  # for methods that read it
     detector: FaceAnalyzer | None = None  # for L_id by the detector
 
 
-def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[Networks, str]:
+def load_networks(base: BaseConfig, needs: Needs, needs_detector: bool) -> tuple[Networks, str]:
     """The networks that look at faces, and the recogniser's recorded name.
 
     Raises:
@@ -38,9 +38,9 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
             "recogniser .onnx of the face package that its users will have)"
         )
     path = Path(base.recognizer)
-    recognizer = load_iresnet(path, any_layers=path.suffix == ".onnx" and method != uniid.METHOD)
+    recognizer = load_iresnet(path, any_layers=path.suffix == ".onnx" and not needs.stages)
     vision = None
-    if method != uniid.METHOD:
+    if needs.vision is not None:
         if not base.vision:
             raise ConfigError(
                 "base.vision is empty; IDAdapter needs a CLIP vision model (ViT-L/14 in the paper)"
@@ -54,7 +54,7 @@ def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[
                 "them to 'noise' and 'target'"
             )
         detector = open_analyzer(Path(base.face_package), "cpu")
-    return Networks(recognizer, vision, detector), recorded_recognizer(path, method, recognizer)
+    return Networks(recognizer, vision, detector), recorded_recognizer(path, needs.stages, recognizer)
 
 
 @torch.no_grad()

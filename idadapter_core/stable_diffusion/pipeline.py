@@ -6,23 +6,23 @@ The same seed gives the picture that ComfyUI gives with KSampler (euler, simple)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Adapter
+from ..adapter import Adapter
 from ..errors import InputError
 from ..faces.images import Image
-from ..methods import idadapter, uniid
 from ..prompts import CLASS_WORD
 from ..schedule import RescaleSchedule
 from ..types import Identity
 from .base import Base
 from .inject import inject
+from .inject.text import with_identity
 from .sampler import sample
-from .text import Conditioning, insert_tokens
+from .text import Conditioning
 
 BeforeStep = Callable[[int, int], Conditioning | None]
 
@@ -33,11 +33,9 @@ class Acting:
 
     adapter: float = 1.0  # as `weight` of Apply ID Adapter; 0: not in the UNet
     text: float = (
-        1.0  # as `token_weight` of ID Prompt; 0: not in the prompt. IDAdapter's word is there (1) or not (0)
+        1.0  # as `token_weight` of ID Prompt; 0: not in the prompt. An identity word is there (1) or not (0)
     )
-    rescale: RescaleSchedule | None = (
-        None  # UniID: normalized rescaling, with scales of its own in place of both
-    )
+    rescale: RescaleSchedule | None = None  # normalized rescaling, with scales of its own in place of both
 
 
 class Pipeline:
@@ -89,7 +87,7 @@ class Pipeline:
         """A picture (3, height, width), RGB in 0..1.
 
         Args:
-            prompt: may hold `<class word>`. IDAdapter's identity word is added to it where it is missing.
+            prompt: may hold `<class word>`. An identity word is added to it where it is missing.
             identity: made by this adapter; None: nobody, and the adapter does nothing at all.
 
         Raises:
@@ -108,10 +106,7 @@ class Pipeline:
                 raise InputError("an identity was given, but no adapter; give the adapter that made it")
             self.adapter.require_identity(identity, "the identity")
             text = prompt.replace(CLASS_WORD, identity.class_word or "person")
-            if self.adapter.method == idadapter.METHOD:
-                positive = self._with_word(text, identity, acting, rows)
-            else:
-                positive, before_step = self._with_tokens(text, identity, acting, rows)
+            positive, before_step = self._with_identity(self.adapter, text, identity, acting, rows)
         own = before_step
 
         def each_step(step: int, steps: int) -> Conditioning | None:
@@ -135,87 +130,42 @@ class Pipeline:
 
     def _set(self, tokens: Tensor | None, strength: float, **more: Any) -> None:
         if self.injected is not None:
-            self.injected.set_identity(tokens, strength=strength, **more)
+            self.injected.set_identity(tokens, strength, **more)
 
-    def _with_word(self, text: str, identity: Identity, acting: Acting, rows: Tensor) -> Conditioning:
-        if acting.rescale is not None or acting.text not in (0, 1):
-            raise InputError(
-                f"an IDAdapter acts with text 0 or 1 and without rescaling, got text {acting.text} and rescale {acting.rescale}"
-            )
-        assert identity.adapter_tokens is not None
-        bias = None if identity.adapter_bias is None else identity.adapter_bias[0]
-        if identity.adapter_tokens_uncond is None:
-            self._set(identity.adapter_tokens, acting.adapter, bias=bias, rows=rows)
-        else:
-            self._set(_by_rows(_aligned(identity, self.adapter), rows), acting.adapter, bias=bias)
-        if not acting.text or not identity.text_tokens:
-            return self.base.text.encode([text])
-        if not self.base.text.has_identifier(text):
-            text = idadapter.with_identity_clause(text, identity.class_word or "person")
-        return self.base.text.encode([text], identity.text_tokens)
-
-    def _with_tokens(
-        self, text: str, identity: Identity, acting: Acting, rows: Tensor
+    def _with_identity(
+        self, adapter: Adapter, text: str, identity: Identity, acting: Acting, rows: Tensor
     ) -> tuple[Conditioning, BeforeStep]:
-        plain = self.base.text.encode([text])
-        tokens: Tensor | None = None
-        if identity.adapter_tokens is not None:
-            tokens = _by_rows(identity, rows)
-        words: Tensor | None = None
-        if identity.text_tokens:
-            count = next(t.shape[1] for t in identity.text_tokens.values())
-            if self.base.text.shortened(text, count) != text:
-                raise InputError(
-                    f"the prompt is too long for {count} identity tokens beside it; shorten it: {text}"
-                )
-            words = uniid.normalize_text_tokens(identity.text_tokens, self.base.text.reference_norms(count))
+        """The first conditioning, and what is set before each step.
 
-        def scaled(scale: float) -> Conditioning:
-            if words is None or acting.text == 0:
-                return plain
-            return replace(plain, states=insert_tokens(plain.states, words * scale))
+        Rows of negative prompts have the identity's unconditional tokens, or are left alone where it has none.
+        """
+        kind, schedule = adapter.mechanisms.text, acting.rescale
+        if schedule is not None and adapter.mechanisms.decoupled is None and kind != "states":
+            raise InputError(
+                f"{adapter.name} acts without rescaling, which is for adapters with attention of their own beside the text's; leave "
+                "`rescale` out"
+            )
+        conditioned = with_identity(
+            self.base.text, text, kind, identity.text_tokens, identity.class_word, acting.text
+        )
+        more: dict[str, Any] = {}
+        if identity.adapter_tokens is not None:
+            bias = None if identity.adapter_bias is None else identity.adapter_bias[0]
+            more = {"bias": bias, "rows": rows, "unconditional": identity.adapter_tokens_uncond}
 
         def before_step(step: int, steps: int) -> Conditioning | None:
-            schedule = acting.rescale
             if schedule is None:
                 return None
-            self._set(tokens, acting.adapter * schedule.adapter_scale(step, steps), rescale=True)
-            return scaled(acting.text * schedule.text_scale(step, steps))
+            strength = acting.adapter * schedule.adapter_scale(step, steps)
+            self._set(identity.adapter_tokens, strength, rescale=True, **more)
+            return conditioned(schedule.text_scale(step, steps))
 
-        self._set(tokens, acting.adapter)
-        return scaled(acting.text), before_step
+        self._set(identity.adapter_tokens, acting.adapter, **more)
+        return conditioned(1.0), before_step
 
 
 def _nothing(step: int, steps: int) -> None:
     return None
-
-
-def _aligned(identity: Identity, adapter: Any) -> Identity:
-    """An IDAdapter's identity whose unconditional tokens are as many as its own, so that its bias holds for both.
-
-    Patch tokens of zeroed features are all alike, and the bias gives any number of photos the weight of N.
-    """
-    shown, zeroed = identity.adapter_tokens, identity.adapter_tokens_uncond
-    assert shown is not None
-    assert zeroed is not None
-    count = shown.shape[1]
-    if zeroed.shape[1] == count:
-        return identity
-    if adapter.config.tokens or (count - 1) % adapter.config.vision_patches:
-        raise InputError(
-            f"{adapter.name} has tokens for negative prompts, beside which only identities that were mixed in its own way can be drawn; "
-            "set mode to auto."
-        )
-    same = torch.cat([zeroed[:, :1].expand(-1, count - 1, -1), zeroed[:, -1:]], dim=1)
-    return replace(identity, adapter_tokens_uncond=same)
-
-
-def _by_rows(identity: Identity, rows: Tensor) -> Tensor:
-    """Tokens (rows, T, D): the identity's in positive rows, those of zeroed features in negative ones."""
-    assert identity.adapter_tokens is not None
-    assert identity.adapter_tokens_uncond is not None
-    parts = [identity.adapter_tokens if keep else identity.adapter_tokens_uncond for keep in rows.tolist()]
-    return torch.cat(parts)
 
 
 def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.precision") -> Image:

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError, MismatchError
-from ..methods.idadapter import IDENTIFIER
-from ..methods.uniid import reference_names
+from ..mechanisms.text import IDENTIFIER, reference_names
 
 LENGTH = 77  # positions, with the begin and the end token
 
@@ -113,7 +112,7 @@ class TextEncoders(nn.Module):
     def reference_norms(self, count: int) -> dict[str, Tensor]:
         """Length of the text states at positions 1..count for a well-known name: (count,) fp32 on the CPU, per encoder.
 
-        UniID's reference: the mean input embedding of first, second, … tokens over the names, encoded between BOS and EOS.
+        The reference of identity tokens (UniID): the mean input embedding of first, second, … tokens over the names, encoded between BOS and EOS.
         """
         if count not in self._reference_norms:
             self._reference_norms[count] = {name: self._measure_norms(name, count) for name in self.models}
@@ -249,12 +248,6 @@ class TextEncoders(nn.Module):
             raise InputError(
                 f"the identity's word must have the shape (1 or {rows}, n, width) for each encoder, got {shapes}"
             )
-
-
-def insert_tokens(states: Tensor, tokens: Tensor) -> Tensor:
-    """States (B, L, D) with identity tokens (1 or B, n, D) after BOS. The last n positions drop off, so the length stays."""
-    tokens = tokens.to(states).expand(states.shape[0], -1, -1)
-    return torch.cat([states[:, :1], tokens, states[:, 1 : states.shape[1] - tokens.shape[1]]], dim=1)
 
 
 def _short(prompt: str) -> str:

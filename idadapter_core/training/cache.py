@@ -32,7 +32,6 @@ from ..data.index import Index, Row
 from ..data.references import Photo, Preprocess, photo_tensors, photos_of_variants
 from ..errors import ConfigError, IDAdapterError
 from ..files import write_file, write_safetensors
-from ..methods import uniid
 from ..stable_diffusion.networks import see
 from .bundle import recognize
 from .config import RunConfig
@@ -89,17 +88,16 @@ def kinds(parts: Parts, config: RunConfig) -> tuple[Kind, Kind]:
     """What a run needs."""
     splits = (parts.train_rows, parts.test_rows)
     rows = [row for split in splits for row in split]
-    is_uniid = config.adapter.method == uniid.METHOD
     latents = [Entry(latents_key(row, False), Photo(row)) for row in rows]
     if config.data.flip:  # of training; what a run is measured by is never mirrored
         latents += [Entry(latents_key(row, True), Photo(row), True) for row in parts.train_rows]
     photos = [Photo(row) for row in rows]
-    if not is_uniid:
+    if not config.recipe.known_by_target:
         photos = [p for split in splits for p in photos_of_variants(split, config.data.references)]
     latent_facts = {"version": VERSION, "vae": parts.base.vae.digest, "resolution": config.data.resolution}
     photo_facts = {"version": VERSION, "recognizer": parts.recognizer_digest, "method": config.adapter.method}
     photo_facts |= {"features": config.data.cache_features}
-    if not is_uniid:
+    if config.needs.vision is not None:
         assert parts.networks.vision is not None
         photo_facts["vision"] = parts.networks.vision.digest
     return (
@@ -338,13 +336,13 @@ def _compute(
     given = {name: tensor.to(device) for name, tensor in batch.items()}
     if kind == "latents":
         return {"moments": parts.base.vae.moments(given["pictures"]).half().cpu().contiguous()}
-    is_uniid = config.adapter.method == uniid.METHOD
-    tensors = recognize(parts.networks.recognizer, given["crops"], with_stages=is_uniid)
-    if not is_uniid or not config.data.cache_features:
+    needs = config.needs
+    tensors = recognize(parts.networks.recognizer, given["crops"], needs)
+    if not config.data.cache_features:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in STAGE_NAMES}
-    if is_uniid and not config.data.cache_features:
+    if needs.stages and not config.data.cache_features:
         tensors["crops"] = _to_levels(given["crops"])
-    if not is_uniid:
+    if needs.vision is not None:
         assert parts.networks.vision is not None
         tensors |= (
             see(parts.networks.vision, given["heads"])

@@ -22,11 +22,11 @@ from ..config import (
     within,
 )
 from ..errors import ConfigError
-from ..methods import METHODS
+from ..methods import METHODS, Method
+from ..methods.method import Needs, Recipe
 from ..prompts import CAPTION, CLASS_WORD, require_known
 from ..stable_diffusion.config import PRECISIONS, BaseConfig
 
-BRANCHES = ("adapter", "text")
 ALIGNMENTS = ("target", "detector")
 GATES = ("noise", "detector")
 SCHEDULES = ("constant", "cosine")
@@ -72,12 +72,14 @@ class AdapterSection:
 
     method: str = "idadapter"
     start: str = ""  # an adapter file to go on from; empty: a fresh adapter of the family's preset
-    branch: str = "adapter"  # UniID trains one branch in a run
+    branch: str = "adapter"  # of a method that trains one branch in a run (UniID)
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method's own config, over the preset
 
     def __post_init__(self) -> None:
-        one_of("adapter.method", self.method, tuple(METHODS))
-        one_of("adapter.branch", self.branch, BRANCHES)
+        trained = {name: method.recipe for name, method in METHODS.items() if method.recipe is not None}
+        one_of("adapter.method", self.method, tuple(trained))
+        branches = {branch for recipe in trained.values() for branch in recipe.branches}
+        one_of("adapter.branch", self.branch, tuple(trained[self.method].branches or sorted(branches)))
         known = {entry.name for entry in dataclasses.fields(METHODS[self.method].config)}
         for name in self.settings:
             if name not in known:
@@ -198,23 +200,22 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
+    @property
+    def method(self) -> Method:
+        """The method that is trained."""
+        return METHODS[self.adapter.method]
 
-# What a run of a method has where its file says nothing: as published, where that differs from the defaults above.
-METHOD_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "idadapter": {},
-    "uniid": {
-        "data": {"flip": False},
-        "loss": {"identity": 0.0},
-        "train": {
-            "lr": 1e-5,
-            "weight_decay": 0.01,
-            "drop_identity": 0.1,
-            "drop_text": 0.0,
-            "drop_both": 0.0,
-        },
-    },
-}
-_UNIID_TEXT_LR = 1e-4
+    @property
+    def recipe(self) -> Recipe:
+        """How it is trained."""
+        recipe = self.method.recipe
+        assert recipe is not None  # checked by AdapterSection
+        return recipe
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of faces."""
+        return self.method.needs(self.method.config())
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -229,16 +230,19 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables of a run, with what its method has where they say nothing (`METHOD_DEFAULTS`)."""
+    """The tables of a run, with the published settings of its method where they say nothing (`Recipe.defaults`)."""
     adapter = content.get("adapter", {})
     adapter = adapter if isinstance(adapter, Mapping) else {}
     merged: dict[str, Any] = dict(content)
-    for section, values in METHOD_DEFAULTS.get(str(adapter.get("method", "")), {}).items():
-        given = content.get(section, {})
-        if isinstance(given, Mapping):
-            merged[section] = {**values, **given}
-            if section == "train" and adapter.get("branch") == "text" and "lr" not in given:
-                merged[section]["lr"] = _UNIID_TEXT_LR
+    method = METHODS.get(str(adapter.get("method", "")))
+    if method is None or method.recipe is None:
+        return merged
+    recipe = method.recipe
+    for defaults in (recipe.branches.get(str(adapter.get("branch", "")), {}), recipe.defaults):
+        for section, values in defaults.items():
+            given = merged.get(section, {})
+            if isinstance(given, Mapping):
+                merged[section] = {**values, **given}
     return merged
 
 

@@ -28,14 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint import save_adapter
+from ..adapter import save_adapter
 from ..config import config_toml, writable
 from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteError, TrainingError
 from ..extra import require, versions
 from ..faces.packages import DETECTION
 from ..files import file_digest, some, write_file
 from ..logs import RunLog
-from ..methods import METHODS, idadapter
 from ..randomness import epoch_order
 from ..waiting import PATIENCE, TERMINATED, Aside, Terminated
 from .adapters import trainable
@@ -172,8 +171,8 @@ class _Run:
         self._updating = threading.Lock()  # held while weights, optimiser and step do not belong together
         accelerate = require("accelerate")
         kwargs = require("accelerate.utils").DistributedDataParallelKwargs(
-            # IDAdapter's gates are skipped where the identity is dropped in all of a micro-batch.
-            find_unused_parameters=config.adapter.method == idadapter.METHOD,
+            # Gates are skipped where the identity is dropped in all of a micro-batch.
+            find_unused_parameters=config.recipe.some_idle,
             gradient_as_bucket_view=True,  # the gradients are not held twice
         )
         # Precision is ours: autocast over fp32 weights, and none around the face network. Without `cpu`, accelerate takes each of
@@ -833,10 +832,10 @@ class _Run:
 
     def _in_words(self) -> str:
         config = self.config
-        branch = f" ({config.adapter.branch} branch)" if config.adapter.method != idadapter.METHOD else ""
+        branch = f" ({config.adapter.branch} branch)" if config.recipe.branches else ""
         count = sum(p.numel() for p in self.parameters.values())
         return (
-            f"{METHODS[config.adapter.method].title}{branch}, {count / 1e6:,.1f} M parameters, steps {self.step + 1} to "
+            f"{config.method.title}{branch}, {count / 1e6:,.1f} M parameters, steps {self.step + 1} to "
             f"{config.train.steps} with {config.train.batch} samples each, {len(self.parts.train_rows)} photos, "
             f"{len(self.parts.test_rows)} more of test people; {self.world} process{'es' if self.world > 1 else ''} on {self.device.type}"
         )

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image as PILImage, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..checkpoint import Adapter
+from ..adapter import Adapter
 from ..data.people import by_person
 from ..data.references import features_of
 from ..errors import InputError

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Adapter
+from ..adapter import Adapter
 from ..data.index import Index, Row, read_index
 from ..errors import ConfigError
-from ..methods import uniid
 from ..stable_diffusion.base import Base, load_base
 from ..stable_diffusion.config import require_paths
 from ..stable_diffusion.networks import Networks, load_networks
@@ -43,7 +42,7 @@ def require_files(config: RunConfig, *others: str) -> None:
         ConfigError: names the first that is not.
     """
     without = [] if _needs_detector(config) else ["face_package"]
-    without += ["vision"] if config.adapter.method == uniid.METHOD else []
+    without += ["vision"] if config.needs.vision is None else []
     named = {f"data.{name}": getattr(config.data, name) for name in ("index", *others)}
     require_paths(config.base, without, {**named, "adapter.start": config.adapter.start})
 
@@ -64,7 +63,7 @@ def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
         )
     index = read_index(Path(config.data.index))
     train_rows, test_rows = usable_rows(index, config, "train"), usable_rows(index, config, "test")
-    networks, digest = load_networks(config.base, config.adapter.method, _needs_detector(config))
+    networks, digest = load_networks(config.base, config.needs, _needs_detector(config))
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     base = load_base(config.base, device, dtype)
     networks.recognizer.to(device)
@@ -94,7 +93,7 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The adapter's settings; how many references an IDAdapter learns from is the data's."""
     settings = dict(config.adapter.settings)
-    if config.adapter.method == uniid.METHOD:
+    if not hasattr(config.method.config(), "references"):
         return settings
     references = config.data.references
     if settings.setdefault("references", references) != references:

@@ -1,7 +1,7 @@
 """Samples: what one row of a batch is made of, drawn from the run's seed, the epoch and the row alone.
 
-A sample has a target picture and the photos by which its person is known: N references for IDAdapter, the target itself for
-UniID. Where a cache is given, latents and features come from it; else the pixels do, and the trainer computes the rest.
+A sample has a target picture and the photos by which its person is known: N references or, where the method says so, the target
+itself. Where a cache is given, latents and features come from it; else the pixels do, and the trainer computes the rest.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from ..data.people import by_person
 from ..data.references import Photo, Preprocess, photo_tensors, references_for
 from ..errors import ConfigError, IDAdapterError
 from ..faces.images import Image
-from ..methods import idadapter, uniid
 from ..prompts import CAPTION, CLASS_WORD
 from ..randomness import generator, positions
 from .config import RunConfig
 
-PROMPTS = {idadapter.METHOD: CAPTION, uniid.METHOD: f"a photo of a {CLASS_WORD}"}
 NO_CAPTION = f"a photo of a {CLASS_WORD}"
 VALIDATION = -1  # "epochs" from here down are of samples by which a run is measured: the same at every time
 _MIRRORED = [1, 0, 2, 4, 3]  # the five landmarks in a mirrored picture
@@ -112,7 +110,7 @@ class Batch:
     pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
     moments: Tensor | None = None  # (B, 8, h, w)
     crops: Tensor | None = (
-        None  # (B, N + 1, 3, 112, 112): the references' faces, then the target's; with UniID the target's
+        None  # (B, N + 1, 3, 112, 112): the references' faces, then the target's; or the target's alone
     )
     heads: Tensor | None = None  # (B, N, 3, S, S) for CLIP vision
     embedding: Tensor | None = None  # (B, N + 1, 512) of the crops
@@ -178,7 +176,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         self._index, self.rows, self._config = index, list(rows), config
         self._timesteps, self._store, self._preprocess = timesteps, store, preprocess
         self._person = {row.number: person for person in by_person(rows).values() for row in person}
-        self._is_uniid = config.adapter.method == uniid.METHOD
+        self._by_target = config.recipe.known_by_target
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -218,7 +216,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
             "sizes": torch.tensor(placement.size_conditioning(row)),
         }
         target = Photo(row)
-        known_by = [] if self._is_uniid else references
+        known_by = [] if self._by_target else references
         if self._store is None:
             image = self._index.load(row)
             sample["pictures"] = target_picture(image, row, config.data.resolution, mirrored)
@@ -229,17 +227,17 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         else:
             sample["moments"] = self._store.latents(row, mirrored)
             tensors = [dict(self._store.photo(photo)) for photo in [*known_by, target]]
-        return sample | _stacked(tensors, self._is_uniid)
+        return sample | _stacked(tensors, self._by_target)
 
 
-def _stacked(photos: list[dict[str, Tensor]], is_uniid: bool) -> dict[str, Any]:
+def _stacked(photos: list[dict[str, Tensor]], by_target: bool) -> dict[str, Any]:
     """Tensors of photos, the target's last, in the shapes of `Batch` without its first axis."""
     stacked: dict[str, Any] = {}
     for name in photos[0]:
         if name in STAGE_NAMES:
             continue
         # The target's face says who is wanted; for all else the references are looked at.
-        seen = photos if name in ("crops", "embedding") or is_uniid else photos[:-1]
+        seen = photos if name in ("crops", "embedding") or by_target else photos[:-1]
         stacked[name] = torch.stack([tensors[name] for tensors in seen])
     if STAGE_NAMES[0] in photos[-1]:
         stacked["stages"] = tuple(photos[-1][name] for name in STAGE_NAMES)
@@ -258,7 +256,7 @@ def _kept(draw: float, config: RunConfig) -> tuple[bool, bool]:
 
 def prompt_of(row: Row, config: RunConfig) -> str:
     """The prompt of a row, without the identity word."""
-    template = config.data.prompt or PROMPTS[config.adapter.method]
+    template = config.data.prompt or config.recipe.prompt
     if CAPTION in template:
         template = template.replace(CAPTION, row.caption or NO_CAPTION)
     return template.replace(CLASS_WORD, row.class_noun or "person")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from idadapter_core.checkpoint import load_adapter, save_adapter
+from idadapter_core.adapter import load_adapter, save_adapter
 from idadapter_core.cli.convert import main
 from idadapter_core.errors import MismatchError
 from idadapter_core.faces.detector import open_analyzer
@@ -198,9 +198,9 @@ def test_a_start_of_a_training_is_written(tmp_path: Path) -> None:
         PRESETS["sd15"], references=2, tokens=16, unconditional="zeros", recognizer=digest(network)
     )
     assert start.config == chosen
-    assert set(start.gates.values()) == {(0.0, 0.0)}
-    assert len(start.gates) == 16
-    assert start.deltas == {}
+    assert set(start.mechanisms.openings.values()) == {(0.0, 0.0)}
+    assert len(start.mechanisms.openings) == 16
+    assert start.mechanisms.deltas == {}
     assert {p.dtype for p in start.layers.parameters()} == {torch.bfloat16}
 
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from idadapter_core.checkpoint import load_adapter
+from idadapter_core.adapter import load_adapter
 from idadapter_core.cli import export, train
 from idadapter_core.data.index import read_index
 from idadapter_core.data.references import features_of
@@ -136,7 +136,7 @@ def test_the_page_leads_to_an_adapter(walked: Lab) -> None:
     assert measured[-1]["loss"] < measured[0]["loss"]
     assert measured[-1]["people"] == "test"
     adapter = load_adapter(walked.trained)
-    assert any(abs(gate) > 1e-3 for pair in adapter.gates.values() for gate in pair)
+    assert any(abs(gate) > 1e-3 for pair in adapter.mechanisms.openings.values() for gate in pair)
     report = (walked.folder / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert "mine" in report
     assert (walked.folder / "evaluation" / "per_image.csv").is_file()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from idadapter_core.checkpoint import load_adapter, save_adapter
+from idadapter_core.adapter import load_adapter, save_adapter
 from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.types import Mix
 from tests.golden.compare import TOLERANCE, assert_published

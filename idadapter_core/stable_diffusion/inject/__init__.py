@@ -14,43 +14,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...checkpoint import Adapter
+from ...adapter import Adapter
 from ...errors import MismatchError
-from ...methods import Config, idadapter, uniid
-from . import decoupled as projected, gated
+from ...mechanisms import Mechanisms
 from .blocks import fitting_blocks, transformer_blocks
-from .decoupled import InjectedUniID
-from .gated import InjectedIDAdapter
-from .injection import Injected, Observer, injected_into
-
-_KINDS: dict[str, type[InjectedIDAdapter | InjectedUniID]] = {
-    idadapter.METHOD: InjectedIDAdapter,
-    uniid.METHOD: InjectedUniID,
-}
+from .decoupled import DecoupledPart
+from .deltas import DeltaPart
+from .gated import GatedPart
+from .injection import BlockHooks, Injected, Observer, Part, injected_into
 
 
-def inject(unet: Any, adapter: Adapter | idadapter.IDAdapterLayers | uniid.SiteProjections) -> Injected:
+def inject(unet: Any, adapter: Adapter) -> Injected:
     """Let an adapter act in a UNet until it is ejected.
 
     The layers stay where they are and as they are: move them to the UNet's device, and choose what is trained, on the layers
-    themselves. Without autocast those of an IDAdapter must be in the UNet's dtype or in a wider one, in which they then compute.
+    themselves. Without autocast gated layers and deltas must be in the UNet's dtype or in a wider one, in which they then compute.
 
     Args:
         unet: a diffusers UNet2DConditionModel (SD1.5, SD2.1, SDXL, or any size of that family); not a wrapper around one.
-        adapter: an adapter with layers in the UNet, or its layers alone.
+        adapter: an adapter with layers in the UNet.
 
     Returns:
-        What sets the identity: an `InjectedIDAdapter` or an `InjectedUniID`. Used in a `with`, it is ejected at the end.
+        What sets the identity. Used in a `with`, it is ejected at the end.
 
     Raises:
         MismatchError: the adapter is for another UNet or has nothing that acts in one, the UNet has other transformer blocks or
             fused projections, or an adapter is injected already. The UNet is then as it was.
     """
-    if isinstance(adapter, idadapter.IDAdapterLayers):
-        adapter = _bare(idadapter.METHOD, gated.config_of(adapter), adapter)
-    elif isinstance(adapter, uniid.SiteProjections):
-        adapter = _bare(uniid.METHOD, projected.config_of(adapter), adapter)
-    if not adapter.config.has_adapter_branch:
+    # Not the adapter's own record, which leaves out deltas that training has not changed yet.
+    mechanisms = adapter.kind.mechanisms(adapter.config, adapter.layers)
+    if not mechanisms.acts_in_unet:
         raise MismatchError(
             f"{adapter.name} has no adapter branch, so there is nothing to inject: its identity acts through text tokens alone. "
             "Choose the file of the adapter branch, or use the UNet as it is."
@@ -58,14 +51,22 @@ def inject(unet: Any, adapter: Adapter | idadapter.IDAdapterLayers | uniid.SiteP
     if injected_into(unet) is not None:
         raise MismatchError(
             f"an ID adapter is injected into this {type(unet).__name__} already, and two would train against each other. Eject it "
-            "first (idadapter_core.stable_diffusion.inject.eject)."
+            "first (idadapter_core.eject)."
         )
-    return _KINDS[adapter.method](unet, adapter)
+    return Injected(unet, adapter, mechanisms, _parts)
 
 
-def _bare(method: str, config: Config, layers: Any) -> Adapter:
-    """An Adapter around layers alone."""
-    return Adapter(name="the adapter", digest="", method=method, config=config, encoder=None, layers=layers)
+def _parts(block: BlockHooks, mechanisms: Mechanisms) -> list[Part]:
+    parts: list[Part] = []
+    if mechanisms.gated is not None:
+        parts.append(GatedPart(block, mechanisms.gated))
+    deltas = {place.layer: delta for place, delta in mechanisms.deltas.items() if place.site == block.index}
+    if deltas:
+        parts.append(DeltaPart(block, deltas))
+    # After the deltas, so that the query it sees is that of the changed layer.
+    if mechanisms.decoupled is not None:
+        parts.append(DecoupledPart(block, mechanisms.decoupled))
+    return parts
 
 
 def eject(unet: Any) -> None:
@@ -77,8 +78,6 @@ def eject(unet: Any) -> None:
 
 __all__ = [
     "Injected",
-    "InjectedIDAdapter",
-    "InjectedUniID",
     "Observer",
     "eject",
     "fitting_blocks",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...checkpoint import Adapter
+from ...adapter import Adapter
 from ...errors import MismatchError
 from ...sites import Site, attention_sites
 

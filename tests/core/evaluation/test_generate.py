@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from idadapter_core.checkpoint import save_adapter
+from idadapter_core.adapter import save_adapter
 from idadapter_core.cli import evaluate as command
 from idadapter_core.config import config_toml, parse_config
 from idadapter_core.data.index import read_index

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.data.references import features_of
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.features import extract_features
 from idadapter_core.schedule import RescaleSchedule
+from idadapter_core.stable_diffusion.inject.text import insert_tokens
 from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline, to_levels
-from idadapter_core.stable_diffusion.text import LENGTH, insert_tokens
+from idadapter_core.stable_diffusion.text import LENGTH
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.grids import sample_grid
@@ -261,7 +262,7 @@ def test_both_branches_of_uniid_together(
     parts: Parts, adapters: dict[str, Adapter], identities: dict[str, Identity], tmp_path: Path
 ) -> None:
     """Each adds to the other: four different pictures."""
-    from idadapter_core.checkpoint import load_adapter, save_adapter
+    from idadapter_core.adapter import load_adapter, save_adapter
 
     for name in ("uniid", "uniid text"):
         save_adapter(adapters[name], tmp_path / f"{name}.safetensors")

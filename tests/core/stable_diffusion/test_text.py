@@ -14,7 +14,8 @@ from torch import Tensor
 from idadapter_core.errors import ConfigError, InputError, MismatchError
 from idadapter_core.stable_diffusion.base import load_base
 from idadapter_core.stable_diffusion.config import BaseConfig
-from idadapter_core.stable_diffusion.text import LENGTH, TextEncoders, insert_tokens
+from idadapter_core.stable_diffusion.inject.text import insert_tokens
+from idadapter_core.stable_diffusion.text import LENGTH, TextEncoders
 from tests.golden import recipe
 from tests.tiny.bases import KINDS, WIDTH, diffusers_base
 

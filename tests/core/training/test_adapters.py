@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from idadapter_core.checkpoint import Adapter, load_adapter, save_adapter
+from idadapter_core.adapter import Adapter, load_adapter, save_adapter
 from idadapter_core.errors import CheckpointError, ConfigError, MismatchError
 from idadapter_core.methods.idadapter import PRESETS, IDAdapterConfig
 from idadapter_core.methods.uniid import UniIDConfig

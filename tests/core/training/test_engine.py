@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from idadapter_core.config import config_toml
 from idadapter_core.errors import CheckpointError, ConfigError, InputError, TrainingError
 from idadapter_core.logs import read_log
-from idadapter_core.methods.idadapter import GatedAdapter
+from idadapter_core.mechanisms.gated import GatedAdapter
 from idadapter_core.training import checkpoints as checkpoint_files, engine
 from idadapter_core.training.checkpoints import ADAPTER, EMA, OPTIMIZER, checkpoints, latest
 from idadapter_core.training.config import TrainConfig

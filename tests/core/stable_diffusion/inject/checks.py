@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.stable_diffusion.inject import Injected, inject
 from tests.golden import recipe

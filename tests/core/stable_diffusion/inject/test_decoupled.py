@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.sites import attention_sites
 from idadapter_core.stable_diffusion.inject import Injected, eject, inject

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from idadapter_core.checkpoint import Adapter, initial_adapter
+from idadapter_core.adapter import Adapter, initial_adapter
 from idadapter_core.errors import InputError, MismatchError
+from idadapter_core.mechanisms.deltas import Place
 from idadapter_core.sites import attention_sites
 from idadapter_core.stable_diffusion.inject import Injected, eject, inject
 from tests.core.stable_diffusion.inject.checks import (
@@ -139,8 +140,9 @@ def test_deltas_are_what_merged_weights_are(kind: str) -> None:
     unet, adapter = diffusers_unet(kind), tiny_idadapter(CONFIGS[kind], gate=0.0)
     merged = diffusers_unet(kind)
     for site in attention_sites(unet.state_dict()):
-        for name, delta in zip(("to_k", "to_v"), adapter.deltas[site.index], strict=True):
-            merged.get_submodule(f"{site.diffusers_module}.{name}").weight.data += 0.7 * delta
+        for name in ("to_k", "to_v"):
+            delta = adapter.mechanisms.deltas[Place(site.index, f"attn2.{name}")]
+            merged.get_submodule(f"{site.diffusers_module}.{name}").weight.data += 0.7 * delta.weight
     want = predict(merged, kind)
     assert (want - predict(unet, kind)).abs().max() > 0.01
     injected = inject(unet, adapter)
@@ -334,7 +336,7 @@ def test_a_few_steps_of_training_open_the_gates_and_lower_the_loss(unet: Any) ->
             losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.95 * losses[0]
-    assert all(any(pair) for pair in adapter.layers.gate_values().values())
+    assert all(any(pair) for pair in adapter.layers.gates.openings().values())
     assert len(adapter.layers.key_value_deltas()) == len(CONFIGS["sd15"].site_widths)
 
 

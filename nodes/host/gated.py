@@ -1,4 +1,4 @@
-"""IDAdapter in ComfyUI's UNet: gated adapters as a middle patch, K/V deltas as weight patches, weights in ComfyUI's hands."""
+"""Gated layers in ComfyUI's UNet: a middle patch, with weights in ComfyUI's hands."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from comfy.ldm.modules import attention as comfy_attention
 from torch import Tensor
 
 from ...idadapter_core import Adapter
-from ...idadapter_core.attention import rescale_factor, sample_norm
-from ...idadapter_core.checkpoint import identical
-from ...idadapter_core.errors import InputError, MismatchError
-from ...idadapter_core.methods.idadapter import GateIdentity
+from ...idadapter_core.attention import repeat_copies, rescale_factor, sample_norm
+from ...idadapter_core.errors import InputError
+from ...idadapter_core.mechanisms.gated import GatedLayers, GateIdentity
 from ...idadapter_core.sites import Site
 from .call import Acting, Call, call_of
+from .masks import Masks, tokens_size
 from .memory import LoadedAdapter
-from .plan import KEY, Application, Plan, plan_of
-from .run import Row, expand_rows, tokens_size
+from .plan import KEY, Plan, plan_of
+from .rows import Handle, Row, Span, expand_rows, spans
+from .run import Cache, Run
 
 
 def load_with(model: Any, adapter: LoadedAdapter) -> None:
@@ -34,72 +35,81 @@ def load_with(model: Any, adapter: LoadedAdapter) -> None:
         model.set_additional_models(KEY, [*loaded, adapter.gates])
 
 
-def loaded_gates(model: Any, plan: Plan) -> dict[Adapter, Any]:
+def loaded_gates(model: Any, plan: Plan) -> dict[Adapter, GatedLayers]:
     """The gated layers of each adapter of a plan, where a BaseModel that is sampled has them."""
     patcher = getattr(model, "current_patcher", None)
     patchers = [] if patcher is None else patcher.get_additional_models_with_key(KEY)
     by_digest = {loaded.model.adapter_digest: loaded.model for loaded in patchers}
-    adapters = {application.adapter for application in plan.applications if application.gated}
-    return {adapter: by_digest.get(adapter.digest, adapter.layers.gates) for adapter in adapters}
+    found: dict[Adapter, GatedLayers] = {}
+    for adapter in {application.adapter for application in plan.applications}:
+        own = adapter.mechanisms.gated
+        if own is not None:
+            found[adapter] = by_digest.get(adapter.digest, own)
+    return found
 
 
-def delta_strength(applications: Sequence[Application], adapter: Adapter) -> float:
-    """How strongly an adapter's K/V deltas act on a MODEL.
+class Gated(Cache):
+    """What identities bring to each gated adapter, and the patch, of one run."""
 
-    Weights are shared by all rows of a model call, so they follow the strength alone, not masks or windows. One identity applied
-    several times at the same place and time counts with the sum of its strengths. Of several people, places or times the
-    strongest decides, because each of them wants the deltas once. Of two that are as strong with opposite signs it is the
-    positive, whatever their order.
-    """
-    groups: list[list[Application]] = []
-    for application in applications:
-        if application.adapter.digest != adapter.digest or not application.switched_on:
-            continue
-        group = next((g for g in groups if _same_but_strength(g[0], application)), None)
-        if group is None:
-            groups.append([application])
-        else:
-            group.append(application)
-    strengths = [sum(application.weight for application in group) for group in groups]
-    return max(strengths, key=lambda strength: (abs(strength), strength), default=0.0)
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.placed = True  # every gated layer that ran could tell which it is
+        # The same object in every step, so that a compiled graph stays valid.
+        self.patch = GatePatch(run.plan.sites)
+        self._identities: dict[tuple[torch.device, torch.dtype], dict[tuple[int, Handle], GateIdentity]] = {}
+        self._spans: dict[tuple[tuple[tuple[int, Handle | None], ...], ...], tuple[Span, ...]] = {}
 
+    def spans(self, rows: tuple[Row, ...], applications: tuple[int, ...]) -> tuple[Span, ...]:
+        """The rows in which any of these applications acts, neighbours with the same identities together."""
+        combinations = tuple(tuple((n, row.handles[n]) for n in applications) for row in rows)
+        if combinations not in self._spans:
+            self._spans[combinations] = spans(combinations)
+        return self._spans[combinations]
 
-def _same_but_strength(one: Application, other: Application) -> bool:
-    """Whether two applications of one adapter put the same person at the same place and time."""
-    windows = [(a.start_percent, a.end_percent) for a in (one, other)]
-    if windows[0] != windows[1] or (one.mask is None) != (other.mask is None):
-        return False
-    if one.mask is not None and other.mask is not None and not torch.equal(one.mask, other.mask):
-        return False
-    return identical(one.identity, other.identity)
+    def project(
+        self, device: torch.device, dtype: torch.dtype, layers: Mapping[Adapter, GatedLayers]
+    ) -> None:
+        """Project K and V of every identity of the run at every gated adapter, once per device and dtype.
 
+        Args:
+            layers: by adapter, where ComfyUI has loaded them. Only those with an open attention gate are asked.
+        """
+        if (device, dtype) in self._identities:
+            return
+        groups: dict[tuple[Adapter, int], list[Handle]] = {}
+        for handle in self.run.handles:
+            if handle.adapter.mechanisms.gated is not None:
+                groups.setdefault((handle.adapter, handle.tokens.shape[1]), []).append(handle)
+        found: dict[tuple[int, Handle], GateIdentity] = {}
+        for (adapter, _), handles in groups.items():
+            tokens = torch.cat([handle.tokens for handle in handles]).to(device, dtype)
+            found |= self._project(handles, tokens, layers[adapter])
+        self._identities[device, dtype] = found
 
-def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after: float) -> None:
-    """Bring the K/V deltas of an adapter on a MODEL (a clone of ours) from one strength to another.
+    def _project(
+        self, handles: list[Handle], tokens: Tensor, layers: GatedLayers
+    ) -> dict[tuple[int, Handle], GateIdentity]:
+        """What identities (tokens (H, T, D), one for each handle) bring to each gated adapter with an open attention gate."""
+        found: dict[tuple[int, Handle], GateIdentity] = {}
+        for site in self.run.plan.sites:
+            if not handles[0].adapter.mechanisms.openings[site.index][0]:
+                nothing = tokens.new_zeros(1, 0, 0)
+                found |= {(site.index, handle): GateIdentity(nothing, nothing) for handle in handles}
+                continue
+            keys, values = layers.at(site.index).project(tokens)
+            for row, handle in enumerate(handles):
+                own_keys, own_values = keys[row : row + 1], values[row : row + 1]
+                bias = None if handle.bias is None else handle.bias[0]
+                if bias is not None and tokens.device.type != "cpu":
+                    own_keys, own_values, bias = repeat_copies(own_keys, own_values, bias)
+                found[site.index, handle] = GateIdentity(
+                    own_keys, own_values, None if bias is None else bias.to(tokens)
+                )
+        return found
 
-    Raises:
-        MismatchError: the model has no such weights.
-    """
-    if not adapter.deltas or before == after:
-        return
-    modules = {site.index: site.comfy_module for site in plan.sites}
-    patches = {
-        f"diffusion_model.{modules[number]}.{name}.weight": ("diff", (delta,))
-        for number, pair in adapter.deltas.items()
-        for name, delta in zip(("to_k", "to_v"), pair, strict=True)
-    }
-    # Differences add up to what one patch of the new strength would do, whatever lies between them.
-    applied = model.add_patches(patches, after - before)
-    if missing := sorted(set(patches) - set(applied)):
-        if any("_orig_mod" in key for key in model.model_state_dict()):
-            raise MismatchError(
-                f"this model was compiled by another node, which hides the weights that {adapter.name} changes. Put Apply ID Adapter "
-                "before that node, or compile with ComfyUI's own TorchCompileModel, which may stand before or after."
-            )
-        raise MismatchError(
-            f"{adapter.name} changes weights that this model has not: {', '.join(missing[:3])}. Load a model of the adapter's "
-            f"family ({adapter.family})."
-        )
+    def identity(self, site: Site, handle: Handle, device: torch.device, dtype: torch.dtype) -> GateIdentity:
+        """What one identity brings to a gated adapter, as `project` made it."""
+        return self._identities[device, dtype][site.index, handle]
 
 
 def remember_norm(n: Tensor, extra: dict[str, Any]) -> Tensor:
@@ -130,12 +140,12 @@ class GatePatch:
             return x
         site = self._site(extra)
         if site is None:
-            call.run.placed = False
+            call.run.of(Gated).placed = False
             return x
         groups: dict[str, list[Acting]] = {}  # by digest: one file loaded twice is one adapter
         for acting in call.gated:
             adapter = call.run.plan.applications[acting.number].adapter
-            if any(adapter.gates[site.index]):
+            if any(adapter.mechanisms.openings[site.index]):
                 groups.setdefault(adapter.digest, []).append(acting)
         if not groups:
             return x
@@ -148,10 +158,10 @@ class GatePatch:
             adapter = call.run.plan.applications[group[0].number].adapter
             by_number = {acting.number: acting for acting in group}
             gate = _Gate(call, adapter, site, extra)
-            for span in call.run.spans(rows, tuple(by_number)):
+            for span in call.run.of(Gated).spans(rows, tuple(by_number)):
                 part = slice(span.start, span.stop)
                 people = [
-                    (call.run.gate_identity(site, handle, x.device, x.dtype), by_number[number])
+                    (call.run.of(Gated).identity(site, handle, x.device, x.dtype), by_number[number])
                     for number, handle in span.handles
                 ]
                 masks = [gate.mask(acting, rows[part], x) for _, acting in people]
@@ -194,8 +204,8 @@ class _Gate:
 
     def __init__(self, call: Call, adapter: Adapter, site: Site, extra: dict[str, Any]):
         self.call = call
-        self.module = call.gates[adapter][str(site.index)]
-        self.values = adapter.gates[site.index]
+        self.module = call.gates[adapter].at(site.index)
+        self.values = adapter.mechanisms.openings[site.index]
         self.extra = extra
 
     def add(self, x: Tensor, identities: list[GateIdentity]) -> None:
@@ -212,7 +222,7 @@ class _Gate:
         if not acting.masked:
             return None
         size = tokens_size(self.extra, x.shape[1], self.call.latent_size)
-        return self.call.run.mask(acting.number, rows, size, x.device, x.dtype)
+        return self.call.run.of(Masks).of(acting.number, rows, size, x.device, x.dtype)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         # Without the options: other packs' overrides of attention expect ComfyUI's own layers.

@@ -1,4 +1,4 @@
-"""Adapter and identity files: reading every layout, writing our own (safetensors, config as JSON in the metadata, strict)."""
+"""Adapters: reading every layout of every method, writing our own (safetensors, config as JSON in the metadata, strict)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import formats
 from .errors import CheckpointError, InputError, MismatchError
 from .files import key_problems, read_tensors, some, state_digest, write_safetensors
-from .methods import METHODS, Config, idadapter, uniid
+from .formats import FORMAT, FORMAT_VERSION, describe_foreign, require_kind
+from .mechanisms import Mechanisms
+from .mechanisms.deltas import that_change
+from .methods import METHODS, Config, Method
 from .sites import Site, family_name, is_known_family
 from .types import FaceFeatures, Identity, Mix
 
-FORMAT = "idadapter"
-FORMAT_VERSION = 1
-KINDS = ("adapter", "identity")
-_IDENTITY_TENSORS = ("adapter_tokens", "adapter_tokens_uncond", "adapter_bias")
 FILES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -37,15 +35,18 @@ class Adapter:
     name: str  # for messages
     digest: str  # of all weights, and of what the config says beyond them
     method: str
-    config: Config
-    encoder: Any = field(repr=False)  # uniid.UniIDEncoder or idadapter.IDAdapterEncoder
-    layers: Any = field(repr=False)  # uniid.SiteProjections or idadapter.IDAdapterLayers
+    config: Any  # of the method's own kind, see `methods.Config`
+    encoder: nn.Module = field(repr=False)
+    layers: nn.Module = field(repr=False)
+    mechanisms: Mechanisms = field(repr=False)
+    """What of the layers acts, and how: without deltas that training never changed, with the openings of the gates."""
     info: str = ""  # what was read from where
     notes: tuple[str, ...] = field(default=())  # what the user should know before using it
-    gates: Mapping[int, tuple[float, float]] = field(default_factory=dict, repr=False)
-    """IDAdapter: tanh of both gates by site number, known on the host so that a closed gate costs nothing."""
-    deltas: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    """IDAdapter: what training added to the K and V weights, by the number of each site that it changed."""
+
+    @property
+    def kind(self) -> Method:
+        """Its method."""
+        return METHODS[self.method]
 
     @property
     def family(self) -> str:
@@ -55,7 +56,7 @@ class Adapter:
     @property
     def made_to_be_rescaled(self) -> bool:
         """Whether it acts as it should with normalized rescaling only."""
-        return METHODS[self.method].made_to_be_rescaled
+        return self.kind.made_to_be_rescaled
 
     def encode(self, features: FaceFeatures, mix: Mix | None = None) -> Identity:
         """One identity from the photos of one person (see `encode` in `methods`).
@@ -63,14 +64,14 @@ class Adapter:
         Raises:
             MismatchError: the features come from another recogniser than the adapter was trained with.
         """
-        METHODS[self.method].require(features, self.config)
+        self.kind.require(features, self.config)
         trained_with = self.config.recognizer
         if trained_with and features.recognizer and trained_with != features.recognizer:
             raise MismatchError(
                 f"{self.name} was trained with another face recogniser than the one these features come from ({trained_with}, not "
                 f"{features.recognizer}). Choose the recogniser it was trained with as `recognizer` in Load Face Analyzer."
             )
-        identity = METHODS[self.method].encode(self.encoder, self.config, features, mix or Mix())
+        identity = self.kind.encode(self.encoder, self.config, features, mix or Mix())
         return dataclasses.replace(identity, adapter=self.digest)
 
     def require_sites(
@@ -131,7 +132,7 @@ def _digest(config: Config, state: Mapping[str, Tensor], progress: Callable[[flo
 
 
 def _file_state(method: str, encoder: nn.Module, layers: nn.Module) -> dict[str, Tensor]:
-    prefix = METHODS[method].layers_prefix
+    prefix = METHODS[method].files.layers_prefix
     return {**encoder.state_dict(), **{prefix + key: t for key, t in layers.state_dict().items()}}
 
 
@@ -144,7 +145,7 @@ def load_adapter(
     """Read an adapter from a file, or from a published folder (with or without its config.json).
 
     Args:
-        path: our own safetensors, or any published or training layout (see `formats.uniid_state`).
+        path: our own safetensors, or any published or training layout (see the `files` of each method).
         text_branch: a second file whose text branch is added; UniID publishes its two branches apart.
         progress: called with the share done, 0 to 1; naming the weights of a gigabyte takes seconds.
         operations: where the layers that run at every step come from: `torch.nn`, or a host's versions of them.
@@ -157,71 +158,22 @@ def load_adapter(
     if text_branch is not None:
         second_method, second, second_config, second_source = _read_adapter(Path(text_branch))
         for name, found in ((source, method), (second_source, second_method)):
-            if found != uniid.METHOD:
+            if METHODS[found].files.join is None:
                 raise InputError(
                     f"{name} is an {METHODS[found].title} file, which holds everything; choose it as adapter and set text_branch "
                     "to 'none'."
                 )
-        assert isinstance(config, uniid.UniIDConfig)
-        assert isinstance(second_config, uniid.UniIDConfig)
-        names = (source, second_source)
-        if problem := _branches_problem(names, config, second_config, Path(path) == Path(text_branch)):
-            raise InputError(problem)
-        wanted = {key: tensor for key, tensor in second.items() if key.startswith(formats.TEXT_PREFIX)}
-        if config.head_width != second_config.head_width:
-            raise MismatchError(
-                f"{source} and {second_source} were not made for each other: the attention heads of the first are "
-                f"{config.head_width} wide, those of the second {second_config.head_width}. Choose the two branches of one training."
+        join = METHODS[method].files.join
+        if join is None or method != second_method:
+            raise InputError(
+                f"{source} is a file of {METHODS[method].title}, {second_source} of {METHODS[second_method].title}; choose two of one "
+                "method, or set text_branch to 'none'."
             )
-        state |= wanted
-        digests = {c.recognizer for c in (config, second_config)} - {""}
-        if len(digests) > 1:
-            raise MismatchError(
-                f"{source} and {second_source} were trained with different face recognisers ({', '.join(sorted(digests))}) "
-                "and cannot work together."
-            )
-        of_text = {name: getattr(second_config, name) for name in uniid.TEXT_SIZES}
-        config = dataclasses.replace(config, **of_text, recognizer="".join(digests))
+        state, config = join(
+            (source, second_source), (state, second), (config, second_config), Path(path) == Path(text_branch)
+        )
         source = f"{source} + {second_source}"
     return build_adapter(method, config, state, source, progress, operations)
-
-
-def _branches_problem(
-    names: tuple[str, str], adapter: uniid.UniIDConfig, text: uniid.UniIDConfig, same: bool
-) -> str:
-    """Why two UniID files cannot be an adapter and its text branch; empty where they can."""
-    first, second = names
-    if not adapter.has_text_branch and text.has_text_branch:
-        return ""
-    if same:
-        if not text.has_text_branch:
-            rest = "it holds no text branch: choose the file of the text branch as text_branch, or set that to 'none'"
-        elif adapter.has_adapter_branch:
-            rest = "it already holds a text branch: set text_branch to 'none'"
-        else:
-            rest = (
-                "it already holds a text branch, but no adapter branch: choose the file of the adapter branch as adapter, or set "
-                "text_branch to 'none'"
-            )
-        return f"{first} is chosen twice, as adapter and as text_branch; {rest}."
-    if not adapter.has_adapter_branch and not text.has_text_branch:
-        return (
-            f"the two branches are exchanged: {first} holds the text branch, {second} the adapter branch. Exchange the two files: "
-            f"choose {second} as adapter and {first} as text_branch."
-        )
-    if not text.has_text_branch:
-        return (
-            f"{second} holds no text branch, only the adapter branch, as {first} does. Choose the file of the text branch as "
-            "text_branch, or 'none'."
-        )
-    if not adapter.has_adapter_branch:
-        if text.has_adapter_branch:
-            return f"{second} holds both branches, {first} the text branch alone. Choose {second} as adapter and set text_branch to 'none'."
-        return (
-            f"{first} and {second} both hold the text branch. Choose the file of the adapter branch as adapter, or set text_branch "
-            "to 'none'."
-        )
-    return f"{first} already holds a text branch; set text_branch to 'none'."
 
 
 def build_adapter(
@@ -244,12 +196,12 @@ def build_adapter(
         plain = parts.layers(config, torch.nn)
     # The encoder runs once per identity, in fp32 whatever the file holds; the layers keep the file's dtype.
     encoder_state = {
-        key: tensor.float() for key, tensor in state.items() if not key.startswith(parts.layers_head)
+        key: tensor.float() for key, tensor in state.items() if not key.startswith(parts.files.layers_head)
     }
     layers_state = {
-        key.removeprefix(parts.layers_prefix): tensor
+        key.removeprefix(parts.files.layers_prefix): tensor
         for key, tensor in state.items()
-        if key.startswith(parts.layers_head)
+        if key.startswith(parts.files.layers_head)
     }
     if problems := key_problems(_file_state(method, encoder, plain), state):
         raise CheckpointError(
@@ -263,9 +215,10 @@ def build_adapter(
     for module, weights in ((encoder, encoder_state), (layers, layers_state)):
         module.load_state_dict(weights, strict=True, assign=True)
         module.requires_grad_(False).eval()
-    gates = layers.gate_values() if isinstance(layers, idadapter.IDAdapterLayers) else {}
-    deltas = layers.key_value_deltas() if isinstance(layers, idadapter.IDAdapterLayers) else {}
-    notes = _notes(config, acts=bool(deltas) or any(map(any, gates.values())))
+    made = parts.mechanisms(config, layers)
+    openings = {} if made.gated is None else made.gated.openings()
+    made = dataclasses.replace(made, deltas=that_change(made.deltas), openings=openings)
+    notes = parts.notes(config, made)
     return Adapter(
         name=source,
         digest=_digest(config, state, progress),
@@ -273,10 +226,9 @@ def build_adapter(
         config=config,
         encoder=encoder,
         layers=layers,
+        mechanisms=made,
         info=_describe(source, method, state, config, notes),
         notes=notes,
-        gates=gates,
-        deltas=deltas,
     )
 
 
@@ -303,28 +255,6 @@ def initial_adapter(config: Config, name: str, seed: int = 0, dtype: torch.dtype
     return build_adapter(method, config, _file_state(method, encoder, layers), name)
 
 
-def _notes(config: Config, acts: bool) -> tuple[str, ...]:
-    """What the user should know before using it. `acts`: whether an IDAdapter changes anything in the UNet."""
-    if isinstance(config, idadapter.IDAdapterConfig):
-        if acts:
-            return ()
-        return (
-            "it is untrained: all gates are closed and no K/V weights changed, so Apply ID Adapter leaves the model as it is. "
-            "It is the start of a training; choose a trained file to put a person into pictures.",
-        )
-    if not config.has_text_branch:
-        return (
-            "it has no text branch: identity acts through attention only, and ID Prompt adds no identity tokens. "
-            "Choose the text branch's file as text_branch for the complete method.",
-        )
-    if not config.has_adapter_branch:
-        return (
-            "it has no adapter branch: identity acts through ID Prompt only, and Apply ID Adapter has nothing to add. "
-            "Choose the adapter branch's file as adapter and this one as text_branch for the complete method.",
-        )
-    return ()
-
-
 def _describe(
     source: str, method: str, state: Mapping[str, Tensor], config: Config, notes: tuple[str, ...]
 ) -> str:
@@ -346,29 +276,14 @@ def _read_adapter(path: Path) -> tuple[str, dict[str, Tensor], Config, str]:
     source = f"{path.parent.name}/{path.name}" if path.name in FILES_IN_FOLDER else path.name
     tensors, metadata = read_tensors(path)
     if metadata.get("format") == FORMAT:
-        _require_kind(metadata, "adapter", source)
+        require_kind(metadata, "adapter", source)
         method, config = _own_config(metadata, source)
         return method, tensors, config, source
-    state = formats.uniid_state(tensors, source)
-    if not state:
-        raise CheckpointError(f"{source}: {formats.describe_foreign(tensors)}.")
-    return uniid.METHOD, state, formats.uniid_config(state, source), source
-
-
-def _require_kind(metadata: Mapping[str, str], kind: str, source: str) -> None:
-    version = metadata.get("format_version", "")
-    if not version.isdecimal() or int(version) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{source}: written in format version {version or '(none)'}, this release reads up to {FORMAT_VERSION}; "
-            "update ComfyUI-IDAdapter."
-        )
-    found = metadata.get("kind", "(none)")
-    if found not in KINDS:
-        raise CheckpointError(f"{source}: its kind is {found}, this release knows {' and '.join(KINDS)}.")
-    if found != kind:
-        raise CheckpointError(
-            f"{source}: this file holds an {found}, not an {kind}; choose it in the node that loads an {found}."
-        )
+    for known in METHODS.values():
+        for layout in known.files.layouts:
+            if state := layout.find(tensors, source):
+                return known.name, state, layout.config(state, source), source
+    raise CheckpointError(f"{source}: {describe_foreign(tensors)}.")
 
 
 def _own_config(metadata: Mapping[str, str], source: str) -> tuple[str, Config]:
@@ -389,7 +304,7 @@ def _own_config(metadata: Mapping[str, str], source: str) -> tuple[str, Config]:
         for key, value in values.items():
             if not is_setting(value, defaults[key]):
                 raise ValueError(f"{key} is {value!r}, the published value is {defaults[key]!r}")
-        config: Config = config_class(**values)
+        config = config_class(**values)
     except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, InputError) as error:
         raise CheckpointError(
             f"{source}: its config cannot be read ({error}); export the file again."
@@ -433,81 +348,3 @@ def save_adapter(
         "config": json.dumps(dataclasses.asdict(adapter.config)),
     }
     write_safetensors(state, metadata, Path(path))
-
-
-def save_identity(identity: Identity, path: str | Path) -> None:
-    """Write an identity file (safetensors). The write is atomic."""
-    write_safetensors(_identity_tensors(identity), _identity_metadata(identity), Path(path))
-
-
-def load_identity(path: str | Path) -> Identity:
-    """Read an identity file.
-
-    Raises:
-        CheckpointError: unreadable, or not an identity of this project.
-    """
-    path = Path(path)
-    tensors, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path.name}: not an identity file of this project; {formats.describe_foreign(tensors)}."
-        )
-    _require_kind(metadata, "identity", path.name)
-    if missing := [key for key in ("method", "adapter", "recognizer") if key not in metadata]:
-        raise CheckpointError(
-            f"{path.name}: its metadata lacks {', '.join(missing)}; make the identity again from the photos."
-        )
-    text = {
-        key.removeprefix("text_tokens."): t for key, t in tensors.items() if key.startswith("text_tokens.")
-    }
-    known = {*_IDENTITY_TENSORS, *(f"text_tokens.{name}" for name in text)}
-    bias, tokens = tensors.get("adapter_bias"), tensors.get("adapter_tokens")
-    odd = [
-        key
-        for key, t in tensors.items()
-        if key != "adapter_bias" and (key not in known or t.ndim != 3 or t.shape[0] != 1)
-    ]
-    if bias is not None and (tokens is None or bias.shape != tokens.shape[:2]):
-        odd.append("adapter_bias")
-    if odd or not tensors:
-        raise CheckpointError(
-            f"{path.name}: an identity holds tokens of shape (1, tokens, width), and perhaps a bias of shape (1, tokens); "
-            f"this file has {some(odd) or 'none'}. Make the identity again from the photos."
-        )
-    return Identity(
-        adapter_tokens=tensors.get("adapter_tokens"),
-        adapter_tokens_uncond=tensors.get("adapter_tokens_uncond"),
-        text_tokens=text,
-        method=metadata["method"],
-        adapter=metadata["adapter"],
-        recognizer=metadata["recognizer"],
-        class_word=metadata.get("class_word", ""),
-        adapter_bias=bias,
-    )
-
-
-def identical(one: Identity, other: Identity) -> bool:
-    """Whether two identities hold the same tokens of the same adapter."""
-    left, right = _identity_tensors(one), _identity_tensors(other)
-    same_tensors = left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-    return same_tensors and _identity_metadata(one) == _identity_metadata(other)
-
-
-def _identity_tensors(identity: Identity) -> dict[str, Tensor]:
-    tensors = {f"text_tokens.{name}": tensor for name, tensor in identity.text_tokens.items()}
-    for name in _IDENTITY_TENSORS:
-        if (tensor := getattr(identity, name)) is not None:
-            tensors[name] = tensor
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-
-
-def _identity_metadata(identity: Identity) -> dict[str, str]:
-    return {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "kind": "identity",
-        "method": identity.method,
-        "adapter": identity.adapter,
-        "recognizer": identity.recognizer,
-        "class_word": identity.class_word,
-    }

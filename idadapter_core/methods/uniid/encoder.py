@@ -1,92 +1,23 @@
-"""UniID: a text branch and an adapter branch, trained for identity only, merged at inference (arXiv 2512.03964).
-
-Module and key names follow the published code (lyuPang/UniID@41cd236), so that its checkpoints load without a lossy step.
-The adapter's K/V projections are a module of their own (`SiteProjections`), because they are used at another time and place
-than the encoder: once at the start of a sampling run.
-"""
+"""UniID's two branches up to their tokens: all that runs once per identity."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import InputError, MismatchError
-from ..faces.iresnet import STAGE_WIDTHS
-from ..mixing import concatenate_tokens, select_references, token_bias, weighted_mean
-from ..resampler import PerceiverAttention, feed_forward
-from ..sites import family_name
-from ..types import FaceFeatures, Identity, Mix
+from ...errors import InputError, MismatchError
+from ...faces.iresnet import STAGE_WIDTHS
+from ...mechanisms import Mechanisms
+from ...mechanisms.decoupled import SiteProjections
+from ...mixing import concatenate_tokens, select_references, token_bias, weighted_mean
+from ...resampler import PerceiverAttention, feed_forward
+from ...types import FaceFeatures, Identity, Mix
+from .config import ENCODERS, FUSED_SIDE, UniIDConfig
 
-METHOD = "uniid"
-ENCODERS = ("l", "g")  # the text encoders, in the order of SDXL's concatenated states
+NAME = "uniid"
 STAGE_SIDES = (56, 28, 14, 7)
-# The sizes in UniIDConfig that each branch is built of, beside `head_width`.
-TEXT_SIZES = ("text_widths", "text_tokens", "text_depth", "text_hidden", "embedding_width")
-ADAPTER_SIZES = ("adapter_tokens", "adapter_width", "adapter_depth", "context_width", "site_widths")
-FUSED_SIDE = 16  # stages 1-3 are resized to 16 x 16 before they are fused
-
-
-@dataclass(frozen=True)
-class UniIDConfig:
-    """Sizes of one UniID adapter. The defaults are the published ones (SDXL). Either branch may be absent."""
-
-    text_widths: tuple[int, ...] = (
-        768,
-        1280,
-    )  # one per text encoder, in the order of ENCODERS; empty: no text branch
-    text_tokens: int = 3
-    text_depth: int = 4
-    text_hidden: int = 1024  # of the MLP from the embedding to the tokens
-    adapter_tokens: int = 25  # 0: no adapter branch
-    adapter_width: int = 768
-    adapter_depth: int = 6
-    context_width: int = 2048  # text width of the UNet
-    site_widths: tuple[int, ...] = (
-        (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
-    )  # in checkpoint order
-    head_width: int = 64
-    embedding_width: int = 512
-    recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
-
-    unseen: ClassVar[tuple[str, ...]] = ("head_width",)  # what changes an identity and shows in no weight
-
-    def __post_init__(self) -> None:
-        if not self.text_widths and not self.adapter_tokens:
-            raise InputError(
-                "a UniID adapter needs a text branch (text_widths), an adapter branch (adapter_tokens), or both"
-            )
-        if len(self.text_widths) > len(ENCODERS):
-            raise InputError(
-                f"text_widths must have at most {len(ENCODERS)} entries ({', '.join(ENCODERS)}), got {self.text_widths}"
-            )
-        names = (
-            "head_width",
-            *(TEXT_SIZES if self.has_text_branch else ()),
-            *(ADAPTER_SIZES if self.has_adapter_branch else ()),
-        )
-        for name in names:
-            value = getattr(self, name)
-            if not value or any(size < 1 for size in (value if isinstance(value, tuple) else (value,))):
-                raise InputError(f"{name} must be at least 1, got {value}")
-        for width in (*self.text_widths, *([self.adapter_width] if self.adapter_tokens else [])):
-            if width % self.head_width:
-                raise InputError(f"width {width} must be divisible by head_width {self.head_width}")
-
-    @property
-    def has_text_branch(self) -> bool:
-        return bool(self.text_widths)
-
-    @property
-    def has_adapter_branch(self) -> bool:
-        return self.adapter_tokens > 0
 
 
 class _EmbeddingTokens(nn.Module):
@@ -240,40 +171,6 @@ class UniIDEncoder(nn.Module):
         return text, adapter
 
 
-class _Projection(nn.Module):
-    def __init__(self, context_width: int, width: int):
-        super().__init__()
-        self.to_k_ip = nn.Linear(context_width, width, bias=False)
-        self.to_v_ip = nn.Linear(context_width, width, bias=False)
-
-
-class SiteProjections(nn.Module):
-    """K and V projections of the identity tokens, one pair per cross-attention site, numbered as in checkpoints."""
-
-    def __init__(self, config: UniIDConfig):
-        super().__init__()
-        self.adapter_modules = nn.ModuleDict(
-            {
-                str(2 * rank + 1): _Projection(config.context_width, width)
-                for rank, width in enumerate(config.site_widths)
-            }
-            if config.has_adapter_branch
-            else {}
-        )
-
-    def project(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """K_id and V_id (G, T, width) of the site with that checkpoint number, for tokens (G, T, context width).
-
-        Runs on the device of the tokens in fp32; the weights stay where they are and are only passed through.
-        """
-        tokens = tokens.float()
-        keys, values = (
-            F.linear(tokens, weight.to(tokens.device).float())
-            for weight in self.adapter_modules[str(index)].parameters()
-        )
-        return keys, values
-
-
 def initialise(encoder: UniIDEncoder, layers: SiteProjections, config: UniIDConfig, seed: int = 0) -> None:
     """The start of a training as published: PyTorch's usual random weights, and adapter tokens of exactly 0.
 
@@ -336,7 +233,7 @@ def encode(encoder: UniIDEncoder, config: UniIDConfig, features: FaceFeatures, m
         adapter_tokens=adapter,
         adapter_tokens_uncond=unconditional,
         text_tokens=text,
-        method=METHOD,
+        method=NAME,
         recognizer=features.recognizer,
         class_word=chosen.class_word,
     )
@@ -360,71 +257,14 @@ def require_stages(features: FaceFeatures, config: UniIDConfig) -> None:
         )
 
 
-def branches(config: UniIDConfig) -> str:
-    """Which branches there are, in words."""
-    parts = [
-        name
-        for name, there in (("text", config.has_text_branch), ("adapter", config.has_adapter_branch))
-        if there
-    ]
-    return " and ".join(parts) + (" branches" if len(parts) > 1 else " branch")
+def layers(config: UniIDConfig) -> SiteProjections:
+    """K and V of the adapter tokens at each site; none without an adapter branch."""
+    return SiteProjections(config.context_width, config.site_widths if config.has_adapter_branch else ())
 
 
-def describe(config: UniIDConfig) -> list[str]:
-    """What an adapter of these sizes is, in lines."""
-    lines = [branches(config)]
-    if config.has_adapter_branch:
-        family = family_name(len(config.site_widths), config.context_width)
-        lines.append(f"for {family}; {config.adapter_tokens} adapter tokens")
-    if config.has_text_branch:
-        widths = ", ".join(
-            f"{name} {width}" for name, width in zip(ENCODERS, config.text_widths, strict=False)
-        )
-        lines.append(f"{config.text_tokens} text tokens for the text encoders {widths}")
-    recognizer = (
-        config.recognizer or "not recorded in the file (the published weights use iResNet-100, Glint360K)"
+def mechanisms(config: UniIDConfig, layers: SiteProjections) -> Mechanisms:
+    """Decoupled attention, and tokens among the text's states."""
+    return Mechanisms(
+        decoupled=layers if config.has_adapter_branch else None,
+        text="states" if config.has_text_branch else None,
     )
-    return [*lines, f"face recogniser: {recognizer}"]
-
-
-@cache
-def reference_names() -> tuple[str, ...]:
-    """Well-known names, whose text states set the length of identity tokens."""
-    lines = Path(__file__).with_name("reference_names.txt").read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-
-
-def normalize_text_tokens(text_tokens: Mapping[str, Tensor], reference_norms: Mapping[str, Tensor]) -> Tensor:
-    """Identity text tokens at the length a text encoder gives well-known names: (B, n, sum of widths), scale s_t = 1.
-
-    Args:
-        text_tokens: per encoder (B, n, width), as in `Identity.text_tokens`.
-        reference_norms: per encoder (n,): L2 norm of the encoder's state at positions 1..n.
-    """
-    parts = []
-    for encoder in ENCODERS:
-        if encoder in text_tokens:
-            tokens = text_tokens[encoder].float()
-            norms = tokens.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            parts.append(
-                tokens / norms * reference_norms[encoder].to(tokens.device).float().reshape(1, -1, 1)
-            )
-    return torch.cat(parts, dim=-1)
-
-
-__all__ = [
-    "ENCODERS",
-    "METHOD",
-    "AdapterBranch",
-    "SiteProjections",
-    "TextBranch",
-    "UniIDConfig",
-    "UniIDEncoder",
-    "branches",
-    "describe",
-    "encode",
-    "initialise",
-    "normalize_text_tokens",
-    "reference_names",
-    "require_stages",
-]
