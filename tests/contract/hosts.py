@@ -56,7 +56,7 @@ class Drawn:
     negative: Tensor  # (steps, latents, 4, h, w)
     positive: Tensor  # (steps, latents, 4, h, w)
     contexts: tuple[Tensor, Tensor]  # (latents, tokens, width) of the first step: negative, positive
-    pictures: Tensor  # (latents, 3, H, W), RGB in 0..1
+    pictures: Callable[[], Tensor]  # (latents, 3, H, W), RGB in 0..1
 
     @property
     def out(self) -> Tensor:
@@ -64,7 +64,15 @@ class Drawn:
 
     def equals(self, other: Drawn) -> bool:
         """Bit by bit."""
-        return torch.equal(self.out, other.out) and torch.equal(self.pictures, other.pictures)
+        return torch.equal(self.out, other.out)
+
+    def distance(self, other: Drawn) -> float:
+        """The largest difference of any prediction."""
+        return float((self.out - other.out).abs().max())
+
+    def first(self, other: Drawn) -> float:
+        """The largest difference in positive rows of the first step, in which the latents are still the same."""
+        return float((self.positive[0] - other.positive[0]).abs().max())
 
 
 @dataclass
@@ -81,9 +89,9 @@ class _Calls:
             parts = dict(zip(positive, rows.clone().chunk(2), strict=True))
             told.append((parts[False], parts[True]))
 
-    def drawn(self, pictures: Tensor) -> Drawn:
+    def drawn(self, pictures: Callable[[], Tensor]) -> Drawn:
         negative, positive = (torch.stack(parts) for parts in zip(*self.gave, strict=True))
-        return Drawn(negative, positive, self.given[0], pictures.clone())
+        return Drawn(negative, positive, self.given[0], pictures)
 
 
 class ComfyHost:
@@ -156,6 +164,7 @@ class ComfyHost:
             size: height and width in pixels.
         """
         from comfy.patcher_extension import WrappersMP
+
         from nodes import EmptyLatentImage, KSampler, VAEDecode
 
         calls = _Calls()
@@ -176,7 +185,13 @@ class ComfyHost:
             drawn = KSampler().sample(
                 recorded, SEED, steps, CFG, "euler", "simple", positive, negative, empty
             )[0]
-            return calls.drawn(VAEDecode().decode(self.vae, drawn)[0].movedim(-1, 1))
+
+        def pictures() -> Tensor:
+            with torch.inference_mode():
+                decoded: Tensor = VAEDecode().decode(self.vae, {"samples": drawn["samples"]})[0]
+            return decoded.movedim(-1, 1).clone()
+
+        return calls.drawn(pictures)
 
     def release(self, model: Any) -> None:
         """Nothing to do: the MODEL that was applied to is not changed."""
@@ -287,7 +302,7 @@ class DiffusersHost:
             )
         finally:
             hook.remove()
-        return calls.drawn(picture[None])
+        return calls.drawn(lambda: picture[None])
 
     def release(self, applied: tuple[Pipeline, Act | None]) -> None:
         applied[0].close()
@@ -340,12 +355,21 @@ class Cast:
         self.host, self.file = host, file
         self.adapter = host.load(file)
         self._people: dict[tuple[int, int], Any] = {}
+        self._drawn: dict[tuple[int, float, bool], Drawn] = {}
 
     def person(self, seed: int = 1, photos: int = 1) -> Any:
         """The same identity each time."""
         if (seed, photos) not in self._people:
             self._people[seed, photos] = self.host.encode(self.adapter, features(seed, photos))
         return self._people[seed, photos]
+
+    def drawn(self, seed: int = 1, strength: float = 1.0, said: bool = False) -> Drawn:
+        """One step with this person, drawn once."""
+        key = (seed, strength, said)
+        if key not in self._drawn:
+            person = self.person(seed) if said else None
+            self._drawn[key] = self.host.draw(self.act(seed, strength), said=person, steps=1)
+        return self._drawn[key]
 
     def act(self, seed: int = 1, strength: float = 1.0, **options: Any) -> Act:
         return Act(self.adapter, self.person(seed), strength, **options)
@@ -384,8 +408,8 @@ def cast_of(host: Any, case: Case) -> Cast:
 
 @functools.cache
 def base_of(host: Any, **options: Any) -> Drawn:
-    """What the base model draws alone."""
-    drawn: Drawn = host.draw(**options)
+    """What the base model draws alone, in one step."""
+    drawn: Drawn = host.draw(steps=1, **options)
     return drawn
 
 

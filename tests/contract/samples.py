@@ -22,7 +22,7 @@ from torch import Tensor
 from idadapter_core.checkpoint import Adapter, initial_adapter, save_adapter, save_identity
 from idadapter_core.files import state_digest
 from idadapter_core.methods import METHODS
-from idadapter_core.types import FaceFeatures, Identity
+from idadapter_core.types import MODES as MIX_MODES, FaceFeatures, Identity
 from idadapter_core.unet import transformer_blocks
 from tests.golden import recipe
 from tests.harness.shim import run_shim
@@ -52,6 +52,7 @@ class Case:
 
 CASES = [Case(name, family) for name, method in METHODS.items() for family in FAMILIES]
 METHOD_NAMES = tuple(METHODS)
+FACE_NETWORK = RECOGNIZER  # that every adapter here was "trained" with
 
 
 @dataclass(frozen=True)
@@ -196,3 +197,29 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 def with_settings(metadata: Mapping[str, str], **settings: Any) -> dict[str, str]:
     """Metadata of an adapter file whose config has these settings, too."""
     return {**metadata, "config": json.dumps({**json.loads(metadata["config"]), **settings})}
+
+
+__all__ = [
+    "CASES",
+    "DATA",
+    "FACE_NETWORK",
+    "FAMILIES",
+    "METHOD_NAMES",
+    "MIX_MODES",
+    "SMALLEST",
+    "Case",
+    "bare",
+    "config_of",
+    "family_sizes",
+    "features",
+    "fresh",
+    "read_file",
+    "title_of",
+    "tokens",
+    "tokens_digest",
+    "trained",
+    "with_settings",
+    "write_adapter",
+    "write_file",
+    "write_identity",
+]
