@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from idadapter_core.checkpoint import load_adapter, load_identity, save_identity
+from idadapter_core.checkpoint import load_adapter, load_identity, save_adapter, save_identity
 from idadapter_core.errors import IDAdapterError
 from idadapter_core.training.bases import load_base
 from idadapter_core.training.config import BaseConfig
 from idadapter_core.training.pipeline import Acting, Pipeline
 from idadapter_core.types import Mix
 from idadapter_core.unet import inject
-from tests.contract.samples import Case, features, trained, write_adapter
+from tests.contract.samples import VISION, Case, Sizes, features, trained, write_adapter
 from tests.harness.comfy import pack_nodes
 from tests.tiny.bases import write_tiny_base
 from tests.tiny.checkpoints import CHECKPOINT_NAMES, write_tiny_checkpoints
@@ -101,6 +101,7 @@ class ComfyHost:
         import comfy.sd
         from ComfyUI_IDAdapter.idadapter_core.errors import IDAdapterError as Refusal
 
+        pack_nodes()  # announces the folders of the pack to ComfyUI
         self.family, self.refusal = family, Refusal
         self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
 
@@ -111,6 +112,10 @@ class ComfyHost:
         from ComfyUI_IDAdapter.nodes.adapter import load
 
         return load(path, None)
+
+    def save_adapter(self, adapter: Any, path: Path) -> Path:
+        save_adapter(adapter.adapter, path)
+        return path
 
     def digest(self, adapter: Any) -> str:
         digest: str = adapter.adapter.digest
@@ -250,6 +255,10 @@ class DiffusersHost:
     def load(self, path: Path) -> Any:
         return load_adapter(path)
 
+    def save_adapter(self, adapter: Any, path: Path) -> Path:
+        save_adapter(adapter, path)
+        return path
+
     def digest(self, adapter: Any) -> str:
         digest: str = adapter.digest
         return digest
@@ -351,8 +360,9 @@ class DiffusersHost:
 class Cast:
     """An adapter loaded into a host, and the people it has made identities of."""
 
-    def __init__(self, host: Any, file: Path) -> None:
+    def __init__(self, host: Any, file: Path, sizes: Sizes | None = None) -> None:
         self.host, self.file = host, file
+        self._vision = VISION if sizes is None else sizes.vision
         self.adapter = host.load(file)
         self._people: dict[tuple[int, int], Any] = {}
         self._drawn: dict[tuple[int, float, bool], Drawn] = {}
@@ -360,7 +370,7 @@ class Cast:
     def person(self, seed: int = 1, photos: int = 1) -> Any:
         """The same identity each time."""
         if (seed, photos) not in self._people:
-            self._people[seed, photos] = self.host.encode(self.adapter, features(seed, photos))
+            self._people[seed, photos] = self.host.encode(self.adapter, features(seed, photos, self._vision))
         return self._people[seed, photos]
 
     def drawn(self, seed: int = 1, strength: float = 1.0, said: bool = False) -> Drawn:
@@ -380,7 +390,7 @@ Host = TypeVar("Host")
 
 
 @functools.cache
-def _folder() -> Path:
+def folder() -> Path:
     """For the files of a run."""
     folder = Path(tempfile.mkdtemp(prefix="contract-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -390,8 +400,8 @@ def _folder() -> Path:
 @functools.cache
 def _checkpoints() -> Path:
     """The tiny checkpoints of all families, which both hosts read."""
-    write_tiny_checkpoints(_folder())
-    return _folder() / "checkpoints"
+    write_tiny_checkpoints(folder())
+    return folder() / "checkpoints"
 
 
 @functools.cache
@@ -403,7 +413,7 @@ def host_of(kind: Callable[[str, Path, Path], Host], family: str, comfyui: Path)
 @functools.cache
 def cast_of(host: Any, case: Case) -> Cast:
     """The trained adapter of a case in a host."""
-    return Cast(host, write_adapter(trained(case), _folder() / f"{case}.safetensors"))
+    return Cast(host, write_adapter(trained(case), folder() / f"{case}.safetensors"))
 
 
 @functools.cache
