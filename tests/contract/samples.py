@@ -166,6 +166,12 @@ def tokens(identity: Any) -> dict[str, Tensor]:
     return found
 
 
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two identities hold the same tensors, bit by bit."""
+    left, right = tokens(one), tokens(other)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 def tokens_digest(identity: Any) -> str:
     return state_digest({name: tensor.contiguous() for name, tensor in tokens(identity).items()})
 
@@ -217,6 +223,7 @@ __all__ = [
     "features",
     "fresh",
     "read_file",
+    "same_tokens",
     "title_of",
     "tokens",
     "tokens_digest",

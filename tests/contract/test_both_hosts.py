@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.contract.hosts import Act, Cast, base_of
-from tests.contract.samples import MIX_MODES, Case, features, fresh, write_adapter
+from tests.contract.samples import MIX_MODES, Case, features, fresh, same_tokens, write_adapter
 
 ACTS = 1e-3  # the least that counts as a difference, of predictions around 1
 
@@ -21,7 +21,7 @@ def test_a_fresh_adapter_changes_nothing(host: Any, case: Case, tmp_path: Path) 
 
 
 def test_strength_0_changes_nothing(host: Any, cast: Cast) -> None:
-    assert host.draw(cast.act(strength=0.0)).equals(host.draw())
+    assert host.draw(cast.act(strength=0.0), steps=1).equals(base_of(host))
 
 
 def test_each_person_is_drawn_differently_and_more_so_with_more_strength(host: Any, cast: Cast) -> None:
@@ -43,13 +43,14 @@ def test_negative_rows_know_nobody(host: Any, cast: Cast) -> None:
 def test_drawing_again_changes_nothing(host: Any, cast: Cast) -> None:
     """The same applied model, one applied anew, and the base model between them: nothing accumulates."""
     applied = host.apply(cast.act())
-    first, again = host.sample(applied), host.sample(applied)
+    first, again = (host.sample(applied, steps=1) for _ in range(2))
     host.release(applied)
     assert again.equals(first)
     assert host.draw(steps=1).equals(base_of(host))
     host.draw(cast.act(2, 0.7), said=cast.person(2), steps=1)
-    assert host.draw(cast.act()).equals(first)
-    assert host.draw(Act(host.load(cast.file), cast.person())).equals(first), "the file, loaded anew"
+    assert host.draw(cast.act(), steps=1).equals(first)
+    anew = Act(host.load(cast.file), cast.person())
+    assert host.draw(anew, steps=1).equals(first), "the file, loaded anew"
 
 
 def test_the_base_model_is_left_as_it_was(host: Any, cast: Cast) -> None:
@@ -81,11 +82,10 @@ def test_every_way_of_mixing_works_or_is_refused(host: Any, cast: Cast) -> None:
             mixed = host.encode(cast.adapter, photos, mode, "1,1,0")
         except host.refusal as error:
             message = str(error)
-            assert f"no {mode} mixing" in message, message
+            assert mode in message, message
             continue
         works.append(mode)
         without = host.encode(cast.adapter, photos.pick([0, 1]), mode, "1,1")
-        drawn, other = (host.draw(Act(cast.adapter, who), steps=1) for who in (mixed, without))
-        assert drawn.equals(other), mode
-        assert drawn.first(cast.drawn(1)) > ACTS, mode
+        assert same_tokens(mixed, without), mode
+        assert not same_tokens(mixed, cast.person(1)), mode
     assert "auto" in works
