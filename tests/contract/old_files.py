@@ -1,4 +1,4 @@
-"""Files of earlier releases: a small adapter and its identities for each method that a release had, with their digests.
+"""Of earlier releases: for each method a small adapter and its identities with their digests, and what a UNet predicts with it.
 
     python -m tests.contract.old_files
 
@@ -9,8 +9,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from tests.contract.hosts import Cast, ComfyHost, Drawn, folder, host_of
 from tests.contract.samples import (
+    CASES,
     DATA,
     FAMILIES,
     METHOD_NAMES,
@@ -19,12 +25,17 @@ from tests.contract.samples import (
     acting,
     features,
     fresh,
+    frozen,
+    read_file,
     tokens_digest,
     write_adapter,
+    write_file,
     write_identity,
 )
+from tests.harness.comfy import comfyui_path, load_pack
 
 INDEX = DATA / "digests.json"
+PREDICTIONS = DATA / "predictions.safetensors"
 SEED = 1  # of the features behind each identity
 PHOTOS = (1, 3)  # of the person, for each identity
 
@@ -74,5 +85,35 @@ def write_missing() -> list[str]:
     return new
 
 
+def predictions() -> dict[str, Tensor]:
+    """What the UNet gave for `samples.frozen`, (2, 4, 8, 8), by case: the negative and the positive row of `predict`."""
+    return read_file(PREDICTIONS)[0] if PREDICTIONS.exists() else {}
+
+
+def predict(host: Any, case: Case) -> Tensor:
+    """One step with the frozen adapter of a case, its identity in the prompt as well."""
+    cast = Cast(host, write_adapter(frozen(case), folder() / f"frozen {case}.safetensors"))
+    drawn: Drawn = host.draw(cast.act(), said=cast.person(), steps=1)
+    return drawn.out[0]
+
+
+def write_missing_predictions(comfyui: Path) -> list[str]:
+    """Of cases that have none; their names."""
+    found = predictions()
+    new = [case for case in CASES if str(case) not in found]
+    for case in new:
+        found[str(case)] = predict(host_of(ComfyHost, case.family, comfyui), case).clone()
+    write_file(PREDICTIONS, found, {})
+    return list(map(str, new))
+
+
+def main() -> None:
+    print("files written:", ", ".join(write_missing()) or "none")
+    load_pack()
+    path = comfyui_path()
+    assert path is not None  # load_pack has found it
+    print("predictions written:", ", ".join(write_missing_predictions(path)) or "none")
+
+
 if __name__ == "__main__":
-    print("written:", ", ".join(write_missing()) or "nothing")
+    main()

@@ -22,6 +22,7 @@ from torch import Tensor
 from idadapter_core.checkpoint import Adapter, initial_adapter, save_adapter, save_identity
 from idadapter_core.files import state_digest
 from idadapter_core.methods import METHODS
+from idadapter_core.training.adapters import to_adapter
 from idadapter_core.types import MODES as MIX_MODES, FaceFeatures, Identity
 from idadapter_core.unet import transformer_blocks
 from tests.golden import recipe
@@ -136,6 +137,21 @@ def trained(case: Case) -> Adapter:
     return acting(fresh(case))
 
 
+def frozen(case: Case) -> Adapter:
+    """An adapter whose weights depend on their names and shapes alone, not on a library's random numbers."""
+    untrained = fresh(case)
+    state = {
+        name: recipe.weight(0, name, tensor.shape) if tensor.ndim > 1 else _vector(name, tensor)
+        for name, tensor in untrained.state_dict().items()
+    }
+    return to_adapter(untrained, state, f"frozen {case}")
+
+
+def _vector(name: str, like: Tensor) -> Tensor:
+    drawn = 0.3 * recipe.value(0, name, like.shape or (1,)).reshape(like.shape)
+    return 1 + drawn if name.endswith("weight") else drawn
+
+
 def title_of(method: str) -> str:
     """What people call a method."""
     return METHODS[method].title
@@ -222,6 +238,7 @@ __all__ = [
     "family_sizes",
     "features",
     "fresh",
+    "frozen",
     "read_file",
     "same_tokens",
     "title_of",

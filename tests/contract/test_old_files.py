@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tests.contract.hosts import HOSTS, host_of
-from tests.contract.old_files import PHOTOS, SEED, OldFiles, old_files
+from tests.contract.old_files import PHOTOS, SEED, OldFiles, old_files, predict, predictions
 from tests.contract.samples import (
     DATA,
     FAMILIES,
     METHOD_NAMES,
     SMALLEST,
+    Case,
     features,
     read_file,
     tokens,
@@ -62,6 +63,16 @@ def test_the_old_adapter_still_makes_the_old_identities(old: OldFiles, reader: A
         assert tokens(found).keys() == tokens(expected).keys()
         for name, tensor in tokens(expected).items():
             torch.testing.assert_close(tokens(found)[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", predictions())
+@pytest.mark.parametrize("kind", HOSTS, ids=lambda host: host.__name__)
+def test_the_unet_still_predicts_the_same(kind: Any, case: str, comfyui: Path) -> None:
+    method, family = case.rsplit("-", 1)
+    found, expected = predict(host_of(kind, family, comfyui), Case(method, family)), predictions()[case]
+    difference = float((found - expected).abs().max())
+    print(f"{case}: largest difference {difference:.2e}, of values up to {float(expected.abs().max()):.2f}")
+    assert difference <= 1e-4
 
 
 def test_what_is_written_today_holds_all_that_the_old_files_held(
