@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from idadapter_core.checkpoint import load_adapter, load_identity, save_adapter, save_identity
+from idadapter_core.adapter import load_adapter, save_adapter
 from idadapter_core.errors import IDAdapterError
-from idadapter_core.training.bases import load_base
-from idadapter_core.training.config import BaseConfig
-from idadapter_core.training.pipeline import Acting, Pipeline
+from idadapter_core.identity import load_identity, save_identity
+from idadapter_core.stable_diffusion.base import load_base
+from idadapter_core.stable_diffusion.config import BaseConfig
+from idadapter_core.stable_diffusion.inject import inject
+from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline
 from idadapter_core.types import Mix
-from idadapter_core.unet import inject
 from tests.contract.samples import VISION, Case, Sizes, features, trained, write_adapter
 from tests.harness.comfy import pack_nodes
 from tests.tiny.bases import write_tiny_base

@@ -19,12 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from idadapter_core.checkpoint import Adapter, initial_adapter, save_adapter, save_identity
+from idadapter_core.adapter import Adapter, initial_adapter, save_adapter
 from idadapter_core.files import state_digest
+from idadapter_core.identity import save_identity
 from idadapter_core.methods import METHODS
+from idadapter_core.stable_diffusion.inject.blocks import transformer_blocks
 from idadapter_core.training.adapters import to_adapter
 from idadapter_core.types import MODES as MIX_MODES, FaceFeatures, Identity
-from idadapter_core.unet import transformer_blocks
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 from tests.tiny.acting import acting
