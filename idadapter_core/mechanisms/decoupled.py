@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +34,13 @@ class SiteProjections(nn.Module):
                 for rank, width in enumerate(site_widths)
             }
         )
+
+    @classmethod
+    def around(cls, token_width: int, pairs: Mapping[int, KeyValueProjection]) -> SiteProjections:
+        """Projections that another module owns, by the checkpoint number of their site."""
+        found = cls(token_width, ())
+        found.adapter_modules.update({str(number): pair for number, pair in pairs.items()})
+        return found
 
     def pair(self, index: int) -> KeyValueProjection:
         """The projections of the site with that checkpoint number."""

@@ -169,7 +169,7 @@ class Method:
     """Raises MismatchError where features lack what an adapter reads."""
     encode: Callable[[Any, Any, FaceFeatures, Mix], Identity]  # (encoder, config, features, mix)
     files: Files
-    text: TextKind  # how its `text_tokens` act, where an adapter has any
+    text: TextKind | None  # how its `text_tokens` act, where an adapter has any
     describe: Callable[[Any], list[str]]  # an adapter of these sizes, in lines
     notes: Callable[[Any, Mechanisms], tuple[str, ...]]  # what a user should know before using it
     parameters: Callable[

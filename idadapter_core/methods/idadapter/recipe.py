@@ -9,8 +9,8 @@ import torch
 from ...errors import ConfigError
 from ...mechanisms.text import ENCODERS
 from ...prompts import CAPTION
+from ..common import head_width
 from ..method import Around, Encoded, Recipe, Seen
-from ..sizes import head_width
 from .config import IDAdapterConfig
 from .encoder import IDAdapterEncoder, face_feature
 

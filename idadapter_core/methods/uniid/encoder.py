@@ -14,6 +14,7 @@ from ...mechanisms.decoupled import SiteProjections
 from ...mixing import concatenate_tokens, select_references, token_bias, weighted_mean
 from ...resampler import PerceiverAttention, feed_forward
 from ...types import FaceFeatures, Identity, Mix
+from ..common import draw_usual
 from .config import ENCODERS, FUSED_SIDE, UniIDConfig
 
 NAME = "uniid"
@@ -175,7 +176,7 @@ def initialise(encoder: UniIDEncoder, layers: SiteProjections, config: UniIDConf
     """The start of a training as published: PyTorch's usual random weights, and adapter tokens of exactly 0.
 
     The K/V projections are random here as well; the published start copies them from the UNet's own
-    (`training.adapters.copy_key_values`). Values are drawn in fp32 and rounded to the dtype of the parameters, one parameter after
+    (`recipe.start`). Values are drawn in fp32 and rounded to the dtype of the parameters, one parameter after
     the other.
 
     With `proj_out` at 0 the norm after it gives its bias, 0: K_id and V_id are 0, so a fresh adapter branch leaves the UNet
@@ -185,15 +186,8 @@ def initialise(encoder: UniIDEncoder, layers: SiteProjections, config: UniIDConf
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in (*encoder.modules(), *layers.modules()):
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear):
-                bound = module.in_features**-0.5
-                for parameter in module.parameters():
-                    drawn = torch.empty(parameter.shape)
-                    parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        for module in (encoder, layers):
+            draw_usual(module, generator)
         branch = encoder.adapter_branch
         if branch is not None:
             drawn = torch.empty(branch.latents.shape)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import ConfigError, MismatchError
 from ...mechanisms.decoupled import SiteProjections
 from ...prompts import CLASS_WORD
+from ..common import head_width
 from ..method import Around, Encoded, Recipe, Seen
-from ..sizes import head_width
 from .config import ENCODERS, UniIDConfig, branches
 from .encoder import UniIDEncoder
 
