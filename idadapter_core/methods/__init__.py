@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from . import idadapter, uniid
+from . import idadapter, ip_adapter, uniid
 from .method import Config, Method
 
-METHODS: dict[str, Method] = {method.name: method for method in (uniid.METHOD, idadapter.METHOD)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (uniid.METHOD, idadapter.METHOD, ip_adapter.METHOD)
+}
 
 __all__ = ["METHODS", "Config", "Method"]
