@@ -1,0 +1,122 @@
+"""ComfyUI's UNets at full width, and the adapters for them, with random weights: what benchmarks sample with.
+
+Nothing is read from disk. The functions need ComfyUI and the pack imported (`tests.harness.comfy`); devices are ComfyUI's choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.networks import adapter_state, fill
+
+SD15_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
+_ANY: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1] * 9 + [0] * 3,
+        "transformer_depth_middle": 1,
+        "num_heads": 8,
+        "context_dim": 768,
+        "use_linear_in_transformer": False,
+        "adm_in_channels": None,
+        "num_classes": None,
+    },
+    "sdxl": {
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "num_heads": -1,
+        "num_head_channels": 64,
+        "context_dim": 2048,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+    },
+}
+
+
+def unet(
+    family: str, dtype: torch.dtype, draw_on: torch.device | str = "cpu", disable_dynamic: bool = False
+) -> Any:
+    """A UNet that computes in `dtype`, as a MODEL. `family`: sd15 or sdxl. `draw_on`: see `networks.fill`."""
+    import comfy.model_management as memory
+    import comfy.model_patcher as patchers
+    import comfy.supported_models as supported
+
+    kind = {"sd15": supported.SD15, "sdxl": supported.SDXL}[family]
+    config = kind({**_ANY, **_FAMILIES[family], "dtype": dtype})
+    config.set_inference_dtype(dtype, None)
+    offload = memory.unet_offload_device()
+    model = config.get_model({}, "", device=offload)
+    fill(dict(model.diffusion_model.named_parameters()), draw_on)
+    kind_of_patcher = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+    patcher = kind_of_patcher(model, load_device=memory.get_torch_device(), offload_device=offload)
+    patcher.cached_patcher_init = (unet, (family, dtype, draw_on))
+    return patcher
+
+
+def adapter_config(method: str, family: str) -> Any:
+    """The published sizes of an adapter, those of the paper for IDAdapter."""
+    from ComfyUI_IDAdapter.idadapter_core.methods import idadapter, uniid
+
+    if method == idadapter.METHOD:
+        return idadapter.PRESETS[family]
+    if family == "sdxl":
+        return uniid.UniIDConfig()
+    return uniid.UniIDConfig(text_widths=(768,), context_width=768, site_widths=SD15_WIDTHS)
+
+
+def loaded_adapter(
+    method: str, config: Any, dtype: torch.dtype, draw_on: torch.device | str = "cpu"
+) -> Any:
+    """What Load ID Adapter gives, with open gates where there are any."""
+    import comfy.ops
+    from ComfyUI_IDAdapter.idadapter_core.checkpoint import build_adapter
+    from ComfyUI_IDAdapter.nodes.host.memory import LoadedAdapter, manage
+
+    state = adapter_state(method, config, dtype, draw_on)
+
+    def build() -> Any:
+        adapter = build_adapter(method, config, state, f"random {method}", operations=comfy.ops.manual_cast)
+        encoder = manage(adapter.encoder, lambda: build().patcher)
+        if not adapter.gates:
+            return LoadedAdapter(adapter, encoder)
+        gates = adapter.layers.gates
+        gates.adapter_digest = adapter.digest
+        return LoadedAdapter(adapter, encoder, manage(gates, lambda: build().gates))
+
+    return build()
+
+
+def face_features(count: int, vision: tuple[int, int] = (1024, 256), seed: int = 0) -> Any:
+    """Random features of `count` photos for either method. `vision`: width and patches of CLIP vision."""
+    from ComfyUI_IDAdapter.idadapter_core import FaceFeatures
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
+
+    width, patches = vision
+    return FaceFeatures(
+        embedding=drawn(512),
+        stages=tuple(drawn(c, side, side) for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))),
+        patch_tokens=drawn(patches, width),
+        class_embedding=drawn(width),
+    )
