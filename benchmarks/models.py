@@ -82,9 +82,7 @@ def adapter_config(method: str, family: str) -> Any:
     return uniid.UniIDConfig(text_widths=(768,), context_width=768, site_widths=SD15_WIDTHS)
 
 
-def loaded_adapter(
-    method: str, config: Any, dtype: torch.dtype, draw_on: torch.device | str = "cpu"
-) -> Any:
+def loaded_adapter(method: str, config: Any, dtype: torch.dtype, draw_on: torch.device | str = "cpu") -> Any:
     """What Load ID Adapter gives, with open gates where there are any."""
     import comfy.ops
     from ComfyUI_IDAdapter.idadapter_core.checkpoint import build_adapter
