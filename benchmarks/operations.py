@@ -131,6 +131,7 @@ def identity_operations(recipe: Recipe) -> float:
     return counts * (1 - TrainConfig().drop_identity - TrainConfig().drop_both) * (decode + look)
 
 
+@cache
 @torch.no_grad()
 def cache_operations(recipe: Recipe) -> tuple[int, int]:
     """For a photo's entries: of latents (IDAdapter's mirrored as well) and face network, and of CLIP vision."""
