@@ -52,23 +52,66 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def unet(
-    family: str, dtype: torch.dtype, draw_on: torch.device | str = "cpu", disable_dynamic: bool = False
+    family: str,
+    dtype: torch.dtype,
+    draw_on: torch.device | str = "cpu",
+    tiny: bool = False,
+    disable_dynamic: bool = False,
 ) -> Any:
-    """A UNet that computes in `dtype`, as a MODEL. `family`: sd15 or sdxl. `draw_on`: see `networks.fill`."""
+    """A UNet that computes in `dtype`, as a MODEL, loaded as ComfyUI loads a checkpoint.
+
+    Args:
+        family: sd15 or sdxl.
+        draw_on: see `networks.fill`.
+        tiny: that of the tests instead of the one at full width.
+        disable_dynamic: ComfyUI calls this function once more with it where dynamic VRAM does not do.
+    """
     import comfy.model_management as memory
     import comfy.model_patcher as patchers
+
+    config = _config(family, dtype, tiny)
+    offload = memory.unet_offload_device()
+    state = _random_state(config, offload, draw_on)
+    model = config.get_model({}, "", device=offload)
+    kind = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+    patcher = kind(model, load_device=memory.get_torch_device(), offload_device=offload)
+    model.diffusion_model.load_state_dict(state, strict=False, assign=True)
+    patcher.cached_patcher_init = (unet, (family, dtype, draw_on, tiny))
+    return patcher
+
+
+def _config(family: str, dtype: torch.dtype, tiny: bool) -> Any:
+    """ComfyUI's configuration of a model."""
     import comfy.supported_models as supported
 
     kind = {"sd15": supported.SD15, "sdxl": supported.SDXL}[family]
-    config = kind({**_ANY, **_FAMILIES[family], "dtype": dtype})
+    sizes = {**_ANY, **_FAMILIES[family]}
+    if tiny:
+        from tests.tiny import checkpoints
+        from tests.tiny.tiny_pack import models as small
+
+        kind = {"sd15": small.TinySD15, "sdxl": small.TinySDXL}[family]
+        classes = {"num_classes": _FAMILIES[family]["num_classes"]}
+        sizes = {**checkpoints._ANY_UNET, **kind.unet_config, **checkpoints._LEVELS[family], **classes}
+    config = kind({**sizes, "dtype": dtype})
     config.set_inference_dtype(dtype, None)
-    offload = memory.unet_offload_device()
-    model = config.get_model({}, "", device=offload)
-    fill(dict(model.diffusion_model.named_parameters()), draw_on)
-    kind_of_patcher = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
-    patcher = kind_of_patcher(model, load_device=memory.get_torch_device(), offload_device=offload)
-    patcher.cached_patcher_init = (unet, (family, dtype, draw_on))
-    return patcher
+    return config
+
+
+def _random_state(config: Any, device: Any, draw_on: torch.device | str) -> dict[str, Tensor]:
+    """All weights of the UNet of a configuration.
+
+    With dynamic VRAM ComfyUI's layers have none before a file is loaded, so this one is made without it.
+    """
+    import comfy.memory_management as dynamic
+
+    was_on, dynamic.aimdo_enabled = dynamic.aimdo_enabled, False
+    try:
+        state: dict[str, Tensor] = config.get_model({}, "", device=device).diffusion_model.state_dict()
+    finally:
+        dynamic.aimdo_enabled = was_on
+    fill(state, draw_on)
+    return state
 
 
 def adapter_config(method: str, family: str) -> Any:

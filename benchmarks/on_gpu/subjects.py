@@ -39,11 +39,7 @@ def dtype_of(sizes: Sizes) -> torch.dtype:
 
 @cache
 def unet(sizes: Sizes) -> Any:
-    if sizes.tiny:
-        from tests.tiny.checkpoints import tiny_unet
-
-        return tiny_unet(sizes.family)
-    return models.unet(sizes.family, dtype_of(sizes), device())
+    return models.unet(sizes.family, dtype_of(sizes), device(), sizes.tiny)
 
 
 @cache

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
+from benchmarks import models
 from benchmarks.on_gpu import detector, processes, subjects, table
 from benchmarks.on_gpu.__main__ import main
 from benchmarks.on_gpu.parts import MACHINE, PARTS, TINY, Part, named
@@ -69,6 +71,22 @@ def test_every_part_fills_its_table(name: str) -> None:
 def test_sdxl_is_sampled_too() -> None:
     """Tiny sizes are SD1.5's; the real measurements give SDXL its pooled text and picture sizes."""
     assert [row["ms per step"] > 0 for row in rows_of("steps", family="sdxl", steps=2)] == [True] * 3
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_models_have_all_weights_with_dynamic_vram(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's layers are then made without weights."""
+    import comfy.memory_management
+
+    expected = models.unet(family, torch.float32, tiny=True).model.diffusion_model.state_dict()
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    dynamic = models.unet(family, torch.float32, tiny=True)
+    found = dynamic.model.diffusion_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(
+        tensor.isfinite().all() and tensor.any() for name, tensor in found.items() if "bias" not in name
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the detector
