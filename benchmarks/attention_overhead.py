@@ -32,10 +32,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.models import SD15_WIDTHS, unet
 from tests.harness.comfy import import_comfy, load_pack
 
 CONTEXT_WIDTH, CONTEXT_LENGTH = 768, 77
-SITE_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
 
 
 @dataclass
@@ -144,48 +144,6 @@ class NaiveGates:
             return x + gate.gate_feed_forward.tanh() * fed
 
 
-def build_model(dtype: torch.dtype) -> Any:
-    """SD1.5's UNet at full width, random weights, computing in `dtype`, as a MODEL."""
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = comfy.supported_models.SD15(
-        {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 320,
-            "num_res_blocks": [2, 2, 2, 2],
-            "channel_mult": [1, 2, 4, 4],
-            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_output": [1] * 9 + [0] * 3,
-            "transformer_depth_middle": 1,
-            "num_heads": 8,
-            "context_dim": CONTEXT_WIDTH,
-            "use_spatial_transformer": True,
-            "use_linear_in_transformer": False,
-            "legacy": False,
-            "adm_in_channels": None,
-            "use_temporal_attention": False,
-            "num_classes": None,
-            "dtype": dtype,
-        }
-    )
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, "", device=torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.diffusion_model.named_parameters():
-            if parameter.ndim > 1:
-                values = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
-                parameter.copy_(values)
-            else:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-
-
 def build_variants(
     model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any
 ) -> list[Variant]:
@@ -210,7 +168,7 @@ def build_variants(
             adapter_tokens=count,
             adapter_width=64,
             context_width=CONTEXT_WIDTH,
-            site_widths=SITE_WIDTHS,
+            site_widths=SD15_WIDTHS,
         )
         projections = METHOD.layers(config, torch.nn).to(dtype).requires_grad_(False)
         tokens = {role: torch.randn(1, count, CONTEXT_WIDTH).to(dtype) for role in ("positive", "negative")}
@@ -384,7 +342,7 @@ def main() -> None:
         for case in options.case or (["bf16:256"] if options.gated else ["fp32:256", "bf16:512"]):
             name, pixels = case.split(":")
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-            model = build_model(dtype)
+            model = unet("sd15", dtype)
             variants = build(model, dtype, int(pixels), tokens, plain)
             measure(model, variants, dtype, int(pixels), options.rounds)
             report(f"SD1.5, {name}, {pixels} px, batch 2, torch {torch.__version__}", variants)

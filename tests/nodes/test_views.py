@@ -78,8 +78,8 @@ def test_a_blank_picture_is_pixel_values_of_zero_in_both_hosts(
     vision = load_vision(file)
     faces = [(photo, face) for face in features.faces]
     found = see_views(vision, [VIEWS["aligned_224"], VIEWS["blank"]], faces, "cpu")
-    # Pictures are resized by libraries of their own.
-    for key, limit in zip(found, (1e-2, 1e-5), strict=True):
+    # ComfyUI keeps these weights in fp16, and pictures are resized by libraries of their own.
+    for key, limit in zip(found, (1e-2, 1e-2), strict=True):
         assert (found[key] - features.states(key.view)).abs().max() < limit
 
 
