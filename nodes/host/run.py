@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...idadapter_core import Adapter
-from ...idadapter_core.attention import BlockKeysValues, KeysValues, prepare_identity, repeat_copies
+from ...idadapter_core.attention import PreparedIdentity, prepare_identity, repeat_copies
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.methods.idadapter import GateIdentity
 from ...idadapter_core.schedule import step_index
@@ -119,7 +119,7 @@ class Run:
     _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
     _compiled: dict[Any, bool] = field(default_factory=dict)
     _projected: dict[Any, dict[Any, Any]] = field(default_factory=dict)
-    _prepared: dict[Any, KeysValues | BlockKeysValues] = field(default_factory=dict)
+    _prepared: dict[Any, PreparedIdentity] = field(default_factory=dict)
     _segments: dict[Any, tuple[Segment, ...]] = field(default_factory=dict)
     _spans: dict[Any, tuple[Span, ...]] = field(default_factory=dict)
     _masks: dict[Any, Tensor] = field(default_factory=dict)
@@ -264,7 +264,7 @@ class Run:
 
     def keys_values(
         self, site: Site, handles: tuple[Handle, ...], heads: int, device: torch.device, dtype: torch.dtype
-    ) -> KeysValues | BlockKeysValues:
+    ) -> PreparedIdentity:
         """K and V of a segment at a site, in the form that attention takes."""
         key = (site.index, handles, device, dtype)
         if key not in self._prepared:

@@ -42,7 +42,7 @@ LAYERS = (
     ("faces",),
     ("mixing", "resampler", "schedule"),
     ("attention", "sites", "metrics", "files", "extra", "program"),
-    ("types", "waiting", "encodings"),
+    ("attention_cpu", "types", "waiting", "encodings"),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
