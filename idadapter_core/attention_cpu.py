@@ -43,7 +43,8 @@ class Processor:
 @cache
 def processor() -> Processor:
     """This machine's processor, as far as PyTorch uses it. An instruction that an older PyTorch does not report counts as missing."""
-    mkldnn = torch.backends.mkldnn.is_available()  # the library that uses the bf16 instructions
+    # oneDNN is what uses the instructions for bf16.
+    mkldnn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     return Processor(
         vectors=torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
         bfloat16=mkldnn and _has("avx512_bf16", "_is_avx512_bf16_supported"),
@@ -169,7 +170,7 @@ def head_attention(query: Tensor, identity: HeadKeysValues) -> Tensor:
     groups, heads, count, width = identity.keys.shape
     folded = query.reshape(groups, -1, heads * width)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, identity.keys, identity.values)):
-        split = folded.unflatten(-1, (heads, width)).transpose(1, 2)
+        split = folded.reshape(groups, -1, heads, width).transpose(1, 2)
         keys, values = identity.keys.to(query), identity.values.to(query)
         differentiable = F.scaled_dot_product_attention(split, keys, values, scale=1.0)
         return differentiable.transpose(1, 2).reshape(query.shape)
