@@ -62,7 +62,9 @@ def ways(length: int, channels: int, tokens: int, dtype: torch.dtype) -> dict[st
     return {
         "naive": naive,
         "PyTorch's attention": ours(prepare_keys_values(keys, values, HEADS)),
-        "block-diagonal": ours(attention_cpu.prepare_blocks(*split)),
+        "all heads at once": ours(attention_cpu.prepare_blocks(*split, HEADS)),
+        "pairs of heads": ours(attention_cpu.prepare_blocks(*split, 2)),
+        "heads one by one": ours(attention_cpu.prepare_blocks(*split, 1)),
         "batched heads": ours(attention_cpu.prepare_heads(*split)),
     }
 
@@ -85,8 +87,8 @@ def measure(pixels: int, tokens: int, dtype: torch.dtype, rounds: int) -> dict[s
 
 
 def chosen(dtype: torch.dtype, tokens: int) -> str:
-    if attention_cpu.prefers_blocks(dtype, HEADS, tokens):
-        return "block-diagonal"
+    if together := attention_cpu.block_heads(dtype, HEADS, tokens):
+        return {HEADS: "all heads at once", 2: "pairs of heads", 1: "heads one by one"}[together]
     return "batched heads" if attention_cpu.prefers_heads(dtype, tokens) else "PyTorch's attention"
 
 
@@ -117,7 +119,8 @@ def main() -> None:
                 ratios = (
                     f"{way} {total:.1f} ms ({total / sums['naive']:.2f})" for way, total in sums.items()
                 )
-                print(f"SD1.5, {case} px, {tokens} tokens: {', '.join(ratios)}", flush=True)
+                choice = chosen(DTYPES[name], tokens)
+                print(f"{case} px, {tokens} tokens: {', '.join(ratios)}; chosen: {choice}", flush=True)
 
 
 if __name__ == "__main__":

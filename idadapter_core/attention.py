@@ -44,8 +44,8 @@ def prepare_identity(keys: Tensor, values: Tensor, heads: int) -> PreparedIdenti
     """Projected tokens (G, T, C) in the form that is fastest to attend to on their device. The result is the same."""
     tokens = keys.shape[1]
     if keys.device.type == "cpu":
-        if cpu.prefers_blocks(keys.dtype, heads, tokens):
-            return cpu.prepare_blocks(split_heads(keys, heads), split_heads(values, heads))
+        if together := cpu.block_heads(keys.dtype, heads, tokens):
+            return cpu.prepare_blocks(split_heads(keys, heads), split_heads(values, heads), together)
         if cpu.prefers_heads(keys.dtype, tokens):
             return cpu.prepare_heads(split_heads(keys, heads), split_heads(values, heads))
     return prepare_keys_values(keys, values, heads)

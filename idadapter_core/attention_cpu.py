@@ -17,11 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this many heads * tokens, bf16 products with block-diagonal K and V are the fastest on a processor with AMX: the zeros in
+# Up to this many heads * tokens, block-diagonal products of all heads at once are the fastest on a processor with AMX: the zeros in
 # them cost it little.
-AMX_BLOCK_COLUMNS = 200
+AMX_COLUMNS = 200
 
-# Up to this many tokens, batched products of the heads beat PyTorch's attention; in bf16 on a processor without AMX.
+# Up to this many tokens, the same products of two heads at a time are the fastest on one with products in bf16 and without AMX.
+PAIR_TOKENS = 48
+
+# Up to this many tokens, fp32 products with the heads as a batch are the fastest: in bf16 where the processor has no products for
+# it, and in fp32 everywhere.
 HEAD_TOKENS = {torch.bfloat16: 48, torch.float32: 28}
 
 # fp32 numbers of queries and scores that each thread works on at once: 4 MB.
@@ -59,47 +63,72 @@ def _has(capability: str, older: str) -> bool:
     return bool(getattr(torch.cpu, older, lambda: False)())
 
 
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 # --- few tokens, block-diagonal --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class BlockKeysValues:
-    """Projected identity tokens of G identities as block-diagonal matrices: all heads in one product, few tokens only."""
+    """Projected identity tokens of G identities as block-diagonal matrices of h heads each, few tokens only."""
 
-    keys: Tensor  # (G, heads * T, C), divided by the root of the head width
-    values: Tensor  # (G, heads * T, C)
+    keys: Tensor  # (G, heads / h, h * T, h * head width), divided by the root of the head width
+    values: Tensor  # (G, heads / h, h * T, h * head width)
     gram: Tensor  # (G, heads, T, T) fp32: inner products of the values, from which the norm of the attention's output follows
 
 
-def prefers_blocks(dtype: torch.dtype, heads: int, tokens: int) -> bool:
-    """Whether block-diagonal products are the fastest attention over this many tokens."""
-    return processor().tiles and dtype == torch.bfloat16 and heads * tokens <= AMX_BLOCK_COLUMNS
+def block_heads(dtype: torch.dtype, heads: int, tokens: int) -> int:
+    """How many heads to put into one block-diagonal product, where such products are the fastest attention; otherwise 0."""
+    if dtype != torch.bfloat16:
+        return 0
+    if processor().tiles:
+        return heads if heads * tokens <= AMX_COLUMNS else 0
+    if not processor().bfloat16 or tokens > PAIR_TOKENS:
+        return 0
+    return 1 if heads % 2 else 2
 
 
-def prepare_blocks(keys: Tensor, values: Tensor) -> BlockKeysValues:
-    """Projected tokens (G, heads, T, head width) as block-diagonal matrices."""
+def prepare_blocks(keys: Tensor, values: Tensor, together: int) -> BlockKeysValues:
+    """Projected tokens (G, heads, T, head width) as block-diagonal matrices of `together` heads, which divides the heads."""
     wide = values.float()
     return BlockKeysValues(
-        _block_diagonal(keys * keys.shape[-1] ** -0.5), _block_diagonal(values), wide @ wide.transpose(-1, -2)
+        _block_diagonal(keys * keys.shape[-1] ** -0.5, together),
+        _block_diagonal(values, together),
+        wide @ wide.transpose(-1, -2),
     )
 
 
-def _block_diagonal(x: Tensor) -> Tensor:
-    """(G, heads, T, head width) -> (G, heads * T, heads * head width)."""
+def _block_diagonal(x: Tensor, together: int) -> Tensor:
+    """(G, heads, T, head width) -> (G, heads / together, together * T, together * head width)."""
     groups, heads, count, width = x.shape
-    blocks = x.new_zeros(groups, heads, count, heads, width)
-    for head in range(heads):
-        blocks[:, head, :, head] = x[:, head]
-    return blocks.view(groups, heads * count, heads * width)
+    parts = x.reshape(groups, -1, together, count, width)
+    blocks = x.new_zeros(groups, heads // together, together, count, together, width)
+    for head in range(together):
+        blocks[:, :, head, :, head] = parts[:, :, head]
+    return blocks.view(groups, heads // together, together * count, together * width)
 
 
 def block_probabilities(query: Tensor, identity: BlockKeysValues) -> Tensor:
     """How much each image token of a query (B, N, C) attends to each identity token: (G, heads, T, B / G, N)."""
     rows, length, channels = query.shape
     groups, heads, count = identity.gram.shape[:3]
-    scores = torch.bmm(identity.keys, query.reshape(groups, -1, channels).transpose(1, 2))
+    folded = query.reshape(groups, -1, channels)
+    differentiable = _needs_gradient(query, identity.keys)
+    if identity.keys.shape[1] == 1 or differentiable:
+        parts = folded.view(groups, -1, *identity.keys.shape[1::2]).permute(0, 2, 3, 1)
+        scores = identity.keys @ parts
+    else:
+        # A batched product would copy the transposed queries.
+        scores = query.new_empty(*identity.keys.shape[:3], folded.shape[1])
+        width = identity.keys.shape[3]
+        for keys, queries, outs in zip(identity.keys, folded, scores, strict=True):
+            for part, key, out in zip(queries.split(width, dim=1), keys, outs, strict=True):
+                torch.mm(part, key.t(), out=out.t())
     # Tokens before pixels: a softmax over few tokens is fast where the pixels lie side by side.
-    return scores.view(groups, heads, count, rows // groups, length).softmax(dim=2)
+    scores = scores.view(groups, heads, count, rows // groups, length)
+    return scores.softmax(dim=2) if differentiable else torch.softmax(scores, dim=2, out=scores)
 
 
 def block_norms(probabilities: Tensor, identity: BlockKeysValues) -> Tensor:
@@ -119,21 +148,26 @@ def add_blocks(
     mask: Tensor | None,
     inplace: bool,
 ) -> Tensor:
-    """base (B, N, C) + factor (B,) * mask (1 or B, N, 1) * attention, by one product that never writes the attention itself."""
-    rows, length, channels = base.shape
-    groups, heads, count, in_group, _ = probabilities.shape
+    """base (B, N, C) + factor (B,) * mask (1 or B, N, 1) * attention, by products that add to it: the attention is never written."""
+    rows, length, _ = base.shape
+    groups, _, _, in_group, _ = probabilities.shape
     values = identity.values
     if rows == groups and mask is None:
-        values = values * factor[:, None, None]
+        values = values * factor[:, None, None, None]
     else:
         per_pixel = factor[:, None] if mask is None else factor[:, None] * mask[..., 0].to(factor.dtype)
         shape = (groups, 1, 1, in_group, length)
         probabilities = probabilities * per_pixel.expand(rows, length).reshape(shape)
-    left = probabilities.reshape(groups, heads * count, -1).transpose(1, 2)
-    if inplace:
-        base.view(groups, -1, channels).baddbmm_(left, values)
-        return base
-    return torch.baddbmm(base.reshape(groups, -1, channels), left, values).view(rows, length, channels)
+    parts, columns, width = values.shape[1:]
+    left = probabilities.reshape(groups, parts, columns, -1).transpose(2, 3)
+    out = base if inplace else base.clone(memory_format=torch.contiguous_format)
+    into = out.view(groups, -1, parts, width).transpose(1, 2)
+    if parts == 1:
+        into[:, 0].baddbmm_(left[:, 0], values[:, 0])
+    else:
+        for group in range(groups):
+            into[group].baddbmm_(left[group], values[group])
+    return out
 
 
 # --- few tokens, heads as a batch ------------------------------------------------------------------------------------
@@ -141,39 +175,37 @@ def add_blocks(
 
 @dataclass(frozen=True, eq=False)
 class HeadKeysValues:
-    """Projected identity tokens of G identities for attention in products that have the heads as a batch."""
+    """Projected identity tokens of G identities for attention in fp32 products that have the heads as a batch."""
 
     keys: Tensor  # (G, heads, T, head width) fp32, divided by the root of the head width
-    values: Tensor  # (G, heads, T, head width): bf16 where the processor has products for it, else fp32
+    values: Tensor  # (G, heads, T, head width) fp32
 
 
 def prefers_heads(dtype: torch.dtype, tokens: int) -> bool:
-    """Whether products with the heads as a batch are the fastest attention over this many tokens."""
-    if dtype == torch.bfloat16 and processor().tiles:
+    """Whether fp32 products with the heads as a batch are the fastest attention over this many tokens."""
+    if dtype == torch.bfloat16 and (processor().tiles or processor().bfloat16):
         return False
     return processor().vectors and tokens <= HEAD_TOKENS.get(dtype, 0)
 
 
 def prepare_heads(keys: Tensor, values: Tensor) -> HeadKeysValues:
     """Projected tokens (G, heads, T, head width) for `head_attention`."""
-    keeps = values.dtype == torch.bfloat16 and processor().bfloat16
     scaled = keys.float() * keys.shape[-1] ** -0.5
-    return HeadKeysValues(scaled.contiguous(), (values if keeps else values.float()).contiguous())
+    return HeadKeysValues(scaled.contiguous(), values.float().contiguous())
 
 
 def head_attention(query: Tensor, identity: HeadKeysValues) -> Tensor:
     """Attention of image queries (B, N, C) over identity tokens -> (B, N, C). See `attention.identity_attention`.
 
-    Scores are computed in fp32 on all processors: a batched product in bf16 would copy the transposed queries, and one product
-    for each head costs more in calls than it saves. Queries are taken in blocks whose numbers stay in the cache.
+    Queries are taken in blocks, so that the numbers of one stay in the cache.
     """
     groups, heads, count, width = identity.keys.shape
     folded = query.reshape(groups, -1, heads * width)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, identity.keys, identity.values)):
+    if _needs_gradient(query, identity.keys, identity.values):
         split = folded.reshape(groups, -1, heads, width).transpose(1, 2)
         keys, values = identity.keys.to(query), identity.values.to(query)
-        differentiable = F.scaled_dot_product_attention(split, keys, values, scale=1.0)
-        return differentiable.transpose(1, 2).reshape(query.shape)
+        by_head = F.scaled_dot_product_attention(split, keys, values, scale=1.0)
+        return by_head.transpose(1, 2).reshape(query.shape)
     out = folded.new_empty(folded.shape)
     block = max(1, HEAD_NUMBERS * torch.get_num_threads() // (heads * (width + count)))
     scratch = identity.keys.new_empty(min(block, folded.shape[1]) * heads * (width + count))
@@ -195,14 +227,12 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scratch: Tensor, out: T
         wide = scratch[: query.numel()].view(query.shape).copy_(query)
     scores = scratch[query.numel() :][: heads * count * len(query)].view(heads, count, -1)
     torch.bmm(keys, _by_head(wide, heads).transpose(1, 2), out=scores)
-    scores = scores.to(values.dtype)
     # Tokens before pixels: a softmax over few tokens is fast where the pixels lie side by side.
     torch.softmax(scores, dim=1, out=scores)
-    if values.dtype == out.dtype:
-        torch.bmm(scores.transpose(1, 2), values, out=_by_head(out, heads))
-    else:
-        torch.bmm(scores.transpose(1, 2), values, out=_by_head(wide, heads))
-        out.copy_(wide)
+    into = out if out.dtype == torch.float32 else wide
+    torch.bmm(scores.transpose(1, 2), values, out=_by_head(into, heads))
+    if into is not out:
+        out.copy_(into)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

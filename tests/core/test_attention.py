@@ -30,14 +30,18 @@ Prepare = Callable[[Tensor, Tensor, int], Any]
 
 
 def blocks(keys: Tensor, values: Tensor, heads: int) -> Any:
-    return prepare_blocks(split_heads(keys, heads), split_heads(values, heads))
+    return prepare_blocks(split_heads(keys, heads), split_heads(values, heads), heads)
+
+
+def pairs(keys: Tensor, values: Tensor, heads: int) -> Any:
+    return prepare_blocks(split_heads(keys, heads), split_heads(values, heads), 2)
 
 
 def batched_heads(keys: Tensor, values: Tensor, heads: int) -> Any:
     return prepare_heads(split_heads(keys, heads), split_heads(values, heads))
 
 
-PREPARATIONS: list[Prepare] = [prepare_keys_values, blocks, batched_heads, prepare_identity]
+PREPARATIONS: list[Prepare] = [prepare_keys_values, blocks, pairs, batched_heads, prepare_identity]
 
 
 def draw(name: str, *shape: int) -> Tensor:

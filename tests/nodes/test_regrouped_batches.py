@@ -117,7 +117,8 @@ def test_output_of_another_pack_that_is_not_contiguous(dtype: torch.dtype) -> No
     keys, values, query = (torch.randn(1, count, 32, generator=generator) for count in (4, 4, 9))
     split = [split_heads(x.to(dtype), 4) for x in (keys, values)]
     for identity in (
-        attention_cpu.prepare_blocks(*split),
+        attention_cpu.prepare_blocks(*split, 4),
+        attention_cpu.prepare_blocks(*split, 2),
         attention_cpu.prepare_heads(*split),
         prepare_keys_values(keys.to(dtype), values.to(dtype), 4),
     ):
