@@ -26,10 +26,12 @@ from idadapter_core.config import config_toml
 from idadapter_core.errors import CheckpointError, ConfigError, InputError, TrainingError
 from idadapter_core.logs import read_log
 from idadapter_core.methods.idadapter import GatedAdapter
-from idadapter_core.training import checkpoints as checkpoint_files, engine
+from idadapter_core.training import checkpoints as checkpoint_files, loop
+from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.checkpoints import ADAPTER, EMA, OPTIMIZER, checkpoints, latest
 from idadapter_core.training.config import TrainConfig
-from idadapter_core.training.engine import STOPPED, train
+from idadapter_core.training.finite import advice_on_numbers
+from idadapter_core.training.loop import STOPPED, train
 from tests.harness.shim import shim_path
 from tests.tiny.toy import TEST_PERSON, Toy
 
@@ -289,7 +291,7 @@ def test_a_disk_that_is_full_from_the_start(
     ],
 )
 def test_advice_about_numbers_fits_the_run(settings: dict[str, Any], advice: str) -> None:
-    given = engine.advice_on_numbers(TrainConfig(**settings))
+    given = advice_on_numbers(TrainConfig(**settings))
     assert re.fullmatch(advice, given)
     assert ("bf16" in given) == ("precision" in settings)
 
@@ -326,7 +328,7 @@ def test_a_loss_that_is_not_finite_names_the_photo(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(toy.config(tmp_path, train={"steps": 2}))
-    forward = engine.Bundle.forward
+    forward = Bundle.forward
     named: list[str] = []
 
     def broken(self: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -335,7 +337,7 @@ def test_a_loss_that_is_not_finite_names_the_photo(
         losses["mse"][2] = float("nan")
         return {**losses, "loss": losses["loss"] * float("nan")}
 
-    monkeypatch.setattr(engine.Bundle, "forward", broken)
+    monkeypatch.setattr(Bundle, "forward", broken)
     with pytest.raises(TrainingError, match="step 3: the loss is not finite") as raised:
         train(toy.config(tmp_path, train={"steps": 4}), resume="auto")
     assert named[0] in str(raised.value)
@@ -410,7 +412,7 @@ def test_refusals(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for section, name in (("base", "vision"), ("base", "tokenizer"), ("data", "cache")):
         lost = toy.config(tmp_path / "other", **{section: {name: "gone"}})
         with monkeypatch.context() as patched:
-            patched.setattr(engine, "load_parts", None)  # nothing is loaded before
+            patched.setattr(loop, "load_parts", None)  # nothing is loaded before
             with pytest.raises(ConfigError, match=f"{section}.{name}: gone is not there"):
                 train(lost)
     (tmp_path / "file").touch()

@@ -14,7 +14,7 @@ from torch import Tensor
 from idadapter_core.checkpoint import load_adapter
 from idadapter_core.cli.export import main
 from idadapter_core.training.checkpoints import ADAPTER, EMA, checkpoints
-from idadapter_core.training.engine import train
+from idadapter_core.training.loop import train
 from tests.tiny.toy import Toy
 
 UNIID = {"method": "uniid", "settings": {"adapter_depth": 1, "text_depth": 1}}

@@ -23,7 +23,7 @@ from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import Cache, build, kinds
 from idadapter_core.training.checkpoints import ADAPTER, latest
 from idadapter_core.training.config import RunConfig
-from idadapter_core.training.engine import train
+from idadapter_core.training.loop import train
 from idadapter_core.training.parts import load_parts, prepare_adapter
 from idadapter_core.training.samples import VALIDATION, Batch, Samples, join
 from tests.tiny.bases import diffusers_base, tiny_autoencoder
