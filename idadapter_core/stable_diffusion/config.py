@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import existing, one_of
+from ..config import Settings, existing, one_of
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
@@ -14,7 +14,7 @@ _PATHS = ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_pa
 
 
 @dataclass(frozen=True)
-class BaseConfig:
+class BaseConfig(Settings):
     """The frozen models around the adapter. Paths on disk; nothing is fetched."""
 
     path: str = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint

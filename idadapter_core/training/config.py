@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import (
+    Settings,
     at_least,
     literal,
     naming,
@@ -33,7 +34,7 @@ SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """What is trained on."""
 
     index: str = ""  # written by `python -m idadapter_core scan`
@@ -67,7 +68,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AdapterSection:
+class AdapterSection(Settings):
     """What is trained."""
 
     method: str = "idadapter"
@@ -87,7 +88,7 @@ class AdapterSection:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings):
     """L = L_SD + F(x0_hat) * lambda * L_id (IDAdapter, Eq. 8 and 9)."""
 
     identity: float = 0.1  # lambda; 0 switches L_id off
@@ -107,7 +108,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How it is trained."""
 
     steps: int = 50_000
@@ -154,7 +155,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(Settings):
     """Where it goes."""
 
     folder: str = "runs/adapter"
@@ -188,7 +189,7 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """A whole run."""
 
     base: BaseConfig = field(default_factory=BaseConfig)

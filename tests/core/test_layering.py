@@ -27,6 +27,9 @@ HEAVY = (
     "diffusers",
     "numba",
     "anny",
+    "pydantic",
+    "jinja2",
+    "matplotlib",
 )
 
 # From the top down: a module imports from lines below its own only.
@@ -41,8 +44,8 @@ LAYERS = (
     ("methods",),
     ("faces",),
     ("mixing", "resampler", "schedule", "prompts", "logs"),
-    ("attention", "sites", "files", "extra", "config"),
-    ("types", "waiting", "toml", "randomness"),
+    ("attention", "sites", "files", "config"),
+    ("types", "waiting", "toml", "randomness", "extra"),
     ("encodings",),
     ("errors",),
 )

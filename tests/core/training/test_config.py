@@ -86,6 +86,15 @@ def test_what_is_written_reads_back_as_it_was(tmp_path: Path, overrides: list[st
         ),
         ("[data]\nprompt = 'a <clas word>'", r"data\.prompt: .*<clas word>.*did you mean <class word>\?"),
         ("[output]\nprompts = ['<caption>']", r"output\.prompts: nothing is known to stand for <caption>"),
+        ("[output]\nprompts = ['x', 3]", r"output\.prompts must be a text, got 3"),
+        ("[train]\nbetas = [0.9, 0.9, 0.9]", r"train\.betas must have 2 entries, got \[0\.9, 0\.9, 0\.9\]"),
+        ("[adapter]\nsettings = 3", r"adapter\.settings must be a table, got 3"),
+        ("[base]\npath = 2026-01-02", r"base\.path must be a text, got datetime\.date"),
+        ("[data.flip]\nx = 1", r"data\.flip must be true or false, got \{'x': 1\}"),
+        (
+            "[train]\nseed = 'x'\nstep = 1\n[data]\nflip = 1",
+            r"data\.flip must be true or false, got 1 \(2 more: train\.seed, train\.step\)",
+        ),
         ("[train", r"no valid TOML"),
     ],
 )
@@ -140,6 +149,8 @@ def test_a_branch_of_ones_own_keeps_its_settings(tmp_path: Path) -> None:
 def test_the_users_folder(tmp_path: Path) -> None:
     config = read_config(write(tmp_path, '[data]\nindex = "~/faces/index.jsonl"\n'))
     assert config.data.index == str(Path.home() / "faces" / "index.jsonl")
+    with pytest.raises(ConfigError, match=r"output\.prompts: .* has bytes that are no UTF-8"):
+        parse_config(RunConfig, {"output": {"prompts": ["x", "\udce9"]}})
 
 
 @pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[-0.1, 0.9]"])
