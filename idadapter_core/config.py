@@ -17,11 +17,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from .errors import ConfigError
 from .extra import require
 from .toml import BACKSLASHES, parse_value, read_table
+
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,11 +66,15 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class MayChange:
+class Changeable:
     """Annotation of a setting that a resumed run may change: no step depends on it, or its file is known by digest instead."""
 
     when: Callable[[Any], bool] = lambda section: True
     """Whether it may, given the section that the setting is in."""
+
+
+MayChange = Annotated[T, Changeable()]
+"""Type of a setting that a resumed run may change."""
 
 
 class Settings:
@@ -99,7 +105,7 @@ def parse_config(kind: type[S], content: Mapping[str, Any]) -> S:
     validation_error = require("pydantic").ValidationError
     prepared = {key: _prepared(key, value) for key, value in content.items()}
     try:
-        found: S = _adapter(kind).validate_python(prepared)
+        found: S = _adapter(typing.cast(Any, kind)).validate_python(prepared)
     except validation_error as error:
         first, *others = error.errors()
         more = f" ({len(others)} more: {', '.join(_place(kind, e['loc'])[0] for e in others)})"
@@ -175,15 +181,15 @@ def _place(kind: type[Settings], where: Sequence[str | int]) -> tuple[str, type[
 def decisive(config: S) -> S:
     """The configuration with its default in every setting that a resumed run may change."""
     marks = typing.get_type_hints(type(config), include_extras=True)
-    values: dict[str, Any] = {}
+    default, values = type(config)(), dict[str, Any]()
     for entry in _fields(type(config)):
         value = getattr(config, entry.name)
-        if any(m.when(config) for m in typing.get_args(marks[entry.name]) if isinstance(m, MayChange)):
-            has_factory = entry.default_factory is not dataclasses.MISSING
-            values[entry.name] = entry.default_factory() if has_factory else entry.default
+        if any(m.when(config) for m in typing.get_args(marks[entry.name]) if isinstance(m, Changeable)):
+            values[entry.name] = getattr(default, entry.name)
         elif isinstance(value, Settings):
             values[entry.name] = decisive(value)
-    return dataclasses.replace(typing.cast(Any, config), **values)
+    found: S = dataclasses.replace(typing.cast(Any, config), **values)
+    return found
 
 
 def _fields(kind: type[Settings]) -> tuple[dataclasses.Field[Any], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import Settings, existing, one_of
+from ..config import MayChange, Settings, existing, one_of
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
@@ -15,19 +15,19 @@ _PATHS = ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_pa
 
 @dataclass(frozen=True)
 class BaseConfig(Settings):
-    """The frozen models around the adapter. Paths on disk; nothing is fetched."""
+    """The frozen models around the adapter. Paths on disk; nothing is fetched. A resumed run knows the models by their digests."""
 
-    path: str = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint
+    path: MayChange[str] = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint
     family: str = "sd15"  # sd15, sd21 or sdxl
     prediction: str = "auto"  # what the UNet predicts; auto: as the folder's scheduler says, or as ComfyUI tells it from a file
-    config: str = (
+    config: MayChange[str] = (
         ""  # for a single file of other sizes than published: a folder with diffusers configurations
     )
-    tokenizer: str = ""  # for a single file: a folder with CLIP's vocab.json and merges.txt
-    vae: str = ""  # another VAE; empty: the base's own
-    vision: str = ""  # CLIP vision for IDAdapter: a folder of transformers, or a file of weights
-    recognizer: str = ""  # face network: a torch IResNet (.pth, .safetensors, .onnx)
-    face_package: str = ""  # folder of an insightface package; only for a detector in L_id
+    tokenizer: MayChange[str] = ""  # for a single file: a folder with CLIP's vocab.json and merges.txt
+    vae: MayChange[str] = ""  # another VAE; empty: the base's own
+    vision: MayChange[str] = ""  # CLIP vision for IDAdapter: a folder of transformers, or a file of weights
+    recognizer: MayChange[str] = ""  # face network: a torch IResNet (.pth, .safetensors, .onnx)
+    face_package: MayChange[str] = ""  # folder of an insightface package; only for a detector in L_id
 
     def __post_init__(self) -> None:
         one_of("base.family", self.family, FAMILIES)

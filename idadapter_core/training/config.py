@@ -1,6 +1,7 @@
 """The configuration of a training run: TOML into dataclasses that check themselves.
 
-Every key has a default, so a configuration names only what differs. Unknown keys are refused with the nearest known one.
+Every key has a default, so a configuration names only what differs. Unknown keys are refused with the nearest known one. Settings
+marked `MayChange` may differ in a run that is resumed.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..config import (
+    Changeable,
+    MayChange,
     Settings,
     at_least,
     literal,
@@ -37,8 +40,8 @@ SCHEDULES = ("constant", "cosine")
 class DataConfig(Settings):
     """What is trained on."""
 
-    index: str = ""  # written by `python -m idadapter_core scan`
-    cache: str = ""  # folder of latents, crops and features; empty: computed when they are needed
+    index: MayChange[str] = ""  # written by `python -m idadapter_core scan`
+    cache: MayChange[str] = ""  # folder of latents, crops and features; empty: computed when they are needed
     resolution: int = 512  # side of the square pictures, pixels
     references: int = (
         4  # N photos of a person in a sample (IDAdapter; UniID always has one, the target itself)
@@ -51,8 +54,8 @@ class DataConfig(Settings):
     cache_features: bool = (
         True  # the cache holds what CLIP vision and the face network's stages give, not only crops
     )
-    max_bad_share: float = 0.05  # of rows that the scan found unusable; above it a run stops
-    workers: int = 2
+    max_bad_share: MayChange[float] = 0.05  # of rows that the scan found unusable; above it a run stops
+    workers: MayChange[int] = 2
 
     def __post_init__(self) -> None:
         at_least("data.resolution", self.resolution, 8)
@@ -72,7 +75,7 @@ class AdapterSection(Settings):
     """What is trained."""
 
     method: str = "idadapter"
-    start: str = ""  # an adapter file to go on from; empty: a fresh adapter of the family's preset
+    start: MayChange[str] = ""  # an adapter file to go on from; empty: a fresh adapter of the family's preset
     branch: str = "adapter"  # UniID trains one branch in a run
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method's own config, over the preset
 
@@ -111,9 +114,10 @@ class LossConfig(Settings):
 class TrainConfig(Settings):
     """How it is trained."""
 
-    steps: int = 50_000
+    # A schedule that is not constant depends on where the run ends.
+    steps: Annotated[int, Changeable(lambda train: train.schedule == "constant")] = 50_000
     batch: int = 4  # samples of a step, over all processes and micro-batches
-    accumulate: int = 1  # micro-batches of a step
+    accumulate: MayChange[int] = 1  # micro-batches of a step
     lr: float = 3e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -125,7 +129,7 @@ class TrainConfig(Settings):
     drop_text: float = 0.05  # share of samples without the rest of the prompt
     drop_both: float = 0.05  # share of samples with neither, as negative prompts are used
     precision: str = "no"  # bf16: autocast over fp32 master weights
-    checkpointing: bool = False  # of the UNet's blocks: less memory for more time
+    checkpointing: MayChange[bool] = False  # of the UNet's blocks: less memory for more time
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -197,7 +201,7 @@ class RunConfig(Settings):
     adapter: AdapterSection = field(default_factory=AdapterSection)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
+    output: MayChange[OutputConfig] = field(default_factory=OutputConfig)
 
 
 # What a run of a method has where its file says nothing: as published, where that differs from the defaults above.

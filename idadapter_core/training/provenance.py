@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..config import config_toml
+from ..config import config_toml, decisive
 from ..errors import ConfigError, TrainingError
 from ..extra import versions
 from ..faces.packages import DETECTION
 from ..files import file_digest, some
 from ..methods import METHODS, idadapter
 from .checkpoints import Checkpoint
-from .config import RunConfig, TrainConfig, differences, read_config
+from .config import RunConfig, differences, read_config
 from .parts import Parts
 from .ranks import Ranks
 from .state import CONFIG
 
 FACTS = "run.json"
-# What may differ in a run that goes on: it changes nothing of a step, or is known by the digest of what the path leads to.
-_FREE = {
-    "base": ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_package"),
-    "data": ("index", "workers", "cache", "max_bad_share"),
-    "adapter": ("start",),
-    "train": ("accumulate", "checkpointing"),
-    "output": None,
-}
 _NAMES = {
     "config": "settings",
     "data": "the index of photos",
@@ -44,7 +35,7 @@ _NAMES = {
 
 def config_digest(config: RunConfig) -> str:
     """Of all settings that change what a step does."""
-    return sha256(config_toml(_decisive(config)).encode()).hexdigest()[:16]
+    return sha256(config_toml(decisive(config)).encode()).hexdigest()[:16]
 
 
 def digests(config: RunConfig, parts: Parts) -> dict[str, str]:
@@ -127,25 +118,12 @@ def in_words(
     )
 
 
-def _decisive(config: RunConfig) -> RunConfig:
-    """A configuration in which all that changes no step has its default."""
-    kept = config
-    if config.train.schedule == "constant":  # another one depends on where the run ends
-        kept = replace(config, train=replace(config.train, steps=TrainConfig.steps))
-    for section, names in _FREE.items():
-        default = type(getattr(config, section))()
-        free = {name: getattr(default, name) for name in names} if names is not None else None
-        value = default if free is None else replace(getattr(kept, section), **free)
-        kept = replace(kept, **{section: value})
-    return kept
-
-
 def _difference(config: RunConfig, start: Checkpoint) -> str:
     """The settings that were others then, as far as they count."""
     path = start.path / CONFIG
     if not path.is_file():
         return ""
-    found = differences(_decisive(read_config(path)), _decisive(config))
+    found = differences(decisive(read_config(path)), decisive(config))
     return f"{some(found, 5)}. " if found else ""
 
 

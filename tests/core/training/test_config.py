@@ -9,6 +9,7 @@ import pytest
 from idadapter_core.config import config_toml, existing, parse_config, writable
 from idadapter_core.errors import ConfigError
 from idadapter_core.training.config import RunConfig, differences, read_config
+from idadapter_core.training.provenance import config_digest
 
 
 def write(folder: Path, text: str) -> Path:
@@ -173,6 +174,28 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
         "train.lr was 3e-05 and is 0.0001",
         'output.prompts was ["a photo of a <class word>", "a painting of a <class word> in a garden"] and is ["x"]',
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        (["base.path=x", "base.vae=y", "data.index=z", "data.workers=9", "adapter.start=w"], True),
+        (["train.accumulate=2", "train.checkpointing=true", "train.steps=3", "output.folder=v"], True),
+        (["train.lr=1"], False),
+        (["base.family=sdxl"], False),
+        (["adapter.settings.tokens=4"], False),
+        (["train.schedule=cosine"], False),
+    ],
+)
+def test_a_resumed_run_may_change_settings_that_no_step_depends_on(
+    tmp_path: Path, changes: list[str], is_same: bool
+) -> None:
+    path = write(tmp_path, "")
+    assert (config_digest(read_config(path)) == config_digest(read_config(path, changes))) == is_same
+    ends = [["train.schedule=cosine", f"train.steps={steps}"] for steps in (3, 4)]
+    assert (
+        len({config_digest(read_config(path, end)) for end in ends}) == 2
+    )  # a cosine ends where the run does
 
 
 def test_paths_are_checked_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
