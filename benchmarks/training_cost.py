@@ -384,7 +384,7 @@ def identity_term(recipe: Recipe, eyes: float) -> float:
 
 def counted_share() -> float:
     """Of samples that keep their identity and whose noise is low enough (gate = "noise")."""
-    low = float((scaled_linear("epsilon").alphas >= LossConfig().gate_alpha).float().mean())
+    low = float((scaled_linear("epsilon").alphas_cumprod >= LossConfig().gate_alpha).float().mean())
     return low * keeps_identity()
 
 

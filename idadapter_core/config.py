@@ -113,6 +113,17 @@ def parse_config(kind: type[S], content: Mapping[str, Any]) -> S:
     return found
 
 
+def with_new_names(kind: type[Settings], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a record that an earlier release may have written, with today's names of settings."""
+    hints = typing.get_type_hints(kind)
+    found = {kind.renamed.get(key, key): value for key, value in content.items()}
+    for key, value in found.items():
+        section = hints.get(key)
+        if isinstance(value, Mapping) and isinstance(section, type) and issubclass(section, Settings):
+            found[key] = with_new_names(section, value)
+    return found
+
+
 @functools.cache
 def _adapter(kind: type[Settings]) -> Any:
     return require("pydantic").TypeAdapter(kind)
@@ -234,7 +245,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     path = [part.strip() for part in name.split(".")]
     if not equals or len(path) < 2 or not all(path):
-        raise ConfigError(f"--set takes section.key=value, for example train.lr=1e-5, got {override!r}")
+        raise ConfigError(
+            f"--set takes section.key=value, for example train.learning_rate=1e-5, got {override!r}"
+        )
     value = parse_value(text.strip())
     table = content
     for part in path[:-1]:

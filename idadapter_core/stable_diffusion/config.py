@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..config import MayChange, Settings, existing, one_of
 
@@ -19,7 +20,7 @@ class BaseConfig(Settings):
 
     path: MayChange[str] = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint
     family: str = "sd15"  # sd15, sd21 or sdxl
-    prediction: str = "auto"  # what the UNet predicts; auto: as the folder's scheduler says, or as ComfyUI tells it from a file
+    prediction_type: str = "auto"  # epsilon or v_prediction; auto: as the folder's scheduler says, or as ComfyUI tells it from a file
     config: MayChange[str] = (
         ""  # for a single file of other sizes than published: a folder with diffusers configurations
     )
@@ -28,10 +29,11 @@ class BaseConfig(Settings):
     vision: MayChange[str] = ""  # CLIP vision for IDAdapter: a folder of transformers, or a file of weights
     recognizer: MayChange[str] = ""  # face network: a torch IResNet (.pth, .safetensors, .onnx)
     face_package: MayChange[str] = ""  # folder of an insightface package; only for a detector in L_id
+    renamed: ClassVar = {"prediction": "prediction_type"}
 
     def __post_init__(self) -> None:
         one_of("base.family", self.family, FAMILIES)
-        one_of("base.prediction", self.prediction, PREDICTIONS)
+        one_of("base.prediction_type", self.prediction_type, PREDICTIONS)
 
 
 def require_paths(base: BaseConfig, without: Sequence[str], others: Mapping[str, str]) -> None:

@@ -218,7 +218,7 @@ def _by_rows(identity: Identity, rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.precision") -> Image:
+def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.mixed_precision") -> Image:
     """A picture (3, H, W) in 0..1 as (H, W, 3) uint8.
 
     Args:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from ..config import (
     Changeable,
@@ -23,6 +23,7 @@ from ..config import (
     one_of,
     parse_config,
     read_toml,
+    with_new_names,
     within,
 )
 from ..errors import ConfigError
@@ -100,14 +101,15 @@ class LossConfig(Settings):
     )
     gate: str = "noise"  # F: by noise level, or 1 where a detector finds a face (the paper)
     gate_alpha: float = 0.5  # smallest alpha-bar at which L_id counts
-    min_snr: float = 0.0  # gamma of min-SNR weighting; 0: off, as in both papers
+    snr_gamma: float = 0.0  # of min-SNR weighting; 0: off, as in both papers
+    renamed: ClassVar = {"min_snr": "snr_gamma"}
 
     def __post_init__(self) -> None:
         one_of("loss.align", self.align, ALIGNMENTS)
         one_of("loss.gate", self.gate, GATES)
         at_least("loss.identity", self.identity, 0)
         within("loss.gate_alpha", self.gate_alpha, 0, 1)
-        at_least("loss.min_snr", self.min_snr, 0)
+        at_least("loss.snr_gamma", self.snr_gamma, 0)
 
 
 @dataclass(frozen=True)
@@ -115,38 +117,49 @@ class TrainConfig(Settings):
     """How it is trained."""
 
     # A schedule that is not constant depends on where the run ends.
-    steps: Annotated[int, Changeable(lambda train: train.schedule == "constant")] = 50_000
-    batch: int = 4  # samples of a step, over all processes and micro-batches
-    accumulate: MayChange[int] = 1  # micro-batches of a step
-    lr: float = 3e-5
+    steps: Annotated[int, Changeable(lambda train: train.lr_scheduler == "constant")] = 50_000
+    global_batch_size: int = 4  # samples of a step, over all processes and micro-batches
+    gradient_accumulation_steps: MayChange[int] = 1  # micro-batches of a step
+    learning_rate: float = 3e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup: int = 0  # steps
-    clip: float = 0.0  # largest norm of the gradient; 0: off
-    ema: float = 0.0  # decay of the average of the weights; 0: off
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    max_grad_norm: float = 0.0  # 0: gradients are not clipped
+    ema_decay: float = 0.0  # decay of the average of the weights; 0: off
     drop_identity: float = 0.05  # share of samples without the identity
     drop_text: float = 0.05  # share of samples without the rest of the prompt
     drop_both: float = 0.05  # share of samples with neither, as negative prompts are used
-    precision: str = "no"  # bf16: autocast over fp32 master weights
-    checkpointing: MayChange[bool] = False  # of the UNet's blocks: less memory for more time
+    mixed_precision: str = "no"  # bf16: autocast over fp32 master weights
+    gradient_checkpointing: MayChange[bool] = False  # of the UNet's blocks: less memory for more time
     seed: int = 0
+    renamed: ClassVar = {
+        "batch": "global_batch_size",
+        "accumulate": "gradient_accumulation_steps",
+        "lr": "learning_rate",
+        "schedule": "lr_scheduler",
+        "warmup": "lr_warmup_steps",
+        "clip": "max_grad_norm",
+        "ema": "ema_decay",
+        "precision": "mixed_precision",
+        "checkpointing": "gradient_checkpointing",
+    }
 
     def __post_init__(self) -> None:
-        one_of("train.schedule", self.schedule, SCHEDULES)
-        if self.precision == "fp16":
+        one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULES)
+        if self.mixed_precision == "fp16":
             raise ConfigError(
-                "train.precision: fp16 is not offered, since gradients vanish in it unless the loss is scaled; bf16 takes as little memory "
+                "train.mixed_precision: fp16 is not offered, since gradients vanish in it unless the loss is scaled; bf16 takes as little memory "
                 "and needs no scaling"
             )
-        one_of("train.precision", self.precision, PRECISIONS)
-        for name in ("steps", "batch", "accumulate"):
+        one_of("train.mixed_precision", self.mixed_precision, PRECISIONS)
+        for name in ("steps", "global_batch_size", "gradient_accumulation_steps"):
             at_least(f"train.{name}", getattr(self, name), 1)
-        if not self.lr > 0:
-            raise ConfigError(f"train.lr must be above 0, got {self.lr}")
-        for name in ("weight_decay", "warmup", "clip"):
+        if not self.learning_rate > 0:
+            raise ConfigError(f"train.learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("weight_decay", "lr_warmup_steps", "max_grad_norm"):
             at_least(f"train.{name}", getattr(self, name), 0)
-        for name in ("ema", "drop_identity", "drop_text", "drop_both"):
+        for name in ("ema_decay", "drop_identity", "drop_text", "drop_both"):
             within(f"train.{name}", getattr(self, name), 0, 1)
         for beta in self.betas:
             if not 0 <= beta < 1:
@@ -211,7 +224,7 @@ METHOD_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "data": {"flip": False},
         "loss": {"identity": 0.0},
         "train": {
-            "lr": 1e-5,
+            "learning_rate": 1e-5,
             "weight_decay": 0.01,
             "drop_identity": 0.1,
             "drop_text": 0.0,
@@ -233,6 +246,16 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return parse_config(RunConfig, with_method_defaults(read_toml(path, overrides)))
 
 
+def read_record(path: Path) -> RunConfig:
+    """The configuration that a run wrote beside its results, with this release or an earlier one.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    with naming(path, ()):
+        return parse_config(RunConfig, with_new_names(RunConfig, read_toml(path)))
+
+
 def with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
     """The tables of a run, with what its method has where they say nothing (`METHOD_DEFAULTS`)."""
     adapter = content.get("adapter", {})
@@ -242,13 +265,13 @@ def with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
         given = content.get(section, {})
         if isinstance(given, Mapping):
             merged[section] = {**values, **given}
-            if section == "train" and adapter.get("branch") == "text" and "lr" not in given:
-                merged[section]["lr"] = _UNIID_TEXT_LR
+            if section == "train" and adapter.get("branch") == "text" and "learning_rate" not in given:
+                merged[section]["learning_rate"] = _UNIID_TEXT_LR
     return merged
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """What differs between two configurations: "train.lr was 0.1 and is 0.2"."""
+    """What differs between two configurations: "train.learning_rate was 0.1 and is 0.2"."""
     found = []
     for section in dataclasses.fields(RunConfig):
         then, today = (getattr(config, section.name) for config in (before, now))

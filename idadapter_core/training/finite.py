@@ -28,15 +28,17 @@ def not_finite(done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> str:
 
 def advice_on_numbers(train: TrainConfig) -> str:
     """How to avoid numbers that are not finite, with these settings."""
-    steps = [f"lower train.lr ({train.lr:g})"]
+    steps = [f"lower train.learning_rate ({train.learning_rate:g})"]
     steps.append(
-        f"lower train.clip ({train.clip:g})" if train.clip else "set train.clip (1.0 is a common value)"
+        f"lower train.max_grad_norm ({train.max_grad_norm:g})"
+        if train.max_grad_norm
+        else "set train.max_grad_norm (1.0 is a common value)"
     )
-    if not train.warmup:
-        steps.append("set train.warmup")
-    if train.precision != "no":
+    if not train.lr_warmup_steps:
+        steps.append("set train.lr_warmup_steps")
+    if train.mixed_precision != "no":
         steps.append(
-            f'set train.precision = "no", which has 24 significant bits where {train.precision} has 8'
+            f'set train.mixed_precision = "no", which has 24 significant bits where {train.mixed_precision} has 8'
         )
     listed = f"{', '.join(steps[:-1])}, or {steps[-1]}."
     return listed[0].upper() + listed[1:]

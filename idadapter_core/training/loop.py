@@ -147,7 +147,7 @@ class _Run:
         self.state = state = State(config, adapter, parameters)
         if start is not None:
             self.disk.load(lambda: state.load(start, lambda path: prepare_adapter(config, parts, path)))
-        if config.train.checkpointing:
+        if config.train.gradient_checkpointing:
             parts.base.unet.enable_gradient_checkpointing()
         with self.ranks.waiting():
             self.model: nn.Module = self.ranks.accelerator.prepare(self.bundle)
@@ -272,9 +272,11 @@ class _Run:
             failure = self._bad_numbers(problem)
         self.ranks.agree(failure)
         with self.ranks.waiting():
-            torch.autograd.backward(done[-1][1]["loss"] / train.accumulate)
+            torch.autograd.backward(done[-1][1]["loss"] / train.gradient_accumulation_steps)
             # On a GPU the waiting is here, where the number is asked for.
-            norm = float(nn.utils.clip_grad_norm_(state.parameters.values(), train.clip or float("inf")))
+            norm = float(
+                nn.utils.clip_grad_norm_(state.parameters.values(), train.max_grad_norm or float("inf"))
+            )
         if not math.isfinite(norm):  # the same in all processes, which have the same gradients now
             self.ranks.is_settled = True
             sources = ", ".join(source for batch, _ in done for source in batch.sources)
@@ -287,13 +289,13 @@ class _Run:
         with self._updating:
             state.update(self.progress.step)
             self.progress.step += 1
-            self.progress.position += train.batch
+            self.progress.position += train.global_batch_size
         state.optimizer.zero_grad(set_to_none=True)
 
     def _forward(self, batches: Batches, done: list[tuple[Batch, dict[str, Tensor]]]) -> None:
         """The losses of all micro-batches into `done`, and the gradients of all but the last: with two or more processes, gradients
         are shared in the last backward pass alone."""
-        count = self.config.train.accumulate
+        count = self.config.train.gradient_accumulation_steps
         for micro in range(count):
             is_last = micro == count - 1
             before = time.perf_counter()

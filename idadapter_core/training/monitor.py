@@ -160,7 +160,7 @@ class Monitor:
             },
             "lr": learning_rate(self._config, step - 1),
             "gradient_norm": interval.gradient,
-            "images_per_second": speed * train.batch,
+            "images_per_second": speed * train.global_batch_size,
             "data_wait_share": interval.waited / max(interval.seconds, 1e-9),
             "seconds_left": (train.steps - step) / speed,
         }
@@ -219,7 +219,9 @@ class Monitor:
         count = config.output.validate_samples
         keys = [(VALIDATION - number // len(rows), order[number % len(rows)]) for number in range(count)]
         mine = keys[ranks.rank :: ranks.world]
-        size = max(config.train.batch // (ranks.world * config.train.accumulate), 1)
+        size = max(
+            config.train.global_batch_size // (ranks.world * config.train.gradient_accumulation_steps), 1
+        )
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
         loader = DataLoader(self._samples(rows), batch_sampler=parts, collate_fn=collate)
         return Batches(loader, ranks.device, self._signals.look)

@@ -17,7 +17,7 @@ from ..faces.packages import DETECTION
 from ..files import file_digest, some
 from ..methods import METHODS, idadapter
 from .checkpoints import Checkpoint
-from .config import RunConfig, differences, read_config
+from .config import RunConfig, differences, read_record
 from .parts import Parts
 from .ranks import Ranks
 from .state import CONFIG
@@ -64,10 +64,14 @@ def require_same(
         ConfigError: names everything that changed.
     """
     changed = [name for name, digest in now.items() if then.get(name) != digest]
+    path = start.path / CONFIG
+    before = read_record(path) if "config" in changed and path.is_file() else None
+    if before is not None and config_digest(before) == now["config"]:
+        changed.remove("config")  # settings have other names since then
     if changed:
         raise ConfigError(
             f"{start.path}: {' and '.join(_NAMES[name] for name in changed)} changed since this checkpoint, so the run would not "
-            f"be the same one. {_difference(config, start)}Change it back, start anew in another output.folder, or add "
+            f"be the same one. {_difference(before, config)}Change it back, start anew in another output.folder, or add "
             "--allow-config-change."
         )
 
@@ -100,7 +104,7 @@ def facts(
             "test": len(parts.test_rows),
         },
         **{name: now[name] for name in ("base", "recognizer", "vision", "detector")},
-        "prediction": parts.base.schedule.prediction,
+        "prediction_type": parts.base.schedule.prediction_type,
         "trained_parameters": sum(p.numel() for p in parameters.values()),
     }
 
@@ -113,17 +117,14 @@ def in_words(
     count = sum(p.numel() for p in parameters.values())
     return (
         f"{METHODS[config.adapter.method].title}{branch}, {count / 1e6:,.1f} M parameters, steps {step + 1} to "
-        f"{config.train.steps} with {config.train.batch} samples each, {len(parts.train_rows)} photos, "
+        f"{config.train.steps} with {config.train.global_batch_size} samples each, {len(parts.train_rows)} photos, "
         f"{len(parts.test_rows)} more of test people; {ranks.world} process{'es' if ranks.world > 1 else ''} on {ranks.device.type}"
     )
 
 
-def _difference(config: RunConfig, start: Checkpoint) -> str:
+def _difference(before: RunConfig | None, now: RunConfig) -> str:
     """The settings that were others then, as far as they count."""
-    path = start.path / CONFIG
-    if not path.is_file():
-        return ""
-    found = differences(decisive(read_config(path)), decisive(config))
+    found = differences(decisive(before), decisive(now)) if before is not None else []
     return f"{some(found, 5)}. " if found else ""
 
 

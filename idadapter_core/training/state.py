@@ -33,20 +33,20 @@ class State:
         self.adapter, self.parameters = adapter, parameters
         self.optimizer = torch.optim.AdamW(
             parameters.values(),
-            lr=config.train.lr,
+            lr=config.train.learning_rate,
             betas=config.train.betas,
             weight_decay=config.train.weight_decay,
             fused=True,
         )
         self._average: dict[str, Tensor] = {}
-        if config.train.ema:
+        if config.train.ema_decay:
             self._average = {name: p.detach().clone() for name, p in parameters.items()}
 
     def update(self, step: int) -> None:
         """One update of the weights by their gradients, after `step` others; then of the average."""
         self.optimizer.step()
         if self._average:
-            decay = min(self._config.train.ema, (1 + step) / (10 + step))
+            decay = min(self._config.train.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(
                 list(self._average.values()), [p.detach() for p in self.parameters.values()], 1 - decay
             )
@@ -97,12 +97,12 @@ class State:
 def learning_rate(config: RunConfig, step: int) -> float:
     """Of the update after `step` updates."""
     train = config.train
-    if step < train.warmup:
-        return train.lr * (step + 1) / train.warmup
-    if train.schedule == "constant":
-        return train.lr
-    done = (step - train.warmup) / max(train.steps - train.warmup, 1)
-    return train.lr * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+    if step < train.lr_warmup_steps:
+        return train.learning_rate * (step + 1) / train.lr_warmup_steps
+    if train.lr_scheduler == "constant":
+        return train.learning_rate
+    done = (step - train.lr_warmup_steps) / max(train.steps - train.lr_warmup_steps, 1)
+    return train.learning_rate * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
 
 
 @torch.no_grad()

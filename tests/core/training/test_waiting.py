@@ -204,7 +204,7 @@ def test_sigterm_while_data_is_waited_for(
     over, helper = threading.Event(), threading.Thread(target=signal_the_reader, daemon=True)
     helper.start()
     run = tmp_path / "run"
-    settings: dict[str, Any] = {"train": {"steps": 100, "batch": 2}, "data": {"workers": workers}}
+    settings: dict[str, Any] = {"train": {"steps": 100, "global_batch_size": 2}, "data": {"workers": workers}}
     try:
         assert train(toy.config(run, **settings)) == STOPPED
     finally:
