@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import Adapter, save_adapter
 from ..config import config_toml
@@ -38,18 +39,23 @@ class State:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
+        self._trained = nn.ParameterList(parameters.values())
+        self._averaging: AveragedModel | None = None
         self._average: dict[str, Tensor] = {}
         if config.train.ema_decay:
-            self._average = {name: p.detach().clone() for name, p in parameters.items()}
+            self._averaging = AveragedModel(self._trained)
+            self._averaging.update_parameters(self._trained)  # the first to be averaged: the start itself
+            averaged = self._averaging.parameters()
+            self._average = {name: p.detach() for name, p in zip(parameters, averaged, strict=True)}
 
     def update(self, step: int) -> None:
         """One update of the weights by their gradients, after `step` others; then of the average."""
         self.optimizer.step()
-        if self._average:
+        if self._averaging is not None:
+            # Rises from 0.1, so that the weights of the start are soon forgotten.
             decay = min(self._config.train.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(
-                list(self._average.values()), [p.detach() for p in self.parameters.values()], 1 - decay
-            )
+            self._averaging.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            self._averaging.update_parameters(self._trained)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
