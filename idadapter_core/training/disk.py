@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from ..errors import TrainingError
 from ..waiting import PATIENCE, Aside
 from .checkpoints import Checkpoint, latest
 from .signals import Signals
+from .state import Progress
 from .watch import WRITES, Watch
 
 T = TypeVar("T")
@@ -25,15 +25,6 @@ _GRACE = (
     600.0  # seconds from a signal in which a disk may take a checkpoint; one of IDAdapter on SDXL has 33 GB
 )
 _BETWEEN_WARNINGS = 60.0  # seconds
-
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    step: int = 0  # that are done
-    position: int = 0  # of the next sample in the sequence of all epochs
-    saved: int = -1  # step of the last checkpoint; -1: there is none
 
 
 class Disk:
@@ -119,4 +110,4 @@ class Disk:
         )
 
 
-__all__ = ["Disk", "Progress"]
+__all__ = ["Disk"]

@@ -31,7 +31,7 @@ from .bundle import Bundle
 from .cache import Cache, kinds
 from .checkpoints import ADAPTER, Checkpoint, latest, write_checkpoint
 from .config import RunConfig
-from .disk import Disk, Progress
+from .disk import Disk
 from .finite import advice_on_numbers, not_finite
 from .loading import Batches, prepare_worker
 from .monitor import Monitor
@@ -39,7 +39,7 @@ from .parts import load_parts, prepare_adapter, require_files
 from .ranks import Ranks
 from .samples import Batch, MicroBatches, Samples, collate
 from .signals import Interrupted, Signals
-from .state import CONFIG, State, learning_rate
+from .state import CONFIG, Progress, State, learning_rate
 from .watch import Watch, arrive
 
 log = logging.getLogger(__name__)

@@ -19,14 +19,14 @@ from ..randomness import epoch_order
 from ..waiting import PATIENCE, Aside
 from .bundle import Bundle
 from .config import RunConfig
-from .disk import Disk, Progress
+from .disk import Disk
 from .grids import sample_grid
 from .loading import Batches
 from .parts import Parts
 from .ranks import Ranks
 from .samples import VALIDATION, Batch, Samples, collate
 from .signals import Signals
-from .state import State, learning_rate
+from .state import Progress, State, learning_rate
 
 
 @dataclass

@@ -19,8 +19,8 @@ from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteErro
 from ..extra import require
 from ..methods import idadapter
 from .config import RunConfig
-from .disk import Progress
 from .signals import Interrupted, Signals
+from .state import Progress
 from .watch import WAITS, Watch, named
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,15 @@ from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, load_optimizer
 from .config import RunConfig
 
 CONFIG = "config.toml"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # steps that are done
+    position: int = 0  # of the next sample in the sequence of all epochs
+    saved: int = -1  # step of the last checkpoint; -1: there is none
 
 
 class State:
@@ -120,4 +130,4 @@ def _exchange(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
         other[name].copy_(values)
 
 
-__all__ = ["CONFIG", "State", "learning_rate"]
+__all__ = ["CONFIG", "Progress", "State", "learning_rate"]
