@@ -220,7 +220,7 @@ def test_a_disk_that_does_not_answer(
     """A write that comes back when the test is over: one signal ends the run after a grace, a second one at once."""
     over, began = threading.Event(), threading.Event()
     monkeypatch.setattr(waiting, "TURN", 0.02)
-    monkeypatch.setattr(disk, "PATIENCE", 0.3 if what == "no signal" else 1000.0)
+    monkeypatch.setattr(disk, "PATIENCE", 1000.0)  # models take longer to read than a write may take here
     monkeypatch.setattr(disk, "_GRACE", 1000.0 if what == "second signal" else 0.1)
     monkeypatch.setattr(hearing, "_INSIST", 0.0)
     writes = 0
@@ -229,6 +229,8 @@ def test_a_disk_that_does_not_answer(
         nonlocal writes
         writes += 1
         if what != "first line" and writes == 1:
+            if what == "no signal":
+                monkeypatch.setattr(disk, "PATIENCE", 0.3)
             return write(*args, **options)
         began.set()
         over.wait()
@@ -237,6 +239,8 @@ def test_a_disk_that_does_not_answer(
     def signals() -> None:
         began.wait()
         for _ in range({"no signal": 0, "second signal": 2}.get(what, 1)):
+            if over.is_set():  # the run has ended without a signal
+                return
             os.kill(os.getpid(), signal.SIGTERM)
             over.wait(0.2)
 
@@ -259,6 +263,7 @@ def test_a_disk_that_does_not_answer(
             assert re.search(message, capsys.readouterr().err)
     finally:
         over.set()
+        began.set()
         helper.join()
     assert [c.step for c in checkpoints(tmp_path / "run")] == ([] if what == "first line" else [1])
 
