@@ -40,7 +40,7 @@ RECIPE = Recipe(
     defaults={
         "data": {"flip": False},
         "loss": {"identity": 0.0},
-        "train": {"lr": 1e-4, "weight_decay": 0.01},
+        "train": {"learning_rate": 1e-4, "weight_decay": 0.01},
     },
     start=start,
 )
