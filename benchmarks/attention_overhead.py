@@ -21,6 +21,7 @@ themselves, the feed-forward): the same patch with a single identity token. "our
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import statistics
 import time
@@ -31,10 +32,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.models import SD15_WIDTHS, unet
 from tests.harness.comfy import import_comfy, load_pack
 
 CONTEXT_WIDTH, CONTEXT_LENGTH = 768, 77
-SITE_WIDTHS = (320,) * 2 + (640,) * 2 + (1280,) * 2 + (1280,) * 3 + (640,) * 3 + (320,) * 3 + (1280,)
 
 
 @dataclass
@@ -143,58 +144,18 @@ class NaiveGates:
             return x + gate.gate_feed_forward.tanh() * fed
 
 
-def build_model(dtype: torch.dtype) -> Any:
-    """SD1.5's UNet at full width, random weights, computing in `dtype`, as a MODEL."""
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    config = comfy.supported_models.SD15(
-        {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 320,
-            "num_res_blocks": [2, 2, 2, 2],
-            "channel_mult": [1, 2, 4, 4],
-            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_output": [1] * 9 + [0] * 3,
-            "transformer_depth_middle": 1,
-            "num_heads": 8,
-            "context_dim": CONTEXT_WIDTH,
-            "use_spatial_transformer": True,
-            "use_linear_in_transformer": False,
-            "legacy": False,
-            "adm_in_channels": None,
-            "use_temporal_attention": False,
-            "num_classes": None,
-            "dtype": dtype,
-        }
-    )
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, "", device=torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.diffusion_model.named_parameters():
-            if parameter.ndim > 1:
-                values = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
-                parameter.copy_(values)
-            else:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-
-
 def build_variants(
     model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any
 ) -> list[Variant]:
     """The plain model, and for each token count the naive adapter and ours, all with the same weights and tokens."""
-    from ComfyUI_IDAdapter.idadapter_core.checkpoint import Adapter
-    from ComfyUI_IDAdapter.idadapter_core.methods.uniid import SiteProjections, UniIDConfig, UniIDEncoder
+    from ComfyUI_IDAdapter.idadapter_core.adapter import Adapter
+    from ComfyUI_IDAdapter.idadapter_core.methods.uniid import METHOD, UniIDConfig, UniIDEncoder
     from ComfyUI_IDAdapter.idadapter_core.schedule import RescaleSchedule
     from ComfyUI_IDAdapter.idadapter_core.types import Identity
-    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, Rescale, plan_of, with_plan
-    from ComfyUI_IDAdapter.nodes.host.run import Row, Rows, Run
+    from ComfyUI_IDAdapter.nodes.host.model import with_plan
+    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, Rescale, plan_of
+    from ComfyUI_IDAdapter.nodes.host.rows import Row, Rows
+    from ComfyUI_IDAdapter.nodes.host.run import Run
 
     side = pixels // 8
     sigmas = torch.tensor([14.6, 4.0, 1.0, 0.0])
@@ -207,16 +168,17 @@ def build_variants(
             adapter_tokens=count,
             adapter_width=64,
             context_width=CONTEXT_WIDTH,
-            site_widths=SITE_WIDTHS,
+            site_widths=SD15_WIDTHS,
         )
-        projections = SiteProjections(config).to(dtype).requires_grad_(False)
+        projections = METHOD.layers(config, torch.nn).to(dtype).requires_grad_(False)
         tokens = {role: torch.randn(1, count, CONTEXT_WIDTH).to(dtype) for role in ("positive", "negative")}
         replace = {site.comfy: NaiveAdapter(projections, site.index, tokens, plain) for site in sites}
         variants.append(
             Variant(f"naive T={count}", lambda r=replace: {**base, "patches_replace": {"attn2": r}})
         )
 
-        adapter = Adapter("benchmark", "", "uniid", config, UniIDEncoder(config), projections)
+        parts = METHOD.mechanisms(config, projections)
+        adapter = Adapter("benchmark", "", "uniid", config, UniIDEncoder(config), projections, parts)
         identity = Identity(tokens["positive"], tokens["negative"])
         application = Application(adapter, identity, 1.0, 0.0, 1.0, None)
         patched = with_plan(model, applications=(application,), rescale=Rescale(RescaleSchedule()))
@@ -232,11 +194,13 @@ def build_gated_variants(
     model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any
 ) -> list[Variant]:
     """The plain model, and for each number of identity tokens IDAdapter as written and ours, with the same weights."""
-    from ComfyUI_IDAdapter.idadapter_core.checkpoint import Adapter
-    from ComfyUI_IDAdapter.idadapter_core.methods.idadapter import PRESETS, IDAdapterLayers
+    from ComfyUI_IDAdapter.idadapter_core.adapter import Adapter
+    from ComfyUI_IDAdapter.idadapter_core.methods.idadapter import METHOD, PRESETS, IDAdapterLayers
     from ComfyUI_IDAdapter.idadapter_core.types import Identity
-    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, plan_of, with_plan
-    from ComfyUI_IDAdapter.nodes.host.run import Row, Rows, Run
+    from ComfyUI_IDAdapter.nodes.host.model import with_plan
+    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, plan_of
+    from ComfyUI_IDAdapter.nodes.host.rows import Row, Rows
+    from ComfyUI_IDAdapter.nodes.host.run import Run
 
     config = PRESETS["sd15"]
     layers = IDAdapterLayers(config)
@@ -256,7 +220,8 @@ def build_gated_variants(
     sites = plan_of(model).sites
 
     def ours(name: str, count: int, gates: dict[int, tuple[float, float]], bias: bool = False) -> Variant:
-        adapter = Adapter(name, name, "idadapter", config, None, layers, gates=gates)
+        parts = dataclasses.replace(METHOD.mechanisms(config, layers), deltas={}, openings=gates)
+        adapter = Adapter(name, name, "idadapter", config, layers, layers, parts)  # nothing is encoded
         logs = torch.full((1, count), 1.386) if bias else None
         identity = Identity(torch.randn(1, count, config.vision_width), None, adapter_bias=logs)
         application = Application(adapter, identity, 1.0, 0.0, 1.0, None)
@@ -267,7 +232,7 @@ def build_gated_variants(
         options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers}
         return Variant(name, lambda: {**base, **options}, {KEY: rows})
 
-    opened = layers.gate_values()
+    opened = layers.gates.openings()
     for count in token_counts:
         tokens = torch.randn(1, count, config.vision_width, generator=generator).to(dtype)
         patch = NaiveGates(layers, tokens, sites, plain)
@@ -283,8 +248,7 @@ def build_gated_variants(
 
 def count_our_time() -> None:
     """Time the pack's own code where it runs: each attention site, and what the model wrapper projects, decides and binds."""
-    from ComfyUI_IDAdapter.nodes.host import gates, patching
-    from ComfyUI_IDAdapter.nodes.host.run import Run
+    from ComfyUI_IDAdapter.nodes.host import decoupled, gated, wrappers
 
     def timed(function: Callable[..., Any], gated: bool) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -294,14 +258,15 @@ def count_our_time() -> None:
         return call
 
     parts = (
-        (patching.SiteAttention, "__call__"),
-        (Run, "project"),
-        (patching, "_call"),
-        (patching, "_chain"),
-        (gates.GatePatch, "__call__"),
+        (decoupled.SiteAttention, "__call__"),
+        (decoupled.Decoupled, "project"),
+        (decoupled.Decoupled, "attention"),
+        (wrappers, "_call"),
+        (gated.Gated, "project"),
+        (gated.GatePatch, "__call__"),
     )
     for owner, name in parts:
-        setattr(owner, name, timed(getattr(owner, name), owner is gates.GatePatch))
+        setattr(owner, name, timed(getattr(owner, name), owner is gated.GatePatch))
 
 
 def measure(model: Any, variants: list[Variant], dtype: torch.dtype, pixels: int, rounds: int) -> None:
@@ -377,7 +342,7 @@ def main() -> None:
         for case in options.case or (["bf16:256"] if options.gated else ["fp32:256", "bf16:512"]):
             name, pixels = case.split(":")
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-            model = build_model(dtype)
+            model = unet("sd15", dtype)
             variants = build(model, dtype, int(pixels), tokens, plain)
             measure(model, variants, dtype, int(pixels), options.rounds)
             report(f"SD1.5, {name}, {pixels} px, batch 2, torch {torch.__version__}", variants)

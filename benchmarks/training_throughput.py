@@ -1,7 +1,6 @@
 """How fast samples get through a training step: with the cache, without it, and as UniID's published trainer works.
 
-    python -m benchmarks.training_throughput                # tiny models: all ways through the same step
-    python -m benchmarks.training_throughput --real         # and what each part costs at its real size
+    python -m benchmarks.training_throughput [--rounds 9]
 
 Four ways to make a batch, all for a UniID adapter on a tiny SDXL, drawn photos of 512 px and the tiny face package:
 
@@ -13,25 +12,22 @@ Four ways to make a batch, all for a UniID adapter on a tiny SDXL, drawn photos 
 - published, ladder: the same with our detector's sizes from 640 down to 128 px, which finds the faces that 640 px alone misses.
 
 Everything runs in one process on one thread, so its CPU time is exact whatever else the machine does. Rounds take turns, and
-medians over rounds are shown. Tiny models distort shares: `--real` measures the parts that a CPU can run at their real size, with
-random weights.
+medians over rounds are shown. Tiny models distort shares: `benchmarks/on_gpu` times a step at real size.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything reads it
 
-import json
 import random
 import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -42,8 +38,9 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from benchmarks import training_cost as cost
-from idadapter_core.data.index import Index, Row, read_index, write_index
+from idadapter_core.config import parse_config
+from idadapter_core.data.index import Index, Row
+from idadapter_core.data.references import Photo
 from idadapter_core.data.scan import scan
 from idadapter_core.data.sources import list_photos
 from idadapter_core.data.split import SplitSettings
@@ -51,16 +48,15 @@ from idadapter_core.faces.align import align_face
 from idadapter_core.faces.detector import FaceAnalyzer, open_analyzer, select_faces
 from idadapter_core.faces.features import crops_to_tensor
 from idadapter_core.faces.images import Image
-from idadapter_core.faces.iresnet import IRESNET100_LAYERS, IResNet, save_iresnet
-from idadapter_core.files import write_safetensors
+from idadapter_core.faces.iresnet import IResNet, save_iresnet
+from idadapter_core.randomness import positions
+from idadapter_core.stable_diffusion.text import Conditioning
 from idadapter_core.training.adapters import trainable
 from idadapter_core.training.bundle import Bundle
-from idadapter_core.training.cache import KEYS, PART, Cache, Folder, build, kinds
-from idadapter_core.training.config import RunConfig, parse_config
+from idadapter_core.training.cache import Cache, build, kinds
+from idadapter_core.training.config import RunConfig
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.randomness import positions
-from idadapter_core.training.samples import Batch, Photo, Samples, join, photo_pictures, target_picture
-from idadapter_core.training.text import Conditioning
+from idadapter_core.training.samples import Batch, Samples, join
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 from tests.tiny.bases import write_diffusers_base
@@ -311,6 +307,10 @@ def require_alike(world: World, cached: Way, uncached: Way) -> None:
         raise SystemExit(f"with the cache the loss is {losses[0]:.4f}, without it {losses[1]:.4f}")
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def report(ways: Sequence[Way], rounds: int) -> None:
     published = next(way for way in ways if way.name == "published")
     print(f"\nTiny models, {rounds} rounds of {STEPS} steps of {BATCH} samples, one thread; medians.\n")
@@ -324,7 +324,7 @@ def report(ways: Sequence[Way], rounds: int) -> None:
         )
         print(
             f"| {way.name} | {1 / statistics.median(way.wall):.1f} | {1 / statistics.median(way.cpu):.1f} | {ratio:.2f} | "
-            f"{largest}, {cost.percent(share)} |"
+            f"{largest}, {percent(share)} |"
         )
     saved = statistics.median(
         1 - ours / theirs for ours, theirs in zip(ways[0].cpu, published.cpu, strict=True)
@@ -333,7 +333,7 @@ def report(ways: Sequence[Way], rounds: int) -> None:
     both = zip(published.parts[first], published.parts[second], published.cpu, strict=True)
     share = statistics.median((one + other) / whole for one, other, whole in both)
     print(
-        f"\nThe published way: {first} and {second} dominate, with {cost.percent(share)} of the time; the cache saves {cost.percent(saved)} of it."
+        f"\nThe published way: {first} and {second} dominate, with {percent(share)} of the time; the cache saves {percent(saved)} of it."
     )
     print("\nCPU ms for a sample\n")
     print(f"| part | {' | '.join(way.name for way in ways)} |")
@@ -348,197 +348,11 @@ def report(ways: Sequence[Way], rounds: int) -> None:
             print(f"\n{way.name}: no face in {way.source.missed} of {way.source.visits} visits")
 
 
-# ------------------------------------------------------------------------------------------------------ real sizes
-
-
-@dataclass(frozen=True)
-class Real:
-    """A part at its real size."""
-
-    name: str
-    seconds: float  # CPU, of one core
-    needs: Mapping[str, int]  # how often a sample needs it, by way
-
-
-UNIID, IDADAPTER = "UniID", "IDAdapter, N = 4"
-STEP = "forward and backward"
-DETECTOR = 27e9  # operations: published as 10 G multiplications with addition at 640 x 480
-_EACH_PHOTO = {f"{UNIID}, uncached": 1, f"{UNIID}, published": 1, f"{IDADAPTER}, uncached": 5}
-
-
-def real_parts(folder: Path, rounds: int) -> list[Real]:
-    """Parts that a CPU can run at the size of a real recipe. A few minutes."""
-    return [*_loader_parts(folder, rounds), *_network_parts(rounds)]
-
-
-def _loader_parts(folder: Path, rounds: int) -> Iterator[Real]:
-    photo = _write_photo(folder / "photo.jpg")
-    image = _decoded(photo)
-    row = Row(
-        0,
-        photo.name,
-        width=1024,
-        height=1024,
-        box=(300.0, 250.0, 720.0, 800.0),
-        landmarks=((400.0, 430.0), (620.0, 430.0), (510.0, 560.0), (420.0, 680.0), (600.0, 680.0)),
-    )
-    analyzer = open_analyzer(folder / "package", "cpu", threads=1)
-    analyzer._sizes, analyzer._padded_sizes = [(640, 640)], []
-    read = _real_cache(folder / "real_cache")
-    yield Real(
-        "read latents and features from the cache (UniID, 512 px)",
-        _seconds(read, 10 * rounds),
-        {f"{UNIID}, cached": 1},
-    )
-    yield Real("decode a JPEG of 1024 x 1024", _seconds(lambda: _decoded(photo), rounds), _EACH_PHOTO)
-    yield Real(
-        "cut out the face and the picture of 512 px",
-        _seconds(lambda: (photo_pictures(image, Photo(row)), target_picture(image, row, 512, False)), rounds),
-        _EACH_PHOTO,
-    )
-    yield Real(
-        "detect at 640 px with the tiny detector: the way around a real one, which is below",
-        _seconds(lambda: analyzer.detect(image), rounds),
-        {f"{UNIID}, published": 1},
-    )
-
-
-def _network_parts(rounds: int) -> Iterator[Real]:
-    face = _random(IResNet(IRESNET100_LAYERS))
-    pixels = torch.randn(1, 3, 112, 112)
-    yield Real("IResNet-100 on a face", _seconds(lambda: face(pixels), rounds), _EACH_PHOTO)
-    vision = _random(cost.vision())
-    head = torch.randn(1, 3, 224, 224)
-    yield Real(
-        "CLIP ViT-L/14 on a head",
-        _seconds(lambda: vision(pixel_values=head), rounds),
-        {f"{IDADAPTER}, uncached": 4},
-    )
-    vae = _random(cost.autoencoder())
-    picture = torch.randn(1, 3, 512, 512)
-    encode = _seconds(lambda: vae.encode(picture), 1)
-    yield Real(
-        "VAE encode at 512 px",
-        encode,
-        {f"{UNIID}, uncached": 1, f"{UNIID}, published": 1, f"{IDADAPTER}, uncached": 1},
-    )
-    encoders, ids = _random(cost.text_encoders("sdxl")).models, torch.zeros(1, 77, dtype=torch.long)
-    yield Real(
-        "SDXL's text encoders on a prompt",
-        _seconds(lambda: [model(input_ids=ids) for model in encoders.values()], 1),
-        {f"{UNIID}, published": 1},
-    )
-    speed = cost.encode(512) / encode
-    note = f"not run: its operations at the VAE's {speed / 1e9:.0f} G/s"
-    yield Real(f"SCRFD-10G at 640 px ({note})", DETECTOR / speed, {f"{UNIID}, published": 1})
-    for name, run, ways in (
-        (UNIID, cost.RECIPES[7], ("cached", "uncached", "published")),
-        (IDADAPTER, cost.RECIPES[1], ("cached", "uncached")),
-    ):
-        count = cost.counted(run)
-        total = count.total - count.again + cost.identity_term(run, cost.EYES["CelebA-HQ and FFHQ"])
-        yield Real(f"{STEP}: {run.name} ({note})", total / speed, {f"{name}, {way}": 1 for way in ways})
-
-
-def report_real(parts: Sequence[Real]) -> None:
-    ways = [f"{UNIID}, {way}" for way in ("cached", "uncached", "published")]
-    ways += [f"{IDADAPTER}, {way}" for way in ("cached", "uncached")]
-    print("\nReal sizes, random weights: CPU seconds on one core, and how often a sample needs them\n")
-    print(f"| part | seconds | {' | '.join(ways)} |")
-    print(f"|---|---{'|---' * len(ways)}|")
-    for part in parts:
-        cells = [f"{part.needs.get(way, '')}" for way in ways]
-        print(f"| {part.name} | {part.seconds:.4f} | {' | '.join(cells)} |")
-    step = [sum(p.seconds * p.needs.get(way, 0) for p in parts if p.name.startswith(STEP)) for way in ways]
-    whole = [sum(p.seconds * p.needs.get(way, 0) for p in parts) for way in ways]
-    cells = [f"{all_ - own:.3f}" for all_, own in zip(whole, step, strict=True)]
-    print(f"| seconds for a sample, beside its {STEP} | | {' | '.join(cells)} |")
-    cells = [cost.percent(1 - own / all_) for all_, own in zip(whole, step, strict=True)]
-    print(f"| share of all | | {' | '.join(cells)} |")
-
-
-def _seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median CPU time of a call, after one that warms up."""
-    times = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            started = time.process_time()
-            function()
-            times.append(time.process_time() - started)
-    return statistics.median(times[1:])
-
-
-def _random(network: Any) -> Any:
-    """A copy of a network on the CPU, with some weights: which ones makes no difference to the time."""
-    network = copy.deepcopy(network)
-    if next(network.parameters()).is_meta:
-        network = network.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*network.parameters(), *network.buffers()):
-            tensor.uniform_(0.01, 0.02) if tensor.is_floating_point() else tensor.zero_()
-    return network.eval()
-
-
-def _decoded(photo: Path) -> Image:
-    return np.asarray(PILImage.open(photo).convert("RGB"))
-
-
-def _write_photo(path: Path) -> Path:
-    """A photo of a megapixel with as much detail as photos have: soft shapes and a little noise."""
-    rng = np.random.default_rng(0)
-    small = PILImage.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
-    soft = np.asarray(small.resize((1024, 1024), PILImage.Resampling.BICUBIC), np.float32)
-    noisy = (soft + rng.normal(0, 4, soft.shape)).clip(0, 255).astype(np.uint8)
-    PILImage.fromarray(noisy).save(path, quality=92)
-    return path
-
-
-def _real_cache(folder: Path) -> Callable[[], list[Tensor]]:
-    """What reads the latents and the features of a random photo, from parts as large as those of a run at 512 px."""
-    kinds_of_tensors: dict[str, dict[str, tuple[int, ...]]] = {
-        "latents": {"moments": (8, 64, 64)},
-        "photos": {
-            **{f"stage_{n}": (width, 16, 16) for n, width in enumerate((64, 128, 256), start=1)},
-            "stage_4": (512, 7, 7),
-            "embedding": (512,),
-        },
-    }
-    keys = [f"{number:032x}" for number in range(PART)]
-    folders = []
-    for kind, shapes in kinds_of_tensors.items():
-        content = {name: torch.randn(PART, *shape) for name, shape in shapes.items()}
-        content = {name: t if name == "embedding" else t.half() for name, t in content.items()}
-        (folder / kind).mkdir(parents=True)
-        write_safetensors(content, {KEYS: json.dumps(keys)}, folder / kind / f"part-{keys[0]}.safetensors")
-        folders.append(Folder(folder / kind))
-    order = random.Random(0)
-
-    def read() -> list[Tensor]:
-        return [tensor.float() for stored in folders for tensor in stored.read(order.choice(keys)).values()]
-
-    return read
-
-
-def report_start(world: World, count: int = 20_000) -> None:
-    """What every process of a run does before its first step, for a photo."""
-    path = world.folder / "many.jsonl"
-    write_index(path, world.folder, cost.usual_rows(count), torch.zeros(count, 512), {})
-    index = read_index(path)
-    parts = replace(world.parts, index=index, train_rows=index.rows, test_rows=())
-    reading = _seconds(lambda: read_index(path), 3) / count
-    keys = _seconds(lambda: kinds(parts, world.config), 3) / count
-    print(
-        f"\nBefore the first step, for a photo: {1e6 * reading:.0f} CPU µs to read its row of the index, {1e6 * keys:.0f} µs for "
-        "the names of its entries in the cache."
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--real", action="store_true", help="also parts at real size; several minutes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -554,9 +368,6 @@ def main() -> None:
         measure(world, ways, options.rounds)
         print(f"torch {torch.__version__}, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
         report(ways, options.rounds)
-        if options.real:
-            report_real(real_parts(folder, min(options.rounds, 5)))
-            report_start(world)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..extra import require
-from ..training.diffusion import NoiseSchedule, scaled_linear
-from ..training.sampling import simple_schedule
+from ..stable_diffusion.noise import NoiseSchedule, scaled_linear
+from ..stable_diffusion.sampler import simple_schedule
 from .autoencoder import Shape
 from .shipped import load_network, save_network
 from .words import LENGTH, words

@@ -30,7 +30,7 @@ def shipped(name: str) -> Path:
     path = ASSETS / name
     if not path.exists():
         raise CheckpointError(
-            f"{name} is missing in {ASSETS}; get this project once more, or make it with `python -m idadapter_core.demo_world build`."
+            f"{name} is missing in {ASSETS}; get this project once more, or make it with `python -m idadapter_core demo-world build`."
         )
     return path
 

@@ -8,19 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import Settings, at_least, naming, one_of, parse_config, read_toml, writable
 from ..errors import ConfigError
-from ..training.config import (
-    CLASS_WORD,
-    PRECISIONS,
-    BaseConfig,
-    at_least,
-    naming,
-    one_of,
-    parse_config,
-    read_toml,
-    require_paths,
-    writable,
-)
+from ..prompts import CLASS_WORD
+from ..stable_diffusion.config import PRECISIONS, BaseConfig, require_paths
 from .prompts import EXPRESSION, GROUPS, POSE, POSES, Prompt, built_in, expression_name
 
 BASE_MODEL, PASTE = "base model", "paste the reference"  # the anchors, which every evaluation has
@@ -29,10 +20,10 @@ PARTS = ("both", "adapter", "text")  # of an adapter
 
 
 @dataclass(frozen=True)
-class PeopleConfig:
+class PeopleConfig(Settings):
     """Who is drawn."""
 
-    index: str = ""  # written by `python -m idadapter_core.data scan`
+    index: str = ""  # written by `python -m idadapter_core scan`
     split: str = "test"
     identities: int = 50  # people, drawn by the seed; 0: all that have enough photos
     references: int = 4  # photos of each: what adapters are given, and what pictures are compared with
@@ -45,7 +36,7 @@ class PeopleConfig:
 
 
 @dataclass(frozen=True)
-class RunEntry:
+class RunEntry(Settings):
     """An adapter, how it is used, and at which scales: a row of the result for each scale."""
 
     name: str = ""
@@ -71,7 +62,7 @@ class RunEntry:
 
 
 @dataclass(frozen=True)
-class PromptEntry:
+class PromptEntry(Settings):
     """A prompt of the user's own."""
 
     text: str = ""  # with <class word>
@@ -90,7 +81,7 @@ class PromptEntry:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """What is drawn, and how."""
 
     groups: tuple[str, ...] = GROUPS  # built-in prompts
@@ -119,7 +110,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class MetricsConfig:
+class MetricsConfig(Settings):
     """The models that judge. What has no model is n/a in all results."""
 
     faces: str = ""  # folder of an insightface package: detector and first recogniser
@@ -128,15 +119,9 @@ class MetricsConfig:
     )
     clip: str = ""  # folder of a transformers CLIPModel with its tokenizer, for CLIP-T and CLIP-I
 
-    def __post_init__(self) -> None:
-        if not self.faces:
-            raise ConfigError(
-                "metrics.faces is empty; name the folder of an insightface package (buffalo_l, antelopev2)"
-            )
-
 
 @dataclass(frozen=True)
-class ExpressionConfig:
+class ExpressionConfig(Settings):
     """A classifier of facial expressions as an ONNX file of the user's; input (1, 3 or 1, size, size), output one score a class."""
 
     path: str = ""
@@ -163,7 +148,7 @@ class ExpressionConfig:
 
 
 @dataclass(frozen=True)
-class PresetConfig:
+class PresetConfig(Settings):
     """Rows of a paper's ablation (`presets.PRESETS`), before those of [[runs]]."""
 
     name: str = ""
@@ -172,14 +157,14 @@ class PresetConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationOutput:
+class EvaluationOutput(Settings):
     """Where it goes."""
 
     folder: str = "evaluation"
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """A whole evaluation."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -192,6 +177,12 @@ class EvaluationConfig:
     preset: PresetConfig = field(default_factory=PresetConfig)
     output: EvaluationOutput = field(default_factory=EvaluationOutput)
 
+    def __post_init__(self) -> None:
+        if not self.metrics.faces:
+            raise ConfigError(
+                "metrics.faces is empty; name the folder of an insightface package (buffalo_l, antelopev2)"
+            )
+
     def all_prompts(self) -> tuple[Prompt, ...]:
         """The built-in prompts that were chosen, then the user's own."""
         own = [Prompt(entry.group, entry.text, entry.asks) for entry in self.prompts]
@@ -199,7 +190,7 @@ class EvaluationConfig:
 
 
 def read_evaluation(path: Path, overrides: Sequence[str] = ()) -> EvaluationConfig:
-    """The configuration in a TOML file, with `section.key=value` overrides on top (see `training.config.read_toml`).
+    """The configuration in a TOML file, with `section.key=value` overrides on top (see `config.read_toml`).
 
     Raises:
         ConfigError: no such file, broken TOML, an unknown key, a value of another type or outside its range.
@@ -228,9 +219,7 @@ def require_files(config: EvaluationConfig) -> None:
 def require_sound(config: EvaluationConfig) -> None:
     """Raise ConfigError where sections that are each fine do not fit together."""
     if not config.data.index:
-        raise ConfigError(
-            "data.index is empty; name the index that `python -m idadapter_core.data scan` wrote"
-        )
+        raise ConfigError("data.index is empty; name the index that `python -m idadapter_core scan` wrote")
     prompts = config.all_prompts()
     if not prompts:
         raise ConfigError("there are no prompts; choose sampling.groups, or add [[prompts]]")

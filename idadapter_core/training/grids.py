@@ -13,15 +13,16 @@ import numpy as np
 from PIL import Image as PILImage, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..checkpoint import Adapter
+from ..adapter import Adapter
 from ..data.people import by_person
+from ..data.references import features_of
 from ..errors import InputError
 from ..faces.images import Image
 from ..files import replacing
+from ..stable_diffusion.pipeline import Pipeline, to_levels
 from .bundle import Bundle
 from .config import RunConfig
 from .parts import Parts
-from .pipeline import Pipeline, features_of, to_levels
 
 FOLDER = "samples"
 SEED = 0
@@ -93,7 +94,7 @@ def _write(path: Path, grid: Image) -> None:
 def _levels(picture: Tensor, config: RunConfig) -> Image:
     """A picture (3, H, W) in 0..1 as (H, W, 3) uint8; white where it is not finite, which must not end a training."""
     try:
-        return to_levels(picture, config.train.precision)
+        return to_levels(picture, config.train.mixed_precision)
     except InputError as error:
         log.warning("%s; it is white in the grid", error)
         return np.full((*picture.shape[1:], 3), 255, np.uint8)

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,10 +40,10 @@ def comfyui_path() -> Path | None:
     return path
 
 
-def import_comfy(path: Path | None = None) -> None:
-    """Make `import comfy` and ComfyUI's other modules work in this process, on the CPU. Doing it twice is harmless.
+def import_comfy(path: Path | None = None, options: Sequence[str] = ("--cpu",)) -> None:
+    """Make `import comfy` and ComfyUI's other modules work in this process. Doing it twice is harmless.
 
-    ComfyUI gets an empty base directory of its own, removed at exit.
+    ComfyUI gets an empty base directory of its own, removed at exit, and the command line `options`: by default it runs on the CPU.
 
     Raises:
         RuntimeError: no ComfyUI is known.
@@ -62,7 +63,7 @@ def import_comfy(path: Path | None = None) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base)]
+    arguments, sys.argv = sys.argv, ["main.py", *options, "--base-directory", str(base)]
     try:
         import comfy.cli_args  # noqa: F401 - reads sys.argv once, on import
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from idadapter_core.demo_world.build.train_vision import CONFIG, CONFIG_FILE, WEIGHTS, save_vision
-from idadapter_core.training.vision import load_vision, preprocess
+from idadapter_core.stable_diffusion.vision import load_vision, preprocess
 from tests.golden import recipe
 
 

@@ -1,4 +1,4 @@
-"""What users read agrees with the nodes: tooltips, help pages, the English locale, the README."""
+"""What users read agrees with the nodes: tooltips, help pages, the English locale, the README and the pages of docs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from tests.harness.comfy import REPOSITORY, pack_nodes
 
 HELP = REPOSITORY / "web" / "docs"
 README = REPOSITORY / "README.md"
+DOCS = REPOSITORY / "docs"
+TROUBLESHOOTING = DOCS / "troubleshooting.md"
 HELP_PAGES = sorted(HELP.glob("*.md"))
 NODE_IDS = [path.stem for path in HELP_PAGES]
-DOCUMENTS = [README, *HELP_PAGES, *sorted((REPOSITORY / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *HELP_PAGES, *sorted(DOCS.rglob("*.md"))]
 SHORTEST_QUOTE = 8  # shorter pieces between values say nothing
 
 
@@ -96,7 +98,7 @@ def quotes(document: str) -> list[str]:
     return [quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell)]
 
 
-@pytest.mark.parametrize("path", [README, *HELP_PAGES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [TROUBLESHOOTING, *HELP_PAGES], ids=lambda path: path.stem)
 def test_quoted_messages_are_real(path: Path) -> None:
     found = quotes(path.read_text(encoding="utf-8"))
     assert found
@@ -128,6 +130,16 @@ def test_the_readme_lists_the_files_of_the_workflow() -> None:
         folder, _, name = file.rpartition("/")
         assert f"`{name}`" in text
         assert f"idadapter/{folder}/`" in text or not folder
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([^)#]+)\)", index))
+    assert sorted(path.name for path in DOCS.glob("*.md") if path.name not in {*linked, "README.md"}) == []
 
 
 def anchors(path: Path) -> set[str]:

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from idadapter_core.sites import attention_sites
-from idadapter_core.training.autoencoder import autoencoder_from_state
-from idadapter_core.training.bases import Base, load_base, unet_family
-from idadapter_core.training.config import BaseConfig
-from idadapter_core.training.sampling import sample, simple_schedule
-from idadapter_core.training.single_file import KL, TEXT_ENCODERS, SingleFile
-from idadapter_core.training.vision import load_vision, published_sizes
+from idadapter_core.stable_diffusion.base import Base, load_base, unet_family
+from idadapter_core.stable_diffusion.config import BaseConfig
+from idadapter_core.stable_diffusion.sampler import sample, simple_schedule
+from idadapter_core.stable_diffusion.single_file import KL, TEXT_ENCODERS, SingleFile
+from idadapter_core.stable_diffusion.vae import autoencoder_from_state
+from idadapter_core.stable_diffusion.vision import load_vision, published_sizes
 from tests.golden import recipe
 from tests.nodes.sampling import KINDS
 from tests.tiny.bases import TINY_KL, WIDTH, write_tiny_base
@@ -239,7 +239,7 @@ def test_zero_terminal_snr_has_the_same_noise_levels(folder: Path, comfyui: Path
     expected = comfy.samplers.calculate_sigmas(sampling, "simple", 20)
     _, sigmas = simple_schedule(base.schedule, 20)
     torch.testing.assert_close(sigmas, expected, rtol=1e-3, atol=0)
-    assert base.schedule.alphas[-1] == 0
+    assert base.schedule.alphas_cumprod[-1] == 0
 
 
 @pytest.mark.parametrize("cfg", [3.0, 1.0])

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from idadapter_core.config import parse_config
 from idadapter_core.data.index import Row, write_index
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.iresnet import IResNet, save_iresnet
-from idadapter_core.training.config import RunConfig, parse_config
+from idadapter_core.training.config import RunConfig
 from tests.golden import recipe
 from tests.tiny.bases import write_diffusers_base
 from tests.tiny.face_package import write_package
@@ -51,7 +52,7 @@ class Toy:
                 "face_package": str(self.folder / "package"),
             },
             "data": {"index": str(self.index), "resolution": 64, "references": 2, "workers": 0},
-            "train": {"steps": 4, "batch": 4, "lr": 1e-4},
+            "train": {"steps": 4, "global_batch_size": 4, "learning_rate": 1e-4},
             "output": {"folder": str(run), "save_every": 100, "log_every": 1, "tensorboard": False},
         }
         for name, values in sections.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...faces.detector import FaceAnalyzer, open_analyzer
 from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet
-from ...training.vision import load_vision
+from ...stable_diffusion.vision import load_vision
 from ..autoencoder import load_autoencoder, save_autoencoder
 from ..base import load_base, save_base
 from ..readers import load_reader, save_reader

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ...extra import require
 from ...faces.align import square_crop
 from ...files import replacing, write_safetensors
-from ...training.pretrained import published_names
-from ...training.vision import VisionEncoder, preprocess
+from ...stable_diffusion.pretrained import published_names
+from ...stable_diffusion.vision import VisionEncoder, preprocess
 from ...types import Face
 from ..readers import READ_FACTORS
 from .batches import Numbers, Pool

@@ -341,7 +341,7 @@ def test_people_far_apart_are_all_recognised() -> None:
 
 # --------------------------------------------------------------------------------------------------------- the command
 def _command(*arguments: str | Path) -> int:
-    from idadapter_core.demo_world.__main__ import main
+    from idadapter_core.cli.demo_world import main
 
     return main(["build", *map(str, arguments)])
 

@@ -131,7 +131,7 @@ def test_second_recogniser_refuses_other_sizes() -> None:
 
 
 def test_missing_files_of_the_package_are_named() -> None:
-    with pytest.raises(CheckpointError, match=r"nothing\.onnx is missing .*demo_world build"):
+    with pytest.raises(CheckpointError, match=r"nothing\.onnx is missing .*demo-world build"):
         shipped("nothing.onnx")
 
 

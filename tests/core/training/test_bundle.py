@@ -14,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
+from idadapter_core.data.references import Photo, features_of, photo_tensors
 from idadapter_core.faces.align import TEMPLATE
-from idadapter_core.methods import idadapter
+from idadapter_core.mechanisms.text import with_identity_clause
+from idadapter_core.stable_diffusion.inject import inject
+from idadapter_core.stable_diffusion.inject.text import insert_tokens
+from idadapter_core.stable_diffusion.text import LENGTH
+from idadapter_core.stable_diffusion.vae import load_autoencoder
 from idadapter_core.training import bundle as bundles
 from idadapter_core.training.adapters import trainable
-from idadapter_core.training.autoencoder import load_autoencoder
 from idadapter_core.training.bundle import Bundle, decode_face
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.identity_loss import align_faces, identity_cosines
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.pipeline import features_of
-from idadapter_core.training.samples import Batch, Photo, Samples, join, photo_tensors
-from idadapter_core.training.text import LENGTH, insert_tokens
-from idadapter_core.unet import inject
+from idadapter_core.training.samples import Batch, Samples, join
 from tests.golden import recipe
 from tests.tiny.acting import acting
 from tests.tiny.bases import diffusers_base
@@ -338,9 +339,7 @@ def test_a_caption_that_is_too_long_loses_its_end(
             fitting = [
                 prompt
                 for count in range(LENGTH)
-                if parts.base.text.length(
-                    prompt := idadapter.with_identity_clause(" ".join(words[:count]), noun)
-                )
+                if parts.base.text.length(prompt := with_identity_clause(" ".join(words[:count]), noun))
                 <= LENGTH - 2
             ]
             expected = parts.base.text.encode(fitting[-1:], identity).states
@@ -406,7 +405,7 @@ def test_the_loss_is_the_formula(parts: Parts, configs: dict[str, RunConfig], ba
     config = with_loss(configs["idadapter"], identity=0.7)
     with running(parts, config, opened(parts, config)) as bundle:
         losses, call = passed(parts, bundle, batch)
-    alpha = parts.base.schedule.alphas[list(TIMESTEPS)].reshape(4, 1, 1, 1)
+    alpha = parts.base.schedule.alphas_cumprod[list(TIMESTEPS)].reshape(4, 1, 1, 1)
     assert (alpha.flatten() >= 0.5).tolist() == [True, False, True, True]
     clean = ((call.noisy - (1 - alpha).sqrt() * call.prediction) / alpha.sqrt()).clamp(-10, 10)
     assert losses["counts"].tolist() == [True, False, True, False]
@@ -453,10 +452,10 @@ def part(batch: Batch, rows: list[int]) -> Batch:
 def test_min_snr_weighs_the_denoising_error(
     parts: Parts, configs: dict[str, RunConfig], faces: Batch
 ) -> None:
-    config = with_loss(configs["uniid"], min_snr=5.0)
+    config = with_loss(configs["uniid"], snr_gamma=5.0)
     with running(parts, config, opened(parts, config)) as bundle:
         losses = bundle(faces)
-    alpha = parts.base.schedule.alphas[list(TIMESTEPS)]
+    alpha = parts.base.schedule.alphas_cumprod[list(TIMESTEPS)]
     snr = alpha / (1 - alpha)
     assert (snr > 5).tolist() == [True, False, False, True]
     expected = (losses["mse"] * snr.clamp(max=5) / snr).mean()
@@ -597,7 +596,7 @@ def test_the_identity_term_alone_raises_the_cosine(
 ) -> None:
     """From a fresh adapter whose gates are closed, by its own gradient: by 0.1 in 8 steps."""
     # Min-SNR with next to nothing as gamma takes L_SD away.
-    config = with_loss(configs["idadapter"], identity=1.0, min_snr=1e-9)
+    config = with_loss(configs["idadapter"], identity=1.0, snr_gamma=1e-9)
     adapter = fresh(parts, config)
     parameters = list(trainable(adapter).values())
     optimizer = torch.optim.Adam(parameters, lr=5e-3)
@@ -610,7 +609,7 @@ def test_the_identity_term_alone_raises_the_cosine(
             optimizer.step()
             cosines.append(float(losses["cosine"][losses["counts"]].mean()))
     assert cosines[-1] > cosines[0] + 0.1
-    assert max(abs(value) for pair in adapter.layers.gate_values().values() for value in pair) > 1e-3
+    assert max(abs(value) for pair in adapter.layers.gates.openings().values() for value in pair) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ SDXL

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.data.index import read_index, write_index
+from idadapter_core.logs import read_log
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import Cache, build, kinds
 from idadapter_core.training.checkpoints import ADAPTER, latest
 from idadapter_core.training.config import RunConfig
-from idadapter_core.training.engine import train
-from idadapter_core.training.logs import read_log
+from idadapter_core.training.loop import train
 from idadapter_core.training.parts import load_parts, prepare_adapter
 from idadapter_core.training.samples import VALIDATION, Batch, Samples, join
 from tests.tiny.bases import diffusers_base, tiny_autoencoder
@@ -38,13 +38,13 @@ RUNS: dict[str, tuple[dict[str, Any], float, float]] = {
     "uniid": (
         {
             "adapter": {"method": "uniid", "settings": {"adapter_depth": 2}},
-            "train": {"steps": 160, "lr": 2e-3},
+            "train": {"steps": 160, "learning_rate": 2e-3},
         },
         0.75,
         0.06,
     ),
     "idadapter": (
-        {"adapter": {"settings": {"mixer_depth": 1}}, "train": {"steps": 80, "lr": 1e-2}},
+        {"adapter": {"settings": {"mixer_depth": 1}}, "train": {"steps": 80, "learning_rate": 1e-2}},
         0.55,
         0.2,
     ),
@@ -99,7 +99,7 @@ def trained(request: pytest.FixtureRequest, toy: Toy, place: Path) -> tuple[Trai
         data={"index": str(place / "index.jsonl"), "cache": str(folder / "cache"), "flip": False},
         adapter=sections["adapter"],
         loss={"identity": 0.0},
-        train={"batch": 8, "seed": 1, **never, **sections["train"]},
+        train={"global_batch_size": 8, "seed": 1, **never, **sections["train"]},
         output={"log_every": 20, "validate_every": 1000, "validate_samples": MEASURED},
     )
     build(load_parts(config), config)
@@ -166,7 +166,7 @@ def test_the_adapter_leaves_0(trained: tuple[Trained, float, float]) -> None:
         projection = run.adapter.encoder.adapter_branch.adapter_resampler.proj_out
         assert float(projection.weight.abs().max()) > 0.01
         return
-    gates = run.adapter.layers.gate_values()
+    gates = run.adapter.layers.gates.openings()
     assert all(max(map(abs, pair)) > 0.01 for pair in gates.values())
     logged = [line["gates"] for line in run.log if "gates" in line]
     assert logged[-1] == {str(site): pytest.approx(list(pair), abs=1e-6) for site, pair in gates.items()}

