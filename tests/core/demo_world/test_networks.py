@@ -87,6 +87,22 @@ def test_autoencoder_makes_an_eighth_and_goes_back(sides: tuple[int, int]) -> No
     assert net.decode(latents).shape == (2, 3, height, width)
 
 
+def test_the_trainer_reads_the_file(tmp_path: Path) -> None:
+    from idadapter_core.stable_diffusion.vae import load_autoencoder as load_trained
+
+    save_autoencoder(Autoencoder(SLIM), tmp_path / "a.safetensors")
+    ours, theirs = (
+        load_autoencoder(tmp_path / "a.safetensors"),
+        load_trained(tmp_path / "a.safetensors", "sd15", {}),
+    )
+    pictures = torch.rand(2, 3, 16, 24) * 2 - 1
+    latents = ours.encode(pictures)
+    mean, deviation = theirs.moments(pictures).chunk(2, 1)
+    torch.testing.assert_close(mean, latents, atol=1e-5, rtol=1e-4)
+    assert not deviation.any()
+    torch.testing.assert_close(theirs.decode(latents), ours.decode(latents), atol=1e-5, rtol=1e-4)
+
+
 def test_other_files_are_no_autoencoders(tmp_path: Path) -> None:
     save_reader(Reader(), tmp_path / "r.safetensors")
     with pytest.raises(CheckpointError, match=r"r\.safetensors is no autoencoder of the demo world"):
