@@ -29,7 +29,7 @@ CENTRE, AROUND = (
 )  # of a face's side: who answers for it, and who need not say that there is nothing
 NEARLY = 1.3
 CANVAS, LARGE_CANVAS = 320, 640
-LARGE_EVERY = 3  # batches
+LARGE_EVERY = 2  # batches
 MIRRORED = (1, 0, 2, 4, 3)  # landmarks of a mirrored picture
 UNCERTAIN = -4.6  # logit of 1 %, with which all scores begin
 
@@ -113,7 +113,8 @@ def make_scene(pool: Pool, rng: np.random.Generator, side: int) -> Scene:
     boxes: list[npt.NDArray[np.float32]] = []
     points: list[npt.NDArray[np.float32]] = []
     taken: list[tuple[int, int, int]] = []
-    whole = rng.random() < 0.4
+    # Small scenes teach small faces; large ones what a picture looks like at the size at which insightface looks first.
+    whole = rng.random() < (0.3 if side < LARGE_CANVAS else 0.75)
     for _ in range(1 if whole else int(rng.integers(1, 7))):
         number = int(rng.integers(len(pool)))
         extent = round(
