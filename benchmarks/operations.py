@@ -131,7 +131,7 @@ def identity_operations(recipe: Recipe) -> float:
     )
     decode = operations(lambda: networks.autoencoder().decode(latents).sample.sum().backward())
     look = operations(lambda: networks.recognizer(recipe.method)(face)[0].sum().backward())
-    counts = float((scaled_linear("epsilon").alphas >= LossConfig().gate_alpha).float().mean())
+    counts = float((scaled_linear("epsilon").alphas_cumprod >= LossConfig().gate_alpha).float().mean())
     return counts * (1 - TrainConfig().drop_identity - TrainConfig().drop_both) * (decode + look)
 
 
