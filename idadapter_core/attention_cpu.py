@@ -21,12 +21,12 @@ from torch import Tensor
 # them cost it little.
 AMX_COLUMNS = 200
 
-# On other processors such products of one head, or of two while few tokens keep the zeros few, are the fastest up to this many
-# tokens: in bf16 where there are instructions for it, and in fp32.
+# Otherwise products of one head each are the fastest up to this many tokens, and of two with fewer: in bf16 where the processor has
+# instructions for it, and in fp32.
 BLOCK_TOKENS = {torch.bfloat16: 64, torch.float32: 28}
 PAIR_TOKENS = {torch.bfloat16: 25, torch.float32: 8}
 
-# Up to this many tokens, fp32 products with the heads as a batch are the fastest in bf16 where there are none for it.
+# Up to this many tokens, fp32 products with the heads as a batch are the fastest for bf16 on a processor without instructions for it.
 HEAD_TOKENS = 48
 
 # fp32 numbers of queries and scores that each thread works on at once: 4 MB.
@@ -136,7 +136,7 @@ def block_norms(probabilities: Tensor, identity: BlockKeysValues) -> Tensor:
     in_group = probabilities.shape[3]
     by_row = probabilities.movedim(3, 1).flatten(0, 1)
     moments = (by_row @ by_row.transpose(-1, -2)).float()
-    gram = identity.gram.repeat_interleave(in_group, dim=0)
+    gram = identity.gram[:, None].expand(-1, in_group, -1, -1, -1).flatten(0, 1)
     return (moments * gram).sum(dim=(1, 2, 3)).clamp_min(0).sqrt()
 
 
