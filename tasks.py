@@ -4,7 +4,7 @@
     python tasks.py test [...]      lint, types and all tests; arguments are passed to pytest
     python tasks.py lint            ruff and mypy alone
     python tasks.py serve [...]     the real ComfyUI with this pack, to look at; arguments are passed to its main.py
-    python tasks.py python [...]    the Python of the set-up, for example `python tasks.py python -m idadapter_core.train --help`
+    python tasks.py python [...]    the Python of the set-up, for example `python tasks.py python -m idadapter_core train --help`
     python tasks.py lab [...]       drawn people and tiny models to try training with (docs/training.md)
     python tasks.py setup           only the set-up, which the commands above do by themselves
     python tasks.py clean           removes what the set-up made

@@ -21,6 +21,7 @@ themselves, the feed-forward): the same patch with a single identity token. "our
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import statistics
 import time
@@ -147,12 +148,14 @@ def build_variants(
     model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any
 ) -> list[Variant]:
     """The plain model, and for each token count the naive adapter and ours, all with the same weights and tokens."""
-    from ComfyUI_IDAdapter.idadapter_core.checkpoint import Adapter
-    from ComfyUI_IDAdapter.idadapter_core.methods.uniid import SiteProjections, UniIDConfig, UniIDEncoder
+    from ComfyUI_IDAdapter.idadapter_core.adapter import Adapter
+    from ComfyUI_IDAdapter.idadapter_core.methods.uniid import METHOD, UniIDConfig, UniIDEncoder
     from ComfyUI_IDAdapter.idadapter_core.schedule import RescaleSchedule
     from ComfyUI_IDAdapter.idadapter_core.types import Identity
-    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, Rescale, plan_of, with_plan
-    from ComfyUI_IDAdapter.nodes.host.run import Row, Rows, Run
+    from ComfyUI_IDAdapter.nodes.host.model import with_plan
+    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, Rescale, plan_of
+    from ComfyUI_IDAdapter.nodes.host.rows import Row, Rows
+    from ComfyUI_IDAdapter.nodes.host.run import Run
 
     side = pixels // 8
     sigmas = torch.tensor([14.6, 4.0, 1.0, 0.0])
@@ -167,14 +170,15 @@ def build_variants(
             context_width=CONTEXT_WIDTH,
             site_widths=SD15_WIDTHS,
         )
-        projections = SiteProjections(config).to(dtype).requires_grad_(False)
+        projections = METHOD.layers(config, torch.nn).to(dtype).requires_grad_(False)
         tokens = {role: torch.randn(1, count, CONTEXT_WIDTH).to(dtype) for role in ("positive", "negative")}
         replace = {site.comfy: NaiveAdapter(projections, site.index, tokens, plain) for site in sites}
         variants.append(
             Variant(f"naive T={count}", lambda r=replace: {**base, "patches_replace": {"attn2": r}})
         )
 
-        adapter = Adapter("benchmark", "", "uniid", config, UniIDEncoder(config), projections)
+        parts = METHOD.mechanisms(config, projections)
+        adapter = Adapter("benchmark", "", "uniid", config, UniIDEncoder(config), projections, parts)
         identity = Identity(tokens["positive"], tokens["negative"])
         application = Application(adapter, identity, 1.0, 0.0, 1.0, None)
         patched = with_plan(model, applications=(application,), rescale=Rescale(RescaleSchedule()))
@@ -190,11 +194,13 @@ def build_gated_variants(
     model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any
 ) -> list[Variant]:
     """The plain model, and for each number of identity tokens IDAdapter as written and ours, with the same weights."""
-    from ComfyUI_IDAdapter.idadapter_core.checkpoint import Adapter
-    from ComfyUI_IDAdapter.idadapter_core.methods.idadapter import PRESETS, IDAdapterLayers
+    from ComfyUI_IDAdapter.idadapter_core.adapter import Adapter
+    from ComfyUI_IDAdapter.idadapter_core.methods.idadapter import METHOD, PRESETS, IDAdapterLayers
     from ComfyUI_IDAdapter.idadapter_core.types import Identity
-    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, plan_of, with_plan
-    from ComfyUI_IDAdapter.nodes.host.run import Row, Rows, Run
+    from ComfyUI_IDAdapter.nodes.host.model import with_plan
+    from ComfyUI_IDAdapter.nodes.host.plan import KEY, Application, plan_of
+    from ComfyUI_IDAdapter.nodes.host.rows import Row, Rows
+    from ComfyUI_IDAdapter.nodes.host.run import Run
 
     config = PRESETS["sd15"]
     layers = IDAdapterLayers(config)
@@ -214,7 +220,8 @@ def build_gated_variants(
     sites = plan_of(model).sites
 
     def ours(name: str, count: int, gates: dict[int, tuple[float, float]], bias: bool = False) -> Variant:
-        adapter = Adapter(name, name, "idadapter", config, None, layers, gates=gates)
+        parts = dataclasses.replace(METHOD.mechanisms(config, layers), deltas={}, openings=gates)
+        adapter = Adapter(name, name, "idadapter", config, layers, layers, parts)  # nothing is encoded
         logs = torch.full((1, count), 1.386) if bias else None
         identity = Identity(torch.randn(1, count, config.vision_width), None, adapter_bias=logs)
         application = Application(adapter, identity, 1.0, 0.0, 1.0, None)
@@ -225,7 +232,7 @@ def build_gated_variants(
         options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers}
         return Variant(name, lambda: {**base, **options}, {KEY: rows})
 
-    opened = layers.gate_values()
+    opened = layers.gates.openings()
     for count in token_counts:
         tokens = torch.randn(1, count, config.vision_width, generator=generator).to(dtype)
         patch = NaiveGates(layers, tokens, sites, plain)
@@ -241,8 +248,7 @@ def build_gated_variants(
 
 def count_our_time() -> None:
     """Time the pack's own code where it runs: each attention site, and what the model wrapper projects, decides and binds."""
-    from ComfyUI_IDAdapter.nodes.host import gates, patching
-    from ComfyUI_IDAdapter.nodes.host.run import Run
+    from ComfyUI_IDAdapter.nodes.host import decoupled, gated, wrappers
 
     def timed(function: Callable[..., Any], gated: bool) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -252,14 +258,15 @@ def count_our_time() -> None:
         return call
 
     parts = (
-        (patching.SiteAttention, "__call__"),
-        (Run, "project"),
-        (patching, "_call"),
-        (patching, "_chain"),
-        (gates.GatePatch, "__call__"),
+        (decoupled.SiteAttention, "__call__"),
+        (decoupled.Decoupled, "project"),
+        (decoupled.Decoupled, "attention"),
+        (wrappers, "_call"),
+        (gated.Gated, "project"),
+        (gated.GatePatch, "__call__"),
     )
     for owner, name in parts:
-        setattr(owner, name, timed(getattr(owner, name), owner is gates.GatePatch))
+        setattr(owner, name, timed(getattr(owner, name), owner is gated.GatePatch))
 
 
 def measure(model: Any, variants: list[Variant], dtype: torch.dtype, pixels: int, rounds: int) -> None:

@@ -116,19 +116,20 @@ def _random_state(config: Any, device: Any, draw_on: torch.device | str) -> dict
 
 def adapter_config(method: str, family: str) -> Any:
     """The published sizes of an adapter, those of the paper for IDAdapter."""
-    from ComfyUI_IDAdapter.idadapter_core.methods import idadapter, uniid
+    from ComfyUI_IDAdapter.idadapter_core.methods import METHODS
 
-    if method == idadapter.METHOD:
-        return idadapter.PRESETS[family]
+    parts = METHODS[method]
+    if parts.presets:
+        return parts.presets[family]
     if family == "sdxl":
-        return uniid.UniIDConfig()
-    return uniid.UniIDConfig(text_widths=(768,), context_width=768, site_widths=SD15_WIDTHS)
+        return parts.config()
+    return parts.config(text_widths=(768,), context_width=768, site_widths=SD15_WIDTHS)
 
 
 def loaded_adapter(method: str, config: Any, dtype: torch.dtype, draw_on: torch.device | str = "cpu") -> Any:
     """What Load ID Adapter gives, with open gates where there are any."""
     import comfy.ops
-    from ComfyUI_IDAdapter.idadapter_core.checkpoint import build_adapter
+    from ComfyUI_IDAdapter.idadapter_core.adapter import build_adapter
     from ComfyUI_IDAdapter.nodes.host.memory import LoadedAdapter, manage
 
     state = adapter_state(method, config, dtype, draw_on)
@@ -136,9 +137,9 @@ def loaded_adapter(method: str, config: Any, dtype: torch.dtype, draw_on: torch.
     def build() -> Any:
         adapter = build_adapter(method, config, state, f"random {method}", operations=comfy.ops.manual_cast)
         encoder = manage(adapter.encoder, lambda: build().patcher)
-        if not adapter.gates:
+        gates: Any = adapter.mechanisms.gated
+        if gates is None:
             return LoadedAdapter(adapter, encoder)
-        gates = adapter.layers.gates
         gates.adapter_digest = adapter.digest
         return LoadedAdapter(adapter, encoder, manage(gates, lambda: build().gates))
 

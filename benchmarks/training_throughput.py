@@ -38,7 +38,9 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from idadapter_core.config import parse_config
 from idadapter_core.data.index import Index, Row
+from idadapter_core.data.references import Photo
 from idadapter_core.data.scan import scan
 from idadapter_core.data.sources import list_photos
 from idadapter_core.data.split import SplitSettings
@@ -47,14 +49,14 @@ from idadapter_core.faces.detector import FaceAnalyzer, open_analyzer, select_fa
 from idadapter_core.faces.features import crops_to_tensor
 from idadapter_core.faces.images import Image
 from idadapter_core.faces.iresnet import IResNet, save_iresnet
+from idadapter_core.randomness import positions
+from idadapter_core.stable_diffusion.text import Conditioning
 from idadapter_core.training.adapters import trainable
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import Cache, build, kinds
-from idadapter_core.training.config import RunConfig, parse_config
+from idadapter_core.training.config import RunConfig
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.randomness import positions
-from idadapter_core.training.samples import Batch, Photo, Samples, join
-from idadapter_core.training.text import Conditioning
+from idadapter_core.training.samples import Batch, Samples, join
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 from tests.tiny.bases import write_diffusers_base

@@ -3,12 +3,13 @@
 This package knows nothing of ComfyUI; the nodes of the pack and the trainer call it.
 """
 
+from .adapter import Adapter, load_adapter, save_adapter
 from .attention import decoupled_attention, gated_self_attention, normalized_rescale
-from .checkpoint import Adapter, load_adapter, load_identity, save_adapter, save_identity
 from .errors import IDAdapterError
+from .identity import load_identity, save_identity
 from .sites import Site, attention_sites
+from .stable_diffusion.inject import eject, inject
 from .types import Face, FaceFeatures, Identity, Mix
-from .unet import eject, inject
 
 __all__ = [
     "Adapter",

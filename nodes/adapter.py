@@ -15,19 +15,10 @@ from torch import Tensor
 from ..idadapter_core import Adapter, Identity, load_adapter
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.schedule import RescaleSchedule
-from .host import paths
-from .host.gates import delta_strength, load_with, patch_weights
+from .host import model as host, paths
 from .host.memory import LoadedAdapter, manage, require_same_file
 from .host.messages import Message, info, keeps_report, node_id_of, report_ui, warning
-from .host.plan import (
-    Application,
-    Rescale,
-    RescaleMode,
-    model_name,
-    plan_of,
-    site_widths,
-    with_plan,
-)
+from .host.plan import Application, Rescale, RescaleMode
 from .host.titles import APPLY, LOAD_ADAPTER, RESCALE
 from .sockets import CATEGORY, NONE, AdapterSocket, IdentitySocket, file_options
 
@@ -46,9 +37,9 @@ def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
 
     adapter = load_adapter(path, text_branch, step, comfy.ops.manual_cast)
     encoder = manage(adapter.encoder, _reload_encoder, path, text_branch, adapter.digest)
-    if not adapter.gates:
+    gates: Any = adapter.mechanisms.gated
+    if gates is None:
         return LoadedAdapter(adapter, encoder)
-    gates = adapter.layers.gates
     gates.adapter_digest = adapter.digest  # copies for other devices are told by it
     return LoadedAdapter(adapter, encoder, manage(gates, _reload_gates, path, adapter.digest))
 
@@ -193,23 +184,10 @@ class ApplyIDAdapter(io.ComfyNode):
                 f"start_percent ({start_percent}) lies after end_percent ({end_percent}); exchange them. Equal values switch the "
                 "identity off."
             )
-        plan = plan_of(model)
-        adapter.adapter.require_identity(identity, "the identity")
-        adapter.adapter.require_sites(plan.sites, site_widths(model, plan.sites), model_name(model))
-        application = Application(
-            adapter.adapter,
-            identity,
-            weight,
-            start_percent,
-            end_percent,
-            None if attn_mask is None else check_mask(attn_mask),
-            node_id_of(cls),
+        mask = None if attn_mask is None else check_mask(attn_mask)
+        patched, application = host.apply(
+            model, adapter, identity, weight, start_percent, end_percent, mask, node_id_of(cls)
         )
-        applications = (*plan.applications, application)
-        patched = with_plan(model, applications=applications)
-        load_with(patched, adapter)
-        before, after = (delta_strength(some, adapter.adapter) for some in (plan.applications, applications))
-        patch_weights(patched, plan, adapter.adapter, before, after)
         return io.NodeOutput(patched, ui=report_ui(_warnings(application), APPLY))
 
 
@@ -331,4 +309,4 @@ class NormalizedRescaling(io.ComfyNode):
                 "Choose from the lists."
             )
         rescale = Rescale(schedule, scope == SCOPES[1], gated, chosen, node_id_of(cls))
-        return io.NodeOutput(with_plan(model, rescale=rescale))
+        return io.NodeOutput(host.rescaled(model, rescale))

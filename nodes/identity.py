@@ -11,10 +11,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..idadapter_core import FaceFeatures, Identity, Mix
-from ..idadapter_core.checkpoint import identical, load_identity, save_identity
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.faces.images import Image
 from ..idadapter_core.faces.preview import crop_sheet, worth_showing
+from ..idadapter_core.identity import identical, load_identity, save_identity
 from ..idadapter_core.methods import METHODS
 from ..idadapter_core.mixing import face_names, left_out, mix_remarks
 from ..idadapter_core.types import MODES, OUTLIERS
@@ -112,7 +112,7 @@ class MixFeatures(io.ComfyNode):
         outliers: str = "reject",
     ) -> io.NodeOutput:
         # The adapter's own number is put in here, so that the report tells of the same choice.
-        own_number = getattr(adapter.adapter.config, "references", 0)
+        own_number = adapter.adapter.kind.references(adapter.adapter.config)
         mix = Mix(mode, references or own_number, parse_weights(weights), outliers)
         identity = adapter.encode(faces, mix)
         remarks = mix_remarks(faces, mix)

@@ -9,9 +9,10 @@ from comfy_api.latest import io
 
 from ..idadapter_core import Identity
 from ..idadapter_core.errors import InputError
-from ..idadapter_core.methods.idadapter import IDENTIFIER
+from ..idadapter_core.mechanisms.text import IDENTIFIER
+from ..idadapter_core.prompts import CLASS_WORD
 from .host.messages import info, keeps_report, node_id_of, report_ui, warning
-from .host.text import CLASS_WORD, complete_prompt, encode_prompt
+from .host.text import complete_prompt, encode_prompt
 from .host.titles import PROMPT
 from .sockets import CATEGORY, IdentitySocket
 

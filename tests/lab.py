@@ -21,8 +21,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from idadapter_core.config import config_toml, parse_config
 from idadapter_core.evaluation.config import EvaluationConfig
-from idadapter_core.training.config import RunConfig, config_toml, parse_config, with_method_defaults
+from idadapter_core.training.config import RunConfig, with_method_defaults
 from tests.harness.comfy import comfyui_path, import_comfy
 from tests.harness.idadapter_graph import idadapter_graph
 from tests.harness.results import picture

@@ -196,7 +196,7 @@ def read_index(path: str | Path) -> Index:
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}). Name the index that "
-            "`python -m idadapter_core.data scan` wrote."
+            "`python -m idadapter_core scan` wrote."
         ) from error
     if facts is None:
         raise ConfigError(f"{path} is empty, so it is no index. Scan again.")
@@ -300,7 +300,7 @@ def _facts(path: Path, line: bytes) -> Mapping[str, Any]:
     if not isinstance(facts, dict) or any(type(facts.get(key)) is not kind for key, kind in wanted.items()):
         raise ConfigError(
             f"{path}: its first line is not that of an index. Name the file that "
-            "`python -m idadapter_core.data scan` wrote."
+            "`python -m idadapter_core scan` wrote."
         )
     if facts["version"] != VERSION:
         raise ConfigError(

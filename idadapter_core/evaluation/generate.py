@@ -8,15 +8,17 @@ from typing import Any, Protocol
 
 import torch
 
-from ..checkpoint import Adapter, load_adapter
+from ..adapter import Adapter, load_adapter
 from ..data.index import Index
+from ..data.references import features_of
 from ..errors import ConfigError, InputError
 from ..faces.images import Image
-from ..methods import METHODS, idadapter
+from ..mechanisms.text import with_identity_clause
+from ..methods import METHODS
 from ..schedule import RescaleSchedule
-from ..training.bases import load_base
-from ..training.parts import load_networks
-from ..training.pipeline import Acting, Pipeline, features_of, to_levels
+from ..stable_diffusion.base import load_base
+from ..stable_diffusion.networks import load_networks
+from ..stable_diffusion.pipeline import Acting, Pipeline, to_levels
 from ..types import Identity, Mix
 from .config import EvaluationConfig, RunEntry, SamplingConfig
 from .people import Person, Photo
@@ -94,7 +96,8 @@ class PipelineGenerator:
         self._adapters = _load_adapters(config.runs)
         self._networks = {}
         for method in sorted({adapter.method for adapter in self._adapters.values()}):
-            networks, digest = load_networks(config.base, method, needs_detector=False)
+            kind = METHODS[method]
+            networks, digest = load_networks(config.base, kind.needs(kind.config()), needs_detector=False)
             networks.recognizer.to(self._device)
             if networks.vision is not None:
                 networks.vision.to(self._device)
@@ -114,7 +117,8 @@ class PipelineGenerator:
         return recipe_of(drawing, self._sampling, digests)
 
     def recognizer(self, run: RunEntry) -> str:
-        return self._adapters[run.name].config.recognizer
+        recognizer: str = self._adapters[run.name].config.recognizer
+        return recognizer
 
     def generate(self, drawing: Drawing) -> Image:
         adapter = None if drawing.run is None else self._adapters[drawing.run.name]
@@ -171,9 +175,10 @@ def _load_adapters(runs: tuple[RunEntry, ...]) -> dict[str, Adapter]:
             raise ConfigError(
                 f"{run.name}: only the {run.parts} part is to act, but {adapter.name} has none; change parts, or name another file"
             )
-        if run.rescale and adapter.method == idadapter.METHOD:
+        mechanisms = adapter.mechanisms
+        if run.rescale and mechanisms.decoupled is None and mechanisms.text != "states":
             raise ConfigError(
-                f"{run.name}: normalized rescaling is UniID's, but {adapter.name} is an {METHODS[adapter.method].title}; "
+                f"{run.name}: normalized rescaling is for attention beside the text's, but {adapter.name} is an {adapter.kind.title}; "
                 "set rescale to false"
             )
     return {run.name: loaded[run.path, run.text_branch] for run in runs}
@@ -182,9 +187,9 @@ def _load_adapters(runs: tuple[RunEntry, ...]) -> dict[str, Adapter]:
 def _prompt(drawing: Drawing, adapter: Adapter | None) -> str:
     word = drawing.person.class_word
     text = drawing.prompt.words(word)
-    if adapter is None or adapter.method != idadapter.METHOD or not _text_acts(drawing, adapter):
+    if adapter is None or adapter.mechanisms.text != "word" or not _text_acts(drawing, adapter):
         return text
-    return idadapter.with_identity_clause(text, word)
+    return with_identity_clause(text, word)
 
 
 def _text_acts(drawing: Drawing, adapter: Adapter) -> bool:
@@ -193,8 +198,8 @@ def _text_acts(drawing: Drawing, adapter: Adapter) -> bool:
 
 def _acting(drawing: Drawing, adapter: Adapter) -> Acting:
     assert drawing.run is not None
-    # IDAdapter's identity is a word of the prompt: it is there or not, and the scale is that of what acts in the UNet.
-    text_scale = 1.0 if adapter.method == idadapter.METHOD else drawing.scale
+    # An identity word is in the prompt or not, and the scale is that of what acts in the UNet.
+    text_scale = 1.0 if adapter.mechanisms.text == "word" else drawing.scale
     return Acting(
         adapter=0.0 if drawing.run.parts == "text" else drawing.scale,
         text=text_scale if _text_acts(drawing, adapter) else 0.0,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..config import nearest
 from ..errors import ConfigError
-from ..training.config import nearest
 from .config import EvaluationConfig
 from .measure import NOT_AVAILABLE, ImageRow
 from .statistics import Estimate, estimate

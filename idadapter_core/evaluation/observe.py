@@ -24,7 +24,7 @@ from ..faces.images import Image
 from ..faces.iresnet import digest, load_iresnet
 from ..faces.packages import DETECTION
 from ..files import file_digest, state_digest
-from ..training.pretrained import first_line, from_library, load_folder
+from ..stable_diffusion.pretrained import first_line, from_library, load_folder
 from ..types import Face
 from .config import EvaluationConfig, ExpressionConfig
 from .prompts import expression_name

@@ -15,7 +15,7 @@ from ..data.index import Index, Row
 from ..data.people import by_person
 from ..errors import ConfigError
 from ..faces.images import Image
-from ..training.randomness import generator
+from ..randomness import generator
 from .config import PeopleConfig
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from ..config import nearest
 from ..errors import ConfigError
-from ..training.config import nearest
 from .config import EvaluationConfig, PresetConfig, RunEntry
 
 Figures = Mapping[str, float]  # by the metrics' names

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image as PILImage
 
 from ..faces.images import Image
-from ..training.logs import read_log
+from ..logs import read_log
 from .charts import Bars, Point, Series, bars, color_of, curves, histogram, legend, scatter
 from .config import BASE_MODEL, PASTE, EvaluationConfig
 from .measure import NOT_AVAILABLE, Bands, ImageRow

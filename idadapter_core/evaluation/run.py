@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..config import config_toml
 from ..data.index import Index
 from ..extra import require, versions
 from ..faces.images import Image
 from ..files import write_file
-from ..training.config import config_toml
 from .config import BASE_MODEL, PASTE, EvaluationConfig, RunEntry
 from .generate import Drawing, Generator
 from .measure import Bands, ImageRow, SeenPerson, Subject, bands, measure, outside_faces, to_csv

@@ -1,6 +1,6 @@
 """One step's forward pass: the frozen networks, the adapter, and the losses.
 
-    L = L_SD + F(x0_hat) * lambda * (1 - cos(R(x0_hat), f_a))        (arXiv 2403.13535, Eq. 8 and 9; lambda = 0 for UniID)
+    L = L_SD + F(x0_hat) * lambda * (1 - cos(R(x0_hat), f_a))        (arXiv 2403.13535, Eq. 8 and 9; lambda = 0 without L_id)
 
 Both terms are means over the batch, F being 0 for a sample that does not count in the second. So it makes no difference to the
 gradient how a batch is divided among processes and micro-batches.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,51 +19,36 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import Adapter
+from ..adapter import Adapter
 from ..faces.align import TEMPLATE_SIZE
-from ..faces.detector import FaceAnalyzer, select_faces
+from ..faces.detector import select_faces
 from ..faces.iresnet import IResNet
-from ..methods import idadapter, uniid
-from ..unet import inject
-from .bases import Base
+from ..methods.method import Encoded, Needs, Seen
+from ..stable_diffusion.base import Base
+from ..stable_diffusion.inject import inject
+from ..stable_diffusion.inject.text import insert_states, with_clause
+from ..stable_diffusion.networks import Networks, see
+from ..stable_diffusion.text import Conditioning
 from .config import RunConfig
 from .identity_loss import align_faces, crop_to_image, identity_cosines
 from .samples import STAGE_NAMES, Batch
-from .text import Conditioning, insert_tokens
-from .vision import VisionEncoder
 
 BORDER = 4  # latents around a face that its pixels depend on
 
 
-@dataclass(frozen=True, eq=False)
-class Networks:
-    """What is frozen beside the base models."""
-
-    recognizer: IResNet
-    vision: VisionEncoder | None = None  # for IDAdapter
-    detector: FaceAnalyzer | None = None  # for L_id by the detector
-
-
 @torch.no_grad()
-def recognize(recognizer: IResNet, crops: Tensor, with_stages: bool) -> dict[str, Tensor]:
-    """`embedding` (F, 512) of crops (F, 3, 112, 112) and, for UniID, its four stages, the first three at the size at which they
-    are fused: resizing them again changes nothing."""
+def recognize(recognizer: IResNet, crops: Tensor, needs: Needs) -> dict[str, Tensor]:
+    """`embedding` (F, 512) of crops (F, 3, 112, 112) and, where a method reads them, the four stages, the first three at the size
+    at which it reads them: resizing them again changes nothing."""
     embedding, stages = recognizer(crops)
     features = {"embedding": embedding}
-    if with_stages:
-        size = (uniid.FUSED_SIDE, uniid.FUSED_SIDE)
-        shallow = [
-            F.interpolate(stage, size=size, mode="bilinear", align_corners=False) for stage in stages[:3]
-        ]
-        features |= dict(zip(STAGE_NAMES, [*shallow, stages[3]], strict=True))
+    if needs.stages:
+        shallow = list(stages[:3])
+        if needs.shallow_side:
+            size = (needs.shallow_side, needs.shallow_side)
+            shallow = [F.interpolate(s, size=size, mode="bilinear", align_corners=False) for s in shallow]
+        features |= dict(zip(STAGE_NAMES, [*shallow, *stages[3:]], strict=True))
     return features
-
-
-@torch.no_grad()
-def see(vision: VisionEncoder, heads: Tensor) -> dict[str, Tensor]:
-    """`patch_tokens` (F, P, d) and `class_embedding` (F, d) of heads (F, 3, S, S)."""
-    patches, classes = vision(heads)
-    return {"patch_tokens": patches.float(), "class_embedding": classes.float()}
 
 
 class Bundle(nn.Module):
@@ -77,10 +62,11 @@ class Bundle(nn.Module):
         super().__init__()
         self._base, self._networks, self._config = base, networks, config
         self.encoder, self.layers = adapter.encoder, adapter.layers
-        self._adapter_config: Any = adapter.config
+        self._adapter = adapter
         self.injected = inject(base.unet, adapter) if adapter.config.has_adapter_branch else None
-        inserts = adapter.method == uniid.METHOD and adapter.config.has_text_branch
-        self._inserted = adapter.config.text_tokens if inserts else 0  # for which prompts must leave place
+        self._text = adapter.mechanisms.text
+        # For which prompts must leave place.
+        self._inserted = adapter.config.text_tokens if self._text == "states" else 0
         self._states: dict[str, Conditioning] = {}
         self._alphas = base.schedule.alphas.cpu()
 
@@ -120,15 +106,18 @@ class Bundle(nn.Module):
 
     def complete(self, batch: Batch) -> Batch:
         """A batch with all features; those that no cache gave are computed."""
-        is_uniid = self._config.adapter.method == uniid.METHOD
-        if batch.embedding is None or (is_uniid and not batch.stages):
+        needs = self._config.needs
+        if batch.embedding is None or (needs.stages and not batch.stages):
             assert batch.crops is not None
             rows = len(batch)
-            found = recognize(self._networks.recognizer, batch.crops.flatten(0, 1), with_stages=is_uniid)
+            found = recognize(self._networks.recognizer, batch.crops.flatten(0, 1), needs)
             batch = replace(batch, embedding=rearrange(found.pop("embedding"), "(b n) c -> b n c", b=rows))
-            if is_uniid:
-                batch = replace(batch, stages=tuple(found[name] for name in STAGE_NAMES))
-        if not is_uniid and batch.patch_tokens is None:
+            if needs.stages:
+                last = {
+                    name: rearrange(t, "(b n) ... -> b n ...", b=rows)[:, -1] for name, t in found.items()
+                }
+                batch = replace(batch, stages=tuple(last[name] for name in STAGE_NAMES))
+        if needs.vision is not None and batch.patch_tokens is None:
             assert batch.heads is not None
             assert self._networks.vision is not None
             seen = see(self._networks.vision, batch.heads.flatten(0, 1))
@@ -147,11 +136,10 @@ class Bundle(nn.Module):
 
     def _predict(self, batch: Batch, noisy: Tensor, timesteps: Tensor, acts: bool = True) -> Tensor:
         if not acts:
-            conditioning, setting = self._plain(list(batch.prompts)), {"tokens": None, "strength": 0.0}
-        elif self._config.adapter.method == idadapter.METHOD:
-            conditioning, setting = self._with_word(batch)
+            conditioning = self._plain(list(batch.prompts))
+            setting: dict[str, Any] = {"tokens": None, "strength": 0.0}
         else:
-            conditioning, setting = self._with_features(batch)
+            conditioning, setting = self._with_identity(batch)
         given: dict[str, Any] = {"encoder_hidden_states": conditioning.states}
         if conditioning.pooled is not None:
             given["added_cond_kwargs"] = {"text_embeds": conditioning.pooled, "time_ids": batch.sizes}
@@ -162,55 +150,33 @@ class Bundle(nn.Module):
         prediction: Tensor = self._base.unet(noisy.to(dtype), timesteps, **given).sample
         return prediction
 
-    def _with_word(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
-        """IDAdapter: the identity word in the prompts, E_r for the gates; both only where the identity is not dropped.
-
-        Where it is, the gates are skipped, or see the tokens of features of zeros: as the adapter's negative prompts will be.
-        """
+    def _with_identity(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
+        """The prompts with the identity in them, and what acts in the UNet."""
         assert batch.embedding is not None
-        assert batch.patch_tokens is not None
-        assert batch.class_embedding is not None
-        references = batch.embedding[:, :-1]
-        shares = torch.full((references.shape[1],), 1 / references.shape[1], device=references.device)
-        feature = torch.cat([idadapter.face_feature(one, shares) for one in references])
-        patches = batch.patch_tokens.flatten(1, 2)
-        rows: Tensor | None = batch.identity
-        if self._adapter_config.unconditional == "zeros":
-            shown = batch.identity.to(feature)
-            feature, patches, rows = feature * shown[:, None], patches * shown[:, None, None], None
-        tokens, word = self.encoder(patches, feature, batch.class_embedding.mean(dim=1))
-        setting = {"tokens": tokens, "rows": rows}
+        seen = Seen(batch.embedding, batch.stages, batch.patch_tokens, batch.class_embedding, batch.identity)
+        encoded = self._config.recipe.encode(self.encoder, self._adapter.config, seen)
+        setting = {"tokens": encoded.tokens, "rows": encoded.rows}
+        if self._text == "word":
+            return self._with_word(batch, encoded), setting
+        conditioning = self._plain(list(batch.prompts))
+        # Text tokens are not rescaled in training.
+        return insert_states(conditioning, encoded.text) if encoded.text else conditioning, setting
+
+    def _with_word(self, batch: Batch, encoded: Encoded) -> Conditioning:
+        """The identity word in those prompts whose identity is not dropped."""
         kept = [number for number, keep in enumerate(batch.identity.tolist()) if keep]
         prompts = list(batch.prompts)
-        if not word or not kept:
-            return self._plain(prompts), setting
+        if not encoded.text or not kept:
+            return self._plain(prompts)
+        text, count = self._base.text, self._adapter.config.text_tokens
         for number in kept:
-            prompts[number] = self._with_clause(prompts[number], batch.class_nouns[number])
-        with_word = self._base.text.encode(
-            [prompts[number] for number in kept], {name: t[kept] for name, t in word.items()}
+            prompts[number] = with_clause(text, prompts[number], batch.class_nouns[number], count)
+        with_word = text.encode(
+            [prompts[number] for number in kept], {name: t[kept] for name, t in encoded.text.items()}
         )
         if len(kept) == len(prompts):
-            return with_word, setting
-        return _filled_in(self._plain(prompts, kept), with_word, kept), setting
-
-    def _with_clause(self, prompt: str, noun: str) -> str:
-        """A prompt with the identity clause at its end; a caption that is too long for both loses its last words."""
-        text = self._base.text
-        room = text.length(f", {idadapter.identity_clause(noun)}") + self._adapter_config.text_tokens - 1
-        return idadapter.with_identity_clause(text.shortened(prompt, room), noun)
-
-    def _with_features(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
-        """UniID: features of zeros where the identity is dropped; text tokens are not rescaled in training."""
-        assert batch.embedding is not None
-        keep = batch.identity.to(batch.embedding)
-        embedding = batch.embedding[:, -1] * keep[:, None]
-        stages = tuple(stage * keep[:, None, None, None] for stage in batch.stages)
-        text, tokens = self.encoder(embedding, stages)
-        conditioning = self._plain(list(batch.prompts))
-        if text:
-            identity = torch.cat([text[name] for name in uniid.ENCODERS if name in text], dim=-1)
-            conditioning = replace(conditioning, states=insert_tokens(conditioning.states, identity))
-        return conditioning, {"tokens": tokens}
+            return with_word
+        return _filled_in(self._plain(prompts, kept), with_word, kept)
 
     @torch.no_grad()
     def _plain(self, prompts: list[str], skipped: list[int] | None = None) -> Conditioning:

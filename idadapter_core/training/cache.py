@@ -27,23 +27,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..config import writable
 from ..data.index import Index, Row
+from ..data.references import Photo, Preprocess, photo_tensors, photos_of_variants
 from ..errors import ConfigError, IDAdapterError
 from ..files import write_file, write_safetensors
-from ..methods import uniid
-from .bundle import recognize, see
-from .config import RunConfig, writable
+from ..stable_diffusion.networks import see
+from .bundle import recognize
+from .config import RunConfig
 from .loading import Batches, prepare_worker
 from .parts import Parts
-from .samples import (
-    STAGE_NAMES,
-    Photo,
-    Preprocess,
-    photo_tensors,
-    photos_of_variants,
-    place,
-    target_picture,
-)
+from .samples import STAGE_NAMES, place, target_picture
 
 VERSION = 2  # of the computations below and of decoding; a change makes all entries new ones
 PART = 512  # entries of a part
@@ -94,17 +88,16 @@ def kinds(parts: Parts, config: RunConfig) -> tuple[Kind, Kind]:
     """What a run needs."""
     splits = (parts.train_rows, parts.test_rows)
     rows = [row for split in splits for row in split]
-    is_uniid = config.adapter.method == uniid.METHOD
     latents = [Entry(latents_key(row, False), Photo(row)) for row in rows]
     if config.data.flip:  # of training; what a run is measured by is never mirrored
         latents += [Entry(latents_key(row, True), Photo(row), True) for row in parts.train_rows]
     photos = [Photo(row) for row in rows]
-    if not is_uniid:
+    if not config.recipe.known_by_target:
         photos = [p for split in splits for p in photos_of_variants(split, config.data.references)]
     latent_facts = {"version": VERSION, "vae": parts.base.vae.digest, "resolution": config.data.resolution}
     photo_facts = {"version": VERSION, "recognizer": parts.recognizer_digest, "method": config.adapter.method}
     photo_facts |= {"features": config.data.cache_features}
-    if not is_uniid:
+    if config.needs.vision is not None:
         assert parts.networks.vision is not None
         photo_facts["vision"] = parts.networks.vision.digest
     return (
@@ -130,7 +123,7 @@ class Folder:
                     keys = json.loads((file.metadata() or {})[KEYS])
             except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
                 raise ConfigError(
-                    f"{part}: no part of a cache ({error}). Delete it and run `python -m idadapter_core.cache build` again."
+                    f"{part}: no part of a cache ({error}). Delete it and run `python -m idadapter_core cache build` again."
                 ) from error
             self._places |= {key: (part.name, place) for place, key in enumerate(keys)}
 
@@ -166,7 +159,7 @@ class Cache:
             if missing:
                 raise ConfigError(
                     f"{folder.path}: {len(missing)} of {len(kind.entries)} {kind.name} are not in the cache, the first of "
-                    f"{missing[0].photo.row.source}. {_others(root, kind)}Run `python -m idadapter_core.cache build` with the run's "
+                    f"{missing[0].photo.row.source}. {_others(root, kind)}Run `python -m idadapter_core cache build` with the run's "
                     "configuration, or set data.cache to '' to do without."
                 )
         self._latents, self._photos = folders
@@ -343,13 +336,13 @@ def _compute(
     given = {name: tensor.to(device) for name, tensor in batch.items()}
     if kind == "latents":
         return {"moments": parts.base.vae.moments(given["pictures"]).half().cpu().contiguous()}
-    is_uniid = config.adapter.method == uniid.METHOD
-    tensors = recognize(parts.networks.recognizer, given["crops"], with_stages=is_uniid)
-    if not is_uniid or not config.data.cache_features:
+    needs = config.needs
+    tensors = recognize(parts.networks.recognizer, given["crops"], needs)
+    if not config.data.cache_features:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in STAGE_NAMES}
-    if is_uniid and not config.data.cache_features:
+    if needs.stages and not config.data.cache_features:
         tensors["crops"] = _to_levels(given["crops"])
-    if not is_uniid:
+    if needs.vision is not None:
         assert parts.networks.vision is not None
         tensors |= (
             see(parts.networks.vision, given["heads"])

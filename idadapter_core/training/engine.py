@@ -28,23 +28,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint import save_adapter
+from ..adapter import save_adapter
+from ..config import config_toml, writable
 from ..errors import CheckpointError, ConfigError, IDAdapterError, NotFiniteError, TrainingError
 from ..extra import require, versions
 from ..faces.packages import DETECTION
 from ..files import file_digest, some, write_file
-from ..methods import METHODS, idadapter
+from ..logs import RunLog
+from ..randomness import epoch_order
 from ..waiting import PATIENCE, TERMINATED, Aside, Terminated
 from .adapters import trainable
 from .bundle import Bundle
 from .cache import Cache, kinds
 from .checkpoints import ADAPTER, EMA, OPTIMIZER, Checkpoint, latest, load_optimizer, write_checkpoint
-from .config import RunConfig, TrainConfig, config_toml, differences, read_config, writable
+from .config import RunConfig, TrainConfig, differences, read_config
 from .grids import sample_grid
 from .loading import Batches, prepare_worker
-from .logs import RunLog
 from .parts import load_parts, prepare_adapter, require_files
-from .randomness import epoch_order
 from .samples import VALIDATION, Batch, MicroBatches, Samples, collate
 from .watch import WAITS, WRITES, Watch, arrive, named
 
@@ -171,8 +171,8 @@ class _Run:
         self._updating = threading.Lock()  # held while weights, optimiser and step do not belong together
         accelerate = require("accelerate")
         kwargs = require("accelerate.utils").DistributedDataParallelKwargs(
-            # IDAdapter's gates are skipped where the identity is dropped in all of a micro-batch.
-            find_unused_parameters=config.adapter.method == idadapter.METHOD,
+            # Gates are skipped where the identity is dropped in all of a micro-batch.
+            find_unused_parameters=config.recipe.some_idle,
             gradient_as_bucket_view=True,  # the gradients are not held twice
         )
         # Precision is ours: autocast over fp32 weights, and none around the face network. Without `cpu`, accelerate takes each of
@@ -273,7 +273,7 @@ class _Run:
         if self.log is not None:
             self._to_disk(self.log.close)
             sys.stderr.write(
-                f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core.export {self.folder} NAME.safetensors` "
+                f"{self.folder}: all {self.step} steps are done. `python -m idadapter_core export {self.folder} NAME.safetensors` "
                 "writes the file for ComfyUI.\n"
             )
         return 0
@@ -832,10 +832,10 @@ class _Run:
 
     def _in_words(self) -> str:
         config = self.config
-        branch = f" ({config.adapter.branch} branch)" if config.adapter.method != idadapter.METHOD else ""
+        branch = f" ({config.adapter.branch} branch)" if config.recipe.branches else ""
         count = sum(p.numel() for p in self.parameters.values())
         return (
-            f"{METHODS[config.adapter.method].title}{branch}, {count / 1e6:,.1f} M parameters, steps {self.step + 1} to "
+            f"{config.method.title}{branch}, {count / 1e6:,.1f} M parameters, steps {self.step + 1} to "
             f"{config.train.steps} with {config.train.batch} samples each, {len(self.parts.train_rows)} photos, "
             f"{len(self.parts.test_rows)} more of test people; {self.world} process{'es' if self.world > 1 else ''} on {self.device.type}"
         )

@@ -13,15 +13,16 @@ import numpy as np
 from PIL import Image as PILImage, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..checkpoint import Adapter
+from ..adapter import Adapter
 from ..data.people import by_person
+from ..data.references import features_of
 from ..errors import InputError
 from ..faces.images import Image
 from ..files import replacing
+from ..stable_diffusion.pipeline import Pipeline, to_levels
 from .bundle import Bundle
 from .config import RunConfig
 from .parts import Parts
-from .pipeline import Pipeline, features_of, to_levels
 
 FOLDER = "samples"
 SEED = 0

@@ -9,19 +9,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Adapter
+from ..adapter import Adapter
 from ..data.index import Index, Row, read_index
 from ..errors import ConfigError
-from ..faces.detector import FaceAnalyzer, open_analyzer
-from ..faces.iresnet import load_iresnet
-from ..methods import uniid
-from ..recognizer import recorded_recognizer
+from ..stable_diffusion.base import Base, load_base
+from ..stable_diffusion.config import require_paths
+from ..stable_diffusion.networks import Networks, load_networks
 from .adapters import Wanted, fresh_adapter, load_start
-from .bases import Base, load_base
-from .bundle import Networks
-from .config import BaseConfig, RunConfig, require_paths
+from .config import RunConfig
 from .samples import usable_rows
-from .vision import load_vision
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,37 +32,6 @@ class Parts:
     test_rows: Sequence[Row]
 
 
-def load_networks(base: BaseConfig, method: str, needs_detector: bool) -> tuple[Networks, str]:
-    """The networks that look at faces, and the recogniser's recorded name.
-
-    Raises:
-        ConfigError: one that the method needs is not named.
-    """
-    if not base.recognizer:
-        raise ConfigError(
-            "base.recognizer is empty; name the face network's file (UniID: iResNet-100 of Glint360K; IDAdapter: also the "
-            "recogniser .onnx of the face package that its users will have)"
-        )
-    path = Path(base.recognizer)
-    recognizer = load_iresnet(path, any_layers=path.suffix == ".onnx" and method != uniid.METHOD)
-    vision = None
-    if method != uniid.METHOD:
-        if not base.vision:
-            raise ConfigError(
-                "base.vision is empty; IDAdapter needs a CLIP vision model (ViT-L/14 in the paper)"
-            )
-        vision = load_vision(Path(base.vision))
-    detector: FaceAnalyzer | None = None
-    if needs_detector:
-        if not base.face_package:
-            raise ConfigError(
-                "loss.gate or loss.align is 'detector', so base.face_package must name the folder of a face package; or set "
-                "them to 'noise' and 'target'"
-            )
-        detector = open_analyzer(Path(base.face_package), "cpu")
-    return Networks(recognizer, vision, detector), recorded_recognizer(path, method, recognizer)
-
-
 def require_files(config: RunConfig, *others: str) -> None:
     """See that what a run reads is there, before anything is loaded.
 
@@ -77,7 +42,7 @@ def require_files(config: RunConfig, *others: str) -> None:
         ConfigError: names the first that is not.
     """
     without = [] if _needs_detector(config) else ["face_package"]
-    without += ["vision"] if config.adapter.method == uniid.METHOD else []
+    without += ["vision"] if config.needs.vision is None else []
     named = {f"data.{name}": getattr(config.data, name) for name in ("index", *others)}
     require_paths(config.base, without, {**named, "adapter.start": config.adapter.start})
 
@@ -94,11 +59,11 @@ def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
     """
     if not config.data.index:
         raise ConfigError(
-            "data.index is empty; make an index with `python -m idadapter_core.data scan` and name it there"
+            "data.index is empty; make an index with `python -m idadapter_core scan` and name it there"
         )
     index = read_index(Path(config.data.index))
     train_rows, test_rows = usable_rows(index, config, "train"), usable_rows(index, config, "test")
-    networks, digest = load_networks(config.base, config.adapter.method, _needs_detector(config))
+    networks, digest = load_networks(config.base, config.needs, _needs_detector(config))
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     base = load_base(config.base, device, dtype)
     networks.recognizer.to(device)
@@ -128,7 +93,7 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The adapter's settings; how many references an IDAdapter learns from is the data's."""
     settings = dict(config.adapter.settings)
-    if config.adapter.method == uniid.METHOD:
+    if not hasattr(config.method.config(), "references"):
         return settings
     references = config.data.references
     if settings.setdefault("references", references) != references:

@@ -1,13 +1,12 @@
 """Samples: what one row of a batch is made of, drawn from the run's seed, the epoch and the row alone.
 
-A sample has a target picture and the photos by which its person is known: N references for IDAdapter, the target itself for
-UniID. Where a cache is given, latents and features come from it; else the pixels do, and the trainer computes the rest.
+A sample has a target picture and the photos by which its person is known: N references or, where the method says so, the target
+itself. Where a cache is given, latents and features come from it; else the pixels do, and the trainer computes the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -19,33 +18,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..data.index import Index, Row
-from ..data.people import by_person, photos_beside_target
-from ..errors import ConfigError, FaceError, IDAdapterError
-from ..faces.align import align_face, square_crop
-from ..faces.enrich import variant
-from ..faces.features import crops_to_tensor
+from ..data.people import by_person
+from ..data.references import Photo, Preprocess, photo_tensors, references_for
+from ..errors import ConfigError, IDAdapterError
 from ..faces.images import Image
-from ..methods import idadapter, uniid
-from ..types import Face
-from .config import CAPTION, CLASS_WORD, RunConfig
-from .randomness import generator, positions, seed_of
+from ..prompts import CAPTION, CLASS_WORD
+from ..randomness import generator, positions
+from .config import RunConfig
 
-PROMPTS = {idadapter.METHOD: CAPTION, uniid.METHOD: f"a photo of a {CLASS_WORD}"}
 NO_CAPTION = f"a photo of a {CLASS_WORD}"
 VALIDATION = -1  # "epochs" from here down are of samples by which a run is measured: the same at every time
 _MIRRORED = [1, 0, 2, 4, 3]  # the five landmarks in a mirrored picture
 _LATENT_CHANNELS = 4
 
-Preprocess = Callable[[Sequence[Image]], Tensor]
 Key = tuple[int, int]  # epoch, place in the list of rows
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photo of a person: a row as it is (0), or one of its variants (1, 2, ...)."""
-
-    row: Row
-    variant: int = 0
 
 
 class Store(Protocol):
@@ -107,69 +93,6 @@ def target_picture(image: Image, row: Row, resolution: int, mirrored: bool) -> T
     return torch.from_numpy(pixels.copy()).movedim(-1, 0).float() / 127.5 - 1
 
 
-def photo_pictures(image: Image, photo: Photo) -> tuple[Image, Image]:
-    """The aligned face (112, 112, 3) and the head (S, S, 3) of a photo, RGB uint8, as Extract Face Features makes them.
-
-    Variants depend on the photo alone, not on the run, so that runs can share a cache. One in which the face is turned out of the
-    picture by more than half is the photo as it is.
-
-    Args:
-        image: the row's photo (H, W, 3), RGB uint8.
-    """
-    row = photo.row
-    assert row.box is not None  # rows that are ok have a face
-    assert row.landmarks is not None
-    x1, y1, x2, y2 = row.box
-    points = np.array([*row.landmarks, ((x1 + x2) / 2, (y1 + y2) / 2)], np.float64)
-    if photo.variant:
-        with suppress(FaceError):
-            return _cut_out(*variant(image, points, seed_of(row.sha256), photo.variant), row)
-    return _cut_out(image, points, row)
-
-
-def _cut_out(image: Image, points: NDArray[np.float64], row: Row) -> tuple[Image, Image]:
-    """The aligned face and the head at six points (6, 2): the landmarks and the middle of the row's box."""
-    assert row.box is not None
-    x1, y1, x2, y2 = row.box
-    x, y = points[5].tolist()
-    half_width, half_height = (x2 - x1) / 2, (y2 - y1) / 2
-    face = Face(
-        box=(x - half_width, y - half_height, x + half_width, y + half_height),
-        landmarks=tuple((px, py) for px, py in points[:5].tolist()),
-        score=row.score,
-        image_size=(row.width, row.height),
-    )
-    return align_face(image, face.landmarks), square_crop(image, face)
-
-
-def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> dict[str, Tensor]:
-    """`crops` (3, 112, 112) in -1..1 and, for CLIP vision, `heads` (3, S, S) of a photo; `image` is the row's (H, W, 3)."""
-    crop, head = photo_pictures(image, photo)
-    tensors = {"crops": crops_to_tensor([crop])[0]}
-    if preprocess is not None:
-        tensors["heads"] = preprocess([head])[0]
-    return tensors
-
-
-def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
-    """Every photo that `references_for` may choose for the people of these rows."""
-    photos = [Photo(row) for row in rows]
-    for person in by_person(rows).values():
-        last = (references - 1) // photos_beside_target(len(person))
-        photos += [Photo(row, number) for row in person for number in range(1, last + 1)]
-    return photos
-
-
-def references_for(target: Row, person: Sequence[Row], count: int, random: torch.Generator) -> list[Photo]:
-    """N photos by which a person is known in a sample: others than the target, in random order.
-
-    Where there are too few, variants of them fill up; a person of one photo is known by that and its variants.
-    """
-    others = [row for row in person if row.number != target.number] or [target]
-    order = torch.randperm(len(others), generator=random).tolist()
-    return [Photo(others[order[n % len(others)]], n // len(others)) for n in range(count)]
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B samples side by side. What a cache or its absence leaves out is None."""
@@ -187,7 +110,7 @@ class Batch:
     pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
     moments: Tensor | None = None  # (B, 8, h, w)
     crops: Tensor | None = (
-        None  # (B, N + 1, 3, 112, 112): the references' faces, then the target's; with UniID the target's
+        None  # (B, N + 1, 3, 112, 112): the references' faces, then the target's; or the target's alone
     )
     heads: Tensor | None = None  # (B, N, 3, S, S) for CLIP vision
     embedding: Tensor | None = None  # (B, N + 1, 512) of the crops
@@ -253,7 +176,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         self._index, self.rows, self._config = index, list(rows), config
         self._timesteps, self._store, self._preprocess = timesteps, store, preprocess
         self._person = {row.number: person for person in by_person(rows).values() for row in person}
-        self._is_uniid = config.adapter.method == uniid.METHOD
+        self._by_target = config.recipe.known_by_target
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -293,7 +216,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
             "sizes": torch.tensor(placement.size_conditioning(row)),
         }
         target = Photo(row)
-        known_by = [] if self._is_uniid else references
+        known_by = [] if self._by_target else references
         if self._store is None:
             image = self._index.load(row)
             sample["pictures"] = target_picture(image, row, config.data.resolution, mirrored)
@@ -304,17 +227,17 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         else:
             sample["moments"] = self._store.latents(row, mirrored)
             tensors = [dict(self._store.photo(photo)) for photo in [*known_by, target]]
-        return sample | _stacked(tensors, self._is_uniid)
+        return sample | _stacked(tensors, self._by_target)
 
 
-def _stacked(photos: list[dict[str, Tensor]], is_uniid: bool) -> dict[str, Any]:
+def _stacked(photos: list[dict[str, Tensor]], by_target: bool) -> dict[str, Any]:
     """Tensors of photos, the target's last, in the shapes of `Batch` without its first axis."""
     stacked: dict[str, Any] = {}
     for name in photos[0]:
         if name in STAGE_NAMES:
             continue
         # The target's face says who is wanted; for all else the references are looked at.
-        seen = photos if name in ("crops", "embedding") or is_uniid else photos[:-1]
+        seen = photos if name in ("crops", "embedding") or by_target else photos[:-1]
         stacked[name] = torch.stack([tensors[name] for tensors in seen])
     if STAGE_NAMES[0] in photos[-1]:
         stacked["stages"] = tuple(photos[-1][name] for name in STAGE_NAMES)
@@ -333,7 +256,7 @@ def _kept(draw: float, config: RunConfig) -> tuple[bool, bool]:
 
 def prompt_of(row: Row, config: RunConfig) -> str:
     """The prompt of a row, without the identity word."""
-    template = config.data.prompt or PROMPTS[config.adapter.method]
+    template = config.data.prompt or config.recipe.prompt
     if CAPTION in template:
         template = template.replace(CAPTION, row.caption or NO_CAPTION)
     return template.replace(CLASS_WORD, row.class_noun or "person")
@@ -425,6 +348,6 @@ def usable_rows(index: Index, config: RunConfig, split: str) -> list[Row]:
     if not rows and split == "train":
         raise ConfigError(
             f"{index.path}: no photo is left to train on (data.min_photos = {config.data.min_photos}). See "
-            "`python -m idadapter_core.data stats` for what there is."
+            "`python -m idadapter_core stats` for what there is."
         )
     return rows

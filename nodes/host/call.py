@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ...idadapter_core import Adapter
+from ...idadapter_core.mechanisms.gated import GatedLayers
 from .foreign import Scale
 from .plan import KEY
-from .run import Row, Run
+from .rows import Row
+from .run import Run
 
 CALL = f"{KEY}_call"  # in transformer_options, during one model call
 
@@ -35,13 +37,15 @@ class Call:
 
     run: Run
     rows: tuple[Row, ...]
-    acting: tuple[Acting, ...]  # in cross-attention
+    decoupled: tuple[Acting, ...]  # in cross-attention
     gated: tuple[Acting, ...]  # between self-attention and cross-attention
     normalized: bool
     gates_normalized: bool
     foreign_scale: Scale | None  # not None: rescale what other packs' replacements add
     latent_size: tuple[int, int]  # of this call's input
-    gates: Mapping[Adapter, Any] = field(default_factory=dict)  # the gated layers where this call runs
+    gates: Mapping[Adapter, GatedLayers] = field(
+        default_factory=dict
+    )  # the gated layers where this call runs
     owns_stream: bool = False  # no other pack has a middle patch that could still hold the image tokens
     self_norm: list[Tensor] = field(default_factory=list)  # of the latest self-attention's output, per row
 

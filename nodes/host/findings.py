@@ -65,7 +65,7 @@ def before_sampling(
                 found.about(application.node_id, APPLY, _mask_count(application.masks, latents))
     rescale = plan.rescaling
     if rescale is not None and not rescale.gated and not rescale.every_patch and plan.applications:
-        if all(application.gated for application in plan.applications):
+        if all(application.is_gated for application in plan.applications):
             found.about(rescale.node_id, RESCALE, _NOTHING_TO_RESCALE)
     return found
 
@@ -99,7 +99,7 @@ def after_sampling(plan: Plan, heard: Heard, model_options: Mapping[str, Any]) -
     elif heard.evaluations == 0 and rescale is not None:
         found.about(rescale.node_id, RESCALE, f"the scales of text tokens do not act: {_WRAPPERS_TAKEN}.")
     if not heard.placed:
-        for application in (a for a in acting if a.gated):
+        for application in (a for a in acting if a.is_gated):
             found.about(application.node_id, APPLY, _UNPLACED)
     if plan.rescale is not None:
         for owner in sorted(set(heard.changing)):
@@ -139,7 +139,7 @@ def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[
 
 def _silence(application: Application, cause: str) -> str:
     """What to say where no model call came by. Changed weights are the model's own, and act all the same."""
-    if application.adapter.deltas:
+    if application.adapter.mechanisms.deltas:
         return f"only the K and V weights of this identity acted in this picture, its gated layers did not: {cause}"
     return f"the identity did not act in this picture: {cause}"
 

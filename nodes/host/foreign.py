@@ -20,6 +20,7 @@ from torch import Tensor
 from ...idadapter_core.attention import add_residual, norm_factor, token_norms
 from ...idadapter_core.errors import InputError
 from .owners import owner_of
+from .run import Cache, Run
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 OVERRIDE = "optimized_attention_override"
@@ -94,15 +95,20 @@ class ForeignSlot:
         out = self.replacement(q, k, v, extra)
         if self.adds is False:
             return Rescaled(out, out, False)
-        has_override = OVERRIDE in extra
-        if self.adds and not (has_override and self.overridden is None):
+        if self.adds and not (OVERRIDE in extra and self.overridden is None):
             text = _text(q, k, v, extra, overridden=self.overridden is not False)
             return self._rescale(out, text, scale)
+        return self._tried(out, q, k, v, extra, scale)
+
+    def _tried(
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], scale: Scale
+    ) -> Rescaled:
+        """The output of a replacement about which nothing is settled yet, with the trial that settles it."""
         halved = self.replacement(q, k, v * 0.5, dict(extra))
         estimate = 2 * (out.float() - halved.float())  # of the text's attention
         text = _text(q, k, v, extra, overridden=True)
         overridden = torch.ones((), dtype=torch.bool, device=q.device)
-        if has_override:
+        if OVERRIDE in extra:
             plain = _text(q, k, v, extra, overridden=False)
             overridden = (text.float() - estimate).norm() <= (plain.float() - estimate).norm()
             text = torch.where(overridden, text, plain)
@@ -123,6 +129,30 @@ class ForeignSlot:
         factor = _factor(text_norms, added_norms, _live(text_norms, added_norms, out.dtype), scale)
         result = add_residual(text, residual, factor.to(text.dtype)[..., None])
         return Rescaled(result, text, not result.requires_grad)
+
+
+class ForeignSlots(Cache):
+    """The replacements of other packs that a run has met, by their id; each slot keeps its own alive."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._slots: dict[int, ForeignSlot] = {}
+
+    def slot(self, replacement: Replacement) -> ForeignSlot:
+        """The state of another pack's replacement in this run."""
+        return self._slots.setdefault(id(replacement), ForeignSlot(replacement))
+
+    def settle_trials(self) -> None:
+        """Read what was found out about replacements: one wait for all of them."""
+        tried = [(slot, slot.trial) for slot in self._slots.values() if slot.trial is not None]
+        if tried:
+            outcomes = torch.stack([trial.to(tried[0][1].device) for _, trial in tried]).tolist()
+            for (slot, _), (live, additive, overridden) in zip(tried, outcomes, strict=True):
+                slot.settle(live, additive, overridden)
+
+    def changing(self) -> tuple[str, ...]:
+        """Owners of replacements that change the text's attention itself and are left alone."""
+        return tuple(slot.owner for slot in self._slots.values() if slot.adds is False)
 
 
 def _text(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], overridden: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from comfy.utils import get_attr
@@ -52,14 +52,20 @@ class Application(_Shared):
         return self.weight != 0 and self.start_percent < self.end_percent and not masked_out
 
     @property
-    def gated(self) -> bool:
-        """Whether it acts between self-attention and cross-attention, not inside cross-attention."""
-        return bool(self.adapter.gates)
+    def is_decoupled(self) -> bool:
+        """Whether it acts inside cross-attention, beside the text."""
+        return self.adapter.mechanisms.decoupled is not None
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether it acts between self-attention and cross-attention."""
+        return self.adapter.mechanisms.gated is not None
 
     @property
     def acts(self) -> bool:
-        """Whether it can change anything at all while sampling: gates that training never opened cannot."""
-        return self.switched_on and (not self.gated or any(any(pair) for pair in self.adapter.gates.values()))
+        """Whether its tokens can change anything at all while sampling: gates that training never opened cannot."""
+        is_open = any(map(any, self.adapter.mechanisms.openings.values()))
+        return self.switched_on and (self.is_decoupled or is_open)
 
 
 RescaleMode = Literal["normalized", "limit", "off"]
@@ -95,17 +101,6 @@ def plan_of(model: Any) -> Plan:
     plan = model.model_options.get("transformer_options", {}).get(KEY)
     # Modules that another node has compiled carry this part in their names.
     return plan or Plan(attention_sites(key.replace("_orig_mod.", "") for key in model.model_state_dict()))
-
-
-def with_plan(model: Any, **changes: Any) -> Any:
-    """A clone of the MODEL whose plan has these fields changed."""
-    from . import patching
-
-    clone = model.clone()
-    plan = replace(plan_of(model), **changes)
-    clone.model_options.setdefault("transformer_options", {})[KEY] = plan
-    patching.install(clone)
-    return clone
 
 
 def site_widths(model: Any, sites: tuple[Site, ...]) -> dict[str, tuple[int, int]]:

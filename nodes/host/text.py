@@ -1,4 +1,4 @@
-"""Identities in prompts: UniID's tokens in the text encoder's output, IDAdapter's word in its input."""
+"""Identities in prompts: tokens in the text encoder's output, or a word in its input."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import re
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import comfy.conds
 import torch
 from torch import Tensor
 
 from ...idadapter_core.errors import MismatchError
-from ...idadapter_core.methods import idadapter
-from ...idadapter_core.methods.uniid import ENCODERS, normalize_text_tokens, reference_names
+from ...idadapter_core.identity import text_kind
+from ...idadapter_core.mechanisms.text import (
+    ENCODERS,
+    IDENTIFIER,
+    normalize_text_tokens,
+    reference_names,
+    with_identity_clause,
+)
 from ...idadapter_core.sites import text_family_name
 from ...idadapter_core.types import Identity
 from .conditioning import PROMPTED, TEXT_POSITIONS, Prompted
+from .plan import KEY
+from .rows import RowTags
+from .run import Run
 
-CLASS_WORD = "<class word>"  # in a prompt, the place of man, woman or another noun
 Conditioning = list[list[Any]]
 
 # The identifier as the tokenizer sees words: letters go on with one, digits and underscores do not, and 's is one of its own.
 # The name of an embedding file comes first, because it is no text.
 _IDENTIFIER = re.compile(
-    rf"((?<![^\s()])embedding:[^\s()<\[]+)|(?<!')(?<![^\W\d_])(?i:{idadapter.IDENTIFIER})(?![^\W\d_])"
+    rf"((?<![^\s()])embedding:[^\s()<\[]+)|(?<!')(?<![^\W\d_])(?i:{IDENTIFIER})(?![^\W\d_])"
 )
 
 _reference_norms: WeakKeyDictionary[Any, dict[Any, dict[str, Tensor]]] = WeakKeyDictionary()
@@ -56,7 +65,7 @@ def require_text_encoders(clip: Any, identity: Identity) -> None:
 def reference_norms(clip: Any, count: int) -> dict[str, Tensor]:
     """Length of the text states at positions 1..count for a well-known name, per encoder: (count,) each.
 
-    UniID's reference: the mean input embedding of first, second, … tokens over the names, encoded between BOS and EOS by the
+    The reference of identity tokens (UniID): the mean input embedding of first, second, … tokens over the names, encoded between BOS and EOS by the
     CLIP as it is wired here (with its LoRAs and its last layer). Cached for each state of the CLIP.
     """
     per_model = _reference_norms.setdefault(clip.cond_stage_model, {})
@@ -92,14 +101,14 @@ def _measure_norms(clip: Any, count: int) -> dict[str, Tensor]:
 
 
 def complete_prompt(clip: Any, text: str, identity: Identity, class_word: str) -> str:
-    """The text as it will be encoded: IDAdapter's identity word must be in it, and is added at the end where it is not."""
-    if identity.method != idadapter.METHOD or not identity.text_tokens:
+    """The text as it will be encoded: an identity word must be in it, and is added at the end where it is not."""
+    if text_kind(identity) != "word" or not identity.text_tokens:
         return text
     require_text_encoders(clip, identity)
     tokens = clip.tokenize(text)
     if any(_word_positions(clip, encoder, tokens[encoder]) for encoder in identity.text_tokens):
         return text
-    return idadapter.with_identity_clause(text, class_word)
+    return with_identity_clause(text, class_word)
 
 
 def encode_prompt(
@@ -122,20 +131,20 @@ def _encode(clip: Any, text: str, identity: Identity, token_weight: float) -> Co
     if not identity.text_tokens:
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))
     require_text_encoders(clip, identity)
-    if identity.method == idadapter.METHOD:
+    if text_kind(identity) == "word":
         return _encode_with_word(clip, text, identity, token_weight)
     return _encode_with_tokens(clip, text, identity, token_weight)
 
 
 def _encode_with_word(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
-    """IDAdapter: wherever the identifier stands, the text encoder reads the identity's embeddings instead of the word's own.
+    """Wherever the identifier stands, the text encoder reads the identity's embeddings instead of the word's own.
 
     They take the place of tokens, so the tokenizer has seen to the length of rows, and a prompt weight on the word holds for
     them. `token_weight` is a prompt weight, too, and multiplies it.
     """
     count = next(t.shape[1] for t in identity.text_tokens.values())
     if count > 1:  # as many words as there are embeddings, so that the tokenizer makes room for them
-        words = " ".join([idadapter.IDENTIFIER] * count)
+        words = " ".join([IDENTIFIER] * count)
         text = _IDENTIFIER.sub(lambda found: found[1] or words, text)
     tokens = clip.tokenize(text)
     for encoder, embeddings in identity.text_tokens.items():
@@ -153,7 +162,7 @@ def _word_positions(clip: Any, encoder: str, rows: list[Any]) -> list[tuple[int,
     The end of a longer word has the same token and is none. Words, and words side by side, may go on in the next row.
     """
     tokenizer = getattr(clip.tokenizer, f"clip_{encoder}")
-    identifier = tokenizer.tokenizer(idadapter.IDENTIFIER)["input_ids"][1]
+    identifier = tokenizer.tokenizer(IDENTIFIER)["input_ids"][1]
     found = []
     word_begins, before = True, 0
     for number, row in enumerate(rows):
@@ -173,7 +182,7 @@ def _word_positions(clip: Any, encoder: str, rows: list[Any]) -> list[tuple[int,
 
 
 def _encode_with_tokens(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
-    """UniID: the identity's text tokens after BOS, at their reference length.
+    """The identity's text tokens after BOS, at their reference length.
 
     The prompt's tokens move right and padding drops off the end, so the length stays a multiple of 77 and nothing that was
     written is lost: where there is too little padding, the text gets another chunk of 77 first.
@@ -198,3 +207,37 @@ def _padding(clip: Any, encoder: str, row: list[Any]) -> int:
     end = getattr(clip.tokenizer, f"clip_{encoder}").end_token
     position = next(i for i, entry in enumerate(row) if not isinstance(entry[0], Tensor) and entry[0] == end)
     return len(row) - 1 - position
+
+
+def scaled_states(conds: list[Any], run: Run, timestep: Tensor) -> list[Any]:
+    """The conditionings with the identity's text tokens at the scale of their step."""
+    rescale = run.plan.rescaling
+    if rescale is None or not any(text_positions(c) for group in conds for c in group or ()):
+        return conds
+    scale = rescale.schedule.text_scale(run.step(float(timestep.max())), run.steps)
+
+    def scaled(conditioning: dict[str, Any]) -> dict[str, Any]:
+        positions = text_positions(conditioning)
+        text = conditioning.get("model_conds", {}).get("c_crossattn")
+        if not positions or scale == 1 or text is None:
+            return conditioning
+        states = text.cond.clone()
+        states[:, positions[0] : positions[-1] + 1] *= scale
+        model_conds = {**conditioning["model_conds"], "c_crossattn": comfy.conds.CONDCrossAttn(states)}
+        return {**conditioning, "model_conds": model_conds}
+
+    return [None if group is None else [scaled(c) for c in group] for group in conds]
+
+
+def tags_of(conditioning: dict[str, Any]) -> RowTags[Run] | None:
+    """The tags of a conditioning of a run."""
+    tags = conditioning.get("model_conds", {}).get(KEY)
+    return tags if isinstance(tags, RowTags) else None
+
+
+def text_positions(conditioning: dict[str, Any]) -> tuple[int, ...]:
+    """Where an identity's text tokens stand in a conditioning of a run."""
+    # From the tags, not from the conditioning itself: ComfyUI copies a positive's own keys onto the negative it makes up for
+    # an area, but its model_conds always come from a negative.
+    tags = tags_of(conditioning)
+    return () if tags is None else tags.text_positions

@@ -20,16 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from idadapter_core.checkpoint import (
-    Adapter,
-    identical,
-    load_adapter,
-    load_identity,
-    save_adapter,
-    save_identity,
-)
+from idadapter_core.adapter import Adapter, load_adapter, save_adapter
 from idadapter_core.errors import CheckpointError, InputError, MismatchError
 from idadapter_core.files import state_digest
+from idadapter_core.identity import identical, load_identity, save_identity
 from idadapter_core.methods.uniid import UniIDConfig
 from idadapter_core.sites import Site, attention_sites
 from idadapter_core.types import Identity

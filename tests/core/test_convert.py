@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.convert`, as a user runs it."""
+"""`python -m idadapter_core convert`, as a user runs it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from idadapter_core.checkpoint import load_adapter, save_adapter
-from idadapter_core.convert import main
+from idadapter_core.adapter import load_adapter, save_adapter
+from idadapter_core.cli.convert import main
 from idadapter_core.errors import MismatchError
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.iresnet import IResNet, digest, save_iresnet
@@ -32,7 +32,7 @@ def published(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "idadapter_core.convert", *map(str, arguments)]
+    command = [sys.executable, "-m", "idadapter_core", "convert", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8")
 
 
@@ -198,9 +198,9 @@ def test_a_start_of_a_training_is_written(tmp_path: Path) -> None:
         PRESETS["sd15"], references=2, tokens=16, unconditional="zeros", recognizer=digest(network)
     )
     assert start.config == chosen
-    assert set(start.gates.values()) == {(0.0, 0.0)}
-    assert len(start.gates) == 16
-    assert start.deltas == {}
+    assert set(start.mechanisms.openings.values()) == {(0.0, 0.0)}
+    assert len(start.mechanisms.openings) == 16
+    assert start.mechanisms.deltas == {}
     assert {p.dtype for p in start.layers.parameters()} == {torch.bfloat16}
 
 

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from idadapter_core.checkpoint import load_adapter, load_identity, save_adapter, save_identity
+from idadapter_core.adapter import load_adapter, save_adapter
 from idadapter_core.errors import CheckpointError
 from idadapter_core.faces.iresnet import IResNet, load_iresnet, save_iresnet
 from idadapter_core.files import read_tensors
-from idadapter_core.training.vision import load_vision
+from idadapter_core.identity import load_identity, save_identity
+from idadapter_core.stable_diffusion.vision import load_vision
 from idadapter_core.types import Identity
 from tests.tiny.features import face_features
 from tests.tiny.idadapter import CONFIGS, tiny_idadapter

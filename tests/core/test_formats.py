@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from idadapter_core.checkpoint import load_adapter
+from idadapter_core.adapter import load_adapter
 from idadapter_core.errors import CheckpointError
-from idadapter_core.formats import describe_foreign, uniid_config, uniid_state
+from idadapter_core.formats import describe_foreign
+from idadapter_core.methods.uniid.files import published_config, published_state
 from tests.tiny.uniid import GOLDEN, TINY_SD15, TINY_SDXL, uniid_state as weights
 
 SITE = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -118,22 +119,22 @@ def test_unknown_files_show_their_first_keys() -> None:
 def test_sizes_are_read_from_the_shapes(config) -> None:  # noqa: ANN001
     with torch.device("meta"):
         state = {key: torch.empty(tensor.shape) for key, tensor in weights(config).items()}
-    assert uniid_config(state, "file") == config
+    assert published_config(state, "file") == config
 
 
 def test_nothing_of_an_unrelated_state_is_taken() -> None:
     unrelated = {key: torch.zeros(1) for keys in FOREIGN.values() for key in keys}
-    assert uniid_state(unrelated, "file") == {}
+    assert published_state(unrelated, "file") == {}
     similar = {
         "my_text_branch.norm_1.weight": torch.zeros(1),
         "latents": torch.zeros(1),
         "norm_1.weight": torch.zeros(1),
     }
-    assert uniid_state(similar, "file") == {}
+    assert published_state(similar, "file") == {}
 
 
 def test_the_parts_of_another_model_are_left_out() -> None:
     state = weights(TINY_SD15)
     bare = {key.partition(".")[2]: tensor for key, tensor in state.items()}
     dump = {**bare, f"unet.{SITE}.attn2.to_k.weight": torch.zeros(1), "image_encoder.weight": torch.zeros(1)}
-    assert uniid_state(dump, "file").keys() == state.keys()
+    assert published_state(dump, "file").keys() == state.keys()

@@ -12,16 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from idadapter_core.adapter import initial_adapter
 from idadapter_core.attention import gated_self_attention, repeat_copies
-from idadapter_core.checkpoint import initial_adapter
-from idadapter_core.methods.idadapter import (
-    GatedAdapter,
-    GateIdentity,
-    IDAdapterConfig,
-    IDAdapterEncoder,
-    IDAdapterLayers,
-    initialise,
-)
+from idadapter_core.mechanisms.deltas import Place, that_change
+from idadapter_core.mechanisms.gated import GatedAdapter, GateIdentity
+from idadapter_core.methods.idadapter import IDAdapterConfig, IDAdapterEncoder, IDAdapterLayers
+from idadapter_core.methods.idadapter.encoder import initialise
 from tests.golden import recipe
 from tests.tiny.idadapter import CONFIGS, idadapter_state, tiny_idadapter, vision_features
 
@@ -384,16 +380,18 @@ def test_an_adapter_knows_its_gates_and_what_it_changed() -> None:
     state["layers.deltas.3.to_v.weight"][2, 1] = 0.25
     layers = IDAdapterLayers(config)
     layers.load_state_dict({key.removeprefix("layers."): t for key, t in state.items() if "layers." in key})
-    values = layers.gate_values()
+    values = layers.gates.openings()
     assert list(values) == [1, 3, 5, 7, 9, 11, 13]
     assert values.pop(5) == (pytest.approx(math.tanh(0.6)), 0)
     assert values.pop(7) == (0, pytest.approx(math.tanh(-0.2)))
     assert set(values.values()) == {(0.0, 0.0)}
     deltas = layers.key_value_deltas()
-    assert list(deltas) == [3]
-    to_k, to_v = deltas[3]
-    assert to_k.shape == to_v.shape == (config.site_widths[1], config.context_width)
-    assert not to_k.any()
+    assert list(deltas) == [
+        Place(number, layer) for number in (1, 3, 5, 7, 9, 11, 13) for layer in ("attn2.to_k", "attn2.to_v")
+    ]
+    assert list(that_change(deltas)) == [Place(3, "attn2.to_v")]
+    to_v = deltas[Place(3, "attn2.to_v")].weight
+    assert to_v.shape == (config.site_widths[1], config.context_width)
     assert to_v.sum() == 0.25
 
 
@@ -414,9 +412,9 @@ def test_a_start_has_closed_gates_and_no_deltas() -> None:
         else:
             torch.testing.assert_close(tensor.mean(), torch.tensor(0.0), atol=0.02, rtol=0)
             assert len(tensor.unique()) > 0.9 * tensor.numel(), name
-    assert set(adapter.gates) == {1, 3, 5, 7, 9, 11, 13}
-    assert set(adapter.gates.values()) == {(0.0, 0.0)}
-    assert adapter.deltas == {}
+    assert set(adapter.mechanisms.openings) == {1, 3, 5, 7, 9, 11, 13}
+    assert set(adapter.mechanisms.openings.values()) == {(0.0, 0.0)}
+    assert adapter.mechanisms.deltas == {}
 
 
 def test_a_start_leaves_the_stream_as_it_is_and_still_makes_identities() -> None:

@@ -13,20 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.errors import InputError, MismatchError
+from idadapter_core.mechanisms.gated import GateIdentity
+from idadapter_core.mechanisms.text import identity_clause, with_identity_clause
 from idadapter_core.methods.idadapter import (
     PRESETS,
     FeatureMixer,
-    GateIdentity,
     IDAdapterConfig,
     IDAdapterEncoder,
-    describe,
     face_feature,
-    identity_clause,
     parameter_counts,
-    with_identity_clause,
 )
+from idadapter_core.methods.idadapter.config import describe
 from idadapter_core.methods.uniid import UniIDConfig
 from idadapter_core.types import FaceFeatures, Identity, Mix
 from tests.golden import recipe

@@ -14,17 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from idadapter_core.checkpoint import (
-    Adapter,
-    build_adapter,
-    identical,
-    initial_adapter,
-    load_adapter,
-    load_identity,
-    save_adapter,
-    save_identity,
-)
+from idadapter_core.adapter import Adapter, build_adapter, initial_adapter, load_adapter, save_adapter
 from idadapter_core.errors import CheckpointError, InputError, MismatchError
+from idadapter_core.identity import identical, load_identity, save_identity
 from idadapter_core.methods.idadapter import METHOD, PRESETS, IDAdapterConfig
 from idadapter_core.sites import Site, attention_sites
 from idadapter_core.types import Identity
@@ -85,8 +77,8 @@ def test_a_file_keeps_everything(config: IDAdapterConfig, tmp_path: Path) -> Non
     before, after = adapter.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert again.gates == adapter.gates
-    assert again.deltas.keys() == adapter.deltas.keys()
+    assert again.mechanisms.openings == adapter.mechanisms.openings
+    assert again.mechanisms.deltas.keys() == adapter.mechanisms.deltas.keys()
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
@@ -110,9 +102,9 @@ def test_half_precision_files(adapter: Adapter, tmp_path: Path, dtype: torch.dty
     assert f"({str(dtype).removeprefix('torch.')})" in half.info
     assert {p.dtype for p in half.encoder.parameters()} == {torch.float32}
     assert {p.dtype for p in half.layers.parameters()} == {dtype}
-    assert {tensor.dtype for pair in half.deltas.values() for tensor in pair} == {dtype}
-    for number, gates in adapter.gates.items():
-        assert half.gates[number] == pytest.approx(gates, abs=1e-2)
+    assert {delta.weight.dtype for delta in half.mechanisms.deltas.values()} == {dtype}
+    for number, gates in adapter.mechanisms.openings.items():
+        assert half.mechanisms.openings[number] == pytest.approx(gates, abs=1e-2)
     save_adapter(half, tmp_path / "again.safetensors", dtype)
     assert load_adapter(tmp_path / "again.safetensors").digest == half.digest
     one, other = (each.encode(vision_features(1)).adapter_tokens for each in (adapter, half))
@@ -124,12 +116,12 @@ def test_half_precision_files(adapter: Adapter, tmp_path: Path, dtype: torch.dty
 def test_every_weight_counts_in_the_digest_and_how_they_are_used() -> None:
     config = replace(SMALL, site_widths=(32,), site_heads=(4,), tokens=3)
     state = idadapter_state(config)
-    digests = {build_adapter(METHOD, config, state, "x").digest}
-    assert build_adapter(METHOD, replace(config, recognizer="0" * 16), state, "x").digest in digests
+    digests = {build_adapter(METHOD.name, config, state, "x").digest}
+    assert build_adapter(METHOD.name, replace(config, recognizer="0" * 16), state, "x").digest in digests
     for settings in ({"unconditional": "zeros"}, {"mixer_heads": 1}, {"references": 3}):
-        digests.add(build_adapter(METHOD, replace(config, **settings), state, "x").digest)
+        digests.add(build_adapter(METHOD.name, replace(config, **settings), state, "x").digest)
     for key in state:
-        digests.add(build_adapter(METHOD, config, {**state, key: state[key] + 1 / 3}, "x").digest)
+        digests.add(build_adapter(METHOD.name, config, {**state, key: state[key] + 1 / 3}, "x").digest)
     assert len(digests) == len(state) + 4
 
 
@@ -148,13 +140,13 @@ def test_info_tells_what_was_read(adapter: Adapter) -> None:
 def test_a_start_says_so_wherever_it_is_read(tmp_path: Path) -> None:
     save_adapter(initial_adapter(SMALL, "start"), tmp_path / "start.safetensors")
     start = load_adapter(tmp_path / "start.safetensors")
-    assert set(start.gates.values()) == {(0.0, 0.0)}
-    assert start.deltas == {}
+    assert set(start.mechanisms.openings.values()) == {(0.0, 0.0)}
+    assert start.mechanisms.deltas == {}
     assert "Note: it is untrained: all gates are closed" in start.info
 
 
 def test_a_uniid_has_no_gates(uniid: Adapter) -> None:
-    assert (uniid.gates, uniid.deltas, uniid.notes) == ({}, {}, ())
+    assert (uniid.mechanisms.openings, uniid.mechanisms.deltas, uniid.notes) == ({}, {}, ())
 
 
 @pytest.mark.parametrize(
@@ -351,7 +343,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     with pytest.raises(
         CheckpointError, match=r"1 weights hold .* not finite \(layers\.gates\.3\.to_out\.bias\)"
     ):
-        build_adapter(METHOD, CONFIGS["sd15"], state, "broken")
+        build_adapter(METHOD.name, CONFIGS["sd15"], state, "broken")
 
 
 def test_weights_without_their_config_say_so(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import idadapter_core
+from idadapter_core.methods import METHODS
 
 CORE = Path(idadapter_core.__file__).parent
+PACK = CORE.parent
 HEAVY = (
     "comfy",
     "comfy_api",
@@ -31,22 +33,24 @@ HEAVY = (
 
 # From the top down: a module imports from lines below its own only.
 LAYERS = (
-    ("__init__", "__main__", "convert", "train", "cache", "export", "evaluate", "demo_world"),
-    ("evaluation",),
-    ("training",),
+    ("__init__", "__main__"),
+    ("cli",),
+    ("evaluation", "training", "demo_world"),  # none of them knows another
     ("data",),
-    ("unet",),
-    ("checkpoint",),
+    ("stable_diffusion",),
+    ("adapter", "identity"),
     ("formats", "recognizer"),
     ("methods",),
-    ("faces",),
-    ("mixing", "resampler", "schedule"),
-    ("attention", "sites", "metrics", "files", "extra", "program"),
-    ("types", "waiting", "encodings"),
+    ("mechanisms", "faces"),
+    ("mixing", "resampler", "schedule", "prompts", "logs"),
+    ("attention", "sites", "files", "extra", "config"),
+    ("types", "waiting", "toml", "randomness"),
+    ("encodings",),
     ("errors",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-SIBLINGS = {"methods", "faces", "unet", "data", "training", "evaluation", "demo_world"}
+FOLDERS = {name for name in RANK if (CORE / name).is_dir()}
+METHOD_FILES = ("config", "encoder", "files", "recipe")
 
 
 def modules() -> list[Path]:
@@ -58,50 +62,128 @@ def part_of(path: Path) -> str:
     return path.parts[0] if len(path.parts) > 1 else path.stem
 
 
-def imported_parts(path: Path) -> set[str]:
-    """Parts of the core that a file imports, at its top or inside its functions."""
-    found: set[str] = set()
-    package = ("idadapter_core", *path.parts[:-1])
-    for node in ast.walk(ast.parse((CORE / path).read_text(encoding="utf-8"))):
+def imports_of(file: Path, root: Path = PACK) -> set[tuple[str, ...]]:
+    """Modules of the pack, and names in them, that a file imports: at its top or inside its functions."""
+    found: set[tuple[str, ...]] = set()
+    package = file.relative_to(root).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
-            names = (
-                [(*base, *node.module.split("."))] if node.module else [(*base, a.name) for a in node.names]
-            )
-            assert base, f"{path}: an import leaves the core"
-            found |= {name[1] for name in names}
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            found |= {(*module, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert (node.module or "").split(".")[0] != "idadapter_core", (
-                f"{path}: imports of the core are relative"
+                f"{file}: imports of the core are relative"
             )
         elif isinstance(node, ast.Import):
-            assert all(alias.name.split(".")[0] != "idadapter_core" for alias in node.names), path
+            assert all(alias.name.split(".")[0] != "idadapter_core" for alias in node.names), file
     return found
+
+
+def module_of(name: tuple[str, ...], root: Path = PACK) -> Path | None:
+    """The file of an imported module, or of the module that holds an imported name."""
+    for parts in (name, name[:-1]):
+        for file in (root.joinpath(*parts).with_suffix(".py"), root.joinpath(*parts, "__init__.py")):
+            if parts and file.is_file():
+                return file
+    return None
+
+
+def pack_files() -> list[Path]:
+    """The core and the nodes."""
+    return [*sorted(CORE.rglob("*.py")), *sorted((PACK / "nodes").rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)
 def test_imports_point_downwards(path: Path) -> None:
     part = part_of(path)
     assert part in RANK, f"{part} has no place in the table of layers yet"
-    for imported in imported_parts(path):
-        allowed = RANK[imported] > RANK[part] or (imported == part and part in SIBLINGS)
+    for name in imports_of(CORE / path):
+        assert name[0] == "idadapter_core", f"{path}: an import leaves the core"
+        imported = name[1]
+        allowed = RANK[imported] > RANK[part] or (imported == part and part in FOLDERS)
         assert allowed, f"{path} imports {imported}, which is not below it"
 
 
 def test_the_table_notices_an_upward_import() -> None:
-    assert imported_parts(Path("checkpoint.py")) >= {"formats", "errors", "methods", "sites", "types"}
-    assert imported_parts(Path("methods/uniid.py")) >= {"errors", "mixing", "resampler", "types"}
-    assert RANK["checkpoint"] < RANK["types"]
+    below = {name[1] for name in imports_of(CORE / "adapter.py")}
+    assert below >= {"formats", "errors", "methods", "sites", "types"}
+    assert RANK["adapter"] < RANK["types"]
+
+
+def test_no_import_circle() -> None:
+    """Counted by files, the nodes included; a package that imports its own modules is above them."""
+    below: dict[Path, set[Path]] = {}
+    for file in pack_files():
+        found = {module_of(name) for name in imports_of(file)}
+        below[file] = {other for other in found if other is not None} - {file}
+    done: set[Path] = set()
+
+    def visit(file: Path, above: tuple[Path, ...]) -> None:
+        assert file not in above, " imports ".join(str(f.relative_to(PACK)) for f in (*above, file))
+        if file not in done:
+            for other in below.get(file, ()):
+                visit(other, (*above, file))
+            done.add(file)
+
+    for file in below:
+        visit(file, ())
+
+
+def test_nobody_but_methods_knows_a_method() -> None:
+    """Not by an import, and not by comparing names."""
+    for file in pack_files():
+        if CORE / "methods" in file.parents:
+            continue
+        where = file.relative_to(PACK)
+        for name in imports_of(file):
+            of_one = name[:2] == ("idadapter_core", "methods") and len(name) > 2 and name[2] in METHODS
+            assert not of_one, f"{where} imports {'.'.join(name)}"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                compared = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not compared & set(METHODS), f"{where}:{node.lineno} compares a method's name"
+
+
+def test_mechanisms_know_no_method_and_have_a_file_in_both_hosts() -> None:
+    for file in (CORE / "mechanisms").glob("*.py"):
+        assert all(name[:2] != ("idadapter_core", "methods") for name in imports_of(file)), file
+    mechanisms = {file.stem for file in (CORE / "mechanisms").glob("*.py")} - {"__init__"}
+    for host in (PACK / "nodes" / "host", CORE / "stable_diffusion" / "inject"):
+        assert mechanisms <= {file.stem for file in host.glob("*.py")}, host
+
+
+def test_every_method_has_its_four_files() -> None:
+    folders = {
+        path.name for path in (CORE / "methods").iterdir() if path.is_dir() and path.name != "__pycache__"
+    }
+    assert folders == set(METHODS)
+    for name in METHODS:
+        files = {file.stem for file in (CORE / "methods" / name).glob("*.py")}
+        assert files == {"__init__", *METHOD_FILES}, name
+
+
+def test_training_is_known_to_programs_alone() -> None:
+    for folder in ("evaluation", "stable_diffusion", "data"):
+        for file in (CORE / folder).rglob("*.py"):
+            assert all(name[1] != "training" for name in imports_of(file)), file
+
+
+def test_programs_are_imported_by_nobody() -> None:
+    for file in pack_files():
+        if CORE / "cli" in file.parents or file == CORE / "__main__.py":
+            continue
+        assert all(name[:2] != ("idadapter_core", "cli") for name in imports_of(file)), file
 
 
 @pytest.mark.parametrize(
     "module",
     [
         "idadapter_core",
-        "idadapter_core.convert",
+        "idadapter_core.cli.convert",
         "idadapter_core.demo_world",
         "idadapter_core.faces",
-        "idadapter_core.unet",
+        "idadapter_core.stable_diffusion.inject",
     ],
 )
 def test_importing_the_core_loads_no_host_and_no_face_library(module: str) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from torch import zeros
 
+from idadapter_core.cli import COMMANDS, main
+from idadapter_core.cli.program import Parser, run
 from idadapter_core.data.index import Row, write_index
 from idadapter_core.errors import ConfigError
-from idadapter_core.program import Parser, run
 
 CORE = Path(__file__).resolve().parents[2] / "idadapter_core"
 
@@ -44,19 +45,34 @@ def test_options_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --over" in capsys.readouterr().err
 
 
-def test_the_package_lists_its_programs() -> None:
+def test_the_package_lists_its_commands() -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "idadapter_core"], cwd=CORE.parent, capture_output=True, text=True, check=True
     ).stdout
-    programs = {
-        path.stem
-        for path in CORE.glob("*.py")
-        if path.stem != "__main__" and "\ndef main(" in path.read_text("utf-8")
+    modules = {
+        path.stem for path in (CORE / "cli").glob("[!_]*.py") if "\ndef main(" in path.read_text("utf-8")
     }
-    programs |= {path.parent.name for path in CORE.glob("*/__main__.py")}
-    assert {
-        line.split()[2].partition(".")[2] for line in listed.splitlines() if line.startswith("python")
-    } == programs
+    assert {command.module for command in COMMANDS.values()} == modules
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in listed
+        assert command.summary in listed
+
+
+def test_an_unknown_command_is_refused_with_all_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["trian", "--config", "run.toml"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "trian" in said
+    assert "train" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: python -m idadapter_core {name}" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
@@ -115,12 +131,12 @@ def test_a_shell_without_letters(tmp_path: Path) -> None:
     environ = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environ |= {"PYTHONPATH": os.pathsep.join([str(CORE.parent), environ.get("PYTHONPATH", "")])}
     for arguments, code, said in (
-        (["data", "dedupe", str(index), str(folder / "dédupe.jsonl")], 0, "0 photos are duplicates"),
+        (["dedupe", str(index), str(folder / "dédupe.jsonl")], 0, "0 photos are duplicates"),
         (["train", "--config", str(config)], 1, f"base.path: {folder}/été is not there"),
         (["evaluate", "--config", str(folder / "nö.toml")], 2, "nö.toml: no such file"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", f"idadapter_core.{arguments[0]}", *arguments[1:]],
+            [sys.executable, "-m", "idadapter_core", *arguments],
             env=environ,
             cwd=tmp_path,
             capture_output=True,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.errors import InputError
 from idadapter_core.mixing import concatenate_tokens, select_references, token_bias, weighted_mean
 from idadapter_core.resampler import PerceiverAttention, feed_forward

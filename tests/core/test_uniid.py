@@ -12,14 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from idadapter_core.checkpoint import Adapter, load_adapter
+from idadapter_core.adapter import Adapter, load_adapter
 from idadapter_core.errors import InputError, MismatchError
-from idadapter_core.methods.uniid import (
-    SiteProjections,
-    UniIDConfig,
-    UniIDEncoder,
-    normalize_text_tokens,
-)
+from idadapter_core.mechanisms.text import normalize_text_tokens
+from idadapter_core.methods.uniid import UniIDConfig, UniIDEncoder
+from idadapter_core.methods.uniid.encoder import layers
 from idadapter_core.types import Identity, Mix
 from tests.golden import recipe
 from tests.golden.compare import assert_published
@@ -90,7 +87,7 @@ def test_normalized_text_tokens_are_the_published_ones(
 def published() -> dict[str, dict[str, tuple[int, ...]]]:
     """Names and shapes of the published text branch, adapter branch without K/V, and K/V, as our modules have them."""
     with torch.device("meta"):
-        encoder, projections = UniIDEncoder(UniIDConfig()), SiteProjections(UniIDConfig())
+        encoder, projections = UniIDEncoder(UniIDConfig()), layers(UniIDConfig())
     shapes = {key: tuple(tensor.shape) for key, tensor in encoder.state_dict().items()}
     parts = {
         name: {key.removeprefix(name): shape for key, shape in shapes.items() if key.startswith(name)}

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from idadapter_core import errors
-from idadapter_core.checkpoint import load_adapter, save_adapter, save_identity
+from idadapter_core.adapter import load_adapter, save_adapter
+from idadapter_core.identity import save_identity
 from idadapter_core.types import Identity
 from tests.harness.idadapter_graph import idadapter_graph
 from tests.harness.results import difference, picture, text_of

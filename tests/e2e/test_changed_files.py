@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from idadapter_core.checkpoint import identical, load_identity, save_adapter
+from idadapter_core.adapter import save_adapter
+from idadapter_core.identity import identical, load_identity
 from tests.harness.server import ComfyServer
 from tests.harness.uniid_graph import (
     NONE,

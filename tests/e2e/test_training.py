@@ -16,15 +16,16 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from idadapter_core import export, train
-from idadapter_core.checkpoint import load_adapter
+from idadapter_core.adapter import load_adapter
+from idadapter_core.cli import export, train
 from idadapter_core.data.index import read_index
+from idadapter_core.data.references import features_of
+from idadapter_core.logs import read_log
 from idadapter_core.schedule import RescaleSchedule
-from idadapter_core.training.bases import load_base
-from idadapter_core.training.config import BaseConfig
-from idadapter_core.training.logs import read_log
-from idadapter_core.training.parts import load_networks
-from idadapter_core.training.pipeline import Acting, Pipeline, features_of
+from idadapter_core.stable_diffusion.base import load_base
+from idadapter_core.stable_diffusion.config import BaseConfig
+from idadapter_core.stable_diffusion.networks import load_networks
+from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline
 from tests.harness.comfy import REPOSITORY
 from tests.harness.results import picture
 from tests.harness.server import ComfyServer, server_environment
@@ -135,7 +136,7 @@ def test_the_page_leads_to_an_adapter(walked: Lab) -> None:
     assert measured[-1]["loss"] < measured[0]["loss"]
     assert measured[-1]["people"] == "test"
     adapter = load_adapter(walked.trained)
-    assert any(abs(gate) > 1e-3 for pair in adapter.gates.values() for gate in pair)
+    assert any(abs(gate) > 1e-3 for pair in adapter.mechanisms.openings.values() for gate in pair)
     report = (walked.folder / "evaluation" / "report.html").read_text(encoding="utf-8")
     assert "mine" in report
     assert (walked.folder / "evaluation" / "per_image.csv").is_file()

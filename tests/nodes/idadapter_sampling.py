@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idadapter_core.checkpoint import build_adapter, save_adapter
+from idadapter_core.adapter import build_adapter, save_adapter
 from idadapter_core.methods.idadapter import METHOD
 from tests.nodes.sampling import Block, Conditioning, ModelCall, node, same_states, unet
 from tests.tiny.idadapter import (
@@ -130,7 +130,7 @@ class GatedCall(ModelCall):
 def record_gates(model: Any) -> tuple[Any, list[GatedCall]]:
     """A clone of the MODEL, and the list that its calls will be appended to."""
     from comfy.patcher_extension import WrappersMP
-    from ComfyUI_IDAdapter.nodes.host.gates import GatePatch
+    from ComfyUI_IDAdapter.nodes.host.gated import GatePatch
 
     calls: list[GatedCall] = []
 

@@ -240,7 +240,7 @@ class ModelCall:
     @property
     def own(self) -> Any:
         """The pack's own state of this call, None where it left the call alone."""
-        from ComfyUI_IDAdapter.nodes.host.patching import CALL
+        from ComfyUI_IDAdapter.nodes.host.call import CALL
 
         return self.options.get(CALL)
 

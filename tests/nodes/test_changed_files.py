@@ -142,7 +142,7 @@ def test_a_copy_that_comfyui_builds_anew_from_another_file_is_refused(
     from ComfyUI_IDAdapter.nodes.adapter import load
     from ComfyUI_IDAdapter.nodes.faces import load_recognizer
 
-    from idadapter_core.checkpoint import save_adapter
+    from idadapter_core.adapter import save_adapter
 
     path = tmp_path / "adapter.safetensors"
     save_adapter(tiny_idadapter(CONFIGS["sd15"]), path)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from idadapter_core.checkpoint import load_adapter, save_adapter
+from idadapter_core.adapter import load_adapter, save_adapter
+from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.types import Mix
-from idadapter_core.unet import inject
 from tests.golden.compare import TOLERANCE, assert_published
 from tests.nodes.sampling import KINDS, node, noise, prompt, rescale, same_states, sample
 from tests.tiny.checkpoints import tiny_unet

@@ -166,7 +166,7 @@ def test_caches_are_freed_when_the_run_is_interrupted() -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_no_layer_waits_for_the_device(gated: bool) -> None:
     from comfy.patcher_extension import WrappersMP
-    from ComfyUI_IDAdapter.nodes.host.gates import GatePatch, remember_norm
+    from ComfyUI_IDAdapter.nodes.host.gated import GatePatch, remember_norm
 
     kind, one, two = "sdxl", Made("sdxl"), Made("sdxl", seed=3, unconditional="zeros")
     watched: Counter[str] = Counter()

@@ -122,10 +122,11 @@ def test_plain_unet_is_the_published_one(patched: tuple[Any, Any], golden: dict[
 def test_unet_case_is_the_published_one(
     patched: tuple[Any, Any], golden: dict[str, Any], number: int
 ) -> None:
-    from ComfyUI_IDAdapter.idadapter_core.methods.uniid import normalize_text_tokens
+    from ComfyUI_IDAdapter.idadapter_core.mechanisms.text import normalize_text_tokens
     from ComfyUI_IDAdapter.idadapter_core.schedule import RescaleSchedule
-    from ComfyUI_IDAdapter.nodes.host.patching import TEXT_POSITIONS
-    from ComfyUI_IDAdapter.nodes.host.plan import Application, Rescale, plan_of, with_plan
+    from ComfyUI_IDAdapter.nodes.host.conditioning import TEXT_POSITIONS
+    from ComfyUI_IDAdapter.nodes.host.model import with_plan
+    from ComfyUI_IDAdapter.nodes.host.plan import Application, Rescale, plan_of
 
     model, adapter = patched
     metadata = golden["metadata"]

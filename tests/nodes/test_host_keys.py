@@ -132,7 +132,7 @@ def test_any_key_of_a_model_call_may_be_missing(method: Callable[[Any], Any]) ->
 
 def test_conditionings_without_text_or_model_values() -> None:
     """A guider of another node may hand over less than ComfyUI's own."""
-    from ComfyUI_IDAdapter.nodes.host.patching import calc_cond_batch
+    from ComfyUI_IDAdapter.nodes.host.wrappers import calc_cond_batch
 
     handed: list[Any] = []
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from idadapter_core.checkpoint import build_adapter, save_adapter
+from idadapter_core.adapter import build_adapter, save_adapter
 from idadapter_core.methods.idadapter import METHOD
 from tests.nodes import sampling
 from tests.nodes.idadapter_sampling import Made, adapter, apply, person

@@ -60,7 +60,7 @@ def norms(kind: str, with_clip: Any = None) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 def test_tokens_stand_after_the_start_at_reference_length(kind: str) -> None:
-    from ComfyUI_IDAdapter.nodes.host.patching import TEXT_POSITIONS
+    from ComfyUI_IDAdapter.nodes.host.conditioning import TEXT_POSITIONS
 
     identity = person(kind)
     ((states, options),), _ = id_prompt(kind, "photo of a person in a cafe", identity)
@@ -77,7 +77,7 @@ def test_tokens_stand_after_the_start_at_reference_length(kind: str) -> None:
 
 def test_reference_is_the_length_of_a_name() -> None:
     """Within the range of what the encoder gives the tokens of names themselves."""
-    from ComfyUI_IDAdapter.idadapter_core.methods.uniid import reference_names
+    from ComfyUI_IDAdapter.idadapter_core.mechanisms.text import reference_names
 
     lengths = torch.stack([plain("sd15", name)[0, 1:3].norm(dim=-1) for name in reference_names()[:20]])
     reference = norms("sd15")["l"]

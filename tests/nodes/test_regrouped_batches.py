@@ -60,7 +60,7 @@ class TestMultipliedConditionings:
     @staticmethod
     def rows(*names: str) -> tuple[Any, ...]:
         from ComfyUI_IDAdapter.idadapter_core import Adapter
-        from ComfyUI_IDAdapter.nodes.host.run import Handle, Row
+        from ComfyUI_IDAdapter.nodes.host.rows import Handle, Row
 
         adapter: Any = Adapter
         handles = {name: Handle(adapter, torch.zeros(1, 4, 8)) for name in set(names)}
@@ -68,7 +68,7 @@ class TestMultipliedConditionings:
 
     @staticmethod
     def expand(rows: tuple[Any, ...], count: int, kinds: list[int], couple: list[int] | None = None) -> Any:
-        from ComfyUI_IDAdapter.nodes.host.run import expand_rows
+        from ComfyUI_IDAdapter.nodes.host.rows import expand_rows
 
         extra: dict[str, Any] = {"cond_or_uncond": kinds}
         if couple is not None:

@@ -143,7 +143,7 @@ def test_partial_denoising_counts_its_own_steps() -> None:
 
 def identity_prompt(name: str = "positive") -> Conditioning:
     """A conditioning with identity text tokens at positions 1..3, as ID Prompt leaves it."""
-    from ComfyUI_IDAdapter.nodes.host.patching import TEXT_POSITIONS
+    from ComfyUI_IDAdapter.nodes.host.conditioning import TEXT_POSITIONS
 
     return prompt(KIND, name, **{TEXT_POSITIONS: (1, 2, 3)})
 

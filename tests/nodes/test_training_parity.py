@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from idadapter_core.sites import attention_sites
-from idadapter_core.training.autoencoder import autoencoder_from_state
-from idadapter_core.training.bases import Base, load_base, unet_family
-from idadapter_core.training.config import BaseConfig
-from idadapter_core.training.sampling import sample, simple_schedule
-from idadapter_core.training.single_file import KL, TEXT_ENCODERS, SingleFile
-from idadapter_core.training.vision import load_vision, published_sizes
+from idadapter_core.stable_diffusion.base import Base, load_base, unet_family
+from idadapter_core.stable_diffusion.config import BaseConfig
+from idadapter_core.stable_diffusion.sampler import sample, simple_schedule
+from idadapter_core.stable_diffusion.single_file import KL, TEXT_ENCODERS, SingleFile
+from idadapter_core.stable_diffusion.vae import autoencoder_from_state
+from idadapter_core.stable_diffusion.vision import load_vision, published_sizes
 from tests.golden import recipe
 from tests.nodes.sampling import KINDS
 from tests.tiny.bases import TINY_KL, WIDTH, write_tiny_base

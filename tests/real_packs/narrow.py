@@ -77,7 +77,7 @@ def uniid(kind: str) -> Any:
 @functools.cache
 def idadapter(kind: str) -> Any:
     """What Load ID Adapter gives for an IDAdapter of random weights, its gates open."""
-    from ComfyUI_IDAdapter.idadapter_core.checkpoint import build_adapter, save_adapter
+    from ComfyUI_IDAdapter.idadapter_core.adapter import build_adapter, save_adapter
     from ComfyUI_IDAdapter.idadapter_core.methods.idadapter import METHOD
     from ComfyUI_IDAdapter.nodes.adapter import load
 

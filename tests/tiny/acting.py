@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.training.adapters import to_adapter, trainable
 
 

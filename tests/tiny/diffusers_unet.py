@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idadapter_core.checkpoint import Adapter
-from idadapter_core.unet import Injected
+from idadapter_core.adapter import Adapter
+from idadapter_core.stable_diffusion.inject import Injected
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 

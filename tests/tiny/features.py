@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from idadapter_core.methods.uniid import STAGE_SIDES, STAGE_WIDTHS
+from idadapter_core.faces.iresnet import STAGE_WIDTHS
+from idadapter_core.methods.uniid.encoder import STAGE_SIDES
 from idadapter_core.types import Face, FaceFeatures
 from tests.golden import recipe
 

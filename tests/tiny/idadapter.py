@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from idadapter_core.checkpoint import Adapter, build_adapter, initial_adapter, save_adapter
+from idadapter_core.adapter import Adapter, build_adapter, initial_adapter, save_adapter
 from idadapter_core.methods.idadapter import METHOD, IDAdapterConfig, IDAdapterEncoder, IDAdapterLayers
 from idadapter_core.types import FaceFeatures
 from tests.golden import recipe
@@ -71,7 +71,7 @@ def idadapter_state(
 
 def tiny_idadapter(config: IDAdapterConfig, seed: int = 0, **strengths: float) -> Adapter:
     """An adapter in memory; `strengths` as in `idadapter_state`."""
-    return build_adapter(METHOD, config, idadapter_state(config, seed, **strengths), f"tiny {seed}")
+    return build_adapter(METHOD.name, config, idadapter_state(config, seed, **strengths), f"tiny {seed}")
 
 
 def vision_features(seed: int, count: int = 1, **facts: object) -> FaceFeatures:

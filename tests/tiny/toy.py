@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from idadapter_core.config import parse_config
 from idadapter_core.data.index import Row, write_index
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.iresnet import IResNet, save_iresnet
-from idadapter_core.training.config import RunConfig, parse_config
+from idadapter_core.training.config import RunConfig
 from tests.golden import recipe
 from tests.tiny.bases import write_diffusers_base
 from tests.tiny.face_package import write_package

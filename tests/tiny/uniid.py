@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from idadapter_core.checkpoint import Adapter, build_adapter, load_adapter, save_adapter
-from idadapter_core.methods.uniid import METHOD, SiteProjections, UniIDConfig, UniIDEncoder
+from idadapter_core.adapter import Adapter, build_adapter, load_adapter, save_adapter
+from idadapter_core.methods.uniid import METHOD, UniIDConfig, UniIDEncoder
+from idadapter_core.methods.uniid.encoder import layers
 from tests.golden import recipe
 
 GOLDEN = UniIDConfig(text_widths=(128, 192), adapter_width=128, context_width=320, site_widths=(64,) * 17)
@@ -38,7 +39,7 @@ CONFIGS = {"sd15": TINY_SD15, "sd21": replace(TINY_SD15, text_widths=()), "sdxl"
 def uniid_state(config: UniIDConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """All weights of a UniID adapter under the published names."""
     with torch.device("meta"):
-        encoder, projections = UniIDEncoder(config), SiteProjections(config)
+        encoder, projections = UniIDEncoder(config), layers(config)
     shapes = {key: tensor.shape for key, tensor in encoder.state_dict().items()}
     shapes |= {f"adapter_branch.{key}": tensor.shape for key, tensor in projections.state_dict().items()}
     return {key: recipe.weight(seed, key, shape) for key, shape in shapes.items()}
@@ -67,7 +68,7 @@ def tiny_adapter(config: UniIDConfig, folder: Path, seed: int = 0) -> Adapter:
 
 def tiny_uniid(config: UniIDConfig, seed: int = 0) -> Adapter:
     """The same adapter in memory."""
-    return build_adapter(METHOD, config, uniid_state(config, seed), f"tiny {seed}")
+    return build_adapter(METHOD.name, config, uniid_state(config, seed), f"tiny {seed}")
 
 
 def write_tiny_adapters(models_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m idadapter_core.data`: what it prints and its exit codes."""
+"""`python -m idadapter_core`: what it prints and its exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from idadapter_core.data import __main__ as cli
+from idadapter_core.cli import data as cli
 from idadapter_core.data.index import read_index
 from idadapter_core.data.stats import describe
 from tests.core.data.conftest import Scanned
@@ -68,7 +68,7 @@ def test_ctrl_c_while_workers_start(scanned: Scanned, tmp_path: Path) -> None:
         sys.executable,
         "-u",
         "-m",
-        "idadapter_core.data",
+        "idadapter_core",
         "scan",
         str(scanned.photos),
     ]
@@ -154,7 +154,7 @@ def test_errors_go_to_stderr_with_code_1(
 
 
 def test_as_a_program(scanned: Scanned, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "idadapter_core.data", "stats", str(scanned.index.path)]
+    command = [sys.executable, "-m", "idadapter_core", "stats", str(scanned.index.path)]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from idadapter_core.data import photos as photos_module
+from idadapter_core.data.entries import noun_of_caption
 from idadapter_core.data.inventory import describe_unread
-from idadapter_core.data.sources import Photo, Source, list_photos, noun_of_caption
+from idadapter_core.data.sources import Photo, Source, list_photos
 from idadapter_core.data.tars import expand_braces
 from idadapter_core.errors import ConfigError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idadapter_core.demo_world.__main__ import main
+from idadapter_core.cli.demo_world import main
 
 
 def sheet(path: Path) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from idadapter_core.cli.demo_world import main
 from idadapter_core.demo_world import EXPRESSIONS, build_head
 from idadapter_core.demo_world.head import ASSET, EYE, above_hairline, inside_beard, load_head
 from idadapter_core.demo_world.identity import CENTERS, SPREAD_OF, SPREADS, trait_names
@@ -70,7 +71,7 @@ def test_building_without_its_package_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "anny", None)
-    assert build_head.main([str(tmp_path / "head.npz")]) == 1
+    assert main(["build-head", str(tmp_path / "head.npz")]) == 1
     assert "pip install .[demo-world-assets]" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -79,7 +80,7 @@ def test_building_never_overwrites_by_accident(tmp_path: Path, capsys: pytest.Ca
     there = tmp_path / "head.npz"
     there.write_bytes(b"mine")
     with pytest.raises(SystemExit):
-        build_head.main([str(there)])
+        main(["build-head", str(there)])
     assert "add --overwrite" in capsys.readouterr().err
     assert there.read_bytes() == b"mine"
 

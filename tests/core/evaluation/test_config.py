@@ -7,17 +7,12 @@ from typing import Any
 
 import pytest
 
+from idadapter_core.config import config_toml, parse_config
 from idadapter_core.errors import ConfigError
-from idadapter_core.evaluation.config import (
-    EvaluationConfig,
-    RunEntry,
-    read_evaluation,
-    require_sound,
-)
+from idadapter_core.evaluation.config import EvaluationConfig, RunEntry, read_evaluation, require_sound
 from idadapter_core.evaluation.metrics import METRICS, read_requirement
 from idadapter_core.evaluation.presets import PRESETS, with_preset
 from idadapter_core.evaluation.prompts import EXPRESSION, GROUPS, POSE, POSES, built_in, expression_name
-from idadapter_core.training.config import config_toml, parse_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TOML = """

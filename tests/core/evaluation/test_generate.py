@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from idadapter_core import evaluate as command
-from idadapter_core.checkpoint import save_adapter
+from idadapter_core.adapter import save_adapter
+from idadapter_core.cli import evaluate as command
+from idadapter_core.config import config_toml, parse_config
 from idadapter_core.data.index import read_index
 from idadapter_core.errors import ConfigError
 from idadapter_core.evaluation.config import EvaluationConfig, RunEntry
 from idadapter_core.evaluation.generate import Drawing, PipelineGenerator, recipe_of
 from idadapter_core.evaluation.people import Person, choose_people
 from idadapter_core.evaluation.prompts import Prompt
-from idadapter_core.training.bases import load_base
-from idadapter_core.training.config import config_toml, parse_config
-from idadapter_core.training.pipeline import Pipeline
+from idadapter_core.stable_diffusion.base import load_base
+from idadapter_core.stable_diffusion.pipeline import Pipeline
 from tests.harness.shim import run_shim
 from tests.tiny.idadapter import CONFIGS, tiny_idadapter
 from tests.tiny.toy import Toy, write_toy

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from idadapter_core import evaluate as command
+from idadapter_core.cli import evaluate as command
+from idadapter_core.config import config_toml
 from idadapter_core.data.index import write_index
 from idadapter_core.evaluation import generate, observe
-from idadapter_core.training.config import config_toml
 from tests.core.evaluation.world import Painter, configure, index_of
 
 

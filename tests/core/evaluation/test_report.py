@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from idadapter_core.config import parse_config
 from idadapter_core.evaluation.charts import Bars, Point, Series, bars, histogram, scatter
 from idadapter_core.evaluation.config import BASE_MODEL, EvaluationConfig
 from idadapter_core.evaluation.measure import Bands, ImageRow
@@ -18,7 +19,6 @@ from idadapter_core.evaluation.metrics import METRICS
 from idadapter_core.evaluation.presets import with_preset
 from idadapter_core.evaluation.report import Pictures, to_html
 from idadapter_core.evaluation.summary import Summary, summarise, to_markdown
-from idadapter_core.training.config import parse_config
 
 PROMPT = "a <class word> in a boat"
 KNOWN: dict[str, Any] = {

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from idadapter_core.config import parse_config
 from idadapter_core.data.index import Index, Row
 from idadapter_core.evaluation.config import EvaluationConfig, RunEntry
 from idadapter_core.evaluation.generate import Drawing, recipe_of
 from idadapter_core.faces.images import Image
-from idadapter_core.training.config import parse_config
 from tests.harness.shim import run_shim
 from tests.tiny.bases import write_tokenizer
 from tests.tiny.face_package import write_package

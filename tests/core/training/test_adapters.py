@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from idadapter_core.checkpoint import Adapter, load_adapter, save_adapter
+from idadapter_core.adapter import Adapter, load_adapter, save_adapter
 from idadapter_core.errors import CheckpointError, ConfigError, MismatchError
 from idadapter_core.methods.idadapter import PRESETS, IDAdapterConfig
 from idadapter_core.methods.uniid import UniIDConfig
 from idadapter_core.sites import attention_sites
+from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.training.adapters import (
     Wanted,
     fresh_adapter,
@@ -23,7 +24,6 @@ from idadapter_core.training.adapters import (
     to_adapter,
     trainable,
 )
-from idadapter_core.unet import inject
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 from tests.tiny.diffusers_unet import diffusers_unet, inputs, predict

@@ -14,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
+from idadapter_core.data.references import Photo, features_of, photo_tensors
 from idadapter_core.faces.align import TEMPLATE
-from idadapter_core.methods import idadapter
+from idadapter_core.mechanisms.text import with_identity_clause
+from idadapter_core.stable_diffusion.inject import inject
+from idadapter_core.stable_diffusion.inject.text import insert_tokens
+from idadapter_core.stable_diffusion.text import LENGTH
+from idadapter_core.stable_diffusion.vae import load_autoencoder
 from idadapter_core.training import bundle as bundles
 from idadapter_core.training.adapters import trainable
-from idadapter_core.training.autoencoder import load_autoencoder
 from idadapter_core.training.bundle import Bundle, decode_face
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.identity_loss import align_faces, identity_cosines
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.training.pipeline import features_of
-from idadapter_core.training.samples import Batch, Photo, Samples, join, photo_tensors
-from idadapter_core.training.text import LENGTH, insert_tokens
-from idadapter_core.unet import inject
+from idadapter_core.training.samples import Batch, Samples, join
 from tests.golden import recipe
 from tests.tiny.acting import acting
 from tests.tiny.bases import diffusers_base
@@ -338,9 +339,7 @@ def test_a_caption_that_is_too_long_loses_its_end(
             fitting = [
                 prompt
                 for count in range(LENGTH)
-                if parts.base.text.length(
-                    prompt := idadapter.with_identity_clause(" ".join(words[:count]), noun)
-                )
+                if parts.base.text.length(prompt := with_identity_clause(" ".join(words[:count]), noun))
                 <= LENGTH - 2
             ]
             expected = parts.base.text.encode(fitting[-1:], identity).states
@@ -610,7 +609,7 @@ def test_the_identity_term_alone_raises_the_cosine(
             optimizer.step()
             cosines.append(float(losses["cosine"][losses["counts"]].mean()))
     assert cosines[-1] > cosines[0] + 0.1
-    assert max(abs(value) for pair in adapter.layers.gate_values().values() for value in pair) > 1e-3
+    assert max(abs(value) for pair in adapter.layers.gates.openings().values() for value in pair) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ SDXL

@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from idadapter_core import cache as command
+from idadapter_core.cli import cache as command
+from idadapter_core.config import config_toml
 from idadapter_core.data.index import Row, read_index, write_index
 from idadapter_core.errors import ConfigError, InputError
 from idadapter_core.training import cache as caches
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import FACTS, KEYS, Cache, Folder, build, kinds, verify
 from idadapter_core.training.checkpoints import ADAPTER, latest
-from idadapter_core.training.config import RunConfig, config_toml
+from idadapter_core.training.config import RunConfig
 from idadapter_core.training.engine import train
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
 from idadapter_core.training.samples import VALIDATION, Batch, Samples, join, place
@@ -247,7 +248,7 @@ def test_what_changed_is_missing(built: RunConfig, parts: Parts, what: str) -> N
     before = content(built)
     with pytest.raises(ConfigError, match=changed[what][2]) as raised:
         Cache(Path(built.data.cache), kinds(*changed[what][:2]))
-    assert "python -m idadapter_core.cache build" in str(raised.value)
+    assert "python -m idadapter_core cache build" in str(raised.value)
     assert "data.cache" in str(raised.value)
     found = {
         "recogniser": f"There are photos of recognizer {parts.recognizer_digest}, but recognizer {'0' * 16} is wanted",

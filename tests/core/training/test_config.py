@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from idadapter_core.config import config_toml, existing, parse_config, writable
 from idadapter_core.errors import ConfigError
-from idadapter_core.training.config import (
-    RunConfig,
-    config_toml,
-    differences,
-    existing,
-    parse_config,
-    read_config,
-    writable,
-)
+from idadapter_core.training.config import RunConfig, differences, read_config
 
 
 def write(folder: Path, text: str) -> Path:

@@ -22,13 +22,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from idadapter_core.config import config_toml
 from idadapter_core.errors import CheckpointError, ConfigError, InputError, TrainingError
-from idadapter_core.methods.idadapter import GatedAdapter
+from idadapter_core.logs import read_log
+from idadapter_core.mechanisms.gated import GatedAdapter
 from idadapter_core.training import checkpoints as checkpoint_files, engine
 from idadapter_core.training.checkpoints import ADAPTER, EMA, OPTIMIZER, checkpoints, latest
-from idadapter_core.training.config import TrainConfig, config_toml
+from idadapter_core.training.config import TrainConfig
 from idadapter_core.training.engine import STOPPED, train
-from idadapter_core.training.logs import read_log
 from tests.harness.shim import shim_path
 from tests.tiny.toy import TEST_PERSON, Toy
 
@@ -65,7 +66,7 @@ class Process:
         self.config = folder.parent / f"{folder.name}.toml"
         self.config.write_text(config_toml(toy.config(folder, **sections)), encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        program = ["-m", "idadapter_core.train", "--config", str(self.config), *arguments]
+        program = ["-m", "idadapter_core", "train", "--config", str(self.config), *arguments]
         path = os.pathsep.join(str(p) for p in (shim_path(), ROOT) if p)
         self.log = (folder.parent / f"{folder.name}.log").open("wb+")
         self.process = subprocess.Popen(
@@ -299,7 +300,7 @@ def test_killed_while_writing_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, torch\n"
         "torch.save = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from idadapter_core.train import main\n"
+        "from idadapter_core.cli.train import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     config = tmp_path / "run.toml"
@@ -460,7 +461,7 @@ def test_accelerate_launches_it(toy: Toy, tmp_path: Path) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
     ended = subprocess.run(
-        [sys.executable, *launcher, "-m", "idadapter_core.train", "--config", str(config)],
+        [sys.executable, *launcher, "-m", "idadapter_core", "train", "--config", str(config)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from idadapter_core.checkpoint import load_adapter
-from idadapter_core.export import main
+from idadapter_core.adapter import load_adapter
+from idadapter_core.cli.export import main
 from idadapter_core.training.checkpoints import ADAPTER, EMA, checkpoints
 from idadapter_core.training.engine import train
 from tests.tiny.toy import Toy

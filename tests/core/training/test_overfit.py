@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from idadapter_core.checkpoint import Adapter
+from idadapter_core.adapter import Adapter
 from idadapter_core.data.index import read_index, write_index
+from idadapter_core.logs import read_log
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import Cache, build, kinds
 from idadapter_core.training.checkpoints import ADAPTER, latest
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.engine import train
-from idadapter_core.training.logs import read_log
 from idadapter_core.training.parts import load_parts, prepare_adapter
 from idadapter_core.training.samples import VALIDATION, Batch, Samples, join
 from tests.tiny.bases import diffusers_base, tiny_autoencoder
@@ -166,7 +166,7 @@ def test_the_adapter_leaves_0(trained: tuple[Trained, float, float]) -> None:
         projection = run.adapter.encoder.adapter_branch.adapter_resampler.proj_out
         assert float(projection.weight.abs().max()) > 0.01
         return
-    gates = run.adapter.layers.gate_values()
+    gates = run.adapter.layers.gates.openings()
     assert all(max(map(abs, pair)) > 0.01 for pair in gates.values())
     logged = [line["gates"] for line in run.log if "gates" in line]
     assert logged[-1] == {str(site): pytest.approx(list(pair), abs=1e-6) for site, pair in gates.items()}

@@ -17,24 +17,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from idadapter_core.config import parse_config
 from idadapter_core.data.index import Index, Row, read_index, write_index
+from idadapter_core.data.references import Photo, photo_pictures, photos_of_variants, references_for
 from idadapter_core.errors import ConfigError, FaceError
 from idadapter_core.faces.align import TEMPLATE, align_face
 from idadapter_core.faces.enrich import variant
-from idadapter_core.training.config import RunConfig, parse_config
-from idadapter_core.training.randomness import generator, seed_of
+from idadapter_core.randomness import generator, seed_of
+from idadapter_core.training.config import RunConfig
 from idadapter_core.training.samples import (
     VALIDATION,
     Batch,
     MicroBatches,
-    Photo,
     Samples,
     collate,
-    photo_pictures,
-    photos_of_variants,
     place,
     prompt_of,
-    references_for,
     target_picture,
     usable_rows,
 )

@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from idadapter_core import waiting
 from idadapter_core.data import index
 from idadapter_core.errors import InputError, TrainingError
-from idadapter_core.training import engine, loading, sampling, watch as watching
+from idadapter_core.logs import read_log
+from idadapter_core.stable_diffusion import sampler as sampling
+from idadapter_core.training import engine, loading, watch as watching
 from idadapter_core.training.checkpoints import checkpoints
 from idadapter_core.training.engine import STOPPED, train
 from idadapter_core.training.loading import Batches, prepare_worker
-from idadapter_core.training.logs import read_log
 from idadapter_core.training.watch import WAITS, Watch, arrive
 from idadapter_core.waiting import Aside
 from tests.core.training.test_engine import Process
@@ -284,7 +285,7 @@ def test_a_program_ends_though_a_thread_is_stuck() -> None:
     """At once, with its exit code and all that it said."""
     code = (
         "import threading\n"
-        "from idadapter_core.program import start\n"
+        "from idadapter_core.cli.program import start\n"
         "from idadapter_core.waiting import Aside\n"
         "def look(seconds): raise TimeoutError\n"
         "def main():\n"

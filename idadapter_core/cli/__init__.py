@@ -1,0 +1,63 @@
+"""The commands of `python -m idadapter_core`. Each module has a `main(arguments)` that returns the exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .program import Parser
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: the module that has its `main`, and a line of help."""
+
+    module: str
+    summary: str
+    is_named: bool = False  # its `main` serves several commands and is told which one
+
+
+COMMANDS = {
+    "scan": Command("data", "look at every photo and write an index", is_named=True),
+    "stats": Command("data", "say what an index holds", is_named=True),
+    "dedupe": Command("data", "mark photos and people that are there twice", is_named=True),
+    "shards": Command("data", "copy the usable photos into webdataset shards", is_named=True),
+    "cache": Command("cache", "latents and features of a run's photos, computed once"),
+    "train": Command("train", "train an adapter"),
+    "export": Command("export", "the file for Load ID Adapter, from a run"),
+    "evaluate": Command("evaluate", "measure adapters: likeness, prompts, variety"),
+    "convert": Command("convert", "say what a checkpoint is; convert it; write an untrained IDAdapter"),
+    "demo-world": Command("demo_world", "pictures of people who do not exist"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code of the command, 0 where the commands are listed, 2 where there is none of that name."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if not given or given[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
+    parser.parse_args(given[:1])  # ends the program where the command is unknown
+    name, rest = given[0], given[1:]
+    command = COMMANDS[name]
+    module = importlib.import_module(f".{command.module}", __package__)
+    code: int = module.main([name, *rest] if command.is_named else rest)
+    return code
+
+
+def _parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    parser = Parser(
+        prog="python -m idadapter_core",
+        usage="%(prog)s COMMAND ...",
+        description="commands:\n" + "\n".join(lines),
+        epilog="Each explains itself with --help; docs/training.md goes through them, docs/demo_world.md through the last.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
+    return parser

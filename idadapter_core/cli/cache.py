@@ -1,0 +1,75 @@
+"""`python -m idadapter_core cache build|verify --config run.toml`: latents and features of a run's photos, computed once.
+
+`build` goes on where it was cut off, and shares its work among the processes of `torchrun` or `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..config import add_arguments
+from ..errors import ConfigError
+from ..extra import progress_bar, require
+from ..training.config import read_config
+from .program import Parser, run
+
+TOLERANCE = 0.02  # relative, between devices and after fp16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 an error or entries that differ, 130 interrupted, 143 after SIGTERM."""
+    parser = Parser(
+        prog="python -m idadapter_core cache",
+        description="Build or verify the cache of a training run.",
+    )
+    parser.add_argument("command", choices=("build", "verify"))
+    add_arguments(parser)
+    parser.add_argument(
+        "--count", type=int, default=64, help="entries of each kind that verify computes again (default: 64)"
+    )
+    options = parser.parse_args(arguments)
+    if options.count < 1:
+        parser.error(f"--count must be at least 1, got {options.count}")
+    told = {
+        "build": "what is computed stays; the same command goes on with the rest",
+        "verify": "nothing was changed",
+    }
+    return run(lambda: _run(options), interrupted=told[options.command])
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ..training.cache import build, verify
+    from ..training.engine import has_accelerator
+    from ..training.parts import load_parts, require_files
+    from ..training.watch import arrive
+
+    config = read_config(options.config, options.set)
+    if not config.data.cache:
+        raise ConfigError("data.cache is empty; name the folder of the cache there")
+    require_files(config)
+    watch = arrive(set())
+    if watch is not None:  # each computes its share without the others
+        watch.close(is_settled=True)
+    # Without `cpu`, each of several processes on a machine without accelerators is taken for the only one.
+    state = require("accelerate").PartialState(cpu=not has_accelerator())
+    parts = load_parts(config, state.device)
+    if options.command == "verify":
+        differences = verify(parts, config, options.count, state.device)
+        for name, difference in differences.items():
+            sys.stdout.write(f"{name}: largest relative difference {difference:.2g}\n")
+        return int(max(differences.values()) > TOLERANCE)
+    written = build(
+        parts,
+        config,
+        device=state.device,
+        rank=state.process_index,
+        world=state.num_processes,
+        progress=lambda name: progress_bar(name, "entry"),
+    )
+    who = f"process {state.process_index + 1} of {state.num_processes}, " if state.num_processes > 1 else ""
+    for name, count in written.items():
+        said = f"{count} entries computed" if count else "all entries were there already"
+        sys.stdout.write(f"{who}{name}: {said}\n")
+    return 0

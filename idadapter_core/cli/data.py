@@ -1,0 +1,283 @@
+"""`python -m idadapter_core scan|stats|dedupe|shards`: from photos to what a training reads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..data.dedupe import PEOPLE, dedupe, settings_of
+from ..data.index import Index, read_index
+from ..data.inventory import describe_inventory
+from ..data.measure import Limits
+from ..data.scan import scan
+from ..data.shards import INDEX_NAME, write_shards
+from ..data.sources import LAYOUTS, list_photos
+from ..data.split import SplitSettings, describe_split
+from ..data.stats import bad_photos, describe
+from ..errors import ConfigError
+from ..extra import progress_bar
+from ..faces.detector import PROVIDERS
+from .program import Parser, run
+
+LICENCE_NOTE = (
+    "Note: insightface's packages of face models (buffalo_l, antelopev2, ...) are for non-commercial research only; "
+    "its code is MIT. Datasets have licences of their own."
+)
+TOO_MANY_BAD = 3
+MAX_WORKERS = 16  # each opens the face models for itself
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted, 143 after SIGTERM."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__.rpartition(".")[0]).setLevel(logging.INFO)
+    options = _parser().parse_args(arguments)
+    command: Command = options.command
+    return run(lambda: command(options), interrupted="give the same command again to go on")
+
+
+def _scan(options: argparse.Namespace) -> int:
+    _check_output(options)
+    limits = Limits(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)})
+    split = SplitSettings(options.test_share, options.seed, options.threshold)
+    if not 0 <= options.max_bad_share <= 1:
+        raise ConfigError(f"--max-bad-share must be between 0 and 1, got {options.max_bad_share}")
+    if not 0 <= options.min_match <= 1:
+        raise ConfigError(f"--min-match must be between 0 and 1, got {options.min_match}")
+    if options.workers < 0:
+        raise ConfigError(f"--workers must be at least 0, got {options.workers}")
+    source = list_photos(
+        options.source,
+        options.layout,
+        root=options.root,
+        captions=options.captions,
+        identities=options.identities,
+        numbered=options.numbered,
+        encoding=options.encoding,
+        min_match=options.min_match,
+        output=options.index,
+    )
+    print(f"{len(source.photos)} photos in {source.root} (layout {source.layout})")
+    for text in (describe_inventory(source.files.facts()), *source.notes):
+        if text:
+            print(text)
+    print(LICENCE_NOTE)
+    with progress_bar("photos", "photo") as progress:
+        index = scan(
+            source,
+            options.index,
+            package=options.face_package,
+            recognizer=options.recognizer,
+            provider=options.provider,
+            limits=limits,
+            split=split,
+            workers=options.workers,
+            progress=progress,
+        )
+    _print_summary(index)
+    for note in index.facts["notes"][len(source.notes) :]:
+        print(note)
+    if index.bad_share() > options.max_bad_share:
+        print(f"\n{bad_photos(index)}")
+        sys.stderr.write(
+            f"{index.bad_share():.1%} of the photos cannot be used, more than --max-bad-share {options.max_bad_share:.1%}; see the list "
+            f"above. The index is written. Mend the photos or the limits and scan again, or allow a larger share (a training has its "
+            "own limit, data.max_bad_share).\n"
+        )
+        return TOO_MANY_BAD
+    return 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    if options.references < 1:
+        raise ConfigError(f"--references must be at least 1, got {options.references}")
+    print(describe(read_index(options.index), options.references))
+    return 0
+
+
+def _dedupe(options: argparse.Namespace) -> int:
+    _check_output(options)
+    index = read_index(options.source)
+    changed = {
+        name: value
+        for name, value in (
+            ("share", options.test_share),
+            ("seed", options.seed),
+            ("threshold", options.threshold),
+        )
+        if value is not None
+    }
+    split = dataclasses.replace(settings_of(index.facts), **changed)
+    result = dedupe(index, options.index, people=options.people, threshold=split.threshold, split=split)
+    found = result.counts()["duplicate"] - index.counts()["duplicate"]
+    print(f"{found} photos are duplicates now")
+    _print_summary(result)
+    return 0
+
+
+def _shards(options: argparse.Namespace) -> int:
+    index = read_index(options.index)
+    with progress_bar("photos", "photo") as progress:
+        result = write_shards(index, options.folder, photos=options.photos, progress=progress)
+    print(
+        f"wrote {len(result.usable())} photos to {options.folder}; train with {options.folder / INDEX_NAME}"
+    )
+    return 0
+
+
+def _print_summary(index: Index) -> None:
+    counts = ", ".join(f"{count} {status}" for status, count in index.counts().items() if count)
+    print(f"wrote {index.path}: {len(index.rows)} photos, {counts}")
+    print(describe_split(dict(index.facts["split"])))
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    path: Path = options.index
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"the index must end in .jsonl, got {path.name}")
+    if path.exists() and not options.overwrite:
+        raise ConfigError(f"{path} exists; choose another name or add --overwrite")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m idadapter_core",
+        description="From photos to an index that a training reads.",
+        epilog="docs/datasets.md has the commands for the datasets that people use, docs/training.md what comes after.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="scan|stats|dedupe|shards")
+
+    new = commands.add_parser("scan", help="look at every photo and write the index")
+    new.set_defaults(command=_scan)
+    new.add_argument("source", help="folder, table, list or shards (patterns like 'a-{000..099}.tar' too)")
+    new.add_argument("index", type=Path, help="the index to write, .jsonl")
+    new.add_argument(
+        "--face-package", type=Path, required=True, help="folder of an insightface package (buffalo_l)"
+    )
+    new.add_argument(
+        "--recognizer",
+        type=Path,
+        help="a torch IResNet whose embeddings are taken in place of the package's own recogniser",
+    )
+    new.add_argument(
+        "--layout", choices=LAYOUTS, default="auto", help="how the photos lie (default: by what is there)"
+    )
+    new.add_argument(
+        "--root", type=Path, help="where names in a table or list start from (default: its folder)"
+    )
+    new.add_argument("--captions", type=Path, help="a folder with a text file for each photo")
+    new.add_argument("--identities", type=Path, help='a file with lines "image identity"')
+    new.add_argument(
+        "--numbered", action="store_true", help="line N of the table, from 0, belongs to N.png (FaceID-6M)"
+    )
+    new.add_argument(
+        "--encoding",
+        default="",
+        help="of captions and tables that are no UTF-8 and have no byte order mark, for example cp1251 (default: such a photo "
+        "cannot be used)",
+    )
+    new.add_argument(
+        "--min-match",
+        type=float,
+        default=0.0,
+        help="share of the photos that --captions and --identities must each have something for (default: %(default)s, they only say "
+        "how many)",
+    )
+    new.add_argument(
+        "--provider",
+        choices=("auto", *PROVIDERS),
+        default="auto",
+        help="what runs the face models (default: auto, the fastest there is)",
+    )
+    new.add_argument(
+        "--workers",
+        type=int,
+        default=min(_cores(), MAX_WORKERS),
+        help="processes; 0: all in this one (default: one per core, %(default)s here). The result is the same",
+    )
+    new.add_argument(
+        "--max-bad-share", type=float, default=0.05, help="above it the exit code is 3 (default: %(default)s)"
+    )
+    new.add_argument(
+        "--test-share",
+        type=float,
+        default=SplitSettings.share,
+        help="share of the photos whose people are set aside for tests (default: %(default)s)",
+    )
+    new.add_argument(
+        "--seed", type=int, default=SplitSettings.seed, help="of the split (default: %(default)s)"
+    )
+    new.add_argument(
+        "--threshold",
+        type=float,
+        default=SplitSettings.threshold,
+        help="cosine above which two people are one in the split (default: %(default)s)",
+    )
+    new.add_argument("--overwrite", action="store_true", help="replace an existing index")
+    limits = new.add_argument_group("limits of a usable photo")
+    for field in dataclasses.fields(Limits):
+        kind = int if isinstance(field.default, int) else float
+        limits.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            default=field.default,
+            help=f"{_LIMITS[field.name]} (default: %(default)s)",
+        )
+
+    told = commands.add_parser("stats", help="say what an index holds")
+    told.set_defaults(command=_stats)
+    told.add_argument("index", type=Path)
+    told.add_argument(
+        "--references", type=int, default=4, help="N photos of a person in a sample (default: %(default)s)"
+    )
+
+    single = commands.add_parser(
+        "dedupe", help="mark photos and people that are there twice; writes a new index"
+    )
+    single.set_defaults(command=_dedupe)
+    single.add_argument("source", type=Path, metavar="index")
+    single.add_argument("index", type=Path, metavar="output", help="the index to write, .jsonl")
+    which = single.add_mutually_exclusive_group()
+    for name, text in zip(
+        PEOPLE,
+        ("of people who are one, keep the largest (default)", "give their photos one identity"),
+        strict=True,
+    ):
+        which.add_argument(
+            f"--{name}", dest="people", action="store_const", const=name, default=PEOPLE[0], help=text
+        )
+    single.add_argument(
+        "--threshold", type=float, help="cosine above which two people are one (default: the scan's)"
+    )
+    single.add_argument("--test-share", type=float, help="default: the scan's")
+    single.add_argument("--seed", type=int, help="of the split (default: the scan's)")
+    single.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    packed = commands.add_parser("shards", help="copy the usable photos into webdataset shards")
+    packed.set_defaults(command=_shards)
+    packed.add_argument("index", type=Path)
+    packed.add_argument("folder", type=Path, help=f"gets the shards and {INDEX_NAME}")
+    packed.add_argument("--photos", type=int, default=1000, help="of a shard (default: %(default)s)")
+    return parser
+
+
+_LIMITS = {
+    "min_side": "shorter side of the photo, pixels",
+    "min_face": "shorter side of the face's box, pixels",
+    "min_fraction": "share of the photo that the face's box covers",
+    "min_sharpness": "variance of the Laplacian of the aligned crop",
+    "max_yaw": "degrees to either side",
+    "max_pitch": "degrees up or down",
+    "min_cosine": "to the median embedding of the person's photos, else the photo shows somebody else",
+}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,140 @@
+"""The photos by which a person is known: crops of them, variants, and the features that an adapter reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import FaceError
+from ..faces.align import align_face, square_crop
+from ..faces.enrich import variant
+from ..faces.features import crops_to_tensor
+from ..faces.images import Image
+from ..randomness import seed_of
+from ..stable_diffusion.networks import Networks, see
+from ..types import Face, FaceFeatures
+from .index import Index, Row
+from .people import by_person, photos_beside_target
+
+Preprocess = Callable[[Sequence[Image]], Tensor]
+_SEX = {"man": "M", "woman": "F"}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo of a person: a row as it is (0), or one of its variants (1, 2, ...)."""
+
+    row: Row
+    variant: int = 0
+
+
+def photo_pictures(image: Image, photo: Photo) -> tuple[Image, Image]:
+    """The aligned face (112, 112, 3) and the head (S, S, 3) of a photo, RGB uint8, as Extract Face Features makes them.
+
+    Variants depend on the photo alone, not on the run, so that runs can share a cache. One in which the face is turned out of the
+    picture by more than half is the photo as it is.
+
+    Args:
+        image: the row's photo (H, W, 3), RGB uint8.
+    """
+    row = photo.row
+    assert row.box is not None  # rows that are ok have a face
+    assert row.landmarks is not None
+    x1, y1, x2, y2 = row.box
+    points = np.array([*row.landmarks, ((x1 + x2) / 2, (y1 + y2) / 2)], np.float64)
+    if photo.variant:
+        with suppress(FaceError):
+            return _cut_out(*variant(image, points, seed_of(row.sha256), photo.variant), row)
+    return _cut_out(image, points, row)
+
+
+def _cut_out(image: Image, points: NDArray[np.float64], row: Row) -> tuple[Image, Image]:
+    """The aligned face and the head at six points (6, 2): the landmarks and the middle of the row's box."""
+    assert row.box is not None
+    x1, y1, x2, y2 = row.box
+    x, y = points[5].tolist()
+    half_width, half_height = (x2 - x1) / 2, (y2 - y1) / 2
+    face = Face(
+        box=(x - half_width, y - half_height, x + half_width, y + half_height),
+        landmarks=tuple((px, py) for px, py in points[:5].tolist()),
+        score=row.score,
+        image_size=(row.width, row.height),
+    )
+    return align_face(image, face.landmarks), square_crop(image, face)
+
+
+def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> dict[str, Tensor]:
+    """`crops` (3, 112, 112) in -1..1 and, for CLIP vision, `heads` (3, S, S) of a photo; `image` is the row's (H, W, 3)."""
+    crop, head = photo_pictures(image, photo)
+    tensors = {"crops": crops_to_tensor([crop])[0]}
+    if preprocess is not None:
+        tensors["heads"] = preprocess([head])[0]
+    return tensors
+
+
+def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
+    """Every photo that `references_for` may choose for the people of these rows."""
+    photos = [Photo(row) for row in rows]
+    for person in by_person(rows).values():
+        last = (references - 1) // photos_beside_target(len(person))
+        photos += [Photo(row, number) for row in person for number in range(1, last + 1)]
+    return photos
+
+
+def references_for(target: Row, person: Sequence[Row], count: int, random: torch.Generator) -> list[Photo]:
+    """N photos by which a person is known in a sample: others than the target, in random order.
+
+    Where there are too few, variants of them fill up; a person of one photo is known by that and its variants.
+    """
+    others = [row for row in person if row.number != target.number] or [target]
+    order = torch.randperm(len(others), generator=random).tolist()
+    return [Photo(others[order[n % len(others)]], n // len(others)) for n in range(count)]
+
+
+def features_of(
+    index: Index,
+    rows: Sequence[Row],
+    networks: Networks,
+    recognizer: str,
+    device: torch.device | str,
+    read: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+) -> FaceFeatures:
+    """The features of rows of one person, as Extract Face Features gives them.
+
+    Args:
+        recognizer: the name on record.
+        read: calls what reads the photos, and gives what that returns.
+    """
+    pictures = read(lambda: [photo_pictures(index.load(row), Photo(row)) for row in rows])
+    crops = crops_to_tensor([crop for crop, _ in pictures])
+    faces = tuple(
+        Face(
+            box=row.box or (0.0, 0.0, 0.0, 0.0),
+            landmarks=row.landmarks or (),
+            score=row.score,
+            image_size=(row.width, row.height),
+            sex=_SEX.get(row.class_noun),
+        )
+        for row in rows
+    )
+    with torch.no_grad():
+        embedding, stages = networks.recognizer(crops.to(device))
+    seen: dict[str, Tensor] = {}
+    if networks.vision is not None:
+        seen = see(networks.vision, networks.vision.preprocess([head for _, head in pictures]).to(device))
+    return FaceFeatures(
+        embedding=embedding.cpu(),
+        stages=tuple(stage.cpu() for stage in stages),
+        patch_tokens=seen["patch_tokens"].cpu() if seen else None,
+        class_embedding=seen["class_embedding"].cpu() if seen else None,
+        faces=faces,
+        recognizer=recognizer,
+        crops=crops,
+    )

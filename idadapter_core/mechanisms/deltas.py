@@ -1,0 +1,64 @@
+"""Changes of the UNet's own weights that come with an adapter: of any linear layer in a transformer block, full or of low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """A linear layer inside the transformer block of a cross-attention site."""
+
+    site: int  # its number in checkpoints
+    layer: str  # path inside the block: "attn1.to_q", "attn2.to_v", "attn2.to_out.0"
+
+
+@dataclass(frozen=True, eq=False)
+class FullDelta:
+    """W + strength * weight."""
+
+    weight: Tensor  # (out, in)
+
+    def changes(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self.weight.any())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """What it adds to the layer's output for an input x (..., in), in the dtype of x."""
+        return F.linear(x, self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankDelta:
+    """W + strength * scale * up @ down (LoRA, arXiv 2106.09685)."""
+
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
+    scale: float = 1.0
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), of which hosts ask the dtype and the device."""
+        return self.up
+
+    def changes(self) -> bool:
+        """Whether it changes anything."""
+        return self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """What it adds to the layer's output for an input x (..., in), in the dtype of x."""
+        added = F.linear(F.linear(x, self.down), self.up)
+        return added if self.scale == 1 else added * self.scale
+
+
+Delta = FullDelta | LowRankDelta
+Deltas = Mapping[Place, Delta]
+
+
+def that_change(deltas: Deltas) -> dict[Place, Delta]:
+    """Those of the layers whose training changed them."""
+    return {place: delta for place, delta in deltas.items() if delta.changes()}

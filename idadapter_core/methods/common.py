@@ -1,0 +1,28 @@
+"""What methods share when they make new adapters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def head_width(*widths: int) -> int:
+    """Width of an attention head: 64, or less where the widths are no multiples of that."""
+    return next(size for size in (64, 32, 16, 8, 4, 2, 1) if all(width % size == 0 for width in widths))
+
+
+@torch.no_grad()
+def draw_usual(module: nn.Module, generator: torch.Generator) -> None:
+    """PyTorch's usual random weights for the linear layers and norms of a module, in their order.
+
+    Values are drawn in fp32 and rounded to the dtype of the parameters, one parameter after the other.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Linear):
+            bound = layer.in_features**-0.5
+            for parameter in layer.parameters():
+                drawn = torch.empty(parameter.shape)
+                parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))

@@ -1,0 +1,56 @@
+"""IDAdapter: mixed facial features of N references, gated adapters, an identity word in the prompt (arXiv 2403.13535).
+
+No weights were ever published, so names and layout are ours. The sizes are the paper's: with the `sd21` preset the mixer, the
+gated adapters and the K/V weights hold 261.96 M parameters, as the paper's 262 M. The adapters have the shape of GLIGEN's gated
+self-attention (arXiv 2301.07093), from which the paper takes them.
+"""
+
+from __future__ import annotations
+
+from ..method import Method
+from . import config, encoder
+from .config import PRESETS, IDAdapterConfig
+from .encoder import (
+    FeatureMixer,
+    IDAdapterEncoder,
+    IDAdapterLayers,
+    WordProjection,
+    face_feature,
+    parameter_counts,
+)
+from .files import FILES
+from .recipe import RECIPE
+
+METHOD = Method(
+    name=encoder.NAME,
+    title="IDAdapter",
+    config=IDAdapterConfig,
+    presets=PRESETS,
+    needs=config.needs,
+    mechanisms=encoder.mechanisms,
+    encoder=IDAdapterEncoder,
+    layers=IDAdapterLayers,
+    initialise=encoder.initialise,
+    require=encoder.require_vision,
+    encode=encoder.encode,
+    files=FILES,
+    text="word",
+    describe=config.describe,
+    notes=config.notes,
+    parameters=parameter_counts,
+    references=lambda sizes: sizes.references,
+    made_to_be_rescaled=False,
+    recipe=RECIPE,
+)
+
+__all__ = [
+    "METHOD",
+    "PRESETS",
+    "FeatureMixer",
+    "IDAdapterConfig",
+    "IDAdapterEncoder",
+    "IDAdapterLayers",
+    "WordProjection",
+    "face_feature",
+    "parameter_counts",
+]

@@ -1,0 +1,17 @@
+"""IDAdapter's files are this project's own: no weights were ever published."""
+
+from __future__ import annotations
+
+from ..method import Files, Foreign
+
+FILES = Files(
+    layers_prefix="layers.",
+    layers_head="layers.",
+    foreign=(
+        Foreign(
+            r"^layers\.(?:gates|deltas)\.\d",
+            "an IDAdapter without its config, which stands in the metadata of the .safetensors file",
+            "export or copy the original file again, without converting it",
+        ),
+    ),
+)

@@ -1,0 +1,61 @@
+"""How IDAdapter is trained (arXiv 2403.13535): N references that are not the target, the identity word in the caption, L_id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError
+from ...mechanisms.text import ENCODERS
+from ...prompts import CAPTION
+from ..common import head_width
+from ..method import Around, Encoded, Recipe, Seen
+from .config import IDAdapterConfig
+from .encoder import IDAdapterEncoder, face_feature
+
+
+def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the base decides of an IDAdapter, and sizes that suit it."""
+    text_widths = around.text_widths
+    if around.vision is None:
+        raise ConfigError("an IDAdapter reads CLIP vision; name the model as base.vision")
+    encoders = tuple(name for name in ENCODERS if name in text_widths)
+    encoders = around.settings.get("text_encoders", encoders)  # fewer, or none: no identity word
+    if missing := [name for name in encoders if name not in text_widths]:
+        raise ConfigError(
+            f"adapter.settings.text_encoders names {', '.join(missing)}, but the base has {', '.join(text_widths)}"
+        )
+    width, patches = around.vision
+    facts = {
+        "vision_width": width,
+        "vision_patches": patches,
+        "text_encoders": encoders,
+        "text_widths": tuple(text_widths[name] for name in encoders),
+        "site_heads": around.site_heads,
+    }
+    sizes = {
+        "mixer_heads": width // head_width(width),
+        "text_hidden": min(width, IDAdapterConfig.text_hidden),
+    }
+    return facts, sizes
+
+
+def encode(encoder: IDAdapterEncoder, config: IDAdapterConfig, seen: Seen) -> Encoded:
+    """E_r and the identity word. Where the identity is dropped, the gates are skipped, or see the tokens of features of zeros: as
+    the adapter's negative prompts will be."""
+    assert seen.patch_tokens is not None
+    assert seen.class_embedding is not None
+    references = seen.embedding[:, :-1]
+    shares = torch.full((references.shape[1],), 1 / references.shape[1], device=references.device)
+    feature = torch.cat([face_feature(one, shares) for one in references])
+    patches = seen.patch_tokens.flatten(1, 2)
+    rows: torch.Tensor | None = seen.identity
+    if config.unconditional == "zeros":
+        shown = seen.identity.to(feature)
+        feature, patches, rows = feature * shown[:, None], patches * shown[:, None, None], None
+    tokens, word = encoder(patches, feature, seen.class_embedding.mean(dim=1))
+    return Encoded(tokens, rows, word)
+
+
+RECIPE = Recipe(prompt=CAPTION, known_by_target=False, sizes=sizes, encode=encode, some_idle=True)

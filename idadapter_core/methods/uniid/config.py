@@ -1,0 +1,120 @@
+"""Sizes of a UniID adapter, and what to tell about one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...errors import InputError
+from ...mechanisms import Mechanisms
+from ...sites import family_name
+from ..method import Needs
+
+ENCODERS = ("l", "g")  # the text encoders it was made for, in the order of SDXL's concatenated states
+FUSED_SIDE = 16  # stages 1-3 are resized to 16 x 16 before they are fused
+# The sizes in UniIDConfig that each branch is built of, beside `head_width`.
+TEXT_SIZES = ("text_widths", "text_tokens", "text_depth", "text_hidden", "embedding_width")
+ADAPTER_SIZES = ("adapter_tokens", "adapter_width", "adapter_depth", "context_width", "site_widths")
+
+
+@dataclass(frozen=True)
+class UniIDConfig:
+    """Sizes of one UniID adapter. The defaults are the published ones (SDXL). Either branch may be absent."""
+
+    text_widths: tuple[int, ...] = (
+        768,
+        1280,
+    )  # one per text encoder, in the order of ENCODERS; empty: no text branch
+    text_tokens: int = 3
+    text_depth: int = 4
+    text_hidden: int = 1024  # of the MLP from the embedding to the tokens
+    adapter_tokens: int = 25  # 0: no adapter branch
+    adapter_width: int = 768
+    adapter_depth: int = 6
+    context_width: int = 2048  # text width of the UNet
+    site_widths: tuple[int, ...] = (
+        (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) * 10
+    )  # in checkpoint order
+    head_width: int = 64
+    embedding_width: int = 512
+    recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+
+    unseen: ClassVar[tuple[str, ...]] = ("head_width",)  # what changes an identity and shows in no weight
+
+    def __post_init__(self) -> None:
+        if not self.text_widths and not self.adapter_tokens:
+            raise InputError(
+                "a UniID adapter needs a text branch (text_widths), an adapter branch (adapter_tokens), or both"
+            )
+        if len(self.text_widths) > len(ENCODERS):
+            raise InputError(
+                f"text_widths must have at most {len(ENCODERS)} entries ({', '.join(ENCODERS)}), got {self.text_widths}"
+            )
+        names = (
+            "head_width",
+            *(TEXT_SIZES if self.has_text_branch else ()),
+            *(ADAPTER_SIZES if self.has_adapter_branch else ()),
+        )
+        for name in names:
+            value = getattr(self, name)
+            if not value or any(size < 1 for size in (value if isinstance(value, tuple) else (value,))):
+                raise InputError(f"{name} must be at least 1, got {value}")
+        for width in (*self.text_widths, *([self.adapter_width] if self.adapter_tokens else [])):
+            if width % self.head_width:
+                raise InputError(f"width {width} must be divisible by head_width {self.head_width}")
+
+    @property
+    def has_text_branch(self) -> bool:
+        return bool(self.text_widths)
+
+    @property
+    def has_adapter_branch(self) -> bool:
+        return self.adapter_tokens > 0
+
+
+def needs(config: UniIDConfig) -> Needs:
+    """The recogniser's stages, and the text encoders that the text branch has tokens for."""
+    widths = dict(zip(ENCODERS, config.text_widths, strict=False))
+    return Needs(stages=True, shallow_side=FUSED_SIDE, text_widths=widths, all_text_encoders=True)
+
+
+def branches(config: UniIDConfig) -> str:
+    """Which branches there are, in words."""
+    parts = [
+        name
+        for name, there in (("text", config.has_text_branch), ("adapter", config.has_adapter_branch))
+        if there
+    ]
+    return " and ".join(parts) + (" branches" if len(parts) > 1 else " branch")
+
+
+def describe(config: UniIDConfig) -> list[str]:
+    """What an adapter of these sizes is, in lines."""
+    lines = [branches(config)]
+    if config.has_adapter_branch:
+        family = family_name(len(config.site_widths), config.context_width)
+        lines.append(f"for {family}; {config.adapter_tokens} adapter tokens")
+    if config.has_text_branch:
+        widths = ", ".join(
+            f"{name} {width}" for name, width in zip(ENCODERS, config.text_widths, strict=False)
+        )
+        lines.append(f"{config.text_tokens} text tokens for the text encoders {widths}")
+    recognizer = (
+        config.recognizer or "not recorded in the file (the published weights use iResNet-100, Glint360K)"
+    )
+    return [*lines, f"face recogniser: {recognizer}"]
+
+
+def notes(config: UniIDConfig, mechanisms: Mechanisms) -> tuple[str, ...]:
+    """Which branch an adapter lacks."""
+    if not config.has_text_branch:
+        return (
+            "it has no text branch: identity acts through attention only, and ID Prompt adds no identity tokens. "
+            "Choose the text branch's file as text_branch for the complete method.",
+        )
+    if not config.has_adapter_branch:
+        return (
+            "it has no adapter branch: identity acts through ID Prompt only, and Apply ID Adapter has nothing to add. "
+            "Choose the adapter branch's file as adapter and this one as text_branch for the complete method.",
+        )
+    return ()

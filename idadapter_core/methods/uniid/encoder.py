@@ -1,0 +1,264 @@
+"""UniID's two branches up to their tokens: all that runs once per identity."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ...errors import InputError, MismatchError
+from ...faces.iresnet import STAGE_WIDTHS
+from ...mechanisms import Mechanisms
+from ...mechanisms.decoupled import SiteProjections
+from ...mixing import concatenate_tokens, select_references, token_bias, weighted_mean
+from ...resampler import PerceiverAttention, feed_forward
+from ...types import FaceFeatures, Identity, Mix
+from ..common import draw_usual
+from .config import ENCODERS, FUSED_SIDE, UniIDConfig
+
+NAME = "uniid"
+STAGE_SIDES = (56, 28, 14, 7)
+
+
+class _EmbeddingTokens(nn.Module):
+    """The recogniser's output as tokens: (B, embedding) -> (B, tokens, width)."""
+
+    def __init__(self, config: UniIDConfig, width: int):
+        super().__init__()
+        self.tokens = config.text_tokens
+        self.proj = nn.Sequential(
+            nn.Linear(config.embedding_width, config.text_hidden),
+            nn.GELU(),
+            nn.Linear(config.text_hidden, config.text_tokens * width),
+        )
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        flat: Tensor = self.proj(embedding)
+        return rearrange(flat, "b (n c) -> b n c", n=self.tokens)
+
+
+class _TextResampler(nn.Module):
+    """Text tokens attend to the deepest stage of the face network."""
+
+    def __init__(self, config: UniIDConfig, width: int):
+        super().__init__()
+        self.proj_in = nn.Linear(STAGE_WIDTHS[3], width)
+        self.proj_out = nn.Linear(width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(width, config.head_width), feed_forward(width)])
+            for _ in range(config.text_depth)
+        )
+
+    def forward(self, tokens: Tensor, stage4: Tensor, bias: Tensor | None) -> Tensor:
+        source = self.proj_in(stage4)
+        for layer in self.layers:
+            attend, feed = layer.children()
+            tokens = attend(source, tokens, bias) + tokens
+            tokens = feed(tokens) + tokens
+        out: Tensor = self.norm_out(self.proj_out(tokens))
+        return out
+
+
+class TextBranch(nn.Module):
+    """Identity as tokens in the output space of each text encoder."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        self.encoders = ENCODERS[: len(config.text_widths)]
+        for number, width in enumerate(config.text_widths, start=1):
+            self.add_module(f"proj_{number}", _EmbeddingTokens(config, width))
+            self.add_module(f"norm_{number}", nn.LayerNorm(width))
+            self.add_module(f"text_resampler_{number}", _TextResampler(config, width))
+
+    def forward(self, embedding: Tensor, stage4: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
+        """embedding (B, 512), stage4 tokens (B, S, 512), bias (S,) -> {"l": (B, tokens, width), ...}."""
+        out = {}
+        for number, encoder in enumerate(self.encoders, start=1):
+            tokens = getattr(self, f"norm_{number}")(getattr(self, f"proj_{number}")(embedding))
+            out[encoder] = getattr(self, f"text_resampler_{number}")(tokens, stage4, bias)
+        return out
+
+
+class _AdapterResampler(nn.Module):
+    """Learned latents attend to the deepest stage, then to the fused shallow stages."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        width = config.adapter_width
+        self.proj_face_recog_model_layers = nn.ModuleList(
+            [nn.Linear(sum(STAGE_WIDTHS[:3]), width), nn.Linear(STAGE_WIDTHS[3], width)]
+        )
+        self.proj_out = nn.Linear(width, config.context_width)
+        self.norm_out = nn.LayerNorm(config.context_width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(width, config.head_width),
+                    PerceiverAttention(width, config.head_width),
+                    feed_forward(width),
+                ]
+            )
+            for _ in range(config.adapter_depth)
+        )
+
+    def forward(
+        self, latents: Tensor, fused: Tensor, stage4: Tensor, fused_bias: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        project_fused, project_stage4 = self.proj_face_recog_model_layers
+        fused, stage4 = project_fused(fused), project_stage4(stage4)
+        for layer in self.layers:
+            attend_stage4, attend_fused, feed = layer.children()
+            latents = attend_stage4(stage4, latents, bias) + latents
+            latents = attend_fused(fused, latents, fused_bias) + latents
+            latents = feed(latents) + latents
+        out: Tensor = self.norm_out(self.proj_out(latents))
+        return out
+
+
+class AdapterBranch(nn.Module):
+    """Identity as tokens in the context space of the UNet's cross-attention."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        self.latents = nn.Parameter(
+            torch.randn(1, config.adapter_tokens, config.adapter_width) / config.adapter_width**0.5
+        )
+        self.adapter_resampler = _AdapterResampler(config)
+
+    def forward(
+        self, fused: Tensor, stage4: Tensor, fused_bias: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """fused (B, S', 448), stage4 (B, S, 512), biases (S',) and (S,) -> (B, tokens, context width)."""
+        latents = self.latents.expand(stage4.shape[0], -1, -1)
+        tokens: Tensor = self.adapter_resampler(latents, fused, stage4, fused_bias, bias)
+        return tokens
+
+
+class UniIDEncoder(nn.Module):
+    """Both branches up to their tokens: all that runs once per identity."""
+
+    def __init__(self, config: UniIDConfig):
+        super().__init__()
+        self.text_branch = TextBranch(config) if config.has_text_branch else None
+        self.adapter_branch = AdapterBranch(config) if config.has_adapter_branch else None
+
+    def forward(
+        self, embedding: Tensor, stages: tuple[Tensor, ...], weights: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Text tokens and adapter tokens.
+
+        Args:
+            embedding: (B, 512), not normalised.
+            stages: the four maps (B, C, side, side) of the face network, one person per row; or, with `weights`, the maps
+                of F photos of one person while embedding is (1, 512).
+            weights: (F,) summing to 1: the tokens of all photos become one sequence of keys, weighted in the softmax.
+        """
+        stage4 = rearrange(stages[3], "b c h w -> b (h w) c")
+        resized = [
+            F.interpolate(stage, size=(FUSED_SIDE, FUSED_SIDE), mode="bilinear", align_corners=False)
+            for stage in stages[:3]
+        ]
+        fused = rearrange(torch.cat(resized, dim=1), "b c h w -> b (h w) c")
+        bias = fused_bias = None
+        if weights is not None:
+            bias, fused_bias = token_bias(weights, stage4.shape[1]), token_bias(weights, fused.shape[1])
+            stage4, fused = concatenate_tokens(stage4), concatenate_tokens(fused)
+        text = self.text_branch(embedding, stage4, bias) if self.text_branch is not None else {}
+        adapter = (
+            self.adapter_branch(fused, stage4, fused_bias, bias) if self.adapter_branch is not None else None
+        )
+        return text, adapter
+
+
+def initialise(encoder: UniIDEncoder, layers: SiteProjections, config: UniIDConfig, seed: int = 0) -> None:
+    """The start of a training as published: PyTorch's usual random weights, and adapter tokens of exactly 0.
+
+    The K/V projections are random here as well; the published start copies them from the UNet's own
+    (`recipe.start`). Values are drawn in fp32 and rounded to the dtype of the parameters, one parameter after
+    the other.
+
+    With `proj_out` at 0 the norm after it gives its bias, 0: K_id and V_id are 0, so a fresh adapter branch leaves the UNet
+    exactly as it is. That lasts for one step. Only `proj_out` and the norm's bias have gradients in it; everything behind
+    `proj_out`, and the K/V projections, have them from the second on. And the norm makes tokens of full size of whatever
+    `proj_out` gives: with the published sizes and learning rate their root mean square is 0.6 after one step, 0.9 after three.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in (encoder, layers):
+            draw_usual(module, generator)
+        branch = encoder.adapter_branch
+        if branch is not None:
+            drawn = torch.empty(branch.latents.shape)
+            branch.latents.copy_(drawn.normal_(std=config.adapter_width**-0.5, generator=generator))
+            for parameter in branch.adapter_resampler.proj_out.parameters():
+                parameter.zero_()
+
+
+def encode(encoder: UniIDEncoder, config: UniIDConfig, features: FaceFeatures, mix: Mix) -> Identity:
+    """One identity from the photos of one person. Runs where the encoder's weights are, in fp32, without gradients.
+
+    `concatenate` (which `auto` means, ours for more than one photo): mean of the embeddings, and the stage tokens of all
+    photos as one sequence of keys. `mean`: the mean of embeddings and of stage maps. The digests of the result are left to
+    the caller (`checkpoint.Adapter.encode`).
+
+    Raises:
+        InputError: no faces, a wrong number of weights, or mode `learned`, which UniID has not.
+        MismatchError: features without the stage maps UniID reads, or of other sizes.
+    """
+    if mix.mode == "learned":
+        raise InputError(
+            "UniID has no learned mixing; set mode to auto, concatenate or mean (learned mixing is IDAdapter's)"
+        )
+    chosen, weights = select_references(features, mix)
+    device = next(encoder.parameters()).device
+    with torch.no_grad():
+        weights = weights.to(device)
+        embedding = weighted_mean(chosen.embedding.to(device, torch.float32), weights)
+        stages = tuple(stage.to(device, torch.float32) for stage in chosen.stages)
+        if mix.mode == "mean":
+            stages = tuple(weighted_mean(stage, weights) for stage in stages)
+        together = weights if len(chosen) > 1 and mix.mode != "mean" else None
+        text, adapter = encoder(embedding, stages, together)
+        zeros = tuple(torch.zeros_like(stage[:1]) for stage in stages)
+        _, unconditional = encoder(torch.zeros_like(embedding), zeros)
+    return Identity(
+        adapter_tokens=adapter,
+        adapter_tokens_uncond=unconditional,
+        text_tokens=text,
+        method=NAME,
+        recognizer=features.recognizer,
+        class_word=chosen.class_word,
+    )
+
+
+def require_stages(features: FaceFeatures, config: UniIDConfig) -> None:
+    """Raise MismatchError unless the features hold what UniID reads."""
+    if not features.stages:
+        raise MismatchError(
+            "UniID reads the inner layers of a face network of its own, and these faces were described by the face package's (no stage "
+            "maps). In Load Face Analyzer set `recognizer` from 'from package' to UniID's network, the file of its iResNet-100 in "
+            "models/idadapter/recognizers."
+        )
+    expected = [(width, side, side) for width, side in zip(STAGE_WIDTHS, STAGE_SIDES, strict=True)]
+    found = [tuple(stage.shape[1:]) for stage in features.stages]
+    if found != expected or features.embedding.shape[1] != config.embedding_width:
+        raise MismatchError(
+            f"these faces were described by another kind of face network than the one UniID reads (an embedding of "
+            f"{features.embedding.shape[1]} and stage maps of {found}, not {config.embedding_width} and {expected}). In Load Face Analyzer "
+            "set `recognizer` to the iResNet that the adapter was trained with."
+        )
+
+
+def layers(config: UniIDConfig) -> SiteProjections:
+    """K and V of the adapter tokens at each site; none without an adapter branch."""
+    return SiteProjections(config.context_width, config.site_widths if config.has_adapter_branch else ())
+
+
+def mechanisms(config: UniIDConfig, layers: SiteProjections) -> Mechanisms:
+    """Decoupled attention, and tokens among the text's states."""
+    return Mechanisms(
+        decoupled=layers if config.has_adapter_branch else None,
+        text="states" if config.has_text_branch else None,
+    )

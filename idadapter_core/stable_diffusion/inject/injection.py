@@ -1,0 +1,415 @@
+"""An adapter at work in a UNet: what acts travels with a call of the UNet to hooks at each transformer block.
+
+Each mechanism brings its own hooks of a block (`decoupled`, `gated`, `deltas`); this module has what they share.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...adapter import Adapter
+from ...attention import sample_norm
+from ...errors import InputError, MismatchError
+from ...mechanisms import Mechanisms
+from ...sites import Site
+from .blocks import ARGUMENT, argument_position, fitting_blocks
+
+# Our entry in ARGUMENT. What acts travels with the call: gradient checkpointing keeps a block's arguments and runs the block again
+# with them, whatever is set by then.
+ENTRY = "idadapter"
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Callback (site_index, added_norm, base_norm); see `Injected.observe`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows of a call that read the same kind of tokens."""
+
+    tokens: Tensor  # (1 or rows, T, width), on the layers' device
+    kept: Tensor | None = None  # numbers of the rows; None: all
+    bias: Tensor | None = None  # (T,)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What acts in a call of the UNet."""
+
+    groups: tuple[Group, ...] = ()
+    count: int | None = None  # how many rows the call must have; None: any number
+    strength: float | Tensor = 1.0  # a number, or (B,) on the layers' device
+    rescale: bool = False
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no tokens act."""
+        return not self.groups or (not isinstance(self.strength, Tensor) and self.strength == 0)
+
+
+class Call:
+    """A call of the UNet: what acts in it, and who is told how strongly."""
+
+    def __init__(self, setting: Setting, observer: Observer | None):
+        self.setting = setting
+        self._observer = observer
+        self._told: set[int] = set()
+
+    def is_observed(self, site: int) -> bool:
+        """Whether somebody wants to know of a site, and has not been told: checkpointed blocks run a second time."""
+        return self._observer is not None and site not in self._told
+
+    @torch.no_grad()
+    def tell(self, site: int, added: Tensor, base: Tensor) -> None:
+        """Report what is added, (B, N, C), and what it is added to, (B, N, C)."""
+        if self._observer is not None and self.is_observed(site):
+            self._told.add(site)
+            self._observer(site, *(sample_norm(part.detach()).float().norm() for part in (added, base)))
+
+
+class Part(ABC):
+    """What one mechanism hooks into a transformer block, and what it remembers during a call of it."""
+
+    hooked: ClassVar[tuple[str, ...]]  # the modules of a block that must run for it to act
+
+    def __init__(self, block: BlockHooks):
+        self.block = block
+
+    @abstractmethod
+    def register(self) -> list[Any]:
+        """Put the hooks in place; what removes them."""
+
+    @abstractmethod
+    def keep(self, x: Tensor | None) -> None:
+        """A call of the block begins with x (B, N, C), or ends (None): nothing of it may be kept."""
+
+
+Parts = Callable[["BlockHooks", Mechanisms], list[Part]]
+"""The parts of the mechanisms that an adapter has at a block."""
+
+
+class Injected:
+    """An adapter at work in a UNet. Made by `inject`; used in a `with`, it is ejected at the end.
+
+    Args:
+        layers: the adapter's own, whose parameters are read at each call.
+        mechanisms: their parts, every delta included.
+        parts: what hooks into a block.
+    """
+
+    idle = Setting()
+
+    def __init__(self, unet: Any, adapter: Adapter, mechanisms: Mechanisms, parts: Parts):
+        self.unet = unet
+        self.layers = adapter.layers
+        self.mechanisms = mechanisms
+        self.setting = self.idle
+        self._observer: Observer | None = None
+        self._position = argument_position(unet)
+        self._handles: list[Any] = []
+        blocks = fitting_blocks(unet, adapter)
+        self.sites = tuple(site.index for site in blocks)
+        hooks = [BlockHooks(self, site, block, parts) for site, block in blocks.items()]
+        # Only now that nothing can fail any more is the UNet changed.
+        self._handles = [handle for some in hooks for handle in some.register()]
+        self._handles.append(unet.register_forward_pre_hook(self._send, with_kwargs=True))
+
+    @property
+    def token_width(self) -> int:
+        """Width of the identity tokens that the layers read."""
+        reader = self.mechanisms.decoupled or self.mechanisms.gated
+        if reader is None:
+            raise InputError(
+                "this adapter reads no identity tokens: it only changes weights. Leave the tokens out."
+            )
+        return reader.token_width
+
+    def set_identity(
+        self,
+        tokens: Tensor | None,
+        strength: float | Tensor = 1.0,
+        *,
+        bias: Tensor | None = None,
+        rows: Tensor | None = None,
+        unconditional: Tensor | None = None,
+        rescale: bool = False,
+    ) -> None:
+        """What acts in the calls of the UNet from now on.
+
+        A call keeps what was set when it began, also where gradient checkpointing repeats parts of it in the backward pass.
+
+        `strength` scales all that acts alike, as `weight` of Apply ID Adapter does in ComfyUI. Deltas are part of the trained
+        model: they act for all rows, with or without an identity.
+
+        Args:
+            tokens: (1, T, width) for all rows or (B, T, width), one for each; None: no identity, and tokens act nowhere. That is not
+                what an adapter with unconditional tokens calls unconditional: there rows have the tokens of zeroed features
+                (`Identity.adapter_tokens_uncond`).
+            strength: a number or, for an adapter without gates and deltas, one for each row, shape (B,); 1 is as trained, and a row
+                with 0 is exactly as without.
+            bias: (T,), added to the attention logits of the tokens (`Identity.adapter_bias[0]`).
+            rows: (B,), bool. False: the identity of this row is dropped. Tokens leave the row exactly as it is, or it reads those
+                of `unconditional`.
+            unconditional: (1, T', width), for rows without the identity (`Identity.adapter_tokens_uncond`); they have no bias.
+            rescale: normalised rescaling (`attention.normalized_rescale`) of what decoupled attention adds: per site and row it gets
+                `strength` times the norm of the text's output. For sampling; nothing is trained with it.
+
+        Raises:
+            MismatchError: the tokens are not as wide as those the adapter was made for.
+            InputError: another shape or dtype, a strength that is no number, or the adapter was ejected. A call of the UNet with
+                another number of rows than `tokens`, `rows` or `strength` raises it, too.
+        """
+        self._require_injected()
+        require_finite(strength)
+        if isinstance(strength, Tensor):
+            self._require_row_strengths(strength)
+        if tokens is None:
+            if bias is not None or rows is not None or unconditional is not None:
+                raise InputError(
+                    "bias, rows and unconditional belong to tokens; leave them out, or give the tokens."
+                )
+            self.setting = Setting(strength=strength)
+            return
+        self._require_tokens(tokens)
+        if unconditional is not None:
+            self._require_tokens(unconditional)
+        if bias is not None and bias.shape != tokens.shape[1:2]:
+            raise InputError(
+                f"bias must have one value for each of the {tokens.shape[1]} tokens, shape ({tokens.shape[1]},), got shape "
+                f"{tuple(bias.shape)}"
+            )
+        device = next(self.layers.parameters()).device
+        count = _row_count(tokens, strength, rows)
+        if bias is not None:
+            bias = bias.to(device)
+        if isinstance(strength, Tensor):
+            strength = strength.to(device)
+        groups = _groups(tokens.to(device), bias, rows, unconditional)
+        self.setting = Setting(groups, count, strength, rescale)
+
+    def _require_row_strengths(self, strength: Tensor) -> None:
+        if strength.ndim != 1:
+            raise InputError(f"strength must be a number or of shape (batch,), got {tuple(strength.shape)}")
+        if self.mechanisms.gated is not None or self.mechanisms.deltas:
+            raise InputError(
+                "strength must be one number for an adapter with gates or changed weights, which have none for each row"
+            )
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell `observer` how strongly the adapter acts in the calls of the UNet from now on; None, as at first: tell nobody.
+
+        It is called as `observer(site, added, base)` where an identity acts, once for each site (one of `sites`) and call of the
+        UNet, also where gradient checkpointing repeats the block in the backward pass. `added` is the norm of what the adapter
+        adds, `base` that of what it is added to, both over all rows with the identity: () fp32, without gradients and on the
+        UNet's device, for which nothing waits until they are read. For gated layers that is the residual of the gate against the
+        stream y, for decoupled attention the attention to the identity, with its strength, against that to the text. Deltas do not
+        count.
+
+        Raises:
+            InputError: the adapter was ejected.
+        """
+        self._require_injected()
+        self._observer = observer
+
+    def begin(self) -> Call:
+        """A call of the UNet, with what is set now."""
+        return Call(self.setting, self._observer)
+
+    @contextmanager
+    def identity(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """`set_identity` for the calls inside a `with`. After it there is no identity, and the strength is 1."""
+        self.set_identity(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.setting = self.idle
+
+    def eject(self) -> None:
+        """Leave the UNet as it was before. Doing it twice is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.setting = self.idle
+        self._observer = None
+
+    def __enter__(self) -> Injected:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.eject()
+
+    def _require_injected(self) -> None:
+        if not self._handles:
+            raise InputError("this adapter was ejected; inject it again first.")
+
+    def _require_tokens(self, tokens: Tensor) -> None:
+        if tokens.ndim != 3 or not tokens.is_floating_point() or not tokens.numel():
+            raise InputError(
+                f"tokens must be floating point of shape (1 or batch, tokens, width), got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}"
+            )
+        if tokens.shape[2] != self.token_width:
+            raise MismatchError(
+                f"the identity tokens are {tokens.shape[2]} wide, the adapter reads tokens of width {self.token_width}. Make them "
+                "with the adapter's own encoder."
+            )
+
+    def _send(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = _argument(args, kwargs, self._position)
+        return _with_argument(args, kwargs, self._position, {**given, ENTRY: self.begin()})
+
+
+class BlockHooks:
+    """The hooks of one transformer block, and what the mechanisms know of each other during a call of it."""
+
+    def __init__(self, injected: Injected, site: Site, block: Any, parts: Parts):
+        self.injected = injected
+        self.module = block
+        self.index = site.index
+        self.name = site.diffusers_module.removesuffix(".attn2")
+        self.call: Call | None = None
+        self.seen: set[str] = set()
+        self._position = argument_position(block)
+        self.parts = parts(self, injected.mechanisms)
+
+    def register(self) -> list[Any]:
+        """Put the hooks in place; what removes them."""
+        return [
+            self.module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            # Also after an exception, so that nothing of a failed call is kept.
+            self.module.register_forward_hook(self._leave, always_call=True),
+            *(handle for part in self.parts for handle in part.register()),
+        ]
+
+    def _enter(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = _argument(args, kwargs, self._position)
+        # A block that is called without its UNet goes by what is set now.
+        call = given.pop(ENTRY, None) or self.injected.begin()
+        x = args[0] if args else kwargs["hidden_states"]
+        if call.setting.count not in (None, x.shape[0]):
+            raise InputError(
+                f"the identity was set for {call.setting.count} rows, but the UNet is called with {x.shape[0]}. Give one entry for each "
+                "row of the batch as the UNet sees it (with classifier-free guidance both halves count)."
+            )
+        self.call = call
+        for part in self.parts:
+            part.keep(x)
+        self.seen.clear()
+        return _with_argument(args, kwargs, self._position, given)
+
+    def _leave(self, block: Any, args: tuple[Any, ...], output: Tensor | None) -> None:
+        self.call = None
+        for part in self.parts:
+            part.keep(None)
+        missing = [name for part in self.parts for name in part.hooked if name not in self.seen]
+        if missing and output is not None:  # there is none after an exception
+            raise MismatchError(
+                f"{self.name} ran without calling {', '.join(missing)}, so the injected adapter could not act there (attention "
+                f"processor: {type(block.attn2.processor).__name__}). Unfuse the projections (unet.unfuse_qkv_projections), or use "
+                "the stock processors (unet.set_default_attn_processor)."
+            )
+
+    def require_device(self, x: Tensor, weight: Tensor) -> None:
+        """Raise MismatchError where the UNet and the adapter's layers are on different devices."""
+        if x.device != weight.device:
+            raise MismatchError(
+                f"{self.name}: the UNet computes on {x.device}, the adapter's layers are on {weight.device}. Move the layers "
+                f"(injected.layers.to({str(x.device)!r}))."
+            )
+
+    def dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
+        """In which dtype x meets the adapter's weights."""
+        self.require_device(x, weight)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return x.dtype
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        if dtype != weight.dtype:
+            raise MismatchError(
+                f"{self.name}: the UNet computes in {x.dtype}, the adapter's layers are in {weight.dtype}. Convert the layers "
+                f"(injected.layers.to({dtype})), or use autocast."
+            )
+        return dtype
+
+
+def _row_count(tokens: Tensor, strength: float | Tensor, rows: Tensor | None) -> int | None:
+    """How many rows a call must have; None where all of them are treated alike.
+
+    Raises:
+        InputError: the arguments are for different numbers of rows.
+    """
+    counts = {"tokens": len(tokens)}
+    if isinstance(strength, Tensor):
+        counts["strength"] = len(strength)
+    if rows is not None:
+        if rows.dtype != torch.bool or rows.ndim != 1:
+            raise InputError(
+                f"rows must be a bool tensor of shape (batch,), got {rows.dtype} of shape {tuple(rows.shape)}"
+            )
+        counts["rows"] = len(rows)
+    several = {count for name, count in counts.items() if count != 1 or name == "rows"}
+    if len(several) > 1:
+        listed = ", ".join(f"{name} has {count} rows" for name, count in counts.items())
+        raise InputError(f"{listed}; give one entry for each row, or one for all.")
+    return next(iter(several), None)
+
+
+def _groups(
+    tokens: Tensor, bias: Tensor | None, rows: Tensor | None, unconditional: Tensor | None
+) -> tuple[Group, ...]:
+    if rows is None or bool(rows.all()):
+        return (Group(tokens, None, bias),)
+    # Counted on the host here, once, so that no block has to wait for the device.
+    keeps = rows.tolist()
+    with_identity = torch.tensor([n for n, keep in enumerate(keeps) if keep], dtype=torch.long).to(
+        tokens.device
+    )
+    without = torch.tensor([n for n, keep in enumerate(keeps) if not keep], dtype=torch.long).to(
+        tokens.device
+    )
+    groups: list[Group] = []
+    if len(with_identity):
+        own = tokens if len(tokens) == 1 else tokens[with_identity]
+        groups.append(Group(own, with_identity, bias))
+    if unconditional is not None:
+        groups.append(Group(unconditional.to(tokens.device), without))
+    return tuple(groups)
+
+
+def injected_into(unet: Any) -> Injected | None:
+    """What is injected into a UNet. Its own hook is the record of it, so a copy of the UNet has one of its own."""
+    owners = [getattr(hook, "__self__", None) for hook in getattr(unet, "_forward_pre_hooks", {}).values()]
+    return next((owner for owner in owners if isinstance(owner, Injected)), None)
+
+
+def require_finite(strength: float | Tensor) -> None:
+    """Raise InputError where a strength is no number."""
+    largest = float(strength.abs().max()) if isinstance(strength, Tensor) else abs(strength)
+    if not largest <= sys.float_info.max:  # a whole number may be too large for a float
+        raise InputError(f"strength must be a finite number, got {strength}")
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> dict[str, Any]:
+    """A copy of the value of `ARGUMENT` in a call."""
+    return dict((args[position] if len(args) > position else kwargs.get(ARGUMENT)) or {})
+
+
+def _with_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], position: int, value: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, ARGUMENT: value}

@@ -1,0 +1,119 @@
+"""Pictures from a base model, as ComfyUI's KSampler draws them with the sampler "euler" and the schedule "simple"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .base import Base
+from .noise import NoiseSchedule
+from .text import Conditioning
+
+_LEAST_SIGNAL = 4.8973451890853435e-08  # alpha-bar that stands for none at all, as in ComfyUI
+
+
+def simple_schedule(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor]:
+    """Timesteps (steps,) and noise levels sigma (steps + 1,), fp32, of ComfyUI's "simple": every n-th training timestep from the
+    last one on, then 0.
+
+    Raises:
+        InputError: more steps than the model has timesteps, or none.
+    """
+    if not 1 <= steps <= schedule.steps:
+        raise InputError(f"steps must be between 1 and {schedule.steps}, got {steps}")
+    stride = schedule.steps / steps
+    timesteps = torch.tensor([schedule.steps - 1 - int(step * stride) for step in range(steps)])
+    alphas = schedule.alphas.cpu().double().clamp_min(_LEAST_SIGNAL)[timesteps]
+    sigmas = ((1 - alphas) / alphas).sqrt().float()
+    return timesteps, torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def positive_rows(negative: Conditioning | None, cfg: float) -> Tensor:
+    """Which rows of the UNet's calls `sample` makes are positive, (rows,) bool.
+
+    Two rows, the negative and then the positive prompt; one, the positive, where there is no negative or cfg is 1.
+    """
+    return torch.tensor([True] if negative is None or cfg == 1 else [False, True])
+
+
+@torch.no_grad()
+def sample(
+    base: Base,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    *,
+    seed: int,
+    steps: int,
+    cfg: float,
+    width: int,
+    height: int,
+    before_step: Callable[[int, int], Conditioning | None] | None = None,
+) -> Tensor:
+    """One picture's latents (1, 4, height / 8, width / 8) in the UNet's units, fp32 on its device, for `Base.vae.decode`.
+
+    The UNet is called once a step, with the rows of `positive_rows`: row 0 is the negative prompt and row 1 the positive, or the
+    positive alone.
+
+    Args:
+        positive: of one prompt.
+        negative: of one prompt; None: no guidance, whatever `cfg` is.
+        seed: of the noise, drawn on the CPU, so that it is ComfyUI's.
+        cfg: guidance scale; 1 leaves the negative prompt out.
+        width, height: of the picture in pixels, multiples of 8. SDXL is told them as original and target size.
+        before_step: called with the number of each step, from 0, and the number of steps, before the UNet is. Where it gives a
+            conditioning, that is the positive one of this step.
+
+    Raises:
+        InputError: sizes that are no multiples of 8, more than one prompt, or a number of steps that does not exist.
+    """
+    factor = base.vae.factor
+    if min(width, height) < factor or width % factor or height % factor:
+        raise InputError(f"width and height must be multiples of {factor}, got {width}x{height}")
+    negatives = [] if negative is None or cfg == 1 else [negative]
+    unet, device = base.unet, base.unet.device
+    timesteps, sigmas = simple_schedule(base.schedule, steps)
+    noise = torch.randn(
+        (1, 4, height // factor, width // factor), generator=torch.Generator().manual_seed(seed)
+    )
+    latents: Tensor = noise.to(device) * float(sigmas[0].square() + 1) ** 0.5
+    for step in range(steps):
+        given = None if before_step is None else before_step(step, steps)
+        prompts = [*negatives, given or positive]
+        sigma = float(sigmas[step])
+        total = (sigma**2 + 1) ** 0.5
+        noisy = (latents / total).to(unet.dtype).expand(len(prompts), -1, -1, -1)
+        timestep = timesteps[step].to(device)
+        conditions = _conditions(prompts, width, height, unet)
+        prediction = unet(noisy, timestep, **conditions).sample.float()
+        if base.schedule.prediction == "epsilon":
+            clean = latents - sigma * prediction
+        else:
+            clean = latents / total**2 - prediction * sigma / total
+        if negatives:
+            clean = clean[:1] + (clean[1:] - clean[:1]) * cfg
+        latents = latents + (latents - clean) / sigma * (float(sigmas[step + 1]) - sigma)
+    return latents
+
+
+def _conditions(prompts: list[Conditioning], width: int, height: int, unet: Any) -> dict[str, Any]:
+    """What the UNet reads of one prompt for each row. SDXL also reads the pooled text and (height, width, top, left, height,
+    width)."""
+    if any(prompt.states.shape[0] != 1 for prompt in prompts):
+        raise InputError(
+            f"expected the states of one prompt, got {[prompt.states.shape[0] for prompt in prompts]} rows"
+        )
+
+    def together(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.to(unet.device, unet.dtype) for part in parts])
+
+    conditions: dict[str, Any] = {"encoder_hidden_states": together([prompt.states for prompt in prompts])}
+    pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+    if pooled:
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=unet.device)
+        added = {"text_embeds": together(pooled), "time_ids": sizes.expand(len(prompts), -1)}
+        conditions["added_cond_kwargs"] = added
+    return conditions

@@ -1,0 +1,149 @@
+"""The frozen image autoencoder of a base model: AutoencoderKL or TAESD, always in full precision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError, InputError
+from ..files import read_tensors
+from .pretrained import build_diffusers, freeze, from_library, load_folder, read_json, weights_digest
+
+SCALING = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}
+"""What the latents of an AutoencoderKL are multiplied with for the UNet of a family."""
+
+
+class Autoencoder(nn.Module):
+    """Pictures to the latents that the UNet sees, and back."""
+
+    factor = 8  # pixels of a latent
+
+    def __init__(self, network: nn.Module, gain: float, offset: float = 0.0):
+        """
+        Args:
+            network: diffusers' AutoencoderKL or AutoencoderTiny.
+            gain: with `offset`, from the UNet's latents to the network's: latents * gain + offset.
+        """
+        super().__init__()
+        self.network = freeze(network, "cpu", torch.float32)
+        self.gain = gain
+        self.offset = offset
+        numbers = f"{weights_digest(self.network.state_dict())} {gain:.6g} {offset:.6g}"
+        self.eval()
+        self.digest = hashlib.sha256(numbers.encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation (B, 8, h, w) of the latents of images (B, 3, H, W), RGB in -1..1, in the UNet's units.
+
+        A latent is drawn as mean + deviation * noise. TAESD knows no deviation, so its is 0.
+
+        Raises:
+            InputError: another shape, or a side that is no multiple of 8.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.factor for side in images.shape[2:]):
+            raise InputError(
+                f"images must be (B, 3, H, W) with sides that are multiples of {self.factor}, got {tuple(images.shape)}"
+            )
+        network: Any = self.network
+        with torch.autocast(images.device.type, enabled=False):
+            encoded = network.encode(images.float())
+        if hasattr(encoded, "latent_dist"):
+            mean, deviation = encoded.latent_dist.mean, encoded.latent_dist.std
+        else:
+            mean, deviation = encoded.latents, torch.zeros_like(encoded.latents)
+        return torch.cat([(mean - self.offset) / self.gain, deviation / self.gain], dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), RGB, about -1..1 and not clamped, of latents (B, 4, h, w) in the UNet's units. Gradients reach
+        the latents."""
+        network: Any = self.network
+        # bfloat16 is too coarse for the decoder, and SDXL's overflows in float16.
+        with torch.autocast(latents.device.type, enabled=False):
+            images: Tensor = network.decode(latents.float() * self.gain + self.offset).sample
+        return images
+
+
+def load_autoencoder(path: Path, family: str, kl_config: Mapping[str, Any]) -> Autoencoder:
+    """An autoencoder from a diffusers folder (its own, or that of a whole model) or from a file.
+
+    Args:
+        path: where it is.
+        family: sd15, sd21 or sdxl, whose latents it makes.
+        kl_config: diffusers' configuration of an AutoencoderKL; read for files, which have none.
+
+    Raises:
+        ConfigError: no such file, or another kind of autoencoder.
+        CheckpointError: it cannot be read.
+    """
+    if path.is_dir():
+        return _from_folder(path if (path / "config.json").is_file() else path / "vae", family)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file or folder; name a VAE in base.vae, or leave it empty.")
+    return autoencoder_from_state(read_tensors(path, mapped=True)[0], path.name, family, kl_config)
+
+
+def _from_folder(folder: Path, family: str) -> Autoencoder:
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ConfigError(
+            f"{folder}: holds a {kind}; only AutoencoderKL and AutoencoderTiny (TAESD) are supported. Name another in base.vae."
+        )
+    network = load_folder(from_library("diffusers", kind), folder, torch_dtype=torch.float32)
+    if kind == "AutoencoderTiny":
+        return Autoencoder(network, 1 / config.get("scaling_factor", 1.0))
+    return _kl(network, config, family, str(folder))
+
+
+def autoencoder_from_state(
+    state: Mapping[str, Tensor], name: str, family: str, kl_config: Mapping[str, Any]
+) -> Autoencoder:
+    """An autoencoder from the weights of a file, without a prefix: KL with the names of the first Stable Diffusion or of
+    diffusers, or TAESD with ComfyUI's names.
+
+    Raises:
+        CheckpointError: they are none of these, or of other sizes than `kl_config`.
+    """
+    if "taesd_decoder.1.weight" in state:
+        return _tiny(state, name, family)
+    kind = from_library("diffusers", "AutoencoderKL")
+    if "decoder.conv_in.weight" not in state:
+        raise CheckpointError(
+            f"{name}: holds no VAE that is known here (AutoencoderKL, or TAESD with ComfyUI's names). Name one in base.vae."
+        )
+    convert = None
+    if not any(key.startswith("decoder.up_blocks.") for key in state):
+        convert = from_library("diffusers.loaders.single_file_utils", "convert_ldm_vae_checkpoint")
+    return _kl(build_diffusers(kind, kl_config, state, name, convert), kl_config, family, name)
+
+
+def _kl(network: nn.Module, config: Mapping[str, Any], family: str, name: str) -> Autoencoder:
+    levels = len(config.get("block_out_channels", ()))
+    if config.get("latents_mean") is not None or config.get("latent_channels", 4) != 4 or levels != 4:
+        raise ConfigError(
+            f"{name}: this VAE does not make the latents of Stable Diffusion (4 channels, 8 pixels to a latent, scaled by one "
+            "number). Name another in base.vae."
+        )
+    return Autoencoder(network, 1 / config.get("scaling_factor", SCALING[family]))
+
+
+def _tiny(state: Mapping[str, Tensor], name: str, family: str) -> Autoencoder:
+    """ComfyUI's TAESD takes latents divided by the family's scaling, and has two numbers of its own to undo that."""
+    renamed = {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part == "taesd_encoder":
+            renamed[f"encoder.layers.{rest}"] = value
+        elif part == "taesd_decoder":  # its first layer, without weights, is no layer in diffusers
+            number, _, rest = rest.partition(".")
+            renamed[f"decoder.layers.{int(number) - 1}.{rest}"] = value
+    network = build_diffusers(from_library("diffusers", "AutoencoderTiny"), {}, renamed, name)
+    scale = float(state.get("vae_scale", torch.tensor(1.0)))
+    shift = float(state.get("vae_shift", torch.tensor(0.0)))
+    return Autoencoder(network, scale / SCALING[family], -shift * scale)

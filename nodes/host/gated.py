@@ -1,0 +1,232 @@
+"""Gated layers in ComfyUI's UNet: a middle patch, with weights in ComfyUI's hands."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from comfy.ldm.modules import attention as comfy_attention
+from torch import Tensor
+
+from ...idadapter_core import Adapter
+from ...idadapter_core.attention import repeat_copies, rescale_factor, sample_norm
+from ...idadapter_core.errors import InputError
+from ...idadapter_core.mechanisms.gated import GatedLayers, GateIdentity
+from ...idadapter_core.sites import Site
+from .call import Acting, Call, call_of
+from .masks import Masks, tokens_size
+from .memory import LoadedAdapter
+from .plan import KEY, Plan, plan_of
+from .rows import Handle, Row, Span, expand_rows, spans
+from .run import Cache, Run
+
+
+def load_with(model: Any, adapter: LoadedAdapter) -> None:
+    """Have ComfyUI load an adapter's gated layers whenever it loads this MODEL (a clone of ours), if any of them can act on it."""
+    digest = adapter.adapter.digest
+    acts = any(a.acts and a.adapter.digest == digest for a in plan_of(model).applications)
+    if adapter.gates is None or not acts:
+        return
+    loaded = list(model.additional_models.get(KEY, []))
+    if all(patcher.model.adapter_digest != digest for patcher in loaded):
+        model.set_additional_models(KEY, [*loaded, adapter.gates])
+
+
+def loaded_gates(model: Any, plan: Plan) -> dict[Adapter, GatedLayers]:
+    """The gated layers of each adapter of a plan, where a BaseModel that is sampled has them."""
+    patcher = getattr(model, "current_patcher", None)
+    patchers = [] if patcher is None else patcher.get_additional_models_with_key(KEY)
+    by_digest = {loaded.model.adapter_digest: loaded.model for loaded in patchers}
+    found: dict[Adapter, GatedLayers] = {}
+    for adapter in {application.adapter for application in plan.applications}:
+        own = adapter.mechanisms.gated
+        if own is not None:
+            found[adapter] = by_digest.get(adapter.digest, own)
+    return found
+
+
+class Gated(Cache):
+    """What identities bring to each gated adapter, and the patch, of one run."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.placed = True  # every gated layer that ran could tell which it is
+        # The same object in every step, so that a compiled graph stays valid.
+        self.patch = GatePatch(run.plan.sites)
+        self._identities: dict[tuple[torch.device, torch.dtype], dict[tuple[int, Handle], GateIdentity]] = {}
+        self._spans: dict[tuple[tuple[tuple[int, Handle | None], ...], ...], tuple[Span, ...]] = {}
+
+    def spans(self, rows: tuple[Row, ...], applications: tuple[int, ...]) -> tuple[Span, ...]:
+        """The rows in which any of these applications acts, neighbours with the same identities together."""
+        combinations = tuple(tuple((n, row.handles[n]) for n in applications) for row in rows)
+        if combinations not in self._spans:
+            self._spans[combinations] = spans(combinations)
+        return self._spans[combinations]
+
+    def project(
+        self, device: torch.device, dtype: torch.dtype, layers: Mapping[Adapter, GatedLayers]
+    ) -> None:
+        """Project K and V of every identity of the run at every gated adapter, once per device and dtype.
+
+        Args:
+            layers: by adapter, where ComfyUI has loaded them. Only those with an open attention gate are asked.
+        """
+        if (device, dtype) in self._identities:
+            return
+        groups: dict[tuple[Adapter, int], list[Handle]] = {}
+        for handle in self.run.handles:
+            if handle.adapter.mechanisms.gated is not None:
+                groups.setdefault((handle.adapter, handle.tokens.shape[1]), []).append(handle)
+        found: dict[tuple[int, Handle], GateIdentity] = {}
+        for (adapter, _), handles in groups.items():
+            tokens = torch.cat([handle.tokens for handle in handles]).to(device, dtype)
+            found |= self._project(handles, tokens, layers[adapter])
+        self._identities[device, dtype] = found
+
+    def _project(
+        self, handles: list[Handle], tokens: Tensor, layers: GatedLayers
+    ) -> dict[tuple[int, Handle], GateIdentity]:
+        """What identities (tokens (H, T, D), one for each handle) bring to each gated adapter with an open attention gate."""
+        found: dict[tuple[int, Handle], GateIdentity] = {}
+        for site in self.run.plan.sites:
+            if not handles[0].adapter.mechanisms.openings[site.index][0]:
+                nothing = tokens.new_zeros(1, 0, 0)
+                found |= {(site.index, handle): GateIdentity(nothing, nothing) for handle in handles}
+                continue
+            keys, values = layers.at(site.index).project(tokens)
+            for row, handle in enumerate(handles):
+                own_keys, own_values = keys[row : row + 1], values[row : row + 1]
+                bias = None if handle.bias is None else handle.bias[0]
+                if bias is not None and tokens.device.type != "cpu":
+                    own_keys, own_values, bias = repeat_copies(own_keys, own_values, bias)
+                found[site.index, handle] = GateIdentity(
+                    own_keys, own_values, None if bias is None else bias.to(tokens)
+                )
+        return found
+
+    def identity(self, site: Site, handle: Handle, device: torch.device, dtype: torch.dtype) -> GateIdentity:
+        """What one identity brings to a gated adapter, as `project` made it."""
+        return self._identities[device, dtype][site.index, handle]
+
+
+def remember_norm(n: Tensor, extra: dict[str, Any]) -> Tensor:
+    """An attn1_output_patch: what the gated residual of this block is measured against."""
+    call = call_of(extra)
+    if call is not None:
+        call.self_norm[:] = [sample_norm(n)]
+    return n
+
+
+class GatePatch:
+    """The middle patch of all sites: what the gated adapters add to the image tokens of each row."""
+
+    def __init__(self, sites: Sequence[Site]):
+        self.sites = {site.comfy: site for site in sites}
+        self.depths = Counter(site.comfy[:2] for site in sites)
+
+    def _site(self, extra: Mapping[str, Any]) -> Site | None:
+        """The site of a block; None where another node's copy of the block does not say."""
+        block, depth = tuple(extra.get("block") or ())[:2], extra.get("block_index")
+        if depth is None and self.depths.get(block) == 1:
+            depth = 0
+        return self.sites.get((*block, depth))
+
+    def __call__(self, x: Tensor, extra: dict[str, Any]) -> Tensor:
+        call = call_of(extra)
+        if call is None:
+            return x
+        site = self._site(extra)
+        if site is None:
+            call.run.of(Gated).placed = False
+            return x
+        groups: dict[str, list[Acting]] = {}  # by digest: one file loaded twice is one adapter
+        for acting in call.gated:
+            adapter = call.run.plan.applications[acting.number].adapter
+            if any(adapter.mechanisms.openings[site.index]):
+                groups.setdefault(adapter.digest, []).append(acting)
+        if not groups:
+            return x
+        rows = expand_rows(call.rows, extra, x.shape[0])
+        # Adapters stand side by side: none sees what another adds, so their order does not matter. One alone may write
+        # into the stream.
+        alone = len(groups) == 1 and not call.gates_normalized and not x.requires_grad
+        out = x if alone and call.owns_stream else x.clone()
+        for group in groups.values():
+            adapter = call.run.plan.applications[group[0].number].adapter
+            by_number = {acting.number: acting for acting in group}
+            gate = _Gate(call, adapter, site, extra)
+            for span in call.run.of(Gated).spans(rows, tuple(by_number)):
+                part = slice(span.start, span.stop)
+                people = [
+                    (call.run.of(Gated).identity(site, handle, x.device, x.dtype), by_number[number])
+                    for number, handle in span.handles
+                ]
+                masks = [gate.mask(acting, rows[part], x) for _, acting in people]
+                if call.gates_normalized:
+                    for (identity, acting), mask in zip(people, masks, strict=True):
+                        # A limit holds what the adapter adds at its weight; its feed-forward makes that no mere multiple.
+                        weight, at_most = (1.0, None) if acting.at_most is None else (acting.at_most, 1.0)
+                        residual = gate.residual(x[part], [replace(identity, strength=weight)])
+                        norm = _self_norm(call, x)[part]
+                        factor = rescale_factor(norm, residual, acting.strength, at_most=at_most)
+                        out[part] += residual * (factor if mask is None else factor * mask)
+                    continue
+                identities = [
+                    replace(identity, strength=acting.strength if mask is None else mask * acting.strength)
+                    for (identity, acting), mask in zip(people, masks, strict=True)
+                ]
+                if alone:
+                    gate.add(out[part], identities)
+                else:
+                    out[part] += gate.residual(x[part], identities)
+        return out
+
+
+def _self_norm(call: Call, x: Tensor) -> Tensor:
+    """Norm of this block's self-attention output for each row of x.
+
+    Raises:
+        InputError: the block was not asked for it.
+    """
+    if not call.self_norm or len(call.self_norm[0]) != len(x):
+        raise InputError(
+            "another node runs this model's transformer blocks by itself, so gated layers cannot be measured against self-attention. "
+            "Switch `gated` off in Normalized Identity Rescaling, or remove that node."
+        )
+    return call.self_norm[0]
+
+
+class _Gate:
+    """The gated adapter of one site in one model call."""
+
+    def __init__(self, call: Call, adapter: Adapter, site: Site, extra: dict[str, Any]):
+        self.call = call
+        self.module = call.gates[adapter].at(site.index)
+        self.values = adapter.mechanisms.openings[site.index]
+        self.extra = extra
+
+    def add(self, x: Tensor, identities: list[GateIdentity]) -> None:
+        """Let identities act on image tokens in place."""
+        self.module(x, identities, gates=self.values, attention=self._attention, inplace=True)
+
+    def residual(self, x: Tensor, identities: list[GateIdentity]) -> Tensor:
+        """What identities add to image tokens."""
+        added: Tensor = self.module.residual(x, identities, gates=self.values, attention=self._attention)
+        return added
+
+    def mask(self, acting: Acting, rows: tuple[Row, ...], x: Tensor) -> Tensor | None:
+        """The mask of an application for these rows, (1 or rows, N, 1)."""
+        if not acting.masked:
+            return None
+        size = tokens_size(self.extra, x.shape[1], self.call.latent_size)
+        return self.call.run.of(Masks).of(acting.number, rows, size, x.device, x.dtype)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+        # Without the options: other packs' overrides of attention expect ComfyUI's own layers.
+        out: Tensor = comfy_attention.optimized_attention(
+            q, k, v, heads, attn_precision=self.extra.get("attn_precision")
+        )
+        return out
