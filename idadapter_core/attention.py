@@ -1,4 +1,4 @@
-"""Attention kernels: pure functions on tensors, no module, no host state.
+"""Attention kernels: pure functions on tensors, no module, no host state. Those made for CPUs are in `attention_cpu`.
 
 Shapes: B rows (latents times conditionings), N image tokens, C channels (C = heads * head width), T identity tokens.
 """
@@ -12,25 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import attention_cpu as cpu
+
 # PyTorch's CPU attention runs up to twice as fast when the number of keys is a multiple of this.
 CPU_KEY_MULTIPLE = 16
-
-
-# Up to this many heads * tokens, two matrix products with block-diagonal K and V beat the CPU's attention kernel. Measured on
-# AMX: bf16 products are cheap there, fp32 ones are not.
-BLOCK_COLUMNS = {torch.bfloat16: 200, torch.float32: 32}
-
-# Attention scores that are computed at once where attention is done in plain products: 2 MB, which a core's cache holds.
-SCORES = 2**20
-
-
-@dataclass(frozen=True, eq=False)
-class BlockKeysValues:
-    """Projected identity tokens of G identities as block-diagonal matrices: all heads in one product, few tokens only."""
-
-    keys: Tensor  # (G, heads * T, C), divided by the root of the head width
-    values: Tensor  # (G, heads * T, C)
-    gram: Tensor  # (G, heads, T, T) fp32: inner products of the values, from which the norm of the attention's output follows
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +25,9 @@ class KeysValues:
     keys: Tensor  # (G, heads, T, head width)
     values: Tensor  # (G, heads, T, head width)
     bias: Tensor | None = None  # (1, 1, 1, T): 0 for a token, -inf for padding
+
+
+PreparedIdentity = KeysValues | cpu.BlockKeysValues | cpu.HeadKeysValues
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -52,32 +40,15 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def prepare_identity(keys: Tensor, values: Tensor, heads: int) -> KeysValues | BlockKeysValues:
+def prepare_identity(keys: Tensor, values: Tensor, heads: int) -> PreparedIdentity:
     """Projected tokens (G, T, C) in the form that is fastest to attend to on their device. The result is the same."""
-    columns = heads * keys.shape[1]
-    if keys.device.type == "cpu" and columns <= BLOCK_COLUMNS.get(keys.dtype, 0):
-        return prepare_blocks(keys, values, heads)
+    tokens = keys.shape[1]
+    if keys.device.type == "cpu":
+        if together := cpu.block_heads(keys.dtype, heads, tokens):
+            return cpu.prepare_blocks(split_heads(keys, heads), split_heads(values, heads), together)
+        if cpu.prefers_heads(keys.dtype, tokens):
+            return cpu.prepare_heads(split_heads(keys, heads), split_heads(values, heads))
     return prepare_keys_values(keys, values, heads)
-
-
-def prepare_blocks(keys: Tensor, values: Tensor, heads: int) -> BlockKeysValues:
-    """Projected tokens (G, T, C) as block-diagonal matrices."""
-    by_head = split_heads(values, heads).float()
-    scale = (keys.shape[-1] // heads) ** -0.5
-    return BlockKeysValues(
-        _block_diagonal(split_heads(keys * scale, heads)),
-        _block_diagonal(split_heads(values, heads)),
-        by_head @ by_head.transpose(-1, -2),
-    )
-
-
-def _block_diagonal(x: Tensor) -> Tensor:
-    """(G, heads, T, head width) -> (G, heads * T, heads * head width)."""
-    groups, heads, count, width = x.shape
-    blocks = x.new_zeros(groups, heads, count, heads, width)
-    for head in range(heads):
-        blocks[:, head, :, head] = x[:, head]
-    return blocks.view(groups, heads * count, heads * width)
 
 
 def prepare_keys_values(keys: Tensor, values: Tensor, heads: int, multiple: int | None = None) -> KeysValues:
@@ -101,12 +72,14 @@ def prepare_keys_values(keys: Tensor, values: Tensor, heads: int, multiple: int 
     return KeysValues(split_heads(keys, heads).contiguous(), split_heads(values, heads).contiguous(), bias)
 
 
-def identity_attention(query: Tensor, identity: KeysValues) -> Tensor:
+def identity_attention(query: Tensor, identity: KeysValues | cpu.HeadKeysValues) -> Tensor:
     """Attention of image queries (B, N, C) over identity tokens -> (B, N, C), before the output projection.
 
     B must be a multiple of the G identities, with the rows of one identity side by side: row i attends to identity
     i // (B / G). Rows of one identity are folded into the query length, so that K and V are never repeated.
     """
+    if isinstance(identity, cpu.HeadKeysValues):
+        return cpu.head_attention(query, identity)
     rows, length, channels = query.shape
     groups, heads = identity.keys.shape[:2]
     folded = query.reshape(groups, rows // groups * length, channels)
@@ -220,8 +193,8 @@ def gated_self_attention(
     keys = torch.cat([keys, identity_keys.to(keys).expand(rows, -1, -1)], dim=1)
     values = torch.cat([values, identity_values.to(values).expand(rows, -1, -1)], dim=1)
     logits = None if bias is None else F.pad(bias.to(query), (length, 0))
-    if _prefers_products(query):
-        return _attention_in_products(query, keys, values, heads, logits)
+    if query.device.type == "cpu" and not torch.is_grad_enabled() and cpu.prefers_products(query.dtype):
+        return cpu.attention_in_products(query, keys, values, heads, logits)
     if logits is None and attention is not None and query.device.type != "cpu":
         return attention(query, keys, values, heads)
     out = F.scaled_dot_product_attention(
@@ -246,47 +219,10 @@ def repeat_copies(keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, T
     return keys[:, tokens], values[:, tokens], None
 
 
-def _prefers_products(query: Tensor) -> bool:
-    """Whether plain matrix products beat PyTorch's attention: bf16 on a CPU without AMX, where that takes 1.5 times as long."""
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or torch.is_grad_enabled():
-        return False
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return not has_amx()
-
-
-def _attention_in_products(
-    query: Tensor, keys: Tensor, values: Tensor, heads: int, logits: Tensor | None
-) -> Tensor:
-    """Attention (B, N, C), head by head, through one buffer of scores that stays in the cache.
-
-    Scores are rounded to the dtype before the softmax, as in the host's own attention for CPUs.
-    """
-    rows, length, channels = query.shape
-    count, width = keys.shape[1], channels // heads
-    block = max(1, min(length, SCORES // count))
-    query = query * width**-0.5
-    out = torch.empty_like(query)
-    buffer = query.new_empty(block, count)
-    for row in range(rows):
-        for head in range(heads):
-            part = slice(head * width, (head + 1) * width)
-            head_keys, head_values = keys[row, :, part].t(), values[row, :, part]
-            for start in range(0, length, block):
-                some = query[row, start : start + block, part]
-                scores = buffer[: len(some)]
-                if logits is None:
-                    torch.mm(some, head_keys, out=scores)
-                else:
-                    torch.addmm(logits[None], some, head_keys, out=scores)
-                torch.softmax(scores, dim=-1, out=scores)
-                out[row, start : start + block, part] = scores @ head_values
-    return out
-
-
 def add_identity(
     base: Tensor,
     query: Tensor,
-    identity: KeysValues | BlockKeysValues,
+    identity: PreparedIdentity,
     scale: Tensor | float,
     *,
     base_norm: Tensor | None = None,
@@ -307,7 +243,7 @@ def add_identity(
         mask: (1 or B, N, 1) in 0..1, how much of the residual each image token gets. The norms ignore it, so the
             strength inside a mask does not depend on the size of the mask.
     """
-    if isinstance(identity, BlockKeysValues):
+    if isinstance(identity, cpu.BlockKeysValues):
         return _add_blocks(base, query, identity, scale, base_norm, at_most, mask, eps, inplace)
     residual = identity_attention(query, identity)
     if base_norm is None:
@@ -320,7 +256,7 @@ def add_identity(
 def _add_blocks(
     base: Tensor,
     query: Tensor,
-    identity: BlockKeysValues,
+    identity: cpu.BlockKeysValues,
     scale: Tensor | float,
     base_norm: Tensor | None,
     at_most: float | None,
@@ -328,39 +264,20 @@ def _add_blocks(
     eps: float,
     inplace: bool,
 ) -> Tensor:
-    """`add_identity` in three products, the last of which adds to `base`: the residual itself is never written."""
-    rows, length, channels = base.shape
-    groups, heads, count = identity.gram.shape[:3]
-    logits = torch.bmm(identity.keys, query.reshape(groups, -1, channels).transpose(1, 2))
-    # Tokens before pixels: a softmax over few tokens is fast where the pixels lie side by side.
-    probabilities = logits.view(groups, heads, count, rows // groups, length).softmax(dim=2)
+    """`add_identity` without the residual, which is never written: its norm follows from the attention's probabilities."""
+    probabilities = cpu.block_probabilities(query, identity)
     if base_norm is None:
-        factor = torch.as_tensor(scale, dtype=base.dtype, device=base.device).expand(rows)
+        factor = torch.as_tensor(scale, dtype=base.dtype, device=base.device).expand(len(base))
     else:
-        by_row = probabilities.movedim(3, 1).flatten(0, 1)
-        moments = (by_row @ by_row.transpose(-1, -2)).float()
-        gram = identity.gram.repeat_interleave(rows // groups, dim=0)
-        norm = (moments * gram).sum(dim=(1, 2, 3)).clamp_min(0).sqrt()
-        factor = norm_factor(base_norm, norm, scale, base.dtype, eps, at_most=at_most)
-    values = identity.values
-    if rows == groups and mask is None:
-        values = values * factor[:, None, None]
-    else:
-        per_pixel = factor[:, None] if mask is None else factor[:, None] * mask[..., 0].to(factor.dtype)
-        probabilities = probabilities * per_pixel.expand(rows, length).reshape(
-            groups, 1, 1, rows // groups, length
-        )
-    left = probabilities.reshape(groups, heads * count, -1).transpose(1, 2)
-    if inplace:
-        base.view(groups, -1, channels).baddbmm_(left, values)
-        return base
-    return torch.baddbmm(base.reshape(groups, -1, channels), left, values).view(rows, length, channels)
+        norms = cpu.block_norms(probabilities, identity)
+        factor = norm_factor(base_norm, norms, scale, base.dtype, eps, at_most=at_most)
+    return cpu.add_blocks(base, probabilities, identity, factor, mask, inplace)
 
 
 def decoupled_attention(
     query: Tensor,
     base: Tensor,
-    identity: KeysValues | BlockKeysValues,
+    identity: PreparedIdentity,
     scale: Tensor | float = 1.0,
     *,
     normalized: bool = True,

@@ -9,15 +9,18 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import typing
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from .errors import ConfigError
+from .extra import require
 from .toml import BACKSLASHES, parse_value, read_table
 
 T = TypeVar("T")
@@ -62,24 +65,146 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return content
 
 
-def parse_config(kind: type[T], content: Mapping[str, Any], where: str = "") -> T:
+@dataclass(frozen=True)
+class Changeable:
+    """Annotation of a setting that a resumed run may change: no step depends on it, or its file is known by digest instead."""
+
+    when: Callable[[Any], bool] = lambda section: True
+    """Whether it may, given the section that the setting is in."""
+
+
+MayChange = Annotated[T, Changeable()]
+"""Type of a setting that a resumed run may change."""
+
+
+class Settings:
+    """Base of all dataclasses that TOML is read into: no unknown keys, and each value of its own type."""
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """The names that settings had before, and those they have now."""
+
+    # pydantic reads these two; nothing here imports it before a file is read.
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        schema = handler(source)
+        handler.resolve_ref_schema(schema)["strict"] = False  # a table stands for a dataclass
+        return schema
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse_config(kind: type[S], content: Mapping[str, Any]) -> S:
     """A dataclass from a table, strictly: only known keys, each of its own type.
 
     Raises:
-        ConfigError: names the key, what it should be and what it is.
+        ConfigError: names the key, the type it should have and the value found.
     """
+    validation_error = require("pydantic").ValidationError
+    prepared = {key: _prepared(key, value) for key, value in content.items()}
+    try:
+        found: S = _adapter(typing.cast(Any, kind)).validate_python(prepared)
+    except validation_error as error:
+        first, *others = error.errors()
+        more = f" ({len(others)} more: {', '.join(_place(kind, e['loc'])[0] for e in others)})"
+        raise ConfigError(f"{_sentence(kind, first)}{more if others else ''}") from None
+    return found
+
+
+def with_new_names(kind: type[Settings], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a record that an earlier release may have written, with today's names of settings."""
     hints = typing.get_type_hints(kind)
-    known = {entry.name: hints[entry.name] for entry in dataclasses.fields(typing.cast(Any, kind))}
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        name = f"{where}{key}"
-        if key not in known:
-            raise ConfigError(f"unknown setting {name}{nearest(key, known)}")
-        expected = known[key]
-        if dataclasses.is_dataclass(expected) and not isinstance(value, Mapping):
-            raise ConfigError(f"{name} is a section, write it as [{name}], got {value!r}")
-        values[key] = _value(name, value, expected)
-    return kind(**values)
+    found = {kind.renamed.get(key, key): value for key, value in content.items()}
+    for key, value in found.items():
+        section = hints.get(key)
+        if isinstance(value, Mapping) and isinstance(section, type) and issubclass(section, Settings):
+            found[key] = with_new_names(section, value)
+    return found
+
+
+@functools.cache
+def _adapter(kind: type[Settings]) -> Any:
+    return require("pydantic").TypeAdapter(kind)
+
+
+def _prepared(name: str, value: Any) -> Any:
+    """A value of TOML as validation expects it: a list as a tuple, a path without ~."""
+    if isinstance(value, Mapping):
+        return {key: _prepared(f"{name}.{key}", entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_prepared(name, entry) for entry in value)
+    if not isinstance(value, str):
+        return value
+    if not _is_text(value):
+        raise ConfigError(
+            f"{name}: {value!r} has bytes that are no UTF-8; give it in UTF-8, and rename a file or folder of that name"
+        )
+    return str(Path(value).expanduser()) if value.startswith(("~/", "~\\")) else value
+
+
+_WORDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+}
+
+
+def _sentence(kind: type[Settings], error: Mapping[str, Any]) -> str:
+    """An error of pydantic in our words."""
+    problem, value = error["type"], error["input"]
+    name, owner, expected = _place(kind, error["loc"])
+    if problem == "unexpected_keyword_argument":
+        head, _, key = name.rpartition(".")
+        if key in owner.renamed:
+            return f"{name} is called {head}{head and '.'}{owner.renamed[key]} now"
+        return f"unknown setting {name}{nearest(key, (entry.name for entry in _fields(owner)))}"
+    got = list(value) if isinstance(value, tuple) else value
+    if problem == "dataclass_type":
+        return (
+            f"{name} is a table, got {got!r}"
+            if name.endswith("]")
+            else f"{name} is a section, write it as [{name}], got {got!r}"
+        )
+    if problem in ("missing", "too_long"):
+        return f"{name} must have {len(typing.get_args(expected))} entries, got {got!r}"
+    if problem in _WORDS:
+        return f"{name} must be {_WORDS[problem]}, got {got!r}"
+    return f"{name}: {error['msg']}, got {got!r}"
+
+
+def _place(kind: type[Settings], where: Sequence[str | int]) -> tuple[str, type[Settings], Any]:
+    """A place in the tables: its name, the section it is in, its type. A single value in a list goes by the list's name."""
+    name, owner, here = "", kind, typing.cast(Any, kind)
+    for part in where:
+        if isinstance(part, str):
+            owner, name = here, f"{name}.{part}" if name else part
+            here = typing.get_type_hints(owner).get(part)
+        elif dataclasses.is_dataclass(entry := typing.get_args(here)[0]):
+            here, name = entry, f"{name}[{part}]"
+    return name, owner, here
+
+
+def decisive(config: S) -> S:
+    """The configuration with its default in every setting that a resumed run may change."""
+    marks = typing.get_type_hints(type(config), include_extras=True)
+    default, values = type(config)(), dict[str, Any]()
+    for entry in _fields(type(config)):
+        value = getattr(config, entry.name)
+        if any(m.when(config) for m in typing.get_args(marks[entry.name]) if isinstance(m, Changeable)):
+            values[entry.name] = getattr(default, entry.name)
+        elif isinstance(value, Settings):
+            values[entry.name] = decisive(value)
+    found: S = dataclasses.replace(typing.cast(Any, config), **values)
+    return found
+
+
+def _fields(kind: type[Settings]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(typing.cast(Any, kind))
 
 
 def config_toml(config: Any) -> str:
@@ -120,7 +245,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     path = [part.strip() for part in name.split(".")]
     if not equals or len(path) < 2 or not all(path):
-        raise ConfigError(f"--set takes section.key=value, for example train.lr=1e-5, got {override!r}")
+        raise ConfigError(
+            f"--set takes section.key=value, for example train.learning_rate=1e-5, got {override!r}"
+        )
     value = parse_value(text.strip())
     table = content
     for part in path[:-1]:
@@ -130,41 +257,6 @@ def _override(content: dict[str, Any], override: str) -> None:
                 f"--set {override}: {part} is no section of single values; change it in the file"
             )
     table[path[-1]] = value
-
-
-def _value(name: str, value: Any, expected: Any) -> Any:
-    if dataclasses.is_dataclass(expected):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} is a table, got {value!r}")
-        return parse_config(typing.cast(Any, expected), value, f"{name}.")
-    origin = typing.get_origin(expected)
-    if origin is tuple:
-        kinds = typing.get_args(expected)
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} must be a list, got {value!r}")
-        if kinds[-1] is not Ellipsis and len(value) != len(kinds):
-            raise ConfigError(f"{name} must have {len(kinds)} entries, got {value!r}")
-        of_tables = dataclasses.is_dataclass(kinds[0])
-        return tuple(
-            _value(f"{name}[{number}]" if of_tables else name, entry, kinds[0])
-            for number, entry in enumerate(value)
-        )
-    if origin is not None:  # a table of settings
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a table, got {value!r}")
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-    if expected is float and type(value) is int:
-        return float(value)
-    if type(value) is not expected:
-        words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-        raise ConfigError(f"{name} must be {words[expected]}, got {value!r}")
-    if expected is str and not _is_text(value):
-        raise ConfigError(
-            f"{name}: {value!r} has bytes that are no UTF-8; give it in UTF-8, and rename a file or folder of that name"
-        )
-    if expected is str and value.startswith(("~/", "~\\")):
-        return str(Path(value).expanduser())
-    return value
 
 
 def _is_text(value: str) -> bool:

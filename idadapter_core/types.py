@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, MismatchError
 
 MODES = ("auto", "learned", "concatenate", "mean")
 OUTLIERS = ("reject", "keep")
@@ -62,9 +63,22 @@ class Face:
         return math.hypot(x2 - x1, y2 - y1)
 
 
+class ViewKey(NamedTuple):
+    """What made a part of the features: a network, and how it was shown the face."""
+
+    network: str  # digest of its weights; empty where it is not known
+    view: str  # a name in `faces.views.VIEWS`, or one of the two below
+
+
+ALIGNED, HEAD = "aligned", "head"  # what the recogniser and CLIP vision are always shown
+
+
 @dataclass(frozen=True, eq=False)
 class FaceFeatures:
-    """F faces of one person: facts about photos, no adapter involved."""
+    """F faces of one person: facts about photos, no adapter involved.
+
+    `embedding` and `stages` are of the view `ALIGNED`, `patch_tokens` and `class_embedding` of the view `HEAD`.
+    """
 
     embedding: Tensor  # (F, 512) recogniser output, not normalised
     stages: tuple[Tensor, ...] = ()  # four maps (F, C, H, W) of the torch iResNet, or empty
@@ -73,6 +87,9 @@ class FaceFeatures:
     faces: tuple[Face, ...] = ()
     recognizer: str = ""  # digest of the network behind embedding and stages
     crops: Tensor | None = None  # (F, 3, 112, 112) RGB in [-1, 1]
+    vision: str = ""  # digest of the CLIP vision model
+    views: Mapping[ViewKey, Tensor] = field(default_factory=dict)
+    """Hidden states (F or 1, L, d) of CLIP vision, class token first, under the other views that a method reads."""
 
     def __post_init__(self) -> None:
         if self.embedding.ndim != 2:
@@ -81,6 +98,7 @@ class FaceFeatures:
             )
         count = self.embedding.shape[0]
         tensors = [*self.stages, self.patch_tokens, self.class_embedding, self.crops]
+        tensors += [states for states in self.views.values() if states.shape[0] != 1]
         if any(t is not None and t.shape[0] != count for t in tensors) or (
             self.faces and len(self.faces) != count
         ):
@@ -88,6 +106,27 @@ class FaceFeatures:
 
     def __len__(self) -> int:
         return int(self.embedding.shape[0])
+
+    @property
+    def keys(self) -> tuple[ViewKey, ...]:
+        """What there is, by network and view."""
+        found = [ViewKey(self.recognizer, ALIGNED)]
+        found += [ViewKey(self.vision, HEAD)] if self.patch_tokens is not None else []
+        return (*found, *self.views)
+
+    def states(self, view: str) -> Tensor:
+        """CLIP vision's hidden states (F or 1, L, d) under a view.
+
+        Raises:
+            MismatchError: there are none.
+        """
+        found = [states for key, states in self.views.items() if key.view == view]
+        if not found:
+            raise MismatchError(
+                f"these face features hold nothing of the view {view!r}, which the adapter reads. Wire Load CLIP Vision, with the model the "
+                "adapter was trained with, to `clip_vision` of Extract Face Features."
+            )
+        return found[0]
 
     @property
     def class_word(self) -> str:
@@ -106,6 +145,7 @@ class FaceFeatures:
             class_embedding=None if self.class_embedding is None else self.class_embedding[indices],
             crops=None if self.crops is None else self.crops[indices],
             faces=tuple(self.faces[i] for i in indices) if self.faces else (),
+            views={key: t if t.shape[0] == 1 else t[indices] for key, t in self.views.items()},
         )
 
 

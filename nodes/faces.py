@@ -20,11 +20,12 @@ from ..idadapter_core.faces.images import Image, check_image
 from ..idadapter_core.faces.iresnet import digest, load_iresnet
 from ..idadapter_core.faces.packages import find_packages, package_files, resolve_package
 from ..idadapter_core.faces.preview import small_preview, worth_showing
+from ..idadapter_core.methods import views_read
 from .host import images, paths
 from .host.memory import manage, require_same_file
 from .host.messages import from_remarks, info, keeps_report, report_ui
 from .host.origins import photo_origins
-from .host.vision import encode_heads
+from .host.vision import digest_of, encode_heads, encode_views
 from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket
 
 FROM_PACKAGE = "from package"
@@ -223,9 +224,15 @@ class ExtractFaces(io.ComfyNode):
         )
         features = extraction.features
         if clip_vision is not None:
-            heads = (square_crop(check_image(pictures[face.image_index]), face) for face in features.faces)
-            patch_tokens, class_embedding = encode_heads(clip_vision, heads)
-            features = replace(features, patch_tokens=patch_tokens, class_embedding=class_embedding)
+            photos = [(check_image(pictures[face.image_index]), face) for face in features.faces]
+            patch_tokens, class_embedding = encode_heads(clip_vision, (square_crop(*pair) for pair in photos))
+            features = replace(
+                features,
+                patch_tokens=patch_tokens,
+                class_embedding=class_embedding,
+                vision=digest_of(clip_vision),
+                views=encode_views(clip_vision, views_read(), photos),
+            )
         preview, boxes = images.previews(pictures, extraction.found, extraction.chosen)
         assert features.crops is not None  # extract_features always cuts them
         return io.NodeOutput(

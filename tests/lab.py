@@ -82,7 +82,7 @@ class Lab:
                 "max_bad_share": 0.2,  # one photo of each bad kind is there on purpose
                 "workers": 1,
             },
-            "train": {"steps": 40, "batch": 4, "ema": 0.9},
+            "train": {"steps": 40, "global_batch_size": 4, "ema_decay": 0.9},
             "output": {
                 "folder": str(self.folder / "runs" / name),
                 "save_every": 20,
@@ -117,7 +117,7 @@ def write_lab(folder: Path) -> Lab:
     uniid = {"method": "uniid", "branch": "adapter"}
     configs = {
         # Weights as small as these learn in 40 steps from a large learning rate alone.
-        "idadapter": lab.run("idadapter", train={"lr": 1e-2}),
+        "idadapter": lab.run("idadapter", train={"learning_rate": 1e-2}),
         "uniid_adapter": lab.run("uniid_adapter", adapter=uniid),
         "uniid_text": lab.run("uniid_text", adapter={**uniid, "branch": "text"}),
     }

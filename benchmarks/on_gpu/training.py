@@ -65,7 +65,7 @@ def _measure(case: _Case, report: Report) -> None:
     parameters = list(trainable(adapter).values())
     bundle = Bundle(base, adapter, networks, config).to(device())
     base.unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(bundle.parameters(), lr=config.train.lr, fused=True)
+    optimizer = torch.optim.AdamW(bundle.parameters(), lr=config.train.learning_rate, fused=True)
     batches = _batches(case)
 
     def run(batch: Batch) -> tuple[float, float]:
@@ -101,9 +101,9 @@ def _measure(case: _Case, report: Report) -> None:
 
 
 def _config(case: _Case) -> RunConfig:
-    train: dict[str, Any] = {"checkpointing": True, "batch": case.sizes.batch}
+    train: dict[str, Any] = {"gradient_checkpointing": True, "global_batch_size": case.sizes.batch}
     if case.sizes.half:
-        train["precision"] = "bf16"
+        train["mixed_precision"] = "bf16"
     return parse_config(
         RunConfig, {"adapter": {"method": "idadapter"}, "data": {"resolution": case.pixels}, "train": train}
     )

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from ..training.cache import build, verify
-    from ..training.engine import has_accelerator
     from ..training.parts import load_parts, require_files
+    from ..training.ranks import has_accelerator
     from ..training.watch import arrive
 
     config = read_config(options.config, options.set)

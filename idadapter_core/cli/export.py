@@ -86,5 +86,7 @@ def adapter_file(run: Path, weights: str = "auto", step: int | None = None) -> P
         folder = chosen[-1].path
     averaged = folder / EMA
     if weights == "ema" and not averaged.is_file():
-        raise ConfigError(f"{folder}: holds no averaged weights (train.ema was 0); use --weights trained")
+        raise ConfigError(
+            f"{folder}: holds no averaged weights (train.ema_decay was 0); use --weights trained"
+        )
     return averaged if weights != "trained" and averaged.is_file() else folder / ADAPTER

@@ -43,6 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.set)
-    from ..training.engine import train
+    from ..training.loop import train
 
     return train(config, resume=options.resume, allow_config_change=options.allow_config_change)

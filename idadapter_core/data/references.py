@@ -17,9 +17,10 @@ from ..faces.align import align_face, square_crop
 from ..faces.enrich import variant
 from ..faces.features import crops_to_tensor
 from ..faces.images import Image
+from ..methods import views_read
 from ..randomness import seed_of
-from ..stable_diffusion.networks import Networks, see
-from ..types import Face, FaceFeatures
+from ..stable_diffusion.networks import Networks, see, see_views
+from ..types import Face, FaceFeatures, ViewKey
 from .index import Index, Row
 from .people import by_person, photos_beside_target
 
@@ -112,7 +113,8 @@ def features_of(
         recognizer: the name on record.
         read: calls what reads the photos, and gives what that returns.
     """
-    pictures = read(lambda: [photo_pictures(index.load(row), Photo(row)) for row in rows])
+    photos = read(lambda: [index.load(row) for row in rows])
+    pictures = [photo_pictures(photo, Photo(row)) for photo, row in zip(photos, rows, strict=True)]
     crops = crops_to_tensor([crop for crop, _ in pictures])
     faces = tuple(
         Face(
@@ -127,7 +129,9 @@ def features_of(
     with torch.no_grad():
         embedding, stages = networks.recognizer(crops.to(device))
     seen: dict[str, Tensor] = {}
+    views: dict[ViewKey, Tensor] = {}
     if networks.vision is not None:
+        views = see_views(networks.vision, views_read(), list(zip(photos, faces, strict=True)), device)
         seen = see(networks.vision, networks.vision.preprocess([head for _, head in pictures]).to(device))
     return FaceFeatures(
         embedding=embedding.cpu(),
@@ -137,4 +141,6 @@ def features_of(
         faces=faces,
         recognizer=recognizer,
         crops=crops,
+        vision="" if networks.vision is None else networks.vision.digest,
+        views=views,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import at_least, naming, one_of, parse_config, read_toml, writable
+from ..config import Settings, at_least, naming, one_of, parse_config, read_toml, writable
 from ..errors import ConfigError
 from ..prompts import CLASS_WORD
 from ..stable_diffusion.config import PRECISIONS, BaseConfig, require_paths
@@ -20,7 +20,7 @@ PARTS = ("both", "adapter", "text")  # of an adapter
 
 
 @dataclass(frozen=True)
-class PeopleConfig:
+class PeopleConfig(Settings):
     """Who is drawn."""
 
     index: str = ""  # written by `python -m idadapter_core scan`
@@ -36,7 +36,7 @@ class PeopleConfig:
 
 
 @dataclass(frozen=True)
-class RunEntry:
+class RunEntry(Settings):
     """An adapter, how it is used, and at which scales: a row of the result for each scale."""
 
     name: str = ""
@@ -62,7 +62,7 @@ class RunEntry:
 
 
 @dataclass(frozen=True)
-class PromptEntry:
+class PromptEntry(Settings):
     """A prompt of the user's own."""
 
     text: str = ""  # with <class word>
@@ -81,7 +81,7 @@ class PromptEntry:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """What is drawn, and how."""
 
     groups: tuple[str, ...] = GROUPS  # built-in prompts
@@ -110,7 +110,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class MetricsConfig:
+class MetricsConfig(Settings):
     """The models that judge. What has no model is n/a in all results."""
 
     faces: str = ""  # folder of an insightface package: detector and first recogniser
@@ -119,15 +119,9 @@ class MetricsConfig:
     )
     clip: str = ""  # folder of a transformers CLIPModel with its tokenizer, for CLIP-T and CLIP-I
 
-    def __post_init__(self) -> None:
-        if not self.faces:
-            raise ConfigError(
-                "metrics.faces is empty; name the folder of an insightface package (buffalo_l, antelopev2)"
-            )
-
 
 @dataclass(frozen=True)
-class ExpressionConfig:
+class ExpressionConfig(Settings):
     """A classifier of facial expressions as an ONNX file of the user's; input (1, 3 or 1, size, size), output one score a class."""
 
     path: str = ""
@@ -154,7 +148,7 @@ class ExpressionConfig:
 
 
 @dataclass(frozen=True)
-class PresetConfig:
+class PresetConfig(Settings):
     """Rows of a paper's ablation (`presets.PRESETS`), before those of [[runs]]."""
 
     name: str = ""
@@ -163,14 +157,14 @@ class PresetConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationOutput:
+class EvaluationOutput(Settings):
     """Where it goes."""
 
     folder: str = "evaluation"
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """A whole evaluation."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -182,6 +176,12 @@ class EvaluationConfig:
     expression: ExpressionConfig = field(default_factory=ExpressionConfig)
     preset: PresetConfig = field(default_factory=PresetConfig)
     output: EvaluationOutput = field(default_factory=EvaluationOutput)
+
+    def __post_init__(self) -> None:
+        if not self.metrics.faces:
+            raise ConfigError(
+                "metrics.faces is empty; name the folder of an insightface package (buffalo_l, antelopev2)"
+            )
 
     def all_prompts(self) -> tuple[Prompt, ...]:
         """The built-in prompts that were chosen, then the user's own."""

@@ -50,8 +50,10 @@ def similarity_transform(landmarks: Landmarks) -> NDArray[np.float64]:
     return np.array([[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]])
 
 
-def align_face(image: NDArray[np.uint8], landmarks: Landmarks) -> NDArray[np.uint8]:
-    """Warp a photo (H, W, 3), RGB uint8, to the aligned crop (112, 112, 3), RGB uint8.
+def align_face(
+    image: NDArray[np.uint8], landmarks: Landmarks, size: int = TEMPLATE_SIZE
+) -> NDArray[np.uint8]:
+    """Warp a photo (H, W, 3), RGB uint8, to the aligned crop (size, size, 3), RGB uint8.
 
     Pixel for pixel what insightface's `norm_crop` gives: bilinear, black outside the photo.
 
@@ -71,7 +73,7 @@ def align_face(image: NDArray[np.uint8], landmarks: Landmarks) -> NDArray[np.uin
             f"only {inside:.0%} of the face lies inside the photo, at least {MIN_INSIDE:.0%} are needed; "
             "use a photo that shows the whole face"
         )
-    crop = cv2.warpAffine(image, matrix, (TEMPLATE_SIZE, TEMPLATE_SIZE), borderValue=0.0)
+    crop = cv2.warpAffine(image, matrix * (size / TEMPLATE_SIZE), (size, size), borderValue=0.0)
     return np.asarray(crop, dtype=np.uint8)
 
 

@@ -106,6 +106,7 @@ class Needs:
     stages: bool = False  # the inner maps of a torch recogniser, beside its embedding
     shallow_side: int = 0  # side at which the first three of them are read; 0: their own
     vision: tuple[int, int] | None = None  # CLIP vision: its width and its number of patches
+    views: tuple[str, ...] = ()  # of CLIP vision, beside the head (`faces.views.VIEWS`)
     text_widths: Mapping[str, int] = field(default_factory=dict)  # by ComfyUI's names; those it must have
     all_text_encoders: bool = False  # the model may have no others
 

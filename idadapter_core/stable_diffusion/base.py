@@ -92,7 +92,7 @@ def load_base(
     else:
         vae = source.autoencoder()
     vae = vae.to(device)
-    schedule = noise_schedule(source.scheduler(), config.prediction, path.name)
+    schedule = noise_schedule(source.scheduler(), config.prediction_type, path.name)
     return Base(config.family, unet, vae, text, schedule, _digest(unet, text, vae, schedule))
 
 
@@ -229,7 +229,7 @@ def noise_schedule(scheduler: Mapping[str, Any], prediction: str, name: str) -> 
         "%s: predicts %s%s",
         name,
         told if prediction == "auto" else prediction,
-        "" if prediction == "auto" else f" (set in base.prediction; the model says {told})",
+        "" if prediction == "auto" else f" (set in base.prediction_type; the model says {told})",
     )
     predicts = told if prediction == "auto" else prediction
     # Made with v first: the schedule may still have to lose what signal its last step holds.
@@ -239,7 +239,7 @@ def noise_schedule(scheduler: Mapping[str, Any], prediction: str, name: str) -> 
         scheduler.get("beta_start", 0.00085),
         scheduler.get("beta_end", 0.012),
     )
-    alphas = schedule.alphas
+    alphas = schedule.alphas_cumprod
     if scheduler.get("rescale_betas_zero_snr"):
         alphas = _without_signal_at_the_end(alphas)
     return NoiseSchedule(alphas, predicts)
@@ -260,8 +260,8 @@ def _digest(unet: nn.Module, text: TextEncoders, vae: Autoencoder, schedule: Noi
         for name, model in text.models.items()
     ]
     parts += [
-        schedule.prediction,
-        hashlib.sha256(schedule.alphas.double().cpu().numpy().tobytes()).hexdigest(),
+        schedule.prediction_type,
+        hashlib.sha256(schedule.alphas_cumprod.double().cpu().numpy().tobytes()).hexdigest(),
     ]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 

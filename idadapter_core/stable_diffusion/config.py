@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..config import existing, one_of
+from ..config import MayChange, Settings, existing, one_of
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 PREDICTIONS = ("auto", "epsilon", "v_prediction")
@@ -14,24 +15,25 @@ _PATHS = ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_pa
 
 
 @dataclass(frozen=True)
-class BaseConfig:
-    """The frozen models around the adapter. Paths on disk; nothing is fetched."""
+class BaseConfig(Settings):
+    """The frozen models around the adapter. Paths on disk; nothing is fetched. A resumed run knows the models by their digests."""
 
-    path: str = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint
+    path: MayChange[str] = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint
     family: str = "sd15"  # sd15, sd21 or sdxl
-    prediction: str = "auto"  # what the UNet predicts; auto: as the folder's scheduler says, or as ComfyUI tells it from a file
-    config: str = (
+    prediction_type: str = "auto"  # epsilon or v_prediction; auto: as the folder's scheduler says, or as ComfyUI tells it from a file
+    config: MayChange[str] = (
         ""  # for a single file of other sizes than published: a folder with diffusers configurations
     )
-    tokenizer: str = ""  # for a single file: a folder with CLIP's vocab.json and merges.txt
-    vae: str = ""  # another VAE; empty: the base's own
-    vision: str = ""  # CLIP vision for IDAdapter: a folder of transformers, or a file of weights
-    recognizer: str = ""  # face network: a torch IResNet (.pth, .safetensors, .onnx)
-    face_package: str = ""  # folder of an insightface package; only for a detector in L_id
+    tokenizer: MayChange[str] = ""  # for a single file: a folder with CLIP's vocab.json and merges.txt
+    vae: MayChange[str] = ""  # another VAE; empty: the base's own
+    vision: MayChange[str] = ""  # CLIP vision for IDAdapter: a folder of transformers, or a file of weights
+    recognizer: MayChange[str] = ""  # face network: a torch IResNet (.pth, .safetensors, .onnx)
+    face_package: MayChange[str] = ""  # folder of an insightface package; only for a detector in L_id
+    renamed: ClassVar = {"prediction": "prediction_type"}
 
     def __post_init__(self) -> None:
         one_of("base.family", self.family, FAMILIES)
-        one_of("base.prediction", self.prediction, PREDICTIONS)
+        one_of("base.prediction_type", self.prediction_type, PREDICTIONS)
 
 
 def require_paths(base: BaseConfig, without: Sequence[str], others: Mapping[str, str]) -> None:

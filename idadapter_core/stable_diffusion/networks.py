@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..faces.detector import FaceAnalyzer, open_analyzer
+from ..faces.images import Image
 from ..faces.iresnet import IResNet, load_iresnet
+from ..faces.views import View
 from ..methods.method import Needs
 from ..recognizer import recorded_recognizer
+from ..types import Face, ViewKey
 from .config import BaseConfig
 from .vision import VisionEncoder, load_vision
 
@@ -62,3 +66,20 @@ def see(vision: VisionEncoder, heads: Tensor) -> dict[str, Tensor]:
     """`patch_tokens` (F, P, d) and `class_embedding` (F, d) of heads (F, 3, S, S)."""
     patches, classes = vision(heads)
     return {"patch_tokens": patches.float(), "class_embedding": classes.float()}
+
+
+def see_views(
+    vision: VisionEncoder,
+    views: Sequence[View],
+    photos: Sequence[tuple[Image, Face]],
+    device: torch.device | str,
+) -> dict[ViewKey, Tensor]:
+    """CLIP vision's states of faces (photo and face each) under other views than the head, on the CPU."""
+    found: dict[ViewKey, Tensor] = {}
+    for view in views:
+        if view.cut is None:
+            pixels = torch.zeros(1, 3, vision.side, vision.side)
+        else:
+            pixels = vision.preprocess([view.cut(photo, face) for photo, face in photos])
+        found[ViewKey(vision.digest, view.name)] = vision.states(pixels.to(device)).float().cpu()
+    return found

@@ -16,25 +16,27 @@ LATENT_LIMIT = 10.0  # of a predicted clean latent: about three times what image
 class NoiseSchedule:
     """alpha-bar of each training timestep, and what the UNet predicts."""
 
-    alphas: Tensor  # (T,) alpha-bar, fp32, falling
-    prediction: str  # "epsilon" or "v_prediction"
+    alphas_cumprod: Tensor  # (T,) alpha-bar, fp32, falling
+    prediction_type: str  # "epsilon" or "v_prediction"
 
     def __post_init__(self) -> None:
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise ConfigError(f"prediction must be epsilon or v_prediction, got {self.prediction!r}")
-        if self.prediction == "epsilon" and float(self.alphas[-1]) <= 0:
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ConfigError(
+                f"prediction_type must be epsilon or v_prediction, got {self.prediction_type!r}"
+            )
+        if self.prediction_type == "epsilon" and float(self.alphas_cumprod[-1]) <= 0:
             raise ConfigError(
                 "a schedule whose last noise level holds no signal (zero terminal SNR) cannot be used with epsilon prediction: "
-                "the noise would be predicted from itself. Set base.prediction to v_prediction, if the model was trained so."
+                "the noise would be predicted from itself. Set base.prediction_type to v_prediction, if the model was trained so."
             )
 
     @property
     def steps(self) -> int:
-        return len(self.alphas)
+        return len(self.alphas_cumprod)
 
     def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha-bar) and sqrt(1 - alpha-bar) for timesteps (B,), shaped to multiply `like` (B, ...)."""
-        alpha = self.alphas.to(like.device)[timesteps].float().reshape(-1, *([1] * (like.ndim - 1)))
+        alpha = self.alphas_cumprod.to(like.device)[timesteps].float().reshape(-1, *([1] * (like.ndim - 1)))
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class NoiseSchedule:
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the UNet should predict."""
-        if self.prediction == "epsilon":
+        if self.prediction_type == "epsilon":
             return noise
         signal, spread = self.at(timesteps, clean)
         return signal * noise - spread * clean
@@ -55,24 +57,24 @@ class NoiseSchedule:
         With epsilon the prediction's error is divided by sqrt(alpha-bar), so it explodes at high noise; v needs no division.
         """
         signal, spread = self.at(timesteps, noisy)
-        if self.prediction == "epsilon":
+        if self.prediction_type == "epsilon":
             return ((noisy - spread * prediction) / signal).clamp(-LATENT_LIMIT, LATENT_LIMIT)
         return (signal * noisy - spread * prediction).clamp(-LATENT_LIMIT, LATENT_LIMIT)
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Weights (B,) of min-SNR (arXiv 2303.09556); 1 for gamma = 0."""
-        alpha = self.alphas.to(timesteps.device)[timesteps].float()
+        alpha = self.alphas_cumprod.to(timesteps.device)[timesteps].float()
         if gamma == 0:
             return torch.ones_like(alpha)
         snr = alpha / (1 - alpha)
         weight = snr.clamp(max=gamma)
         # min(snr, gamma) / (snr + 1) for v stays finite where there is no signal at all.
-        return weight / (snr + 1 if self.prediction == "v_prediction" else snr)
+        return weight / (snr + 1 if self.prediction_type == "v_prediction" else snr)
 
 
 def scaled_linear(
-    prediction: str, steps: int = 1000, start: float = 0.00085, end: float = 0.012
+    prediction_type: str, steps: int = 1000, start: float = 0.00085, end: float = 0.012
 ) -> NoiseSchedule:
     """The schedule of Stable Diffusion 1, 2 and XL."""
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    return NoiseSchedule((1 - betas).cumprod(0).float(), prediction)
+    return NoiseSchedule((1 - betas).cumprod(0).float(), prediction_type)

@@ -168,7 +168,7 @@ def _nothing(step: int, steps: int) -> None:
     return None
 
 
-def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.precision") -> Image:
+def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.mixed_precision") -> Image:
     """A picture (3, H, W) in 0..1 as (H, W, 3) uint8.
 
     Args:

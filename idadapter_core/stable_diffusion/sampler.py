@@ -27,7 +27,7 @@ def simple_schedule(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor
         raise InputError(f"steps must be between 1 and {schedule.steps}, got {steps}")
     stride = schedule.steps / steps
     timesteps = torch.tensor([schedule.steps - 1 - int(step * stride) for step in range(steps)])
-    alphas = schedule.alphas.cpu().double().clamp_min(_LEAST_SIGNAL)[timesteps]
+    alphas = schedule.alphas_cumprod.cpu().double().clamp_min(_LEAST_SIGNAL)[timesteps]
     sigmas = ((1 - alphas) / alphas).sqrt().float()
     return timesteps, torch.cat([sigmas, sigmas.new_zeros(1)])
 
@@ -89,7 +89,7 @@ def sample(
         timestep = timesteps[step].to(device)
         conditions = _conditions(prompts, width, height, unet)
         prediction = unet(noisy, timestep, **conditions).sample.float()
-        if base.schedule.prediction == "epsilon":
+        if base.schedule.prediction_type == "epsilon":
             clean = latents - sigma * prediction
         else:
             clean = latents / total**2 - prediction * sigma / total

@@ -51,6 +51,13 @@ class VisionEncoder(nn.Module):
         self.eval()
 
     @torch.no_grad()
+    def states(self, pixels: Tensor) -> Tensor:
+        """Hidden states (F, P + 1, d) of the last layer but one, class token first, of preprocessed pictures (F, 3, side, side)."""
+        output = self.model(pixel_values=pixels, output_hidden_states=True)
+        found: Tensor = output.hidden_states[-2]
+        return found
+
+    @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of preprocessed pictures (F, 3, side, side).
 

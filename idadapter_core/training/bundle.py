@@ -68,7 +68,7 @@ class Bundle(nn.Module):
         # For which prompts must leave place.
         self._inserted = adapter.config.text_tokens if self._text == "states" else 0
         self._states: dict[str, Conditioning] = {}
-        self._alphas = base.schedule.alphas.cpu()
+        self._alphas = base.schedule.alphas_cumprod.cpu()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss` (); for the log `mse` (B,) and `cosine` (B,), NaN where L_id does not count; `counts` (B,) bool: where it does."""
@@ -81,7 +81,7 @@ class Bundle(nn.Module):
             prediction = self._predict(batch, noisy, timesteps).float()
         target = schedule.target(latents, batch.noise, timesteps)
         mse = (prediction - target).square().mean(dim=(1, 2, 3))
-        loss = (mse * schedule.min_snr_weight(timesteps, self._config.loss.min_snr)).mean()
+        loss = (mse * schedule.min_snr_weight(timesteps, self._config.loss.snr_gamma)).mean()
         cosine, counts = torch.full_like(mse, float("nan")), torch.zeros_like(mse, dtype=torch.bool)
         if self._config.loss.identity > 0:
             term, cosine, counts = self._identity_term(batch, schedule.clean(noisy, prediction, timesteps))
@@ -224,7 +224,7 @@ class Bundle(nn.Module):
         return [number for number, does in enumerate(counts.tolist()) if does]
 
     def _decode(self, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._config.train.checkpointing:
+        if not self._config.train.gradient_checkpointing:
             return decode_face(self._base.vae, latents, landmarks)
         image, points = checkpoint(decode_face, self._base.vae, latents, landmarks, use_reentrant=False)
         return image, points
@@ -246,7 +246,7 @@ class Bundle(nn.Module):
 
     @contextmanager
     def _autocast(self, device: torch.device) -> Iterator[None]:
-        is_narrow = self._config.train.precision == "bf16"
+        is_narrow = self._config.train.mixed_precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if is_narrow else nullcontext():
             yield
 

@@ -1,6 +1,7 @@
 """The configuration of a training run: TOML into dataclasses that check themselves.
 
-Every key has a default, so a configuration names only what differs. Unknown keys are refused with the nearest known one.
+Every key has a default, so a configuration names only what differs. Unknown keys are refused with the nearest known one. Settings
+marked `MayChange` may differ in a run that is resumed.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from ..config import (
+    Changeable,
+    MayChange,
+    Settings,
     at_least,
     literal,
     naming,
@@ -19,6 +23,7 @@ from ..config import (
     one_of,
     parse_config,
     read_toml,
+    with_new_names,
     within,
 )
 from ..errors import ConfigError
@@ -33,11 +38,11 @@ SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """What is trained on."""
 
-    index: str = ""  # written by `python -m idadapter_core scan`
-    cache: str = ""  # folder of latents, crops and features; empty: computed when they are needed
+    index: MayChange[str] = ""  # written by `python -m idadapter_core scan`
+    cache: MayChange[str] = ""  # folder of latents, crops and features; empty: computed when they are needed
     resolution: int = 512  # side of the square pictures, pixels
     references: int = (
         4  # N photos of a person in a sample (IDAdapter; UniID always has one, the target itself)
@@ -50,8 +55,8 @@ class DataConfig:
     cache_features: bool = (
         True  # the cache holds what CLIP vision and the face network's stages give, not only crops
     )
-    max_bad_share: float = 0.05  # of rows that the scan found unusable; above it a run stops
-    workers: int = 2
+    max_bad_share: MayChange[float] = 0.05  # of rows that the scan found unusable; above it a run stops
+    workers: MayChange[int] = 2
 
     def __post_init__(self) -> None:
         at_least("data.resolution", self.resolution, 8)
@@ -67,11 +72,11 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AdapterSection:
+class AdapterSection(Settings):
     """What is trained."""
 
     method: str = "idadapter"
-    start: str = ""  # an adapter file to go on from; empty: a fresh adapter of the family's preset
+    start: MayChange[str] = ""  # an adapter file to go on from; empty: a fresh adapter of the family's preset
     branch: str = "adapter"  # of a method that trains one branch in a run (UniID)
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method's own config, over the preset
 
@@ -89,7 +94,7 @@ class AdapterSection:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings):
     """L = L_SD + F(x0_hat) * lambda * L_id (IDAdapter, Eq. 8 and 9)."""
 
     identity: float = 0.1  # lambda; 0 switches L_id off
@@ -98,52 +103,65 @@ class LossConfig:
     )
     gate: str = "noise"  # F: by noise level, or 1 where a detector finds a face (the paper)
     gate_alpha: float = 0.5  # smallest alpha-bar at which L_id counts
-    min_snr: float = 0.0  # gamma of min-SNR weighting; 0: off, as in both papers
+    snr_gamma: float = 0.0  # of min-SNR weighting; 0: off, as in both papers
+    renamed: ClassVar = {"min_snr": "snr_gamma"}
 
     def __post_init__(self) -> None:
         one_of("loss.align", self.align, ALIGNMENTS)
         one_of("loss.gate", self.gate, GATES)
         at_least("loss.identity", self.identity, 0)
         within("loss.gate_alpha", self.gate_alpha, 0, 1)
-        at_least("loss.min_snr", self.min_snr, 0)
+        at_least("loss.snr_gamma", self.snr_gamma, 0)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How it is trained."""
 
-    steps: int = 50_000
-    batch: int = 4  # samples of a step, over all processes and micro-batches
-    accumulate: int = 1  # micro-batches of a step
-    lr: float = 3e-5
+    # A schedule that is not constant depends on where the run ends.
+    steps: Annotated[int, Changeable(lambda train: train.lr_scheduler == "constant")] = 50_000
+    global_batch_size: int = 4  # samples of a step, over all processes and micro-batches
+    gradient_accumulation_steps: MayChange[int] = 1  # micro-batches of a step
+    learning_rate: float = 3e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup: int = 0  # steps
-    clip: float = 0.0  # largest norm of the gradient; 0: off
-    ema: float = 0.0  # decay of the average of the weights; 0: off
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    max_grad_norm: float = 0.0  # 0: gradients are not clipped
+    ema_decay: float = 0.0  # decay of the average of the weights; 0: off
     drop_identity: float = 0.05  # share of samples without the identity
     drop_text: float = 0.05  # share of samples without the rest of the prompt
     drop_both: float = 0.05  # share of samples with neither, as negative prompts are used
-    precision: str = "no"  # bf16: autocast over fp32 master weights
-    checkpointing: bool = False  # of the UNet's blocks: less memory for more time
+    mixed_precision: str = "no"  # bf16: autocast over fp32 master weights
+    gradient_checkpointing: MayChange[bool] = False  # of the UNet's blocks: less memory for more time
     seed: int = 0
+    renamed: ClassVar = {
+        "batch": "global_batch_size",
+        "accumulate": "gradient_accumulation_steps",
+        "lr": "learning_rate",
+        "schedule": "lr_scheduler",
+        "warmup": "lr_warmup_steps",
+        "clip": "max_grad_norm",
+        "ema": "ema_decay",
+        "precision": "mixed_precision",
+        "checkpointing": "gradient_checkpointing",
+    }
 
     def __post_init__(self) -> None:
-        one_of("train.schedule", self.schedule, SCHEDULES)
-        if self.precision == "fp16":
+        one_of("train.lr_scheduler", self.lr_scheduler, SCHEDULES)
+        if self.mixed_precision == "fp16":
             raise ConfigError(
-                "train.precision: fp16 is not offered, since gradients vanish in it unless the loss is scaled; bf16 takes as little memory "
+                "train.mixed_precision: fp16 is not offered, since gradients vanish in it unless the loss is scaled; bf16 takes as little memory "
                 "and needs no scaling"
             )
-        one_of("train.precision", self.precision, PRECISIONS)
-        for name in ("steps", "batch", "accumulate"):
+        one_of("train.mixed_precision", self.mixed_precision, PRECISIONS)
+        for name in ("steps", "global_batch_size", "gradient_accumulation_steps"):
             at_least(f"train.{name}", getattr(self, name), 1)
-        if not self.lr > 0:
-            raise ConfigError(f"train.lr must be above 0, got {self.lr}")
-        for name in ("weight_decay", "warmup", "clip"):
+        if not self.learning_rate > 0:
+            raise ConfigError(f"train.learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("weight_decay", "lr_warmup_steps", "max_grad_norm"):
             at_least(f"train.{name}", getattr(self, name), 0)
-        for name in ("ema", "drop_identity", "drop_text", "drop_both"):
+        for name in ("ema_decay", "drop_identity", "drop_text", "drop_both"):
             within(f"train.{name}", getattr(self, name), 0, 1)
         for beta in self.betas:
             if not 0 <= beta < 1:
@@ -156,7 +174,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(Settings):
     """Where it goes."""
 
     folder: str = "runs/adapter"
@@ -190,7 +208,7 @@ class OutputConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """A whole run."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -198,7 +216,7 @@ class RunConfig:
     adapter: AdapterSection = field(default_factory=AdapterSection)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
+    output: MayChange[OutputConfig] = field(default_factory=OutputConfig)
 
     @property
     def method(self) -> Method:
@@ -229,6 +247,16 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return parse_config(RunConfig, with_method_defaults(read_toml(path, overrides)))
 
 
+def read_record(path: Path) -> RunConfig:
+    """The configuration that a run wrote beside its results, with this release or an earlier one.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    with naming(path, ()):
+        return parse_config(RunConfig, with_new_names(RunConfig, read_toml(path)))
+
+
 def with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
     """The tables of a run, with the published settings of its method where they say nothing (`Recipe.defaults`)."""
     adapter = content.get("adapter", {})
@@ -247,7 +275,7 @@ def with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """What differs between two configurations: "train.lr was 0.1 and is 0.2"."""
+    """What differs between two configurations: "train.learning_rate was 0.1 and is 0.2"."""
     found = []
     for section in dataclasses.fields(RunConfig):
         then, today = (getattr(config, section.name) for config in (before, now))

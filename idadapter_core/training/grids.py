@@ -94,7 +94,7 @@ def _write(path: Path, grid: Image) -> None:
 def _levels(picture: Tensor, config: RunConfig) -> Image:
     """A picture (3, H, W) in 0..1 as (H, W, 3) uint8; white where it is not finite, which must not end a training."""
     try:
-        return to_levels(picture, config.train.precision)
+        return to_levels(picture, config.train.mixed_precision)
     except InputError as error:
         log.warning("%s; it is white in the grid", error)
         return np.full((*picture.shape[1:], 3), 255, np.uint8)

@@ -109,7 +109,7 @@ class Batches:
 
     def _death(self) -> str:
         """How a worker died, in words; empty where none has."""
-        memory = "use fewer data.workers, a smaller train.batch or a machine with more memory"
+        memory = "use fewer data.workers, a smaller train.global_batch_size or a machine with more memory"
         reason = reason_of_death(self._workers(), {"SIGBUS": memory_advice(), "SIGKILL": memory})
         return f"a worker process of the loader died: {reason}." if reason else ""
 

@@ -64,7 +64,7 @@ def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
     index = read_index(Path(config.data.index))
     train_rows, test_rows = usable_rows(index, config, "train"), usable_rows(index, config, "test")
     networks, digest = load_networks(config.base, config.needs, _needs_detector(config))
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
     base = load_base(config.base, device, dtype)
     networks.recognizer.to(device)
     if networks.vision is not None:

@@ -287,9 +287,9 @@ def join(samples: Sequence[Mapping[str, Any]]) -> Batch:
 class MicroBatches(Sampler[list[Key]]):
     """The samples of one process, micro-batch by micro-batch, from a step to another.
 
-    All processes together go through one sequence. Step `start` begins at `position` of it (by default start * batch), each step
-    has the next `train.batch` samples, its first micro-batch the first batch / accumulate of them, and of each micro-batch the
-    processes have equal parts side by side.
+    All processes together go through one sequence. Step `start` begins at `position` of it (by default start * global_batch_size),
+    each step has the next `train.global_batch_size` samples, its first micro-batch the first global_batch_size /
+    gradient_accumulation_steps of them, and of each micro-batch the processes have equal parts side by side.
     """
 
     def __init__(
@@ -302,26 +302,26 @@ class MicroBatches(Sampler[list[Key]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        share = world * config.train.accumulate
-        if config.train.batch % share:
+        share = world * config.train.gradient_accumulation_steps
+        if config.train.global_batch_size % share:
             raise ConfigError(
-                f"train.batch is {config.train.batch}, which {world} process{'es' if world > 1 else ''} with train.accumulate = "
-                f"{config.train.accumulate} cannot share evenly; make it a multiple of {share}"
+                f"train.global_batch_size is {config.train.global_batch_size}, which {world} process{'es' if world > 1 else ''} with train.gradient_accumulation_steps = "
+                f"{config.train.gradient_accumulation_steps} cannot share evenly; make it a multiple of {share}"
             )
         self._config, self._count, self._start = config, count, start
-        self._position = start * config.train.batch if position is None else position
+        self._position = start * config.train.global_batch_size if position is None else position
         self._rank, self._world = rank, world
-        self.size = config.train.batch // share  # of a micro-batch of one process
+        self.size = config.train.global_batch_size // share  # of a micro-batch of one process
 
     def __len__(self) -> int:
-        return (self._config.train.steps - self._start) * self._config.train.accumulate
+        return (self._config.train.steps - self._start) * self._config.train.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[Key]]:
         train = self._config.train
         for step in range(self._start, train.steps):
-            begin = self._position + (step - self._start) * train.batch
-            keys = positions(train.seed, begin, begin + train.batch, self._count)
-            for micro in range(train.accumulate):
+            begin = self._position + (step - self._start) * train.global_batch_size
+            keys = positions(train.seed, begin, begin + train.global_batch_size, self._count)
+            for micro in range(train.gradient_accumulation_steps):
                 first = (micro * self._world + self._rank) * self.size
                 yield keys[first : first + self.size]
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ...idadapter_core import Adapter
 from ...idadapter_core.attention import (
-    BlockKeysValues,
-    KeysValues,
+    PreparedIdentity,
     add_identity,
     prepare_identity,
     sample_norm,
@@ -31,9 +30,7 @@ class Decoupled(Cache):
         self._projected: dict[
             tuple[torch.device, torch.dtype], dict[tuple[int, Handle], tuple[Tensor, Tensor]]
         ] = {}
-        self._prepared: dict[
-            tuple[int, tuple[Handle, ...], torch.device, torch.dtype], KeysValues | BlockKeysValues
-        ] = {}
+        self._prepared: dict[tuple[int, tuple[Handle, ...], torch.device, torch.dtype], PreparedIdentity] = {}
         self._segments: dict[tuple[Handle | None, ...], tuple[Segment, ...]] = {}
         self._attentions: dict[tuple[Site, int], SiteAttention] = {}
 
@@ -68,7 +65,7 @@ class Decoupled(Cache):
 
     def keys_values(
         self, site: Site, handles: tuple[Handle, ...], heads: int, device: torch.device, dtype: torch.dtype
-    ) -> KeysValues | BlockKeysValues:
+    ) -> PreparedIdentity:
         """K and V of a segment at a site, in the form that attention takes."""
         key = (site.index, handles, device, dtype)
         if key not in self._prepared:

@@ -157,7 +157,8 @@ def test_methods_act_together_in_any_order(family: str, one: str, other: str, co
     casts = [cast_of(host, Case(name, family)) for name in (one, other)]
     acts: list[Act] = [cast.act() for cast in casts]
     drawn = host.draw(*acts)
-    assert drawn.equals(host.draw(*reversed(acts)))
+    # Sums of several additions round in their order.
+    assert drawn.distance(host.draw(*reversed(acts))) < SAME
     for cast in casts:
         assert drawn.first(cast.drawn()) > ACTS
     assert host.draw(acts[0], casts[1].act(strength=0.0), steps=1).equals(casts[0].drawn())

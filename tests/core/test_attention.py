@@ -15,18 +15,33 @@ from idadapter_core.attention import (
     decoupled_attention,
     identity_attention,
     normalized_rescale,
-    prepare_blocks,
     prepare_identity,
     prepare_keys_values,
     sample_norm,
+    split_heads,
 )
+from idadapter_core.attention_cpu import prepare_blocks, prepare_heads
 from tests.golden import recipe
 
 HEADS, CHANNELS, LENGTH = 4, 32, 10
 DTYPES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 Prepare = Callable[[Tensor, Tensor, int], Any]
-PREPARATIONS: list[Prepare] = [prepare_keys_values, prepare_blocks, prepare_identity]
+
+
+def blocks(keys: Tensor, values: Tensor, heads: int) -> Any:
+    return prepare_blocks(split_heads(keys, heads), split_heads(values, heads), heads)
+
+
+def pairs(keys: Tensor, values: Tensor, heads: int) -> Any:
+    return prepare_blocks(split_heads(keys, heads), split_heads(values, heads), 2)
+
+
+def batched_heads(keys: Tensor, values: Tensor, heads: int) -> Any:
+    return prepare_heads(split_heads(keys, heads), split_heads(values, heads))
+
+
+PREPARATIONS: list[Prepare] = [prepare_keys_values, blocks, pairs, batched_heads, prepare_identity]
 
 
 def draw(name: str, *shape: int) -> Tensor:

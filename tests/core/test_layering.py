@@ -29,6 +29,9 @@ HEAVY = (
     "diffusers",
     "numba",
     "anny",
+    "pydantic",
+    "jinja2",
+    "matplotlib",
 )
 
 # From the top down: a module imports from lines below its own only.
@@ -43,8 +46,9 @@ LAYERS = (
     ("methods",),
     ("mechanisms", "faces"),
     ("mixing", "resampler", "schedule", "prompts", "logs"),
-    ("attention", "sites", "files", "extra", "config"),
-    ("types", "waiting", "toml", "randomness"),
+    ("attention",),
+    ("attention_cpu", "sites", "files", "config"),
+    ("types", "waiting", "toml", "randomness", "extra"),
     ("encodings",),
     ("errors",),
 )

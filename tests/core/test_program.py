@@ -23,14 +23,14 @@ CORE = Path(__file__).resolve().parents[2] / "idadapter_core"
 
 def test_problems_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     def fails() -> int:
-        raise ConfigError("train.lr must be above 0, got -1")
+        raise ConfigError("train.learning_rate must be above 0, got -1")
 
     def is_interrupted() -> int:
         raise KeyboardInterrupt
 
     assert run(lambda: 3) == 3
     assert (run(fails), run(fails, error=2)) == (1, 2)
-    assert capsys.readouterr().err == "train.lr must be above 0, got -1\n" * 2
+    assert capsys.readouterr().err == "train.learning_rate must be above 0, got -1\n" * 2
     assert run(is_interrupted, interrupted="all is kept") == 130
     assert capsys.readouterr().err == "\ninterrupted; all is kept\n"
     with pytest.raises(ZeroDivisionError):  # a defect of ours is no message

@@ -109,13 +109,19 @@ class Strided(OtherPatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_of_another_pack_that_is_not_contiguous(dtype: torch.dtype) -> None:
-    """Both kinds of kernel add in place: they must not add to a copy."""
-    from ComfyUI_IDAdapter.idadapter_core.attention import add_identity, prepare_blocks, prepare_keys_values
+    """All kinds of kernel add in place: they must not add to a copy."""
+    from ComfyUI_IDAdapter.idadapter_core import attention_cpu
+    from ComfyUI_IDAdapter.idadapter_core.attention import add_identity, prepare_keys_values, split_heads
 
     generator = torch.Generator().manual_seed(0)
     keys, values, query = (torch.randn(1, count, 32, generator=generator) for count in (4, 4, 9))
-    for prepare in (prepare_blocks, prepare_keys_values):
-        identity = prepare(keys.to(dtype), values.to(dtype), 4)
+    split = [split_heads(x.to(dtype), 4) for x in (keys, values)]
+    for identity in (
+        attention_cpu.prepare_blocks(*split, 4),
+        attention_cpu.prepare_blocks(*split, 2),
+        attention_cpu.prepare_heads(*split),
+        prepare_keys_values(keys.to(dtype), values.to(dtype), 4),
+    ):
         base = torch.zeros(2, 9, 32, dtype=dtype)
         add_identity(base, query.expand(2, -1, -1).to(dtype), identity, 1.0, inplace=True)
         assert base.abs().sum() > 1

@@ -239,7 +239,7 @@ def test_zero_terminal_snr_has_the_same_noise_levels(folder: Path, comfyui: Path
     expected = comfy.samplers.calculate_sigmas(sampling, "simple", 20)
     _, sigmas = simple_schedule(base.schedule, 20)
     torch.testing.assert_close(sigmas, expected, rtol=1e-3, atol=0)
-    assert base.schedule.alphas[-1] == 0
+    assert base.schedule.alphas_cumprod[-1] == 0
 
 
 @pytest.mark.parametrize("cfg", [3.0, 1.0])

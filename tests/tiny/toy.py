@@ -52,7 +52,7 @@ class Toy:
                 "face_package": str(self.folder / "package"),
             },
             "data": {"index": str(self.index), "resolution": 64, "references": 2, "workers": 0},
-            "train": {"steps": 4, "batch": 4, "lr": 1e-4},
+            "train": {"steps": 4, "global_batch_size": 4, "learning_rate": 1e-4},
             "output": {"folder": str(run), "save_every": 100, "log_every": 1, "tensorboard": False},
         }
         for name, values in sections.items():

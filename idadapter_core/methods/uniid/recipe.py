@@ -81,14 +81,14 @@ RECIPE = Recipe(
         "data": {"flip": False},
         "loss": {"identity": 0.0},
         "train": {
-            "lr": 1e-5,
+            "learning_rate": 1e-5,
             "weight_decay": 0.01,
             "drop_identity": 0.1,
             "drop_text": 0.0,
             "drop_both": 0.0,
         },
     },
-    branches={"adapter": {}, "text": {"train": {"lr": 1e-4}}},
+    branches={"adapter": {}, "text": {"train": {"learning_rate": 1e-4}}},
     branch_of=branch_of,
     start=start,
 )

@@ -77,6 +77,13 @@ def test_what_is_written_reads_back_as_it_was(tmp_path: Path) -> None:
         (('group = "costume"', 'group = "pose"\nasks = "tilted"'), "must be one of front, side, left"),
         (('group = "costume"', 'group = "expression"'), "must say what it asks for"),
         (('faces = "buffalo_l"', 'faces = ""'), r"metrics\.faces is empty"),
+        (("[metrics]", "[metrcs]"), r"unknown setting metrcs; did you mean metrics\?"),
+        (("[metrics]", "[metrics]\nface = 1"), r"unknown setting metrics\.face; did you mean faces\?"),
+        (("[[prompts]]", "[prompts]"), r"prompts must be a list, got \{"),
+        (
+            ("[metrics]", "[preset]\nscales = [1, 'x']\n[metrics]"),
+            r"preset\.scales must be a number, got 'x'",
+        ),
         (("[metrics]", "[sampling]\nsize = 500\n[metrics]"), r"sampling\.size must be a multiple of 8"),
         (("[metrics]", '[sampling]\ngroups = ["cloths"]\n[metrics]'), "did you mean clothes"),
         (("[metrics]", '[expression]\npath = "x"\n[metrics]'), r"expression\.classes must name"),

@@ -66,9 +66,9 @@ def test_everything_is_frozen_and_in_evaluation_mode(kind: str, base: Base) -> N
         assert not any(parameter.requires_grad for parameter in part.parameters())
         assert not any(module.training for module in part.modules())
     assert base.family == kind
-    assert base.schedule.prediction == PREDICTIONS[kind]
+    assert base.schedule.prediction_type == PREDICTIONS[kind]
     assert base.schedule.steps == 1000
-    assert float(base.schedule.alphas[0]) == pytest.approx(1 - 0.00085)
+    assert float(base.schedule.alphas_cumprod[0]) == pytest.approx(1 - 0.00085)
 
 
 def test_a_base_does_not_change_with_its_files(copy: Callable[[str], Path]) -> None:
@@ -324,8 +324,8 @@ def test_what_a_file_tells_of_its_prediction(
     tensors = {name if key == "bias" else key: value for key, value in tensors.items()}
     file = SingleFile(checkpoint(tmp_path / "model.safetensors", **tensors), family, None)
     schedule = noise_schedule(file.scheduler(), "auto", "model")
-    assert schedule.prediction == prediction
-    assert (float(schedule.alphas[-1]) == 0) == zero
+    assert schedule.prediction_type == prediction
+    assert (float(schedule.alphas_cumprod[-1]) == 0) == zero
     assert noise_schedule(file.scheduler(), "v_prediction", "model").prediction == "v_prediction"
 
 
@@ -339,8 +339,8 @@ def test_a_file_on_other_noise_levels_is_refused(tmp_path: Path) -> None:
 
 
 def test_zero_terminal_signal() -> None:
-    plain = noise_schedule(scheduler("sd21"), "auto", "model").alphas
-    alphas = noise_schedule(scheduler("sd21", rescale_betas_zero_snr=True), "auto", "model").alphas
+    plain = noise_schedule(scheduler("sd21"), "auto", "model").alphas_cumprod
+    alphas = noise_schedule(scheduler("sd21", rescale_betas_zero_snr=True), "auto", "model").alphas_cumprod
     assert float(alphas[-1]) == 0
     assert float(alphas[0]) == pytest.approx(float(plain[0]), abs=1e-7)
     assert (alphas.diff() < 0).all()
@@ -348,7 +348,7 @@ def test_zero_terminal_signal() -> None:
 
 
 def test_no_signal_and_epsilon_do_not_go_together() -> None:
-    with pytest.raises(ConfigError, match="Set base.prediction to v_prediction"):
+    with pytest.raises(ConfigError, match="Set base.prediction_type to v_prediction"):
         noise_schedule(scheduler("sd15", rescale_betas_zero_snr=True), "auto", "model")
 
 

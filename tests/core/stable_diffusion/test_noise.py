@@ -22,7 +22,7 @@ def test_a_perfect_prediction_means_the_clean_image(prediction: str) -> None:
 
 def test_it_is_stable_diffusions_schedule() -> None:
     """alpha-bar of the published models: 0.9991 at the first step, 0.0047 at the last."""
-    alphas = scaled_linear("epsilon").alphas
+    alphas = scaled_linear("epsilon").alphas_cumprod
     assert len(alphas) == 1000
     assert alphas[0] == pytest.approx(0.99915, abs=1e-5)
     assert alphas[-1] == pytest.approx(0.004660, abs=1e-5)
@@ -40,7 +40,7 @@ def test_it_is_diffusers_schedule() -> None:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction
         )
         ours = scaled_linear(prediction)
-        torch.testing.assert_close(ours.alphas, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(ours.add_noise(CLEAN, NOISE, STEPS), theirs.add_noise(CLEAN, NOISE, STEPS))
     torch.testing.assert_close(ours.target(CLEAN, NOISE, STEPS), theirs.get_velocity(CLEAN, NOISE, STEPS))
 
@@ -70,7 +70,7 @@ def test_unknown_predictions_are_refused() -> None:
 def test_min_snr_weights(prediction: str) -> None:
     schedule = scaled_linear(prediction)
     assert torch.equal(schedule.min_snr_weight(STEPS, 0.0), torch.ones(6))
-    alpha = schedule.alphas[STEPS].double()
+    alpha = schedule.alphas_cumprod[STEPS].double()
     snr = alpha / (1 - alpha)
     expected = torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
     torch.testing.assert_close(schedule.min_snr_weight(STEPS, 5.0).double(), expected, rtol=1e-4, atol=1e-6)

@@ -405,7 +405,7 @@ def test_the_loss_is_the_formula(parts: Parts, configs: dict[str, RunConfig], ba
     config = with_loss(configs["idadapter"], identity=0.7)
     with running(parts, config, opened(parts, config)) as bundle:
         losses, call = passed(parts, bundle, batch)
-    alpha = parts.base.schedule.alphas[list(TIMESTEPS)].reshape(4, 1, 1, 1)
+    alpha = parts.base.schedule.alphas_cumprod[list(TIMESTEPS)].reshape(4, 1, 1, 1)
     assert (alpha.flatten() >= 0.5).tolist() == [True, False, True, True]
     clean = ((call.noisy - (1 - alpha).sqrt() * call.prediction) / alpha.sqrt()).clamp(-10, 10)
     assert losses["counts"].tolist() == [True, False, True, False]
@@ -452,10 +452,10 @@ def part(batch: Batch, rows: list[int]) -> Batch:
 def test_min_snr_weighs_the_denoising_error(
     parts: Parts, configs: dict[str, RunConfig], faces: Batch
 ) -> None:
-    config = with_loss(configs["uniid"], min_snr=5.0)
+    config = with_loss(configs["uniid"], snr_gamma=5.0)
     with running(parts, config, opened(parts, config)) as bundle:
         losses = bundle(faces)
-    alpha = parts.base.schedule.alphas[list(TIMESTEPS)]
+    alpha = parts.base.schedule.alphas_cumprod[list(TIMESTEPS)]
     snr = alpha / (1 - alpha)
     assert (snr > 5).tolist() == [True, False, False, True]
     expected = (losses["mse"] * snr.clamp(max=5) / snr).mean()
@@ -596,7 +596,7 @@ def test_the_identity_term_alone_raises_the_cosine(
 ) -> None:
     """From a fresh adapter whose gates are closed, by its own gradient: by 0.1 in 8 steps."""
     # Min-SNR with next to nothing as gamma takes L_SD away.
-    config = with_loss(configs["idadapter"], identity=1.0, min_snr=1e-9)
+    config = with_loss(configs["idadapter"], identity=1.0, snr_gamma=1e-9)
     adapter = fresh(parts, config)
     parameters = list(trainable(adapter).values())
     optimizer = torch.optim.Adam(parameters, lr=5e-3)

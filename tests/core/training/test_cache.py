@@ -26,7 +26,7 @@ from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import FACTS, KEYS, Cache, Folder, build, kinds, verify
 from idadapter_core.training.checkpoints import ADAPTER, latest
 from idadapter_core.training.config import RunConfig
-from idadapter_core.training.engine import train
+from idadapter_core.training.loop import train
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
 from idadapter_core.training.samples import VALIDATION, Batch, Samples, join, place
 from tests.tiny.toy import Toy
@@ -321,7 +321,7 @@ def test_a_photo_that_changed_since_the_scan(few: Few, tmp_path: Path, workers: 
     assert "Traceback" not in str(raised.value)
 
 
-# ------------------------------------------------------------------------------------------------ the command and the engine
+# ------------------------------------------------------------------------------------------------ the command and the loop
 
 
 def test_the_command(few: Few, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

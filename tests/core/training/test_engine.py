@@ -26,10 +26,12 @@ from idadapter_core.config import config_toml
 from idadapter_core.errors import CheckpointError, ConfigError, InputError, TrainingError
 from idadapter_core.logs import read_log
 from idadapter_core.mechanisms.gated import GatedAdapter
-from idadapter_core.training import checkpoints as checkpoint_files, engine
+from idadapter_core.training import checkpoints as checkpoint_files, loop
+from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.checkpoints import ADAPTER, EMA, OPTIMIZER, checkpoints, latest
 from idadapter_core.training.config import TrainConfig
-from idadapter_core.training.engine import STOPPED, train
+from idadapter_core.training.finite import advice_on_numbers
+from idadapter_core.training.loop import STOPPED, train
 from tests.harness.shim import shim_path
 from tests.tiny.toy import TEST_PERSON, Toy
 
@@ -109,7 +111,10 @@ def wait_for(condition: Any, process: Process) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_went_on_equals_one_that_was_never_cut_off(toy: Toy, tmp_path: Path, method: str) -> None:
-    settings = {**METHODS[method], "train": {"steps": 4, "batch": 4, "lr": 1e-3, "ema": 0.9}}
+    settings = {
+        **METHODS[method],
+        "train": {"steps": 4, "global_batch_size": 4, "learning_rate": 1e-3, "ema_decay": 0.9},
+    }
     assert train(toy.config(tmp_path / "whole", **settings)) == 0
     first = {**settings, "train": {**settings["train"], "steps": 2}}
     assert train(toy.config(tmp_path / "parts", **first)) == 0
@@ -124,7 +129,10 @@ def test_a_run_that_went_on_equals_one_that_was_never_cut_off(toy: Toy, tmp_path
 
 def test_killed_and_resumed(toy: Toy, tmp_path: Path) -> None:
     """20 steps; and 20 steps with a kill -9 after the tenth. The same bits."""
-    settings = {"train": {"steps": 20, "batch": 4, "lr": 1e-3}, "output": {"save_every": 10}}
+    settings = {
+        "train": {"steps": 20, "global_batch_size": 4, "learning_rate": 1e-3},
+        "output": {"save_every": 10},
+    }
     whole = Process(toy, tmp_path / "whole", **settings)
     assert whole.wait()[0] == 0
     cut = Process(toy, tmp_path / "cut", **settings)
@@ -139,7 +147,7 @@ def test_killed_and_resumed(toy: Toy, tmp_path: Path) -> None:
 
 def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
     """Up to rounding, which Adam makes as large as a share of the learning rate where a gradient is nearly 0."""
-    settings = {"train": {"steps": 4, "batch": 4, "lr": 1e-5}}
+    settings = {"train": {"steps": 4, "global_batch_size": 4, "learning_rate": 1e-5}}
     alone = Process(toy, tmp_path / "alone", **settings)
     assert alone.wait()[0] == 0
     code, output = Process(toy, tmp_path / "two", processes=2, **settings).wait()
@@ -155,7 +163,11 @@ def test_two_processes_learn_what_one_does(toy: Toy, tmp_path: Path) -> None:
 
 def test_micro_batches_learn_what_a_batch_does(toy: Toy, tmp_path: Path) -> None:
     for parts in (1, 2):
-        train(toy.config(tmp_path / str(parts), train={"accumulate": parts, "lr": 1e-5}))
+        train(
+            toy.config(
+                tmp_path / str(parts), train={"gradient_accumulation_steps": parts, "learning_rate": 1e-5}
+            )
+        )
     assert largest_difference(weights(tmp_path / "1"), weights(tmp_path / "2")) < 1e-6
 
 
@@ -203,7 +215,9 @@ def test_one_of_two_processes_fails(toy: Toy, tmp_path: Path) -> None:
     photos = sorted((copy.folder / "photos").rglob("*.png"))
     photos[3].write_bytes(b"")
     run = tmp_path / "run"
-    code, output = Process(copy, run, processes=2, train={"steps": 100_000, "batch": 2, "seed": 1}).wait()
+    code, output = Process(
+        copy, run, processes=2, train={"steps": 100_000, "global_batch_size": 2, "seed": 1}
+    ).wait()
     assert code != 0
     assert f"{photos[3].parent.name}/{photos[3].name}" in output
     assert "another process failed" in output
@@ -283,15 +297,24 @@ def test_a_disk_that_is_full_from_the_start(
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({}, r"Lower train.lr \(3e-05\), set train.clip .*, or set train.warmup."),
-        ({"precision": "bf16"}, r"Lower train.lr .* or set train.precision = \"no\", .* bf16 has 8."),
-        ({"clip": 2.0, "warmup": 9, "lr": 1e-3}, r"Lower train.lr \(0.001\), or lower train.clip \(2\)."),
+        (
+            {},
+            r"Lower train.learning_rate \(3e-05\), set train.max_grad_norm .*, or set train.lr_warmup_steps.",
+        ),
+        (
+            {"mixed_precision": "bf16"},
+            r"Lower train.learning_rate .* or set train.mixed_precision = \"no\", .* bf16 has 8.",
+        ),
+        (
+            {"max_grad_norm": 2.0, "lr_warmup_steps": 9, "learning_rate": 1e-3},
+            r"Lower train.learning_rate \(0.001\), or lower train.max_grad_norm \(2\).",
+        ),
     ],
 )
 def test_advice_about_numbers_fits_the_run(settings: dict[str, Any], advice: str) -> None:
-    given = engine.advice_on_numbers(TrainConfig(**settings))
+    given = advice_on_numbers(TrainConfig(**settings))
     assert re.fullmatch(advice, given)
-    assert ("bf16" in given) == ("precision" in settings)
+    assert ("bf16" in given) == ("mixed_precision" in settings)
 
 
 def test_killed_while_writing_a_checkpoint(toy: Toy, tmp_path: Path) -> None:
@@ -326,7 +349,7 @@ def test_a_loss_that_is_not_finite_names_the_photo(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(toy.config(tmp_path, train={"steps": 2}))
-    forward = engine.Bundle.forward
+    forward = Bundle.forward
     named: list[str] = []
 
     def broken(self: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -335,7 +358,7 @@ def test_a_loss_that_is_not_finite_names_the_photo(
         losses["mse"][2] = float("nan")
         return {**losses, "loss": losses["loss"] * float("nan")}
 
-    monkeypatch.setattr(engine.Bundle, "forward", broken)
+    monkeypatch.setattr(Bundle, "forward", broken)
     with pytest.raises(TrainingError, match="step 3: the loss is not finite") as raised:
         train(toy.config(tmp_path, train={"steps": 4}), resume="auto")
     assert named[0] in str(raised.value)
@@ -392,9 +415,10 @@ def test_refusals(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     train(toy.config(tmp_path, train={"steps": 2}))
     with pytest.raises(ConfigError, match="holds a run already.*--resume auto"):
         train(toy.config(tmp_path))
-    changes: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.5, "steps": 3}
+    changes: dict[str, Any] = {"learning_rate": 1e-5, "weight_decay": 0.5, "steps": 3}
     with pytest.raises(
-        ConfigError, match=r"settings changed.*train\.lr was 0\.0001 and is 1e-05, .*--allow-config-change"
+        ConfigError,
+        match=r"settings changed.*train\.learning_rate was 0\.0001 and is 1e-05, .*--allow-config-change",
     ) as raised:
         train(toy.config(tmp_path, train=changes), resume="auto")
     assert "steps" not in str(raised.value)  # which may change
@@ -402,20 +426,42 @@ def test_refusals(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (group,) = torch.load(checkpoints(tmp_path)[-1].path / OPTIMIZER, weights_only=True)["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (1e-5, 0.5)
     with pytest.raises(ConfigError, match="settings changed"):  # a cosine ends where the run does
-        train(toy.config(tmp_path, train={**changes, "schedule": "cosine", "steps": 4}), resume="auto")
-    with pytest.raises(ConfigError, match="train.batch is 4.*a multiple of 3"):
-        train(toy.config(tmp_path / "other", train={"accumulate": 3}))
+        train(toy.config(tmp_path, train={**changes, "lr_scheduler": "cosine", "steps": 4}), resume="auto")
+    with pytest.raises(ConfigError, match="train.global_batch_size is 4.*a multiple of 3"):
+        train(toy.config(tmp_path / "other", train={"gradient_accumulation_steps": 3}))
     with pytest.raises(ConfigError, match="adapter.start: gone.safetensors is not there"):
         train(toy.config(tmp_path / "other", adapter={"start": "gone.safetensors"}))
     for section, name in (("base", "vision"), ("base", "tokenizer"), ("data", "cache")):
         lost = toy.config(tmp_path / "other", **{section: {name: "gone"}})
         with monkeypatch.context() as patched:
-            patched.setattr(engine, "load_parts", None)  # nothing is loaded before
+            patched.setattr(loop, "load_parts", None)  # nothing is loaded before
             with pytest.raises(ConfigError, match=f"{section}.{name}: gone is not there"):
                 train(lost)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="output.folder: .*is a file; name a folder"):
         train(toy.config(tmp_path / "file"))
+
+
+def test_a_checkpoint_of_before_settings_were_renamed_goes_on(toy: Toy, tmp_path: Path) -> None:
+    """Its digest and its configuration have the old names; a setting that changed is still refused."""
+    train(toy.config(tmp_path, train={"steps": 1}))
+    (checkpoint,) = checkpoints(tmp_path)
+    state = json.loads((checkpoint.path / checkpoint_files.STATE).read_text("utf-8"))
+    old = (checkpoint.path / "config.toml").read_text("utf-8")
+    for name, before in {
+        "learning_rate": "lr",
+        "lr_scheduler": "schedule",
+        "prediction_type": "prediction",
+    }.items():
+        assert f"\n{name} = " in old
+        old = old.replace(f"\n{name} = ", f"\n{before} = ")
+    (checkpoint.path / "config.toml").write_text(old, "utf-8")
+    (checkpoint.path / checkpoint_files.STATE).write_text(json.dumps({**state, "config": "of then"}), "utf-8")
+    with pytest.raises(
+        ConfigError, match=r"settings changed.*train\.learning_rate was 0\.0001 and is 0\.1\."
+    ):
+        train(toy.config(tmp_path, train={"steps": 2, "learning_rate": 0.1}), resume="auto")
+    assert train(toy.config(tmp_path, train={"steps": 2}), resume="auto") == 0
 
 
 @pytest.mark.parametrize("what", ["prediction", "tokenizer", "detector"])
@@ -448,7 +494,7 @@ def test_other_models_at_the_same_paths_are_another_run(toy: Toy, tmp_path: Path
 def test_weights_that_are_not_finite_take_no_place(toy: Toy, tmp_path: Path) -> None:
     """An update may overflow where loss and gradient did not."""
     train(toy.config(tmp_path, train={"steps": 2}))
-    settings: dict[str, Any] = {"train": {"steps": 3, "lr": 1e39}, "output": {"keep_last": 1}}
+    settings: dict[str, Any] = {"train": {"steps": 3, "learning_rate": 1e39}, "output": {"keep_last": 1}}
     with pytest.raises(TrainingError, match="step 3: .* weights are not finite.*of step 2, is kept"):
         train(toy.config(tmp_path, **settings), resume="auto", allow_config_change=True)
     assert [c.step for c in checkpoints(tmp_path)] == [2]
@@ -506,7 +552,7 @@ def test_what_a_run_tells(toy: Toy, tmp_path: Path) -> None:
         "tensorboard": True,
         "prompts": ["a photo of a <class word>"],
     }
-    train(toy.config(run, output=output, train={"lr": 1e-2, "batch": 8}))
+    train(toy.config(run, output=output, train={"learning_rate": 1e-2, "global_batch_size": 8}))
     lines = read_log(run)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -537,8 +583,8 @@ def test_bf16_and_gradient_checkpointing(toy: Toy, tmp_path: Path, monkeypatch: 
     counts = {}
     for name, settings in {
         "plain": {},
-        "checkpointing": {"checkpointing": True},
-        "bf16": {"precision": "bf16"},
+        "checkpointing": {"gradient_checkpointing": True},
+        "bf16": {"mixed_precision": "bf16"},
     }.items():
         calls.clear()
         train(toy.config(tmp_path / name, train=settings))
@@ -553,9 +599,9 @@ def test_bf16_and_gradient_checkpointing(toy: Toy, tmp_path: Path, monkeypatch: 
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-@pytest.mark.parametrize("loss", [{"gate": "detector", "align": "detector"}, {"min_snr": 5.0}])
+@pytest.mark.parametrize("loss", [{"gate": "detector", "align": "detector"}, {"snr_gamma": 5.0}])
 def test_sdxl_with_the_papers_gate_and_with_min_snr(
     toy_sdxl: Toy, tmp_path: Path, loss: dict[str, Any]
 ) -> None:
-    assert train(toy_sdxl.config(tmp_path, loss=loss, train={"steps": 2, "batch": 2})) == 0
+    assert train(toy_sdxl.config(tmp_path, loss=loss, train={"steps": 2, "global_batch_size": 2})) == 0
     assert all(0 < line["loss"] < 10 for line in read_log(tmp_path))

@@ -14,14 +14,14 @@ from torch import Tensor
 from idadapter_core.adapter import load_adapter
 from idadapter_core.cli.export import main
 from idadapter_core.training.checkpoints import ADAPTER, EMA, checkpoints
-from idadapter_core.training.engine import train
+from idadapter_core.training.loop import train
 from tests.tiny.toy import Toy
 
 UNIID = {"method": "uniid", "settings": {"adapter_depth": 1, "text_depth": 1}}
 RUNS: dict[str, dict[str, Any]] = {
-    "idadapter": {"adapter": {"settings": {"mixer_depth": 1}}, "train": {"ema": 0.9}},
+    "idadapter": {"adapter": {"settings": {"mixer_depth": 1}}, "train": {"ema_decay": 0.9}},
     "adapter": {"adapter": UNIID},
-    "text": {"adapter": {**UNIID, "branch": "text"}, "train": {"ema": 0.9}},
+    "text": {"adapter": {**UNIID, "branch": "text"}, "train": {"ema_decay": 0.9}},
 }
 
 
@@ -34,7 +34,7 @@ def runs(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / name,
             adapter=sections["adapter"],
             loss={"identity": 0.0},
-            train={"steps": 2, "batch": 2, "lr": 1e-3, **sections.get("train", {})},
+            train={"steps": 2, "global_batch_size": 2, "learning_rate": 1e-3, **sections.get("train", {})},
             output={"save_every": 1},
         )
         assert train(config) == 0

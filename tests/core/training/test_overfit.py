@@ -23,7 +23,7 @@ from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.cache import Cache, build, kinds
 from idadapter_core.training.checkpoints import ADAPTER, latest
 from idadapter_core.training.config import RunConfig
-from idadapter_core.training.engine import train
+from idadapter_core.training.loop import train
 from idadapter_core.training.parts import load_parts, prepare_adapter
 from idadapter_core.training.samples import VALIDATION, Batch, Samples, join
 from tests.tiny.bases import diffusers_base, tiny_autoencoder
@@ -38,13 +38,13 @@ RUNS: dict[str, tuple[dict[str, Any], float, float]] = {
     "uniid": (
         {
             "adapter": {"method": "uniid", "settings": {"adapter_depth": 2}},
-            "train": {"steps": 160, "lr": 2e-3},
+            "train": {"steps": 160, "learning_rate": 2e-3},
         },
         0.75,
         0.06,
     ),
     "idadapter": (
-        {"adapter": {"settings": {"mixer_depth": 1}}, "train": {"steps": 80, "lr": 1e-2}},
+        {"adapter": {"settings": {"mixer_depth": 1}}, "train": {"steps": 80, "learning_rate": 1e-2}},
         0.55,
         0.2,
     ),
@@ -99,7 +99,7 @@ def trained(request: pytest.FixtureRequest, toy: Toy, place: Path) -> tuple[Trai
         data={"index": str(place / "index.jsonl"), "cache": str(folder / "cache"), "flip": False},
         adapter=sections["adapter"],
         loss={"identity": 0.0},
-        train={"batch": 8, "seed": 1, **never, **sections["train"]},
+        train={"global_batch_size": 8, "seed": 1, **never, **sections["train"]},
         output={"log_every": 20, "validate_every": 1000, "validate_samples": MEASURED},
     )
     build(load_parts(config), config)

@@ -156,7 +156,9 @@ def _equal(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("method", ["idadapter", "uniid"])
 def test_workers_change_nothing(toy: Toy, tmp_path: Path, method: str) -> None:
     """Through two epochs and a half, with pictures, crops and heads."""
-    config = toy.config(tmp_path, adapter={"method": method}, train={"steps": 5, "batch": 4, "seed": 3})
+    config = toy.config(
+        tmp_path, adapter={"method": method}, train={"steps": 5, "global_batch_size": 4, "seed": 3}
+    )
     index = read_index(toy.index)
     rows = index.usable("train")[:8]
     samples = Samples(index, rows, config, TIMESTEPS, None, _small_heads if method == "idadapter" else None)
@@ -181,8 +183,8 @@ def _small_heads(heads: Any) -> Tensor:
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_processes_and_micro_batches_share_one_sequence(world: int, accumulate: int) -> None:
     """Ten photos in batches of four: an epoch ends within a batch, and the order of each epoch is its own."""
-    config = config_of(train={"steps": 10, "batch": 4, "accumulate": accumulate})
-    whole = list(MicroBatches(config_of(train={"steps": 10, "batch": 4}), 10, 0))
+    config = config_of(train={"steps": 10, "global_batch_size": 4, "gradient_accumulation_steps": accumulate})
+    whole = list(MicroBatches(config_of(train={"steps": 10, "global_batch_size": 4}), 10, 0))
     shares = [list(MicroBatches(config, 10, 0, rank=rank, world=world)) for rank in range(world)]
     for step in range(10):
         together = [
@@ -202,8 +204,10 @@ def test_processes_and_micro_batches_share_one_sequence(world: int, accumulate: 
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(ConfigError, match="train.batch is 6.*2 processes.*multiple of 4"):
-        MicroBatches(config_of(train={"batch": 6, "accumulate": 2}), 10, 0, world=2)
+    with pytest.raises(ConfigError, match="train.global_batch_size is 6.*2 processes.*multiple of 4"):
+        MicroBatches(
+            config_of(train={"global_batch_size": 6, "gradient_accumulation_steps": 2}), 10, 0, world=2
+        )
 
 
 def test_a_sample_depends_on_seed_epoch_and_row_alone() -> None:

@@ -25,10 +25,18 @@ from idadapter_core.data import index
 from idadapter_core.errors import InputError, TrainingError
 from idadapter_core.logs import read_log
 from idadapter_core.stable_diffusion import sampler as sampling
-from idadapter_core.training import engine, loading, watch as watching
+from idadapter_core.training import (
+    bundle,
+    disk,
+    loading,
+    loop,
+    monitor,
+    signals as hearing,
+    watch as watching,
+)
 from idadapter_core.training.checkpoints import checkpoints
-from idadapter_core.training.engine import STOPPED, train
 from idadapter_core.training.loading import Batches, prepare_worker
+from idadapter_core.training.loop import STOPPED, train
 from idadapter_core.training.watch import WAITS, Watch, arrive
 from idadapter_core.waiting import Aside
 from tests.core.training.test_engine import Process
@@ -196,7 +204,7 @@ def test_sigterm_while_data_is_waited_for(
     over, helper = threading.Event(), threading.Thread(target=signal_the_reader, daemon=True)
     helper.start()
     run = tmp_path / "run"
-    settings: dict[str, Any] = {"train": {"steps": 100, "batch": 2}, "data": {"workers": workers}}
+    settings: dict[str, Any] = {"train": {"steps": 100, "global_batch_size": 2}, "data": {"workers": workers}}
     try:
         assert train(toy.config(run, **settings)) == STOPPED
     finally:
@@ -212,15 +220,17 @@ def test_a_disk_that_does_not_answer(
     """A write that comes back when the test is over: one signal ends the run after a grace, a second one at once."""
     over, began = threading.Event(), threading.Event()
     monkeypatch.setattr(waiting, "TURN", 0.02)
-    monkeypatch.setattr(engine, "PATIENCE", 0.3 if what == "no signal" else 1000.0)
-    monkeypatch.setattr(engine, "_DISK_GRACE", 1000.0 if what == "second signal" else 0.1)
-    monkeypatch.setattr(engine, "_INSIST", 0.0)
+    monkeypatch.setattr(disk, "PATIENCE", 1000.0)  # models take longer to read than a write may take here
+    monkeypatch.setattr(disk, "_GRACE", 1000.0 if what == "second signal" else 0.1)
+    monkeypatch.setattr(hearing, "_INSIST", 0.0)
     writes = 0
 
     def stuck(*args: Any, **options: Any) -> Any:
         nonlocal writes
         writes += 1
         if what != "first line" and writes == 1:
+            if what == "no signal":
+                monkeypatch.setattr(disk, "PATIENCE", 0.3)
             return write(*args, **options)
         began.set()
         over.wait()
@@ -229,12 +239,14 @@ def test_a_disk_that_does_not_answer(
     def signals() -> None:
         began.wait()
         for _ in range({"no signal": 0, "second signal": 2}.get(what, 1)):
+            if over.is_set():  # the run has ended without a signal
+                return
             os.kill(os.getpid(), signal.SIGTERM)
             over.wait(0.2)
 
-    where = "RunLog" if what == "first line" else "write_checkpoint"
-    write = getattr(engine, where)
-    monkeypatch.setattr(engine, where, stuck)
+    where: tuple[Any, str] = (monitor, "RunLog") if what == "first line" else (loop, "write_checkpoint")
+    write = getattr(*where)
+    monkeypatch.setattr(*where, stuck)
     helper = threading.Thread(target=signals, daemon=True)
     helper.start()
     config = toy.config(tmp_path / "run", train={"steps": 9}, output={"save_every": 1})
@@ -251,6 +263,7 @@ def test_a_disk_that_does_not_answer(
             assert re.search(message, capsys.readouterr().err)
     finally:
         over.set()
+        began.set()
         helper.join()
     assert [c.step for c in checkpoints(tmp_path / "run")] == ([] if what == "first line" else [1])
 
@@ -269,8 +282,8 @@ def test_models_that_are_never_read(
             os.kill(os.getpid(), signal.SIGTERM)
         over.wait()
 
-    monkeypatch.setattr(engine, "load_parts", stuck)
-    monkeypatch.setattr(engine, "PATIENCE", 1000.0 if ends == "signal" else 0.1)
+    monkeypatch.setattr(loop, "load_parts", stuck)
+    monkeypatch.setattr(disk, "PATIENCE", 1000.0 if ends == "signal" else 0.1)
     try:
         with (
             pytest.raises(waiting.Terminated if ends == "signal" else TrainingError),
@@ -321,7 +334,7 @@ def test_a_signal_between_two_steps(
     """Pictures of a large model take minutes, in which a launcher loses its patience."""
     calls: list[int] = []
     is_grid = when == "a grid"
-    where: tuple[Any, str] = (sampling, "_conditions") if is_grid else (engine.Bundle, "measure")
+    where: tuple[Any, str] = (sampling, "_conditions") if is_grid else (bundle.Bundle, "measure")
     function = getattr(*where)
 
     def signalled(*args: Any) -> Any:

@@ -1,0 +1,113 @@
+"""Disks that may not answer: reading and writing in a thread aside, so that signals are heard and waiting ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ..errors import TrainingError
+from ..waiting import PATIENCE, Aside
+from .checkpoints import Checkpoint, latest
+from .signals import Signals
+from .state import Progress
+from .watch import WRITES, Watch
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_GRACE = (
+    600.0  # seconds from a signal in which a disk may take a checkpoint; one of IDAdapter on SDXL has 33 GB
+)
+_BETWEEN_WARNINGS = 60.0  # seconds
+
+
+class Disk:
+    """The disk of output.folder, and those that models are read from."""
+
+    def __init__(
+        self,
+        folder: Path,
+        progress: Progress,
+        signals: Signals,
+        watch: Watch | None,
+        device: torch.device,
+    ) -> None:
+        self._folder, self._progress, self._signals, self._watch = folder, progress, signals, watch
+        self._device = device
+        self._aside = Aside("disk")
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is still at something that nobody waits for any more."""
+        return self._aside.is_busy
+
+    def close(self) -> None:
+        """No more work comes."""
+        self._aside.close()
+
+    def use(self, work: Callable[[], T]) -> T:
+        """Do work that may hang with the disk of output.folder. A signal leaves it `_GRACE` seconds, for a checkpoint takes its time;
+        a second one ends it.
+
+        Raises:
+            TrainingError: it is not done after the grace, or after `PATIENCE` seconds without a signal.
+        """
+        warned = 0.0
+        heard = PATIENCE - _GRACE  # when a signal was, in seconds of this waiting
+
+        def look(seconds: float) -> None:
+            nonlocal warned, heard
+            if self._signals.is_stopping:
+                heard = min(heard, seconds)
+            if seconds - heard > _GRACE:
+                raise TrainingError(
+                    f"step {self._progress.step}: {self._folder} has not answered for {seconds:.0f} s. {self._last_saved()} Look at the "
+                    "disk, then go on with --resume auto."
+                )
+            if seconds - warned > _BETWEEN_WARNINGS:
+                warned = seconds
+                log.warning("%s has not answered for %.0f s", self._folder, seconds)
+
+        with contextlib.nullcontext() if self._watch is None else self._watch.doing(WRITES):
+            return self._aside.do(work, look)
+
+    def load(self, work: Callable[[], T]) -> T:
+        """Read models or a checkpoint before the first step. A signal ends it at once, for there is nothing to keep yet.
+
+        Raises:
+            TrainingError: it is not done after `PATIENCE` seconds.
+        """
+
+        def read() -> T:
+            if self._device.type == "cuda":  # each thread has a device of its own
+                torch.cuda.set_device(self._device)
+            return work()
+
+        def look(seconds: float) -> None:
+            if seconds > PATIENCE:
+                raise TrainingError(
+                    f"models and checkpoints are not read after {seconds:.0f} s. Look at the disks of output.folder ({self._folder}) and "
+                    "of the files under [base], then start again."
+                )
+
+        return self._aside.do(read, look)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint in output.folder."""
+        return self.use(lambda: latest(self._folder))
+
+    def _last_saved(self) -> str:
+        return (
+            f"The last checkpoint is that of step {self._progress.saved}."
+            if self._progress.saved > 0
+            else "There is no checkpoint yet."
+        )
+
+
+__all__ = ["Disk"]

@@ -1,0 +1,257 @@
+"""Watching a run: the lines of its log, validation on people who are not trained on, grids of pictures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data.index import Row
+from ..errors import TrainingError
+from ..logs import RunLog
+from ..randomness import epoch_order
+from ..waiting import PATIENCE, Aside
+from .bundle import Bundle
+from .config import RunConfig
+from .disk import Disk
+from .grids import sample_grid
+from .loading import Batches
+from .parts import Parts
+from .ranks import Ranks
+from .samples import VALIDATION, Batch, Samples, collate
+from .signals import Signals
+from .state import Progress, State, learning_rate
+
+
+@dataclass
+class Interval:
+    """The steps since the last line of the log. Tensors stay on the device until then."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    mse: list[Tensor] = field(default_factory=list)
+    cosine: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    timesteps: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0  # in steps, without what is done between them
+    waited: float = 0.0  # of these, for data
+    steps: int = 0
+    gradient: float = 0.0
+    norms: dict[int, list[Tensor]] = field(
+        default_factory=dict
+    )  # by site: (2,), of what is added and to what
+
+    def add(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
+        """A micro-batch and its losses."""
+        self.losses.append(losses["loss"].detach()[None])
+        self.mse.append(losses["mse"])
+        self.cosine.append(losses["cosine"])
+        self.counts.append(losses["counts"])
+        self.timesteps.append(batch.timesteps.to(losses["mse"].device))
+
+
+class Monitor:
+    """The log, validation and sample grids of a run. All processes take part; the main one writes.
+
+    Args:
+        samples: of rows of the index, as the run prepares them.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Parts,
+        bundle: Bundle,
+        state: State,
+        samples: Callable[[Sequence[Row]], Samples],
+        *,
+        ranks: Ranks,
+        disk: Disk,
+        signals: Signals,
+        progress: Progress,
+    ) -> None:
+        self._config, self._parts, self._bundle, self._state = config, parts, bundle, state
+        self._samples = samples
+        self._ranks, self._disk, self._signals, self._progress = ranks, disk, signals, progress
+        self._folder = Path(config.output.folder)
+        self._log: RunLog | None = None
+        self.interval = Interval()
+
+    def open_log(self) -> None:
+        """For the main process, before its first step. The others have no log."""
+        output = self._config.output
+        self._log = RunLog(self._folder, self._progress.step, self._config.train.steps, output.tensorboard)
+
+    def advance(self) -> None:
+        """A step is done."""
+        if self._log is not None:
+            self._log.advance()
+
+    def close(self) -> None:
+        """No more lines come."""
+        if self._log is not None:
+            self._disk.use(self._log.close)
+
+    # ------------------------------------------------------------------------------------------------ the log
+
+    def observe(self) -> None:
+        """Have the adapter's share in each block measured in the coming step, if it is logged."""
+        injected = self._bundle.injected
+        if injected is None:
+            return
+        norms = self.interval.norms
+
+        def note(site: int, added: Tensor, base: Tensor) -> None:
+            norms.setdefault(site, []).append(torch.stack([added, base]))
+
+        step = self._progress.step + 1
+        is_logged = step % self._config.output.log_every == 0 or step == self._config.train.steps
+        injected.observe(note if is_logged else None)
+
+    def write_log(self) -> None:
+        """A line on the steps since the last one."""
+        interval, self.interval = self.interval, Interval()
+        with self._ranks.waiting():
+            together = [
+                self._ranks.accelerator.gather(torch.cat(values)).float().cpu()
+                for values in (
+                    interval.losses,
+                    interval.mse,
+                    interval.cosine,
+                    interval.counts,
+                    interval.timesteps,
+                )
+            ]
+            norms = self._norm_ratios(interval)
+        with self._ranks.together():
+            if self._log is not None:
+                values = self._values(interval, together)
+                values |= {"norm_ratios": norms} if norms else {}
+                self._tell(values)
+                self._log.show(
+                    self._progress.step,
+                    *(values[name] for name in ("loss", "images_per_second", "seconds_left")),
+                )
+
+    def _tell(self, values: Mapping[str, Any]) -> None:
+        log, step = self._log, self._progress.step
+        if log is not None:
+            self._disk.use(lambda: log.write(step, values))
+
+    def _values(self, interval: Interval, together: list[Tensor]) -> dict[str, Any]:
+        """A line of the log."""
+        losses, mse, cosine, counts, timesteps = together
+        train, step = self._config.train, self._progress.step
+        seen = cosine[counts > 0]
+        deciles = (timesteps * 10 / self._parts.base.schedule.steps).long()
+        speed = interval.steps / max(interval.seconds, 1e-9)
+        values: dict[str, Any] = {
+            "loss": float(losses.mean()),
+            "denoising": float(mse.mean()),
+            "loss_by_decile": [float(mse[deciles == decile].mean()) for decile in range(10)],
+            "identity": {
+                "cosine": float(seen.mean()) if len(seen) else None,
+                "share": len(seen) / len(counts),
+            },
+            "lr": learning_rate(self._config, step - 1),
+            "gradient_norm": interval.gradient,
+            "images_per_second": speed * train.global_batch_size,
+            "data_wait_share": interval.waited / max(interval.seconds, 1e-9),
+            "seconds_left": (train.steps - step) / speed,
+        }
+        gates: dict[int, tuple[float, float]] = getattr(self._bundle.layers, "gate_values", dict)()
+        if gates:
+            values["gates"] = {str(site): list(pair) for site, pair in gates.items()}
+        return values
+
+    def _norm_ratios(self, interval: Interval) -> dict[str, float]:
+        """By site: the norm of what the adapter adds, over that of what it adds to, in the last step of all processes."""
+        injected = self._bundle.injected
+        if injected is None:
+            return {}
+        nothing = [torch.zeros(2, device=self._ranks.device)]
+        squares = [torch.stack(interval.norms.get(site, nothing)).square().sum(0) for site in injected.sites]
+        norms = self._ranks.accelerator.reduce(torch.stack(squares), reduction="sum").sqrt().tolist()
+        return {
+            str(site): added / base for site, (added, base) in zip(injected.sites, norms, strict=True) if base
+        }
+
+    # ------------------------------------------------------------------------------------------------ pictures
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """The denoising error on fixed samples of people who are not trained on, with the adapter and without it."""
+        ranks = self._ranks
+        sums = torch.zeros(3)
+        with (
+            ranks.together(),
+            self._state.averaged(),
+            contextlib.closing(self._validation_batches()) as batches,
+        ):
+            for batch in batches:
+                self._signals.look()
+                with_adapter, alone = self._bundle.measure(batch.to(ranks.device))
+                sums += torch.stack(
+                    [with_adapter.sum().cpu(), alone.sum().cpu(), torch.tensor(float(len(batch)))]
+                )
+        with ranks.waiting():
+            error, alone, number = ranks.accelerator.reduce(sums.to(ranks.device), reduction="sum").tolist()
+        measured = {
+            "loss": error / number,
+            "loss_of_base": alone / number,
+            "samples": int(number),
+            "people": "test" if self._parts.test_rows else "train",
+        }
+        with ranks.together():
+            self._tell({"validation": measured})
+
+    def _validation_batches(self) -> Batches:
+        """This process's part of the samples, the same at each time."""
+        ranks, config = self._ranks, self._config
+        rows = self._parts.test_rows or self._parts.train_rows
+        # Spread over the people: the order of the index goes from one to the next.
+        order = epoch_order(0, VALIDATION, len(rows)).tolist()
+        count = config.output.validate_samples
+        keys = [(VALIDATION - number // len(rows), order[number % len(rows)]) for number in range(count)]
+        mine = keys[ranks.rank :: ranks.world]
+        size = max(
+            config.train.global_batch_size // (ranks.world * config.train.gradient_accumulation_steps), 1
+        )
+        parts = [mine[first : first + size] for first in range(0, len(mine), size)]
+        loader = DataLoader(self._samples(rows), batch_sampler=parts, collate_fn=collate)
+        return Batches(loader, ranks.device, self._signals.look)
+
+    def draw(self) -> None:
+        """A grid of pictures, drawn by the main process."""
+
+        def look(seconds: float) -> None:
+            self._signals.look()
+            if seconds > PATIENCE:
+                raise TrainingError(
+                    f"step {self._progress.step}: the pictures of {self._folder} wait for a disk for {seconds:.0f} s. Look at those of "
+                    "the photos and of output.folder, then go on with --resume auto."
+                )
+
+        with self._ranks.together(), contextlib.closing(Aside("pictures")) as aside:
+            if self._log is not None:
+                log, step = self._log, self._progress.step
+                with self._state.averaged():
+                    pixels = sample_grid(
+                        self._bundle,
+                        self._state.adapter,
+                        self._parts,
+                        self._config,
+                        self._folder,
+                        step,
+                        look=self._signals.look,
+                        wait=lambda work: aside.do(work, look),
+                    )
+                self._disk.use(lambda: log.picture(step, "samples", pixels))
+
+
+__all__ = ["Interval", "Monitor"]
