@@ -157,13 +157,8 @@ def identity_operations(recipe: Recipe) -> float:
         meta(1, *size, learned=True) for size in ((4, side, side), (3, TEMPLATE_SIZE, TEMPLATE_SIZE))
     )
     decode = operations(lambda: networks.autoencoder().decode(latents).sample.sum().backward())
-<<<<<<< HEAD
-    look = operations(lambda: networks.recognizer(recipe.method)(face)[0].sum().backward())
-    counts = float((scaled_linear("epsilon").alphas_cumprod >= LossConfig().gate_alpha).float().mean())
-=======
     look = operations(lambda: networks.recognizer(recipe.needs.stages)(face)[0].sum().backward())
-    counts = float((scaled_linear("epsilon").alphas >= LossConfig().gate_alpha).float().mean())
->>>>>>> front
+    counts = float((scaled_linear("epsilon").alphas_cumprod >= LossConfig().gate_alpha).float().mean())
     return counts * (1 - TrainConfig().drop_identity - TrainConfig().drop_both) * (decode + look)
 
 
