@@ -85,10 +85,6 @@ def adapter(recipe: Recipe) -> Adapter:
     config = fresh_config(networks.unet(recipe.family), wanted)
     with torch.device("meta"):
         encoder, layers = recipe.parts.encoder(config), recipe.parts.layers(config, nn)
-    for name, parameter in list(layers.named_parameters()):
-        if parameter.ndim == 0:  # gates are read on the host
-            path, _, own = name.rpartition(".")
-            setattr(layers.get_submodule(path), own, nn.Parameter(torch.tensor(0.5), requires_grad=False))
     return Adapter("", "", recipe.method, config, encoder, layers, Mechanisms())
 
 
@@ -158,7 +154,7 @@ def identity_operations(recipe: Recipe) -> float:
     )
     decode = operations(lambda: networks.autoencoder().decode(latents).sample.sum().backward())
     look = operations(lambda: networks.recognizer(recipe.needs.stages)(face)[0].sum().backward())
-    counts = float((scaled_linear("epsilon").alphas >= LossConfig().gate_alpha).float().mean())
+    counts = float((scaled_linear("epsilon").alphas_cumprod >= LossConfig().gate_alpha).float().mean())
     return counts * (1 - TrainConfig().drop_identity - TrainConfig().drop_both) * (decode + look)
 
 

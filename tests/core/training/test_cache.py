@@ -176,7 +176,9 @@ def test_mirrored_targets_have_latents_of_their_own(built: RunConfig, parts: Par
 
 def test_building_again_computes_nothing(built: RunConfig, parts: Parts) -> None:
     assert build(parts, built) == {"latents": 0, "photos": 0}
-    with_other_settings = dataclasses.replace(built, train=dataclasses.replace(built.train, lr=1e-3, seed=9))
+    with_other_settings = dataclasses.replace(
+        built, train=dataclasses.replace(built.train, learning_rate=1e-3, seed=9)
+    )
     Cache(Path(built.data.cache), kinds(parts, with_other_settings))
 
 
@@ -356,7 +358,7 @@ def test_a_run_learns_from_it_what_it_learns_without(built: RunConfig, parts: Pa
         config = dataclasses.replace(
             built,
             data=dataclasses.replace(built.data, cache=cache),
-            train=dataclasses.replace(built.train, steps=3, lr=1e-3),
+            train=dataclasses.replace(built.train, steps=3, learning_rate=1e-3),
             output=dataclasses.replace(built.output, folder=str(tmp_path / name)),
         )
         assert train(config) == 0
