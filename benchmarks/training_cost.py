@@ -502,7 +502,7 @@ def usual_rows(count: int) -> list[Row]:
 def row_bytes(count: int = 4000) -> RowBytes:
     """Of memory that Python really takes, for usual rows."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "index.jsonl"
+        path = Path(folder) / "index.parquet"
         write_index(path, Path(folder), usual_rows(count), torch.zeros(count, EMBEDDING_WIDTH), {})
         size = path.stat().st_size
         in_memory, index = _held(lambda: read_index(path))

@@ -259,7 +259,7 @@ def _write_world(folder: Path) -> RunConfig:
     save_iresnet(network, folder / "recognizer.safetensors")
     scan(
         list_photos(folder / "photos"),
-        folder / "index.jsonl",
+        folder / "index.parquet",
         package=folder / "package",
         split=SplitSettings(share=0),
     )
@@ -271,7 +271,7 @@ def _write_world(folder: Path) -> RunConfig:
             "face_package": str(folder / "package"),
         },
         "data": {
-            "index": str(folder / "index.jsonl"),
+            "index": str(folder / "index.parquet"),
             "cache": str(folder / "cache"),
             "resolution": RESOLUTION,
             "flip": False,
@@ -521,7 +521,7 @@ def _real_cache(folder: Path) -> Callable[[], list[Tensor]]:
 
 def report_start(world: World, count: int = 20_000) -> None:
     """What every process of a run does before its first step, for a photo."""
-    path = world.folder / "many.jsonl"
+    path = world.folder / "many.parquet"
     write_index(path, world.folder, cost.usual_rows(count), torch.zeros(count, 512), {})
     index = read_index(path)
     parts = replace(world.parts, index=index, train_rows=index.rows, test_rows=())

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..data.index import Index, Row
-from ..data.people import by_person, photos_beside_target
+from ..data.people import People, photos_beside_target
+from ..data.rows import OK, STATUSES, Rows, as_rows
 from ..errors import ConfigError, FaceError, IDAdapterError
 from ..faces.align import align_face, square_crop
 from ..faces.enrich import variant
@@ -154,7 +155,7 @@ def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> 
 def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
     """Every photo that `references_for` may choose for the people of these rows."""
     photos = [Photo(row) for row in rows]
-    for person in by_person(rows).values():
+    for person in People(rows):
         last = (references - 1) // photos_beside_target(len(person))
         photos += [Photo(row, number) for row in person for number in range(1, last + 1)]
     return photos
@@ -165,9 +166,13 @@ def references_for(target: Row, person: Sequence[Row], count: int, random: torch
 
     Where there are too few, variants of them fill up; a person of one photo is known by that and its variants.
     """
-    others = [row for row in person if row.number != target.number] or [target]
-    order = torch.randperm(len(others), generator=random).tolist()
-    return [Photo(others[order[n % len(others)]], n // len(others)) for n in range(count)]
+    rows = as_rows(person)
+    others = np.flatnonzero(
+        rows.column("number") != target.number
+    ).tolist()  # of many photos, few are looked up
+    order = torch.randperm(len(others) or 1, generator=random).tolist()
+    chosen = [rows[others[place]] for place in order[:count]] if others else [target]
+    return [Photo(chosen[n % len(order)], n // len(order)) for n in range(count)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,9 +255,9 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         store: Store | None = None,
         preprocess: Preprocess | None = None,
     ) -> None:
-        self._index, self.rows, self._config = index, list(rows), config
+        self._index, self.rows, self._config = index, as_rows(rows), config
         self._timesteps, self._store, self._preprocess = timesteps, store, preprocess
-        self._person = {row.number: person for person in by_person(rows).values() for row in person}
+        self._people = People(self.rows)
         self._is_uniid = config.adapter.method == uniid.METHOD
 
     def __len__(self) -> int:
@@ -273,7 +278,8 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         # All is drawn in any case, so that one setting does not change what the others draw.
         drop, mirror = torch.rand(2, generator=random).tolist()
         timestep = int(torch.randint(self._timesteps, (), generator=random))
-        references = references_for(row, self._person[row.number], config.data.references, random)
+        person = self._people[int(self._people.of[number])]
+        references = references_for(row, person, config.data.references, random)
         is_measured = epoch <= VALIDATION
         mirrored = config.data.flip and mirror < 0.5 and not is_measured
         has_identity, has_text = (True, True) if is_measured else _kept(drop, config)
@@ -403,7 +409,7 @@ class MicroBatches(Sampler[list[Key]]):
                 yield keys[first : first + self.size]
 
 
-def usable_rows(index: Index, config: RunConfig, split: str) -> list[Row]:
+def usable_rows(index: Index, config: RunConfig, split: str) -> Rows:
     """The rows that a run may learn from ("train") or is measured by ("test").
 
     Raises:
@@ -411,17 +417,17 @@ def usable_rows(index: Index, config: RunConfig, split: str) -> list[Row]:
     """
     bad = index.bad_share()
     if bad > config.data.max_bad_share:
-        worst = [row for row in index.rows if row.status not in ("ok", "duplicate")][:10]
+        fine = [STATUSES.index(OK), STATUSES.index("duplicate")]
+        worst = index.rows.where(~np.isin(index.rows.status, fine))[:10]
         listed = "\n".join(f"  {row.source}: {row.status}, {row.reason}" for row in worst)
         raise ConfigError(
             f"{index.path}: {bad:.1%} of its photos cannot be used, data.max_bad_share allows "
             f"{config.data.max_bad_share:.1%}. Repair or remove them and scan again, or raise the limit. The first ones:\n{listed}"
         )
-    grouped = by_person(index.usable(split))
-    numbers = {
-        row.number for person in grouped.values() if len(person) >= config.data.min_photos for row in person
-    }
-    rows = [row for row in index.usable(split) if row.number in numbers]
+    rows = index.usable(split)
+    if config.data.min_photos > 1:
+        people = People(rows)
+        rows = rows.where((people.sizes >= config.data.min_photos)[people.of])
     if not rows and split == "train":
         raise ConfigError(
             f"{index.path}: no photo is left to train on (data.min_photos = {config.data.min_photos}). See "

@@ -102,7 +102,7 @@ def test_a_shell_without_letters(tmp_path: Path) -> None:
     """LC_ALL=C, and Python told not to help itself: names on the command line, in files and of files are read all the same."""
     folder = tmp_path / "Зоя"
     folder.mkdir()
-    index = folder / "índex.jsonl"
+    index = folder / "índex.parquet"
     write_index(
         index,
         folder,
@@ -115,7 +115,7 @@ def test_a_shell_without_letters(tmp_path: Path) -> None:
     environ = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environ |= {"PYTHONPATH": os.pathsep.join([str(CORE.parent), environ.get("PYTHONPATH", "")])}
     for arguments, code, said in (
-        (["data", "dedupe", str(index), str(folder / "dédupe.jsonl")], 0, "0 photos are duplicates"),
+        (["data", "dedupe", str(index), str(folder / "dédupe.parquet")], 0, "0 photos are duplicates"),
         (["train", "--config", str(config)], 1, f"base.path: {folder}/été is not there"),
         (["evaluate", "--config", str(folder / "nö.toml")], 2, "nö.toml: no such file"),
     ):
@@ -130,4 +130,4 @@ def test_a_shell_without_letters(tmp_path: Path) -> None:
         assert done.returncode == code, output
         assert said in output
         assert "Traceback" not in output
-    assert (folder / "dédupe.jsonl").is_file()
+    assert (folder / "dédupe.parquet").is_file()

@@ -38,7 +38,7 @@ class Toy:
 
     @property
     def index(self) -> Path:
-        return self.folder / "index.jsonl"
+        return self.folder / "index.parquet"
 
     def content(self, run: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
         """The sections of a small run with other settings over them."""
@@ -107,4 +107,4 @@ def _write_index(folder: Path, photos: list[Path]) -> None:
                 split="test" if photo.parent.name == TEST_PERSON else "train",
             )
         )
-    write_index(folder / "index.jsonl", folder / "photos", rows, torch.zeros(len(rows), 512), {})
+    write_index(folder / "index.parquet", folder / "photos", rows, torch.zeros(len(rows), 512), {})

@@ -29,29 +29,29 @@ def scan(photos: Path, output: Path, package: Path, *more: object) -> int:
 
 def test_from_photos_to_shards(scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = scanned.photos / "person_00"
-    assert scan(good, tmp_path / "i.jsonl", scanned.package) == 0
+    assert scan(good, tmp_path / "i.parquet", scanned.package) == 0
     printed = capsys.readouterr().out
     assert printed.count("non-commercial research only") == 1
     assert "3 ok" in printed
-    assert run("stats", tmp_path / "i.jsonl", "--references", 5) == 0
+    assert run("stats", tmp_path / "i.parquet", "--references", 5) == 0
     assert "with 5 references" in capsys.readouterr().out
-    assert run("dedupe", tmp_path / "i.jsonl", tmp_path / "d.jsonl", "--merge", "--threshold", 0.7) == 0
+    assert run("dedupe", tmp_path / "i.parquet", tmp_path / "d.parquet", "--merge", "--threshold", 0.7) == 0
     assert "0 photos are duplicates now" in capsys.readouterr().out
-    assert read_index(tmp_path / "d.jsonl").facts["dedupe"] == {"people": "merge", "threshold": 0.7}
-    assert run("shards", tmp_path / "d.jsonl", tmp_path / "s", "--photos", 2) == 0
+    assert read_index(tmp_path / "d.parquet").facts["dedupe"] == {"people": "merge", "threshold": 0.7}
+    assert run("shards", tmp_path / "d.parquet", tmp_path / "s", "--photos", 2) == 0
     assert "wrote 3 photos" in capsys.readouterr().out
-    assert len(read_index(tmp_path / "s" / "index.jsonl").usable()) == 3
+    assert len(read_index(tmp_path / "s" / "index.parquet").usable()) == 3
 
 
 def test_too_many_bad_photos(scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = scan(scanned.photos, tmp_path / "i.jsonl", scanned.package)
+    code = scan(scanned.photos, tmp_path / "i.parquet", scanned.package)
     printed = capsys.readouterr()
     assert code == 3
     assert "35.7% of the photos cannot be used, more than --max-bad-share 5.0%" in printed.err
     assert "bad/tiny.png: 48x48 px" in printed.out
-    assert len(read_index(tmp_path / "i.jsonl").rows) == 14
+    assert len(read_index(tmp_path / "i.parquet").rows) == 14
     assert (
-        scan(scanned.photos, tmp_path / "i.jsonl", scanned.package, "--overwrite", "--max-bad-share", 0.4)
+        scan(scanned.photos, tmp_path / "i.parquet", scanned.package, "--overwrite", "--max-bad-share", 0.4)
         == 0
     )
 
@@ -75,7 +75,7 @@ def test_ctrl_c_while_workers_start(scanned: Scanned, tmp_path: Path) -> None:
     command += ["--face-package", str(scanned.package), "--provider", "cpu", "--workers", "2"]
     for number in range(5):  # on a busy machine all photos may be looked at before the signal comes
         process = subprocess.Popen(
-            [*command, str(tmp_path / f"{number}.jsonl")],
+            [*command, str(tmp_path / f"{number}.parquet")],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -97,8 +97,8 @@ def test_ctrl_c_while_workers_start(scanned: Scanned, tmp_path: Path) -> None:
 
 def test_limits_are_options(scanned: Scanned, tmp_path: Path) -> None:
     photos = scanned.photos / "person_00"
-    assert scan(photos, tmp_path / "i.jsonl", scanned.package, "--min-side", 300, "--max-yaw", 1.5) == 3
-    index = read_index(tmp_path / "i.jsonl")
+    assert scan(photos, tmp_path / "i.parquet", scanned.package, "--min-side", 300, "--max-yaw", 1.5) == 3
+    index = read_index(tmp_path / "i.parquet")
     assert index.counts()["too_small"] == 3
     assert index.facts["limits"]["max_yaw"] == 1.5
 
@@ -109,7 +109,7 @@ def test_a_scan_says_what_it_read_and_what_not(
     (few / "person_00" / "0.txt").write_bytes("фото".encode("cp1251"))
     (few / "person_00" / "clip.MOV").touch()
     (few / "ids.txt").write_text("person_00/0.png anna\n")
-    assert scan(few, tmp_path / "i.jsonl", package) == 3
+    assert scan(few, tmp_path / "i.parquet", package) == 3
     printed = capsys.readouterr().out
     for line in (
         "files: 14, of these 6 photos, 6 texts, 0 tables, 2 not read",
@@ -120,11 +120,11 @@ def test_a_scan_says_what_it_read_and_what_not(
     ):
         assert line in printed, line
     identities = ("--identities", few / "ids.txt", "--encoding", "cp1251")
-    assert scan(few, tmp_path / "j.jsonl", package, *identities) == 0
-    assert read_index(tmp_path / "j.jsonl").rows[0].caption == "фото"
+    assert scan(few, tmp_path / "j.parquet", package, *identities) == 0
+    assert read_index(tmp_path / "j.parquet").rows[0].caption == "фото"
     assert "identities for 1 of 6 photos; first without: person_00/1.png" in capsys.readouterr().out
     for option in (("--min-match", 0.5), ("--min-match", 2)):
-        assert scan(few, tmp_path / "k.jsonl", package, *identities, *option) == 1
+        assert scan(few, tmp_path / "k.parquet", package, *identities, *option) == 1
     errors = capsys.readouterr().err
     assert "At least 50.0% are asked for by --min-match" in errors
     assert "--min-match must be between 0 and 1, got 2.0" in errors
@@ -133,24 +133,24 @@ def test_a_scan_says_what_it_read_and_what_not(
 def test_errors_go_to_stderr_with_code_1(
     scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "i.jsonl"
+    output = tmp_path / "i.parquet"
     output.touch()
     for code, message in (
-        (scan(tmp_path / "absent", tmp_path / "o.jsonl", scanned.package), "no such folder"),
-        (scan(scanned.photos, tmp_path / "o.jsonl", tmp_path / "absent"), "does not exist"),
+        (scan(tmp_path / "absent", tmp_path / "o.parquet", scanned.package), "no such folder"),
+        (scan(scanned.photos, tmp_path / "o.parquet", tmp_path / "absent"), "does not exist"),
         (scan(scanned.photos, output, scanned.package), "add --overwrite"),
-        (scan(scanned.photos, tmp_path / "o.csv", scanned.package), "must end in .jsonl"),
-        (scan(scanned.photos, tmp_path / "o.jsonl", scanned.package, "--test-share", 2), "share of test"),
-        (scan(scanned.photos, tmp_path / "o.jsonl", scanned.package, "--workers", -1), "--workers"),
+        (scan(scanned.photos, tmp_path / "o.csv", scanned.package), "must end in .parquet"),
+        (scan(scanned.photos, tmp_path / "o.parquet", scanned.package, "--test-share", 2), "share of test"),
+        (scan(scanned.photos, tmp_path / "o.parquet", scanned.package, "--workers", -1), "--workers"),
         (run("stats", output), "is empty"),
-        (run("dedupe", output, tmp_path / "o.jsonl"), "is empty"),
-        (run("shards", tmp_path / "absent.jsonl", tmp_path), "cannot be read"),
+        (run("dedupe", output, tmp_path / "o.parquet"), "is empty"),
+        (run("shards", tmp_path / "absent.parquet", tmp_path), "cannot be read"),
     ):
         assert code == 1, message
     errors = capsys.readouterr().err
-    for message in ("no such folder", "does not exist", "add --overwrite", "must end in .jsonl", "--workers"):
+    for message in ("no such folder", "does not exist", "add --overwrite", "must end in .parquet", "--workers"):
         assert message in errors
-    assert not (tmp_path / "o.jsonl").exists()
+    assert not (tmp_path / "o.parquet").exists()
 
 
 def test_as_a_program(scanned: Scanned, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def test_there_and_back(scanned: Scanned, tmp_path: Path) -> None:
     made = write_shards(scanned.index, tmp_path / "shards", photos=5)
-    read = read_index(tmp_path / "shards" / "index.jsonl")
+    read = read_index(tmp_path / "shards" / "index.parquet")
     assert read.rows == made.rows
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 2
     assert [row.number for row in read.usable()] == [row.number for row in scanned.index.usable()]
@@ -121,7 +121,7 @@ def test_a_photo_that_changed_since_the_scan(package: Path, few: Path, tmp_path:
     from idadapter_core.data.scan import scan
     from idadapter_core.data.sources import list_photos
 
-    index = scan(list_photos(few / "person_00"), tmp_path / "i.jsonl", package=package, provider="cpu")
+    index = scan(list_photos(few / "person_00"), tmp_path / "i.parquet", package=package, provider="cpu")
     (few / "person_00" / "1.png").write_bytes(b"changed")
     with pytest.raises(InputError, match="has changed since the scan"):
         write_shards(index, tmp_path / "shards")

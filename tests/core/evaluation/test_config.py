@@ -22,7 +22,7 @@ from idadapter_core.training.config import config_toml, parse_config
 CONFIGS = Path(__file__).parents[3] / "configs"
 TOML = """
 [data]
-index = "index.jsonl"
+index = "index.parquet"
 [[runs]]
 name = "naive"
 path = "a.safetensors"

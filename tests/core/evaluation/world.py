@@ -56,13 +56,13 @@ def index_of(folder: Path) -> Index:
                 split="test",
             )
         )
-    return Index(folder / "index.jsonl", folder, tuple(rows), {}, "digest of the index")
+    return Index(folder / "index.parquet", folder, tuple(rows), {}, "digest of the index")
 
 
 def configure(folder: Path, output: Path, *runs: str, **sections: Any) -> EvaluationConfig:
     """An evaluation of runs by their names, with all judging models; `sections` change it."""
     content: dict[str, Any] = {
-        "data": {"index": str(folder / "index.jsonl"), "identities": 0, "references": 2},
+        "data": {"index": str(folder / "index.parquet"), "identities": 0, "references": 2},
         "runs": [{"name": name, "path": str(folder / f"{name}.safetensors")} for name in runs],
         "prompts": PROMPTS,
         "sampling": {"groups": [], "size": SIZE},

@@ -57,7 +57,7 @@ def few(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Few:
     chosen = [*people[0][:3], people[1][0], people[-1][0]]
     assert [row.split for row in chosen] == ["train"] * 4 + ["test"]
     rows = [dataclasses.replace(row, number=number) for number, row in enumerate(chosen)]
-    path = tmp_path_factory.mktemp("few") / "index.jsonl"
+    path = tmp_path_factory.mktemp("few") / "index.parquet"
     write_index(path, whole.root, rows, torch.zeros(len(rows), 512), {})
     return Few(toy, path)
 
@@ -309,7 +309,7 @@ def test_a_photo_that_changed_since_the_scan(few: Few, tmp_path: Path, workers: 
     toy = Toy(tmp_path / "toy", few.toy.kind)
     shutil.copytree(few.toy.folder / "photos", toy.folder / "photos")
     index = read_index(few.index)
-    path = toy.folder / "index.jsonl"
+    path = toy.folder / "index.parquet"
     write_index(path, toy.folder / "photos", index.rows, torch.zeros(len(index.rows), 512), {})
     config = few.config(tmp_path, tmp_path / "cache", "uniid", data={"index": str(path), "workers": workers})
     parts = load_parts(config)

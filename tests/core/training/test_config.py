@@ -145,8 +145,8 @@ def test_a_branch_of_ones_own_keeps_its_settings(tmp_path: Path) -> None:
 
 
 def test_the_users_folder(tmp_path: Path) -> None:
-    config = read_config(write(tmp_path, '[data]\nindex = "~/faces/index.jsonl"\n'))
-    assert config.data.index == str(Path.home() / "faces" / "index.jsonl")
+    config = read_config(write(tmp_path, '[data]\nindex = "~/faces/index.parquet"\n'))
+    assert config.data.index == str(Path.home() / "faces" / "index.parquet")
 
 
 @pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[-0.1, 0.9]"])

@@ -70,7 +70,7 @@ def row_of(number: int, identity: str = "somebody", **values: Any) -> Row:
 
 
 def index_of(folder: Path, rows: list[Row]) -> Index:
-    return write_index(folder / "index.jsonl", folder, rows, torch.zeros(len(rows), 512), {})
+    return write_index(folder / "index.parquet", folder, rows, torch.zeros(len(rows), 512), {})
 
 
 def draw(folder: Path, width: int, height: int, face: MarkedFace) -> tuple[Index, Row]:
@@ -130,7 +130,7 @@ class Zeros:
 
 def fast(rows: list[Row], config: RunConfig, store: Zeros | None = None) -> Samples:
     """Samples without pictures."""
-    index = Index(Path("index.jsonl"), Path(), tuple(rows), {}, "")
+    index = Index(Path("index.parquet"), Path(), tuple(rows), {}, "")
     return Samples(index, rows, config, TIMESTEPS, store or Zeros())
 
 
