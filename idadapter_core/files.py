@@ -203,7 +203,7 @@ class StreamedTensors:
 
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Write more of a tensor."""
-        content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         if name != self._last and self._written[name] + len(content) > self._end[name]:
             raise ValueError(f"{name} was said to be of {self._kinds[name]}")
         self._file.seek(8 + self._head + self._written[name])

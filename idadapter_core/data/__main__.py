@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def _show(options: argparse.Namespace) -> int:
     if min(options.start, options.count or 0) < 0:
         raise ConfigError(f"--start and --count must be at least 0, got {options.start} and {options.count}")
     facts, rows = shown(options.index, options.status)
-    lines = map(
+    lines: Iterator[str] = map(
         line_of, itertools.islice(rows, options.start, options.count and options.start + options.count)
     )
     if options.facts:

@@ -25,7 +25,7 @@ class People(Sequence[Rows]):
             codes = np.empty_like(codes)
             codes[order] = np.repeat(firsts, np.diff(starts, append=len(codes)))
             order, starts = _grouped(codes)
-        self._order = order
+        self.order = order  # (rows,) positions in `rows`, person by person
         self._starts = starts
         self._of: NDArray[np.uint32] | None = None
 
@@ -38,25 +38,26 @@ class People(Sequence[Rows]):
     @property
     def sizes(self) -> NDArray[np.int64]:
         """(people,) how many rows each has."""
-        return np.diff(self._starts.astype(np.int64), append=len(self.rows))
+        ends = np.append(self._starts[1:], len(self.rows)).astype(np.int64)
+        return ends - self._starts
 
     def positions(self, person: int) -> NDArray[np.uint32]:
         """Where a person's rows are in `rows`."""
         person = range(len(self))[person]
         end = self._starts[person + 1] if person + 1 < len(self) else len(self.rows)
-        return self._order[self._starts[person] : end]
+        return self.order[self._starts[person] : end]
 
     @property
     def firsts(self) -> NDArray[np.uint32]:
         """(people,) where in `rows` each one's first is."""
-        return self._order[self._starts]
+        return self.order[self._starts]
 
     @property
     def of(self) -> NDArray[np.uint32]:
         """(rows,) whose each row is: the person's place in this sequence."""
         if self._of is None:
             self._of = np.empty(len(self.rows), np.uint32)
-            self._of[self._order] = np.repeat(np.arange(len(self), dtype=np.uint32), self.sizes)
+            self._of[self.order] = np.repeat(np.arange(len(self), dtype=np.uint32), self.sizes)
         return self._of
 
 

@@ -152,13 +152,26 @@ def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> 
     return tensors
 
 
+def variants_of(rows: Rows, references: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Every photo that `references_for` may choose for the people of these rows: positions among the rows, and numbers of variants.
+    First the rows as they are, then the variants person by person; with 0 references there are none.
+    """
+    people = People(rows)
+    sizes = people.sizes
+    most = int(sizes.max(initial=0))
+    last = [max(references - 1, 0) // photos_beside_target(size) for size in range(most + 1)]
+    counts = np.repeat(np.array(last)[sizes], sizes)  # of each row in `people.order`
+    ends = np.cumsum(counts)
+    numbers = np.arange(1, 1 + counts.sum()) - np.repeat(ends - counts, counts)
+    positions = np.concatenate([np.arange(len(rows)), np.repeat(people.order, counts)])
+    return positions.astype(np.uint32), np.concatenate([np.zeros(len(rows)), numbers]).astype(np.uint32)
+
+
 def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
-    """Every photo that `references_for` may choose for the people of these rows."""
-    photos = [Photo(row) for row in rows]
-    for person in People(rows):
-        last = (references - 1) // photos_beside_target(len(person))
-        photos += [Photo(row, number) for row in person for number in range(1, last + 1)]
-    return photos
+    """The photos of `variants_of`, one by one."""
+    packed = as_rows(rows)
+    positions, variants = variants_of(packed, references)
+    return [Photo(packed[p], n) for p, n in zip(positions.tolist(), variants.tolist(), strict=True)]
 
 
 def references_for(target: Row, person: Sequence[Row], count: int, random: torch.Generator) -> list[Photo]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,9 +151,82 @@ def test_errors_go_to_stderr_with_code_1(
     ):
         assert code == 1, message
     errors = capsys.readouterr().err
-    for message in ("no such folder", "does not exist", "add --overwrite", "must end in .parquet", "--workers"):
+    for message in (
+        "no such folder",
+        "does not exist",
+        "add --overwrite",
+        "must end in .parquet",
+        "--workers",
+    ):
         assert message in errors
     assert not (tmp_path / "o.parquet").exists()
+
+
+def test_show_and_convert(scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An index of either kind is shown as JSON, one row a line: together with the facts, what one in JSON Lines holds."""
+    index = scanned.index
+
+    def shown(path: Path, *options: object) -> list[dict[str, Any]]:
+        assert run("show", path, *options) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    rows = shown(index.path)
+    assert [row["source"] for row in rows] == [row.source for row in index.rows]
+    assert rows[-1]["landmarks"] == [list(point) for point in index.rows[-1].landmarks or ()]
+    facts = shown(index.path, "--facts")
+    assert facts == [dict(index.facts)]
+    old = tmp_path / "old.jsonl"
+    old.write_text(
+        "".join(
+            json.dumps(line) + "\n" for line in [{**facts[0], "version": 1, "root": str(index.root)}, *rows]
+        )
+    )
+    for path in (index.path, old):
+        assert shown(path, "--start", 2, "--count", 3) == rows[2:5]
+        assert shown(path, "--status", "no_face") == [row for row in rows if row["status"] == "no_face"]
+        assert shown(path, "--count", 0) == []
+    assert run("stats", old) == 1
+    assert f"data convert {old} {tmp_path / 'old.parquet'}` once" in capsys.readouterr().err
+    assert run("convert", old, tmp_path / "new.parquet") == 1
+    assert "the embeddings of old.jsonl cannot be read" in capsys.readouterr().err
+    name = f"{facts[0]['embeddings']}.safetensors"
+    shutil.copy(index.path.with_name(f"{index.path.stem}.{name}"), tmp_path / f"old.{name}")
+    assert run("convert", old, tmp_path / "new.parquet") == 0
+    assert "14 photos, 9 ok" in capsys.readouterr().out
+    assert shown(tmp_path / "new.parquet") == rows
+    assert run("convert", old, tmp_path / "new.parquet") == run("show", old, "--start", -1) == 1
+    errors = capsys.readouterr().err
+    assert "add --overwrite" in errors
+    assert "--start and --count must be at least 0" in errors
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes of that kind")
+def test_who_reads_what_is_shown_may_stop(scanned: Scanned) -> None:
+    command = f"{sys.executable} -m idadapter_core.data show {scanned.index.path} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (json.loads(done.stdout)["number"], done.stderr) == (0, "")
+
+
+def test_a_rank_other_than_the_first(
+    scanned: Scanned, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks at its photos, or says that nothing is left; rank 0 alone says what was found."""
+    output = tmp_path / "i.parquet"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert scan(scanned.photos / "person_00", output, scanned.package) == 0
+    assert capsys.readouterr().out == "rank 1 of 2: all its photos are looked at; rank 0 writes the index\n"
+    monkeypatch.setenv("RANK", "0")
+    assert scan(scanned.photos / "person_00", output, scanned.package) == 0
+    assert "3 photos, 3 ok" in capsys.readouterr().out
+    assert run("shards", output, tmp_path / "s", "--photos", 5) == 0
+    monkeypatch.setenv("RANK", "1")
+    assert run("shards", output, tmp_path / "s", "--photos", 5) == 0
+    capsys.readouterr()
+    assert scan(scanned.photos / "person_00", output, scanned.package) == 0
+    assert "i.parquet is there already, nothing is left to do" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "2")
+    assert scan(scanned.photos / "person_00", output, scanned.package) == 1
 
 
 def test_as_a_program(scanned: Scanned, tmp_path: Path) -> None:

@@ -144,13 +144,23 @@ SPOILED: list[tuple[str, Callable[[Any], Any], dict[str, Any], str]] = [
     ("other kind", with_column("width", ["10", "0"], pa.string()), {}, "width must be uint32, it is string"),
     ("numbers", with_column("number", [0, 2]), {}, "row 1: number must be its place, got 2"),
     ("unknown status", with_column("status", ["ok", "fine"]), {}, "row 1: status must be one of ok, no_face"),
-    ("unknown split", with_column("split", ["val", ""]), {}, "split must be one of train, test, empty, got 'val'"),
+    (
+        "unknown split",
+        with_column("split", ["val", ""]),
+        {},
+        "split must be one of train, test, empty, got 'val'",
+    ),
     ("hex", with_column("sha256", ["0" * 63 + "g", ""]), {}, "row 0: sha256 must be 64 hex digits, got '000"),
     ("not finite", with_column("yaw", [0.0, float("nan")]), {}, "row 1: yaw must be a number, got nan"),
     ("null", with_column("caption", [None, ""]), {}, "row 0: caption is null"),
     ("no path", with_column("source", ["", "b.png"]), {}, "row 0: source must be a path"),
     ("ok without a face", with_column("box", [None, None]), {}, "row 0: a row that is ok needs box"),
-    ("ok with a reason", with_column("reason", ["x", "y"]), {}, "row 0: a row that is ok has no reason, got 'x'"),
+    (
+        "ok with a reason",
+        with_column("reason", ["x", "y"]),
+        {},
+        "row 0: a row that is ok has no reason, got 'x'",
+    ),
     ("bad without a reason", with_column("reason", ["", ""]), {}, "row 1: a row that is blur needs a reason"),
     ("another value", with_column("caption", ["a", "b"]), {}, "its rows are not those that were written"),
     ("another fact", same, {"recognizer": "s"}, "its rows are not those that were written"),
@@ -247,7 +257,9 @@ def test_processes_that_do_not_fork_map_it_again(tmp_path: Path) -> None:
 
 
 def test_rows_are_a_sequence(tmp_path: Path) -> None:
-    rows = [replace(ROW, number=n, identity=f"p{n // 2}", split="test" if n % 3 else "train") for n in range(7)]
+    rows = [
+        replace(ROW, number=n, identity=f"p{n // 2}", split="test" if n % 3 else "train") for n in range(7)
+    ]
     index = written(tmp_path, *rows)
     assert list(index.rows) == rows == [index.rows[n] for n in range(7)]
     assert index.rows[-1] == rows[-1]
@@ -267,8 +279,12 @@ def test_more_rows_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows = []
     for number in range(10):
         names = {"identity": f"\udcff{number % 4}" if number % 4 else "", "source": f"{number}\U0010fffd.png"}
-        row = replace(ROW, number=number, caption="é" * (number % 3), phash="0123456789abcdef" * (number % 2), **names)
-        rows.append(row if number % 5 else replace(row, status="blur", reason="blurred", box=None, landmarks=None))
+        row = replace(
+            ROW, number=number, caption="é" * (number % 3), phash="0123456789abcdef" * (number % 2), **names
+        )
+        rows.append(
+            row if number % 5 else replace(row, status="blur", reason="blurred", box=None, landmarks=None)
+        )
     index = written(tmp_path, *rows)
     assert pq.read_metadata(index.path).num_row_groups == 4
     assert pq.read_table(index.path)["source"].to_pylist()[1].startswith("1\U0010fffd")
@@ -288,7 +304,10 @@ def as_lines(index: Index, path: Path, change: Callable[[list[dict]], object] = 
     content = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
     name = index.facts["embeddings"]
-    shutil.copy(index.path.with_name(f"{index.path.stem}.{name}.safetensors"), path.with_name(f"{path.stem}.{name}.safetensors"))
+    shutil.copy(
+        index.path.with_name(f"{index.path.stem}.{name}.safetensors"),
+        path.with_name(f"{path.stem}.{name}.safetensors"),
+    )
     return path
 
 
@@ -319,7 +338,11 @@ SPOILED_LINES: list[tuple[str, Callable[[list[dict]], object], str]] = [
     ("no facts", lambda lines: lines.pop(0), "its first line is not that of an index"),
     ("field missing", lambda lines: lines[1].pop("sha256"), "line 2 lacks sha256"),
     ("field unknown", lambda lines: lines[1].update(colour="red"), "line 2 has unknown colour"),
-    ("unknown status", lambda lines: lines[2].update(status="fine"), "line 3: status must be one of ok, no_face"),
+    (
+        "unknown status",
+        lambda lines: lines[2].update(status="fine"),
+        "line 3: status must be one of ok, no_face",
+    ),
     ("wrong type", lambda lines: lines[1].update(width="10"), "width must be a whole number, got '10'"),
     ("true for a number", lambda lines: lines[1].update(width=True), "width must be a whole number"),
     ("short box", lambda lines: lines[1].update(box=[1, 2, 3]), "box must be four numbers or null"),

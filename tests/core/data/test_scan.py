@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from idadapter_core.data import scan as scanning
+from idadapter_core.data import ranks, scan as scanning
 from idadapter_core.data.index import STATUSES, Index, read_index, write_index
 from idadapter_core.data.measure import Limits, Models
 from idadapter_core.data.progress import Progress
-from idadapter_core.data.ranks import Ranks
+from idadapter_core.data.ranks import ALONE, Ranks
 from idadapter_core.data.scan import scan, scan_share
 from idadapter_core.data.shards import write_shards
 from idadapter_core.data.sources import list_photos
@@ -38,11 +38,12 @@ from tests.tiny.face_package import write_package
 
 ROOT = Path(__file__).parents[3]
 
-# Scans in a process that kills itself without warning when so many photos are done.
+# Scans in a process, of the rank that its environment tells, that kills itself without warning when so many photos are done.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from idadapter_core.data.scan import scan
+from idadapter_core.data.ranks import ranks_of
+from idadapter_core.data.scan import scan, scan_share
 from idadapter_core.data.sources import list_photos
 
 def progress(done, total):
@@ -51,8 +52,14 @@ def progress(done, total):
 
 if __name__ == "__main__":
     photos, output, package = map(Path, sys.argv[1:4])
-    scan(list_photos(photos), output, package=package, provider="cpu", workers=int(sys.argv[4]), progress=progress)
+    ranks = ranks_of()
+    options = dict(package=package, provider="cpu", workers=int(sys.argv[4]), progress=progress)
+    if ranks.is_first:
+        scan(list_photos(photos), output, world=ranks.world, **options)
+    else:
+        scan_share(list_photos(photos), output, ranks=ranks, **options)
 """
+NEVER = -1
 
 
 TOTAL = 3 * 3 + 5
@@ -76,16 +83,29 @@ def beside(scanned: Scanned) -> Any:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def kill_after(photos: int, scanned: Scanned, output: Path, workers: int) -> None:
+def start(
+    photos: int, scanned: Scanned, output: Path, workers: int = 0, ranks: Ranks = ALONE
+) -> subprocess.Popen:
+    """A scan in another process, which is killed after so many photos."""
     script = output.with_name("again.py")
     script.write_text(KILLED)
     arguments = [scanned.photos, output, scanned.package, workers, photos]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # Workers that stayed would keep the pipes open, and this would not return.
-    done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)], env=environment, capture_output=True, timeout=120
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.world),
+    }
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)], env=environment, stderr=subprocess.PIPE
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+
+def kill_after(photos: int, scanned: Scanned, output: Path, workers: int = 0, ranks: Ranks = ALONE) -> None:
+    process = start(photos, scanned, output, workers, ranks)
+    # Workers that stayed would keep the pipe open, and this would not return.
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, told.decode()
     assert not output.exists()
 
 
@@ -212,6 +232,111 @@ def stop_after(done: int, photos: Path, output: Path, package: Path) -> Path:
     with pytest.raises(KeyboardInterrupt):
         run(photos, output, package, progress=progress)
     return output.with_name(f"{output.name}.progress") / "rank-00000.jsonl"
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def look_at_share(scanned: Scanned, output: Path, rank: int, world: int) -> None:
+    source = list_photos(scanned.photos)
+    scan_share(source, output, ranks=Ranks(rank, world), package=scanned.package, provider="cpu")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_number_of_ranks_changes_nothing(
+    world: int, scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a byte of the index; and nobody looks at what another has looked at."""
+    seen = looked_at(monkeypatch)
+    for rank in range(1, world):
+        look_at_share(scanned, beside, rank, world)
+        assert len(seen) == TOTAL * (rank + 1) // world - TOTAL // world
+    index = again(scanned, beside, world=world)
+    assert sorted(seen) == [row.source for row in index.rows]
+    assert beside.read_bytes() == scanned.index.path.read_bytes()
+    torch.testing.assert_close(index.embeddings(), scanned.index.embeddings(), rtol=0, atol=0)
+    assert not list(beside.parent.glob("*.progress"))
+
+
+def test_a_rank_that_was_killed_is_resumed(
+    scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While rank 0, in a process of its own, waits for it."""
+    first = start(NEVER, scanned, beside, ranks=Ranks(0, 2))
+    try:
+        kill_after(2, scanned, beside, ranks=Ranks(1, 2))
+        seen = looked_at(monkeypatch)
+        look_at_share(scanned, beside, 1, 2)
+        assert len(seen) == TOTAL // 2 - 2
+        _, told = first.communicate(timeout=120)
+        assert first.returncode == 0, told.decode()
+    finally:
+        first.kill()
+        first.wait()
+    assert beside.read_bytes() == scanned.index.path.read_bytes()
+
+
+def test_ranks_of_another_number_go_on(
+    scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_after(3, scanned, beside, ranks=Ranks(2, 3))
+    seen = looked_at(monkeypatch)
+    look_at_share(scanned, beside, 1, 2)
+    assert len(seen) == TOTAL // 2 - 3
+    again(scanned, beside)
+    assert len(seen) == TOTAL - 3
+    assert beside.read_bytes() == scanned.index.path.read_bytes()
+
+
+def test_a_rank_that_does_nothing_is_not_waited_for_for_ever(
+    scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "PATIENCE", 0.1)
+    monkeypatch.setattr(ranks, "POLL", 0.05)
+    with pytest.raises(
+        InputError, match=r"no other process.*: 7 photos are waited for, among them person_00/2\.png"
+    ):
+        again(scanned, beside, world=2)
+    assert not beside.exists()
+
+
+def test_what_a_rank_found_in_a_photo_that_changed_since_does_not_count(
+    few: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned = Scanned(few, package, None, {})  # type: ignore[arg-type]
+    output = tmp_path / "i.parquet"
+    monkeypatch.setattr(scanning, "PATIENCE", 0.1)
+    monkeypatch.setattr(ranks, "POLL", 0.05)
+    look_at_share(scanned, output, 1, 2)
+    (few / "person_01" / "2.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"1 photos are waited for, among them person_01/2\.png"):
+        again(scanned, output, world=2)
+    seen = looked_at(monkeypatch)
+    look_at_share(scanned, output, 1, 2)
+    index = again(scanned, output, world=2)
+    assert seen == ["person_01/2.png"]
+    assert index.counts()["corrupt"] == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, Ranks(0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, Ranks(2, 4)),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK=4, WORLD_SIZE=4"),
+        ({"RANK": "1"}, "RANK=1"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one"),
+    ],
+)
+def test_ranks_are_told_by_the_environment(environment: dict[str, str], found: Ranks | str) -> None:
+    if isinstance(found, Ranks):
+        assert ranks.ranks_of(environment) == found
+    else:
+        with pytest.raises(ConfigError, match=found):
+            ranks.ranks_of(environment)
+
+
+# ------------------------------------------------------------------------------------------------ progress
 
 
 def test_half_a_line_of_progress_is_forgotten(
