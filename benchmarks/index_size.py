@@ -35,7 +35,7 @@ def batches(count: int, rows_of_a_batch: int) -> Iterator[Any]:
     import numpy as np
     import pyarrow as pa
 
-    from idadapter_core.data.parquet import schema
+    from idadapter_core.data.columns import schema
 
     draw = np.random.default_rng(0)
     for first in range(0, count, rows_of_a_batch):

@@ -11,10 +11,8 @@ are those of the tensors. Everything else is division by the assumptions in `Mac
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
-import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from idadapter_core.checkpoint import Adapter
-from idadapter_core.data.index import Row, read_index, write_index
+from idadapter_core.data.index import Row, write_index
 from idadapter_core.faces.align import TEMPLATE, TEMPLATE_SIZE
 from idadapter_core.faces.iresnet import EMBEDDING_WIDTH, IRESNET100_LAYERS, STAGE_WIDTHS, IResNet
 from idadapter_core.methods import METHODS, idadapter, uniid
@@ -500,27 +498,12 @@ def usual_rows(count: int) -> list[Row]:
 
 @cache
 def row_bytes(count: int = 4000) -> RowBytes:
-    """Of memory that Python really takes, for usual rows."""
+    """Of the files, measured; of memory, see benchmarks/index_size.py and `cache.Folder`, whose arrays have 24 bytes for an entry."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index.parquet"
         write_index(path, Path(folder), usual_rows(count), torch.zeros(count, EMBEDDING_WIDTH), {})
-        size = path.stat().st_size
-        in_memory, index = _held(lambda: read_index(path))
-        keys = json.dumps([f"{number:032x}" for number in range(count)])
-        places, _ = _held(
-            lambda: {key: ("part.safetensors", place) for place, key in enumerate(json.loads(keys))}
-        )
-        assert len(index.rows) == count
-    return RowBytes(size / count, in_memory / count, places / count)
-
-
-def _held(make: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes that stay in use, and the thing that uses them."""
-    tracemalloc.start()
-    thing = make()
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    return held, thing
+        size = sum(file.stat().st_size for file in Path(folder).iterdir() if file.suffix != ".safetensors")
+    return RowBytes(size / count, 24, 24)
 
 
 # ------------------------------------------------------------------------------------------------------ tables
@@ -805,7 +788,7 @@ def six_million_table(machine: Machine, costs: Costs) -> str:
         ),
         (
             "index",
-            f"{photos * row.index_file / GIGA:.1f} GB on disk, {photos * row.index / GIGA:.0f} GB of memory in every process",
+            f"{photos * row.index_file / GIGA:.1f} GB on disk, {photos * row.index / GIGA:.2f} GB of memory in every process",
         ),
         (
             "cache, where its entries are",

@@ -153,6 +153,7 @@ def _shards(options: argparse.Namespace) -> int:
     with progress_bar("photos" if ranks.world == 1 else f"photos of {ranks}", "photo") as progress:
         if not ranks.is_first:
             write_share(index, options.folder, ranks=ranks, photos=options.photos, progress=progress)
+            print(f"{ranks}: all its shards are written; rank 0 writes the index")
             return 0
         result = write_shards(
             index, options.folder, photos=options.photos, world=ranks.world, progress=progress
@@ -322,6 +323,11 @@ def _parser() -> argparse.ArgumentParser:
     packed.add_argument("folder", type=Path, help=f"gets the shards and {INDEX_NAME}")
     packed.add_argument("--photos", type=int, default=1000, help="of a shard (default: %(default)s)")
 
+    _add_show_and_convert(commands)
+    return parser
+
+
+def _add_show_and_convert(commands: Any) -> None:
     shown = commands.add_parser("show", help="print the rows of an index as JSON, one a line")
     shown.set_defaults(command=_show)
     shown.add_argument("index", type=Path, help="also one in JSON Lines, of an earlier version")
@@ -337,7 +343,6 @@ def _parser() -> argparse.ArgumentParser:
     old.add_argument("source", type=Path, metavar="index")
     old.add_argument("index", type=Path, metavar="output", help="the index to write, .parquet")
     old.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    return parser
 
 
 _LIMITS = {

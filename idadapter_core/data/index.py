@@ -26,11 +26,11 @@ from ..errors import ConfigError, InputError
 from ..faces.images import Image
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import StreamedTensors, read_safetensors, replacing, state_digest
+from .columns import batch_of
 from .parquet import (
     SUFFIX,
     VERSION,
     Head,
-    batch_of,
     map_path,
     mapped_rows,
     read_head,

@@ -12,36 +12,19 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
-from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..extra import require
 from ..files import StreamedTensors, read_metadata, replacing
+from .columns import COLUMNS, hash_into, packed, people_of, require_sense, schema
 from .jsonl import is_lines
-from .rows import (
-    BATCH,
-    BOX,
-    CLASS_NOUNS,
-    LANDMARKS,
-    OK,
-    PHASH,
-    RECORD,
-    SHA256,
-    SPLITS,
-    STATUSES,
-    TEXTS,
-    Packed,
-    Row,
-    open_map,
-    to_utf8,
-)
+from .rows import BATCH, RECORD, Packed, open_map
 
 log = logging.getLogger(__name__)
 
@@ -50,233 +33,6 @@ SUFFIX = ".parquet"
 MAP_VERSION = "1"  # of the map; another one is made anew
 _KEY = "idadapter_index"  # of the facts, in the file's own metadata
 _DIGEST = "digest"
-_COLUMNS = {
-    "number": "uint32",
-    "source": "string",
-    "sha256": "string",
-    "width": "uint32",
-    "height": "uint32",
-    "identity": "string",
-    "caption": "string",
-    "class_noun": "string",
-    "box": "double4",
-    "landmarks": "double10",
-    "score": "double",
-    "faces": "uint32",
-    "face_fraction": "double",
-    "yaw": "double",
-    "pitch": "double",
-    "sharpness": "double",
-    "phash": "string",
-    "split": "string",
-    "status": "string",
-    "reason": "string",
-    "offset": "uint64",
-    "size": "uint64",
-}
-_WORDS = {"uint32": "a whole number", "uint64": "a whole number", "double": "a number", "string": "a text"}
-_WORDS |= {"double4": "four numbers or null", "double10": "five pairs of numbers or null"}
-_PLAIN = ("width", "height", "faces", "offset", "size", "score", "face_fraction", "yaw", "pitch", "sharpness")
-
-
-def schema() -> Any:
-    """The columns, of Arrow's kinds. `box` and `landmarks` are lists of 4 and 10 numbers."""
-    pa = require("pyarrow")
-    kinds = {"double4": pa.list_(pa.float64(), 4), "double10": pa.list_(pa.float64(), 10)}
-    return pa.schema(
-        [
-            pa.field(name, kinds[kind] if kind in kinds else getattr(pa, kind.replace("double", "float64"))())
-            for name, kind in _COLUMNS.items()
-        ]
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-
-def batch_of(rows: Sequence[Row], first: int) -> Any:
-    """Rows as an Arrow record batch.
-
-    Args:
-        first: the number that the first of them must have.
-
-    Raises:
-        ConfigError: names the row, the field and what is wrong with it.
-    """
-    pa = require("pyarrow")
-    for place, row in enumerate(rows, first):
-        if row.number != place:
-            raise ConfigError(f"row {place} has the number {row.number}; rows are numbered from 0")
-    arrays = []
-    for field in schema():
-        values: list[Any] = [getattr(row, field.name) for row in rows]
-        if field.name in TEXTS:
-            values = [to_utf8(value) for value in values]
-        elif field.name == "landmarks":
-            values = [value and [x for point in value for x in point] for value in values]
-        try:
-            arrays.append(pa.array(values, field.type))
-        except (pa.ArrowException, TypeError, ValueError, OverflowError):
-            place = next(n for n, value in enumerate(values) if not _fits(pa, value, field.type))
-            kind = _WORDS[_COLUMNS[field.name]]
-            raise ConfigError(
-                f"row {first + place}: {field.name} must be {kind}, got {values[place]!r:.60}"
-            ) from None
-    batch = pa.record_batch(arrays, schema=schema())
-    require_sense(batch, first)
-    return batch
-
-
-def _fits(pa: Any, value: Any, kind: Any) -> bool:
-    try:
-        pa.array([value], kind)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        return False
-    return True
-
-
-def require_sense(batch: Any, first: int) -> None:
-    """See that each row of a batch makes sense.
-
-    Raises:
-        ConfigError: names the first row that does not, and why.
-    """
-    pc = require("pyarrow.compute")
-    count = len(batch)
-
-    def require_all(fine: Any, say: Callable[[Row], str]) -> None:
-        fine = np.asarray(fine, bool)
-        if not fine.all():
-            place = int(np.argmin(fine))
-            raise ConfigError(f"row {first + place}: {say(row_of(batch, place))}")
-
-    def field(name: str) -> Any:
-        return batch.column(name)
-
-    for name in _COLUMNS:
-        if name not in ("box", "landmarks"):
-            require_all(pc.is_valid(field(name)), lambda row, name=name: f"{name} is null")  # type: ignore[misc]
-    require_all(
-        field("number").to_numpy() == np.arange(first, first + count),
-        lambda row: f"number must be its place, got {row.number}",
-    )
-    for name, allowed in (("status", STATUSES), ("split", SPLITS), ("class_noun", CLASS_NOUNS)):
-        require_all(
-            pc.is_in(field(name), require("pyarrow").array(allowed)),
-            lambda row, name=name, allowed=allowed: (  # type: ignore[misc]
-                f"{name} must be one of {', '.join(entry or 'empty' for entry in allowed)}, got {getattr(row, name)!r:.60}"
-            ),
-        )
-    for name, digits in (("sha256", 64), ("phash", 16)):
-        require_all(
-            pc.match_substring_regex(field(name), f"^([0-9a-f]{{{digits}}})?$"),
-            lambda row, name=name, digits=digits: (
-                f"{name} must be {digits} hex digits, got {getattr(row, name)!r:.80}"
-            ),  # type: ignore[misc]
-        )
-    for name in ("score", "face_fraction", "yaw", "pitch", "sharpness"):
-        require_all(
-            np.isfinite(field(name).to_numpy()),
-            lambda row, name=name: f"{name} must be a number, got {getattr(row, name)}",  # type: ignore[misc]
-        )
-    for name, width in (("box", 4), ("landmarks", 10)):
-        values, _ = _lists(field(name), width)
-        require_all(
-            np.isfinite(values).all(1),
-            lambda row, name=name: f"{name} must be numbers, got {getattr(row, name)}",  # type: ignore[misc]
-        )
-    require_all(pc.not_equal(field("source"), ""), lambda row: "source must be a path, got ''")
-    is_ok, has_reason = (
-        np.asarray(pc.equal(field("status"), OK)),
-        np.asarray(pc.not_equal(field("reason"), "")),
-    )
-    require_all(is_ok | has_reason, lambda row: f"a row that is {row.status} needs a reason")
-    require_all(~is_ok | ~has_reason, lambda row: f"a row that is ok has no reason, got {row.reason!r:.80}")
-    there = {
-        "sha256": pc.not_equal(field("sha256"), ""),
-        "width": pc.not_equal(field("width"), 0),
-        "height": pc.not_equal(field("height"), 0),
-        "box": pc.is_valid(field("box")),
-        "landmarks": pc.is_valid(field("landmarks")),
-    }
-    for name, present in there.items():
-        require_all(~is_ok | np.asarray(present), lambda row, name=name: f"a row that is ok needs {name}")  # type: ignore[misc]
-
-
-def row_of(batch: Any, place: int) -> Row:
-    """One row of a batch, as it is, also where it makes no sense."""
-    (values,) = batch.slice(place, 1).to_pylist()
-    points = values["landmarks"]
-    if points is not None:
-        values["landmarks"] = tuple(zip(points[::2], points[1::2], strict=True))
-    if values["box"] is not None:
-        values["box"] = tuple(values["box"])
-    return Row(**values)
-
-
-def _lists(column: Any, width: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(rows, width) numbers of a column of lists, 0 where it is null, and (rows,) where it is not."""
-    there = np.asarray(column.is_valid())
-    values = np.zeros((len(column), width))
-    values[there] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-    return values, there
-
-
-def _hash(digest: Any, batch: Any) -> None:
-    """Take the values of a batch into a digest: the same for the same rows, whatever wrote them."""
-    pc = require("pyarrow.compute")
-    for name, kind in _COLUMNS.items():
-        column = batch.column(name)
-        if kind == "string":
-            digest.update(np.ascontiguousarray(pc.binary_length(column).to_numpy(), "<u4").data)
-            digest.update(_bytes(column).data)
-        elif kind in ("double4", "double10"):
-            values, there = _lists(column, int(kind[6:]))
-            digest.update(there.astype("u1").data)
-            digest.update(np.ascontiguousarray(values, "<f8").data)
-        else:
-            digest.update(
-                np.ascontiguousarray(
-                    column.to_numpy(), {"uint32": "<u4", "uint64": "<u8", "double": "<f8"}[kind]
-                ).data
-            )
-
-
-def _bytes(column: Any) -> NDArray[np.uint8]:
-    """The bytes of a column of texts, one after the other."""
-    _, offsets, data = column.buffers()
-    if data is None:
-        return np.zeros(0, np.uint8)
-    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
-    return np.frombuffer(data, np.uint8)[ends[0] : ends[-1]]
-
-
-def _packed(batch: Any, texts_before: int) -> tuple[NDArray[np.void], NDArray[np.uint8]]:
-    """The records of a batch, and their texts, which come after so many bytes."""
-    pa, pc = require("pyarrow"), require("pyarrow.compute")
-    records = np.zeros(len(batch), RECORD)
-    records["number"] = batch.column("number").to_numpy()
-    for name in _PLAIN:
-        records[name] = batch.column(name).to_numpy()
-    for name, entries in (("class_noun", CLASS_NOUNS), ("split", SPLITS), ("status", STATUSES)):
-        records[name] = pc.index_in(batch.column(name), pa.array(entries)).to_numpy()
-    for name, bit, width in (("sha256", SHA256, 32), ("phash", PHASH, 8)):
-        there = np.asarray(pc.not_equal(batch.column(name), ""))
-        digits = bytes.fromhex(_bytes(batch.column(name)).tobytes().decode())
-        records[name][there] = np.frombuffer(digits, np.uint8).reshape(-1, width)
-        records["known"] |= (bit * there).astype("u1")
-    for name, bit, width in (("box", BOX, 4), ("landmarks", LANDMARKS, 10)):
-        values, there = _lists(batch.column(name), width)
-        records[name] = values.reshape(records[name].shape)
-        records["known"] |= (bit * there).astype("u1")
-    for place, name in enumerate(TEXTS):
-        records["lengths"][:, place] = pc.binary_length(batch.column(name)).to_numpy()
-    sizes = records["lengths"].sum(1, dtype=np.uint64)
-    records["text"] = texts_before + np.cumsum(sizes) - sizes
-    joined = pc.binary_join_element_wise(*(batch.column(name) for name in TEXTS), "")
-    return records, _bytes(joined)
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -303,7 +59,7 @@ def write_parquet(path: Path, batches: Iterable[Any], facts: Mapping[str, Any]) 
     try:
         with pq.ParquetWriter(path, schema(), compression="zstd", write_page_checksum=True) as writer:
             for batch in batches:
-                _hash(content, batch)
+                hash_into(content, batch)
                 writer.write_batch(batch, row_group_size=BATCH)
             digest = content.hexdigest()[:16]
             writer.add_key_value_metadata({_KEY: json.dumps({**facts, _DIGEST: digest}, allow_nan=False)})
@@ -372,7 +128,7 @@ def _difference(found: Any) -> str:
             return f"the column {field.name} is missing"
         if found.field(field.name).type != field.type:
             return f"the column {field.name} must be {field.type}, it is {found.field(field.name).type}"
-    extra = [name for name in found.names if name not in _COLUMNS]
+    extra = [name for name in found.names if name not in COLUMNS]
     return f"there is an unknown column {extra[0]}" if extra else "the columns are in another order"
 
 
@@ -465,8 +221,8 @@ def write_map(path: Path, target: Path, head: Head, stamp: Mapping[str, str]) ->
     }
     with replacing(target) as temporary, StreamedTensors(temporary, shapes, "texts", stamp) as file:
         for batch in batches_of(path):
-            _hash(content, batch)
-            records, joined = _packed(batch, texts)
+            hash_into(content, batch)
+            records, joined = packed(batch, texts)
             file.add("records", records)
             file.add("status", records["status"])
             file.add("split", records["split"])
@@ -478,21 +234,7 @@ def write_map(path: Path, target: Path, head: Head, stamp: Mapping[str, str]) ->
                 f"{path}: its rows are not those that were written (digest {content.hexdigest()[:16]}, it says {head.digest}); it was "
                 "edited. Scan again."
             )
-        file.add("person", _people(names))
-
-
-def _people(identities: Sequence[Any]) -> NDArray[np.uint32]:
-    """(rows,) place of the first row of the same person, from columns of identities."""
-    pa = require("pyarrow")
-    if not identities:
-        return np.zeros(0, np.uint32)
-    coded = pa.chunked_array(identities).dictionary_encode().unify_dictionaries().combine_chunks()
-    codes = coded.indices.to_numpy()
-    places = np.arange(len(codes), dtype=np.uint32)
-    first = np.zeros(len(coded.dictionary), np.uint32)
-    first[codes[::-1]] = places[::-1]  # the last of equal places to be written stays
-    unknown = np.asarray(require("pyarrow.compute").equal(coded.dictionary, ""))
-    return np.where(unknown[codes], places, first[codes]).astype(np.uint32)
+        file.add("person", people_of(names))
 
 
 @contextlib.contextmanager

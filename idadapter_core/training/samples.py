@@ -271,6 +271,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         self._index, self.rows, self._config = index, as_rows(rows), config
         self._timesteps, self._store, self._preprocess = timesteps, store, preprocess
         self._people = People(self.rows)
+        self._whose = self._people.of  # made here, so that forked workers share it
         self._is_uniid = config.adapter.method == uniid.METHOD
 
     def __len__(self) -> int:
@@ -291,7 +292,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         # All is drawn in any case, so that one setting does not change what the others draw.
         drop, mirror = torch.rand(2, generator=random).tolist()
         timestep = int(torch.randint(self._timesteps, (), generator=random))
-        person = self._people[int(self._people.of[number])]
+        person = self._people[int(self._whose[number])]
         references = references_for(row, person, config.data.references, random)
         is_measured = epoch <= VALIDATION
         mirrored = config.data.flip and mirror < 0.5 and not is_measured

@@ -219,10 +219,13 @@ def test_a_rank_other_than_the_first(
     monkeypatch.setenv("RANK", "0")
     assert scan(scanned.photos / "person_00", output, scanned.package) == 0
     assert "3 photos, 3 ok" in capsys.readouterr().out
-    assert run("shards", output, tmp_path / "s", "--photos", 5) == 0
     monkeypatch.setenv("RANK", "1")
-    assert run("shards", output, tmp_path / "s", "--photos", 5) == 0
-    capsys.readouterr()
+    assert run("shards", output, tmp_path / "s", "--photos", 2) == 0
+    assert capsys.readouterr().out == "rank 1 of 2: all its shards are written; rank 0 writes the index\n"
+    monkeypatch.setenv("RANK", "0")
+    assert run("shards", output, tmp_path / "s", "--photos", 2) == 0
+    assert "wrote 3 photos" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
     assert scan(scanned.photos / "person_00", output, scanned.package) == 0
     assert "i.parquet is there already, nothing is left to do" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "2")

@@ -142,7 +142,7 @@ SPOILED: list[tuple[str, Callable[[Any], Any], dict[str, Any], str]] = [
     ("column missing", lambda table: table.drop_columns(["sha256"]), {}, "the column sha256 is missing"),
     ("column unknown", lambda t: t.append_column("hue", [[1, 2]]), {}, "there is an unknown column hue"),
     ("other kind", with_column("width", ["10", "0"], pa.string()), {}, "width must be uint32, it is string"),
-    ("numbers", with_column("number", [0, 2]), {}, "row 1: number must be its place, got 2"),
+    ("numbers", with_column("number", [0, 2]), {}, "row 1: number must be the row's place, got 2"),
     ("unknown status", with_column("status", ["ok", "fine"]), {}, "row 1: status must be one of ok, no_face"),
     (
         "unknown split",
@@ -152,7 +152,12 @@ SPOILED: list[tuple[str, Callable[[Any], Any], dict[str, Any], str]] = [
     ),
     ("hex", with_column("sha256", ["0" * 63 + "g", ""]), {}, "row 0: sha256 must be 64 hex digits, got '000"),
     ("not finite", with_column("yaw", [0.0, float("nan")]), {}, "row 1: yaw must be a number, got nan"),
-    ("null", with_column("caption", [None, ""]), {}, "row 0: caption is null"),
+    (
+        "null",
+        with_column("caption", [None, ""]),
+        {},
+        "row 0: caption must be something, never null, got None",
+    ),
     ("no path", with_column("source", ["", "b.png"]), {}, "row 0: source must be a path"),
     ("ok without a face", with_column("box", [None, None]), {}, "row 0: a row that is ok needs box"),
     (
