@@ -94,7 +94,7 @@ def write(folder: Path, count: int) -> dict[str, Any]:
     began = time.perf_counter()
     head = parquet.write_parquet(path, batches(count, BATCH), facts)
     written = time.perf_counter()
-    parquet.mapped_rows(path, head)
+    parquet.mapped_rows(path, head, path)
     mapped = time.perf_counter()
     beside = parquet.map_path(path, head.digest)
     return {

@@ -216,7 +216,7 @@ def draft_rows(path: Path, rows: Iterable[Row], count: int) -> Rows:
     head = write_parquet(
         path, _batches(rows, count), {"version": VERSION, "root": "", "rows": count, _EMBEDDINGS: ""}
     )
-    return Rows(mapped_rows(path, head))
+    return Rows(mapped_rows(path, head, path))
 
 
 def _batches(rows: Iterable[Row], count: int) -> Iterator[Any]:

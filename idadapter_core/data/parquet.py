@@ -162,22 +162,23 @@ def map_path(path: Path, digest: str) -> Path:
     return path.with_name(f"{path.stem}.{digest}.map")
 
 
-def mapped_rows(path: Path, head: Head, named: Path | None = None) -> Packed:
+def mapped_rows(path: Path, head: Head, name: Path | None = None) -> Packed:
     """The rows of an index, mapped from the file beside it, which is made where it is missing.
 
     Args:
-        named: the name that the index will have, where it is still another.
+        name: that a new index will have, while it is still written under another one.
 
     Raises:
         ConfigError: the index is damaged, or the map cannot be written.
     """
-    target = map_path(named or path, head.digest)
+    target = map_path(name or path, head.digest)
     stamp = _stamp(path, head)
     if not _is_of(target, stamp):
         try:
             with _only_one(target):
                 if not _is_of(target, stamp):
-                    log.info("%s is being made, once for all processes of this machine", target)
+                    if name is None:  # of an old index nobody expects that to take time
+                        log.info("%s is missing and made anew, once for all processes", target)
                     write_map(path, target, head, stamp)
         except OSError as error:
             raise ConfigError(

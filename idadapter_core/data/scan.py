@@ -98,7 +98,7 @@ def scan(
         models = looker.open()
         with _open_progress(output, models, source.photos, source.root, ranks) as known:
             _look_at_share(known, source, ranks, looker, models, workers, progress)
-            _wait_for_others(known, source, progress)
+            _wait_for_others(known, source, ranks, progress)
             index = _write(source, output, known, models, limits, split or SplitSettings())
         known.forget()
     return index
@@ -161,7 +161,9 @@ def _look_at_share(
         progress(done, total)
 
 
-def _wait_for_others(known: Progress, source: Source, progress: Callable[[int, int], None]) -> None:
+def _wait_for_others(
+    known: Progress, source: Source, ranks: Ranks, progress: Callable[[int, int], None]
+) -> None:
     def left() -> int:
         known.look()
         progress(len(source.photos) - known.left, len(source.photos))
@@ -171,7 +173,9 @@ def _wait_for_others(known: Progress, source: Source, progress: Callable[[int, i
         return f"{count} photos are waited for, among them {some(known.first_left())}"
 
     if known.left:
-        log.info("rank 0 has looked at its photos and waits for the other ranks")
+        log.info(
+            "%s has looked at its photos and waits for the others (WORLD_SIZE is %d)", ranks, ranks.world
+        )
         wait_for(left, say, PATIENCE)
 
 

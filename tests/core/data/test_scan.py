@@ -399,6 +399,22 @@ def test_a_full_disk_keeps_what_was_found(
     assert index.counts()["ok"] == 6
 
 
+def test_an_index_that_could_not_be_written_is_made_of_what_was_found(
+    scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise ConfigError("No space left on device")
+
+    monkeypatch.setattr(scanning, "write_index", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        again(scanned, beside)
+    monkeypatch.undo()
+    seen = looked_at(monkeypatch)
+    again(scanned, beside)
+    assert seen == []
+    assert beside.read_bytes() == scanned.index.path.read_bytes()
+
+
 def test_somebody_else_in_a_persons_folder(package: Path, few: Path, tmp_path: Path) -> None:
     shutil.copy(few / "person_01" / "0.png", few / "person_00" / "9.png")
     shutil.rmtree(few / "person_01")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -255,6 +256,30 @@ def test_what_changed_is_missing(built: RunConfig, parts: Parts, what: str) -> N
     }
     assert found.get(what, "") in str(raised.value)
     assert content(built).keys() == before.keys()
+
+
+def test_photos_of_the_same_bytes_are_computed_once(built: RunConfig, parts: Parts) -> None:
+    row = parts.train_rows[0]
+    twice = _with(parts, *parts.train_rows, dataclasses.replace(row, number=99, identity=""))
+    for one, other in zip(kinds(parts, built), kinds(twice, built), strict=True):
+        keys = [entry.key for entry in other.entries]
+        assert len(set(keys)) == len(keys)
+        assert {entry.key for entry in one.entries} <= set(keys)
+    assert len(kinds(twice, built)[0].entries) == len(kinds(parts, built)[0].entries)
+
+
+def test_keys_that_are_half_the_same_are_told_apart(tmp_path: Path) -> None:
+    """Nothing but chance makes them: they are digests."""
+    digits = [f"{high:016x}{low:016x}" for high in (2**64 - 1, 0, 7) for low in (9, 2**63, 0, 3)]
+    for number, part in enumerate((digits[:5], digits[5:])):
+        places = torch.arange(len(part)) + 5 * number
+        save_file({"a": places}, tmp_path / f"part-{number}.safetensors", {KEYS: json.dumps(part)})
+    folder = Folder(tmp_path)
+    assert len(folder) == len(digits)
+    assert [int(folder.read(key)["a"]) for key in digits] == list(range(len(digits)))
+    absent = [f"{high:016x}{low:016x}" for high in (0, 7, 8, 2**64 - 1) for low in (1, 10, 2**64 - 1)]
+    assert not any(key in folder for key in absent)
+    assert digits[0] not in Folder(tmp_path / "absent")
 
 
 def test_fewer_photos_of_a_person_need_more_variants(built: RunConfig, parts: Parts) -> None:
