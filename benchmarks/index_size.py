@@ -76,7 +76,8 @@ def batches(count: int, rows_of_a_batch: int) -> Iterator[Any]:
         for field in schema():
             if field.name in lists:
                 values = pa.array(lists[field.name].reshape(-1))
-                arrays.append(pa.FixedSizeListArray.from_arrays(values, field.type.list_size))
+                ends = np.arange(size + 1, dtype=np.int32) * lists[field.name].shape[1]
+                arrays.append(pa.ListArray.from_arrays(ends, values))
             elif field.name in texts or field.name in plain:
                 values = texts.get(field.name, plain.get(field.name))
                 arrays.append(pa.array(values).cast(field.type))

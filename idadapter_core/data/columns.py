@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -35,8 +36,8 @@ COLUMNS = {
     "identity": "string",
     "caption": "string",
     "class_noun": "string",
-    "box": "double4",
-    "landmarks": "double10",
+    "box": "list",
+    "landmarks": "list",
     "score": "double",
     "faces": "uint32",
     "face_fraction": "double",
@@ -51,19 +52,19 @@ COLUMNS = {
     "size": "uint64",
 }
 _WORDS = {"uint32": "a whole number", "uint64": "a whole number", "double": "a number", "string": "a text"}
-_WORDS |= {"double4": "four numbers or null", "double10": "five pairs of numbers or null"}
+_LISTS = {"box": (4, "four numbers or null"), "landmarks": (10, "five pairs of numbers or null")}
 _PLAIN = ("width", "height", "faces", "offset", "size", "score", "face_fraction", "yaw", "pitch", "sharpness")
 
 
 def schema() -> Any:
-    """The columns, of Arrow's kinds. `box` and `landmarks` are lists of 4 and 10 numbers."""
+    """The columns, of Arrow's kinds."""
     pa = require("pyarrow")
-    kinds = {"double4": pa.list_(pa.float64(), 4), "double10": pa.list_(pa.float64(), 10)}
+    kinds = {
+        "double": pa.float64(),
+        "list": pa.list_(pa.float64()),
+    }  # of a fixed size, older ones cannot read nulls
     return pa.schema(
-        [
-            pa.field(name, kinds[kind] if kind in kinds else getattr(pa, kind.replace("double", "float64"))())
-            for name, kind in COLUMNS.items()
-        ]
+        [pa.field(name, kinds.get(kind) or getattr(pa, kind)()) for name, kind in COLUMNS.items()]
     )
 
 
@@ -91,7 +92,7 @@ def batch_of(rows: Sequence[Row], first: int) -> Any:
             arrays.append(pa.array(values, field.type))
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             place = next(n for n, value in enumerate(values) if not _fits(pa, value, field.type))
-            kind = _WORDS[COLUMNS[field.name]]
+            kind = _LISTS[field.name][1] if field.name in _LISTS else _WORDS[COLUMNS[field.name]]
             raise ConfigError(
                 f"row {first + place}: {field.name} must be {kind}, got {values[place]!r:.60}"
             ) from None
@@ -114,7 +115,9 @@ def require_sense(batch: Any, first: int) -> None:
     Raises:
         ConfigError: names the first row that does not, and why.
     """
-    for fine, say in (*_kinds(batch, first), *_contradictions(batch)):
+    for fine, say in itertools.chain(
+        _kinds(batch, first), _contradictions(batch)
+    ):  # each as the ones before are fine
         is_fine = np.asarray(fine, bool)
         if not is_fine.all():
             place = int(np.argmin(is_fine))
@@ -132,7 +135,7 @@ def _kinds(batch: Any, first: int) -> Iterator[Check]:
         return lambda row: f"{name} must be {kind}, got {getattr(row, name)!r:.80}"
 
     for name in COLUMNS:
-        if name not in ("box", "landmarks"):
+        if name not in _LISTS:
             yield pc.is_valid(batch.column(name)), must_be(name, "something, never null")
     numbers = np.arange(first, first + len(batch))
     yield batch.column("number").to_numpy() == numbers, must_be("number", "the row's place")
@@ -145,8 +148,10 @@ def _kinds(batch: Any, first: int) -> Iterator[Check]:
         yield fine, must_be(name, f"{digits} hex digits")
     for name in ("score", "face_fraction", "yaw", "pitch", "sharpness"):
         yield np.isfinite(batch.column(name).to_numpy()), must_be(name, "a number")
-    for name, width in (("box", 4), ("landmarks", 10)):
-        yield np.isfinite(_lists(batch.column(name), width)[0]).all(1), must_be(name, "finite numbers")
+    for name, (width, words) in _LISTS.items():
+        lengths = pc.list_value_length(batch.column(name)).fill_null(width)
+        yield pc.equal(lengths, width), must_be(name, words)
+        yield np.isfinite(_lists(batch.column(name), width)[0]).all(1), must_be(name, words)
 
 
 def _contradictions(batch: Any) -> Iterator[Check]:
@@ -171,7 +176,7 @@ def row_of(batch: Any, place: int) -> Row:
     (values,) = batch.slice(place, 1).to_pylist()
     points = values["landmarks"]
     if points is not None:
-        values["landmarks"] = tuple(zip(points[::2], points[1::2], strict=True))
+        values["landmarks"] = tuple(zip(points[::2], points[1::2], strict=False))
     if values["box"] is not None:
         values["box"] = tuple(values["box"])
     return Row(**values)
@@ -193,8 +198,8 @@ def hash_into(digest: Any, batch: Any) -> None:
         if kind == "string":
             digest.update(np.ascontiguousarray(pc.binary_length(column).to_numpy(), "<u4").data)
             digest.update(_bytes(column).data)
-        elif kind in ("double4", "double10"):
-            values, there = _lists(column, int(kind[6:]))
+        elif name in _LISTS:
+            values, there = _lists(column, _LISTS[name][0])
             digest.update(there.astype("u1").data)
             digest.update(np.ascontiguousarray(values, "<f8").data)
         else:
@@ -228,8 +233,8 @@ def packed(batch: Any, texts_before: int) -> tuple[NDArray[np.void], NDArray[np.
         digits = bytes.fromhex(_bytes(batch.column(name)).tobytes().decode())
         records[name][there] = np.frombuffer(digits, np.uint8).reshape(-1, width)
         records["known"] |= (bit * there).astype("u1")
-    for name, bit, width in (("box", BOX, 4), ("landmarks", LANDMARKS, 10)):
-        values, there = _lists(batch.column(name), width)
+    for name, bit in (("box", BOX), ("landmarks", LANDMARKS)):
+        values, there = _lists(batch.column(name), _LISTS[name][0])
         records[name] = values.reshape(records[name].shape)
         records["known"] |= (bit * there).astype("u1")
     for place, name in enumerate(TEXTS):

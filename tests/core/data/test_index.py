@@ -159,6 +159,13 @@ SPOILED: list[tuple[str, Callable[[Any], Any], dict[str, Any], str]] = [
         "row 0: caption must be something, never null, got None",
     ),
     ("no path", with_column("source", ["", "b.png"]), {}, "row 0: source must be a path"),
+    ("short list", with_column("landmarks", [[1.0] * 9, None]), {}, "row 0: landmarks must be five pairs"),
+    (
+        "null in a list",
+        with_column("box", [[1.0, None, 2.0, 3.0], None]),
+        {},
+        "row 0: box must be four numbers",
+    ),
     ("ok without a face", with_column("box", [None, None]), {}, "row 0: a row that is ok needs box"),
     (
         "ok with a reason",
