@@ -167,13 +167,6 @@ def variants_of(rows: Rows, references: int) -> tuple[NDArray[np.uint32], NDArra
     return positions.astype(np.uint32), np.concatenate([np.zeros(len(rows)), numbers]).astype(np.uint32)
 
 
-def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
-    """The photos of `variants_of`, one by one."""
-    packed = as_rows(rows)
-    positions, variants = variants_of(packed, references)
-    return [Photo(packed[p], n) for p, n in zip(positions.tolist(), variants.tolist(), strict=True)]
-
-
 def references_for(target: Row, person: Sequence[Row], count: int, random: torch.Generator) -> list[Photo]:
     """N photos by which a person is known in a sample: others than the target, in random order.
 

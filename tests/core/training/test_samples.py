@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from idadapter_core.data.index import Index, Row, read_index, write_index
+from idadapter_core.data.rows import as_rows
 from idadapter_core.errors import ConfigError, FaceError
 from idadapter_core.faces.align import TEMPLATE, align_face
 from idadapter_core.faces.enrich import variant
@@ -31,12 +32,12 @@ from idadapter_core.training.samples import (
     Samples,
     collate,
     photo_pictures,
-    photos_of_variants,
     place,
     prompt_of,
     references_for,
     target_picture,
     usable_rows,
+    variants_of,
 )
 from tests.tiny.face_package import DOT_COLORS, MarkedFace, synthesize
 from tests.tiny.toy import Toy
@@ -355,7 +356,10 @@ def test_references(size: int, count: int) -> None:
         firsts.add(photos[0].row.number)
     asked |= {photo for s in range(2) for photo in references_for(stranger, [stranger], count, generator(s))}
     assert firsts == {row.number for row in person}
-    assert set(photos_of_variants([*person, stranger], count)) == asked
+    rows = as_rows([*person, stranger])
+    assert {
+        Photo(rows[place], number) for place, number in zip(*variants_of(rows, count), strict=True)
+    } == asked
 
 
 def test_whose_person_is_not_known_is_somebody_of_their_own() -> None:
