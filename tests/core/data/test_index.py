@@ -247,7 +247,7 @@ def test_a_map_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(ConfigError, match=r"\.map: cannot be written \(Permission denied\).*data stats"):
+    with pytest.raises(ConfigError, match=r"\.map: cannot be written \(Permission denied\).*core stats"):
         read_index(path)
 
 
