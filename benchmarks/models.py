@@ -116,13 +116,14 @@ def _random_state(config: Any, device: Any, draw_on: torch.device | str) -> dict
 
 def adapter_config(method: str, family: str) -> Any:
     """The published sizes of an adapter, those of the paper for IDAdapter."""
-    from ComfyUI_IDAdapter.idadapter_core.methods import idadapter, uniid
+    from ComfyUI_IDAdapter.idadapter_core.methods import METHODS
 
-    if method == idadapter.METHOD.name:
-        return idadapter.PRESETS[family]
+    parts = METHODS[method]
+    if parts.presets:
+        return parts.presets[family]
     if family == "sdxl":
-        return uniid.UniIDConfig()
-    return uniid.UniIDConfig(text_widths=(768,), context_width=768, site_widths=SD15_WIDTHS)
+        return parts.config()
+    return parts.config(text_widths=(768,), context_width=768, site_widths=SD15_WIDTHS)
 
 
 def loaded_adapter(method: str, config: Any, dtype: torch.dtype, draw_on: torch.device | str = "cpu") -> Any:

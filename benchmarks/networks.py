@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from idadapter_core.faces.iresnet import IRESNET100_LAYERS, IResNet
-from idadapter_core.methods import METHODS, Config, uniid
+from idadapter_core.methods import METHODS
 from idadapter_core.stable_diffusion.single_file import _UNETS, KL, TEXT_ENCODERS
 from idadapter_core.stable_diffusion.text import TextEncoders
 
 ENCODERS = {"sd15": "l", "sd21": "h", "sdxl": "lg"}
-IRESNET50_LAYERS = (3, 4, 14, 3)  # buffalo_l's recogniser, which configs/idadapter_*.toml name
+IRESNET50_LAYERS = (3, 4, 14, 3)  # which configs/idadapter_*.toml name
 FACTOR = 8  # pixels of a latent
 VISION = {
     "hidden_size": 1024,
@@ -74,10 +74,10 @@ def autoencoder() -> Any:
 
 
 @cache
-def recognizer(method: str) -> IResNet:
-    """The face network that a method is published with."""
+def recognizer(with_stages: bool) -> IResNet:
+    """iResNet-100, which methods read that need its stages (UniID), else the iResNet-50 of buffalo_l."""
     with torch.device("meta"):
-        network = IResNet(IRESNET100_LAYERS if method == uniid.METHOD.name else IRESNET50_LAYERS)
+        network = IResNet(IRESNET100_LAYERS if with_stages else IRESNET50_LAYERS)
     return network.requires_grad_(False)
 
 
@@ -119,7 +119,7 @@ def fill(tensors: Mapping[str, Tensor], device: torch.device | str, seed: int = 
 
 
 def adapter_state(
-    method: str, config: Config, dtype: torch.dtype, device: torch.device | str = "cpu"
+    method: str, config: Any, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Random weights of an adapter on the CPU, under the names they have in files; drawn on `device`."""
     parts = METHODS[method]
@@ -127,7 +127,7 @@ def adapter_state(
         encoder, layers = parts.encoder(config), parts.layers(config, nn)
     shapes = {
         **encoder.state_dict(),
-        **{parts.layers_prefix + name: tensor for name, tensor in layers.state_dict().items()},
+        **{parts.files.layers_prefix + name: tensor for name, tensor in layers.state_dict().items()},
     }
     state = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in shapes.items()}
     fill(state, device)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +18,20 @@ from benchmarks.networks import FACTOR
 from idadapter_core.adapter import Adapter
 from idadapter_core.faces.align import TEMPLATE, TEMPLATE_SIZE
 from idadapter_core.faces.iresnet import EMBEDDING_WIDTH, STAGE_WIDTHS
-from idadapter_core.methods import METHODS, idadapter
-from idadapter_core.methods.uniid.config import ENCODERS, FUSED_SIDE
-from idadapter_core.methods.uniid.encoder import STAGE_SIDES
+from idadapter_core.mechanisms import Mechanisms
+from idadapter_core.methods import METHODS, Method
+from idadapter_core.methods.method import Needs, Seen
 from idadapter_core.stable_diffusion.inject import inject
+from idadapter_core.stable_diffusion.inject.text import insert_states
 from idadapter_core.stable_diffusion.noise import scaled_linear
-from idadapter_core.stable_diffusion.text import LENGTH
+from idadapter_core.stable_diffusion.text import LENGTH, Conditioning
 from idadapter_core.training.adapters import Wanted, fresh_config
 from idadapter_core.training.bundle import BORDER
 from idadapter_core.training.config import LossConfig, TrainConfig
 
 EYES = 0.25  # how far apart they are in CelebA-HQ and FFHQ, as a share of the picture's side
 REFERENCES = 4
+DEEPEST_SIDE = 7  # of the face network's last stage
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,22 @@ class Recipe:
     passes: float = 16  # through the photos
 
     @property
-    def mixes(self) -> bool:
-        return self.method == idadapter.METHOD.name
+    def parts(self) -> Method:
+        return METHODS[self.method]
+
+    @property
+    def needs(self) -> Needs:
+        return self.parts.needs(adapter(self).config)
+
+    def default(self, section: str, name: str) -> Any:
+        """What the method sets otherwise than the trainer, None where it leaves that alone."""
+        assert self.parts.recipe is not None
+        return self.parts.recipe.defaults.get(section, {}).get(name)
+
+    @property
+    def looks_at_faces(self) -> bool:
+        """Whether L_id is part of the loss."""
+        return self.default("loss", "identity") != 0
 
 
 def operations(function: Callable[[], object]) -> int:
@@ -61,14 +78,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, learned: bool = False)
 
 @cache
 def adapter(recipe: Recipe) -> Adapter:
-    settings = {"references": REFERENCES} if recipe.mixes else {}
+    is_one_photo = recipe.parts.recipe is None or recipe.parts.recipe.known_by_target
+    settings = {} if is_one_photo else {"references": REFERENCES}
     widths = networks.text_encoders(recipe.family).widths
     wanted = Wanted(recipe.method, widths, (1024, 256), "", recipe.branch, settings)
-    config, parts = fresh_config(networks.unet(recipe.family), wanted), METHODS[recipe.method]
+    config = fresh_config(networks.unet(recipe.family), wanted)
     with torch.device("meta"):
-        layers = parts.layers(config, nn)
-        mechanisms = parts.mechanisms(config, layers)
-        return Adapter("", "", recipe.method, config, parts.encoder(config), layers, mechanisms)
+        encoder, layers = recipe.parts.encoder(config), recipe.parts.layers(config, nn)
+    return Adapter("", "", recipe.method, config, encoder, layers, Mechanisms())
 
 
 @cache
@@ -78,51 +95,57 @@ def step_operations(recipe: Recipe) -> tuple[int, int]:
     unet.enable_gradient_checkpointing()
     injected = inject(unet, trained) if trained.config.has_adapter_branch else None
     with FlopCounterMode(display=False) as counter:
-        tokens, states, pooled = (mixed if recipe.mixes else read)(recipe, trained)
+        tokens, text = conditioning(recipe, trained)
         if injected is not None:
             injected.set_identity(tokens)
         latents = meta(1, 4, recipe.resolution // FACTOR, recipe.resolution // FACTOR)
-        added = {"text_embeds": pooled, "time_ids": meta(1, 6)} if recipe.family == "sdxl" else None
-        predicted = unet(latents, meta(1, dtype=torch.long), states, added_cond_kwargs=added).sample
+        added = {"text_embeds": text.pooled, "time_ids": meta(1, 6)} if recipe.family == "sdxl" else None
+        predicted = unet(latents, meta(1, dtype=torch.long), text.states, added_cond_kwargs=added).sample
         forward = counter.get_total_flops()
         predicted.sum().backward()
     if injected is not None:
         injected.eject()
+    unet.disable_gradient_checkpointing()
     return counter.get_total_flops(), counter.get_total_flops() - forward
 
 
-Conditioning = tuple[Tensor | None, Tensor, Tensor | None]  # tokens for the UNet, states and pooled text
+def conditioning(recipe: Recipe, trained: Adapter) -> tuple[Tensor | None, Conditioning]:
+    """Tokens for the UNet and the text. Prompts without a word of the identity are encoded once in a run and not counted."""
+    assert recipe.parts.recipe is not None
+    encoded = recipe.parts.recipe.encode(trained.encoder, trained.config, features(recipe))
+    if recipe.parts.text == "word":
+        found, pooled = [], None
+        for name in networks.ENCODERS[recipe.family]:
+            rows = encoded.text[name][:, :1].expand(-1, LENGTH, -1)
+            given = meta(1, LENGTH, dtype=torch.long), meta(1, LENGTH, dtype=torch.bool)
+            states, pooled = networks.text_encoders(recipe.family)._run(name, *given, rows)
+            found.append(states)
+        return encoded.tokens, Conditioning(torch.cat(found, dim=-1), pooled)
+    width = networks.unet(recipe.family).config.cross_attention_dim
+    plain = Conditioning(meta(1, LENGTH, width), meta(1, 1280))
+    return encoded.tokens, insert_states(plain, encoded.text) if encoded.text else plain
 
 
-def mixed(recipe: Recipe, trained: Adapter) -> Conditioning:
-    """IDAdapter's, through the text encoders."""
-    config, found, pooled = trained.config, [], None
-    patches = meta(1, REFERENCES * config.vision_patches, config.vision_width)
-    tokens, word = trained.encoder(patches, meta(1, EMBEDDING_WIDTH), meta(1, config.vision_width))
-    for name in networks.ENCODERS[recipe.family]:
-        rows = word[name][:, :1].expand(-1, LENGTH, -1)
-        given = meta(1, LENGTH, dtype=torch.long), meta(1, LENGTH, dtype=torch.bool)
-        states, pooled = networks.text_encoders(recipe.family)._run(name, *given, rows)
-        found.append(states)
-    return tokens, torch.cat(found, dim=-1), pooled
-
-
-def read(recipe: Recipe, trained: Adapter) -> Conditioning:
-    """UniID's; its few prompts are encoded once in a run and not counted."""
-    sides = (FUSED_SIDE,) * 3 + (STAGE_SIDES[3],)
-    stages = tuple(meta(1, width, size, size) for width, size in zip(STAGE_WIDTHS, sides, strict=True))
-    text, tokens = trained.encoder(meta(1, EMBEDDING_WIDTH), stages)
-    states = meta(1, LENGTH, networks.unet(recipe.family).config.cross_attention_dim)
-    if text:
-        inserted = torch.cat([text[name] for name in ENCODERS if name in text], dim=-1)
-        states = torch.cat([inserted, states[:, inserted.shape[1] :]], dim=1)
-    return tokens, states, meta(1, 1280)
+def features(recipe: Recipe) -> Seen:
+    """Of one sample: of its references and its target, or of the target alone."""
+    needs = recipe.needs
+    count = REFERENCES if needs.vision else 0
+    sides = (needs.shallow_side,) * 3 + (DEEPEST_SIDE,)
+    stages = tuple(meta(1, width, side, side) for width, side in zip(STAGE_WIDTHS, sides, strict=True))
+    width, patches = needs.vision or (0, 0)
+    return Seen(
+        meta(1, count + 1, EMBEDDING_WIDTH),
+        stages if needs.stages else (),
+        meta(1, count, patches, width) if needs.vision else None,
+        meta(1, count, width) if needs.vision else None,
+        torch.tensor([True]),
+    )
 
 
 @cache
 def identity_operations(recipe: Recipe) -> float:
     """Of L_id for a sample on average: decoding around the face and the face network, where it counts."""
-    if not recipe.mixes:
+    if not recipe.looks_at_faces:
         return 0.0
     crop = TEMPLATE_SIZE / float(TEMPLATE[1, 0] - TEMPLATE[0, 0]) * EYES * recipe.resolution / FACTOR
     side = min(math.floor(crop) + 1 + 2 * BORDER, recipe.resolution // FACTOR)
@@ -130,8 +153,8 @@ def identity_operations(recipe: Recipe) -> float:
         meta(1, *size, learned=True) for size in ((4, side, side), (3, TEMPLATE_SIZE, TEMPLATE_SIZE))
     )
     decode = operations(lambda: networks.autoencoder().decode(latents).sample.sum().backward())
-    look = operations(lambda: networks.recognizer(recipe.method)(face)[0].sum().backward())
-    counts = float((scaled_linear("epsilon").alphas >= LossConfig().gate_alpha).float().mean())
+    look = operations(lambda: networks.recognizer(recipe.needs.stages)(face)[0].sum().backward())
+    counts = float((scaled_linear("epsilon").alphas_cumprod >= LossConfig().gate_alpha).float().mean())
     return counts * (1 - TrainConfig().drop_identity - TrainConfig().drop_both) * (decode + look)
 
 
@@ -140,7 +163,9 @@ def identity_operations(recipe: Recipe) -> float:
 def cache_operations(recipe: Recipe) -> tuple[int, int]:
     """For a photo's entries: of latents (IDAdapter's mirrored as well) and face network, and of CLIP vision."""
     picture, face, head = (meta(1, 3, side, side) for side in (recipe.resolution, TEMPLATE_SIZE, 224))
-    encode = (2 if recipe.mixes else 1) * operations(lambda: networks.autoencoder().encode(picture))
-    look = operations(lambda: networks.recognizer(recipe.method)(face))
-    see = operations(lambda: networks.vision()(pixel_values=head)) if recipe.mixes else 0
+    encode = (1 if recipe.default("data", "flip") is False else 2) * operations(
+        lambda: networks.autoencoder().encode(picture)
+    )
+    look = operations(lambda: networks.recognizer(recipe.needs.stages)(face))
+    see = operations(lambda: networks.vision()(pixel_values=head)) if recipe.needs.vision else 0
     return encode + look, see

@@ -79,8 +79,8 @@ def trained_parameters(recipe: Recipe) -> int:
 
 def memory(recipe: Recipe, _: float) -> list[str]:
     narrow = parameters(networks.unet(recipe.family)) + parameters(networks.text_encoders(recipe.family))
-    wide = parameters(networks.autoencoder()) + parameters(networks.recognizer(recipe.method))
-    wide += parameters(networks.vision()) if recipe.mixes else 0
+    wide = parameters(networks.autoencoder()) + parameters(networks.recognizer(recipe.needs.stages))
+    wide += parameters(networks.vision()) if recipe.needs.vision else 0
     frozen, count = 2 * narrow + 4 * wide, trained_parameters(recipe)
     parts = (frozen, 18 * count, 4 * count, 4 * count, frozen + 26 * count, 16 * count)
     return [f"{count / 1e6:.0f}", *(f"{part / 1e9:.1f}" for part in parts)]

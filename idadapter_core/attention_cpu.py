@@ -21,12 +21,13 @@ from torch import Tensor
 # them cost it little.
 AMX_COLUMNS = 200
 
-# Up to this many tokens, the same products of two heads at a time are the fastest on one with products in bf16 and without AMX.
-PAIR_TOKENS = 48
+# Otherwise products of one head each are the fastest up to this many tokens, and of two with fewer: in bf16 where the processor has
+# instructions for it, and in fp32.
+BLOCK_TOKENS = {torch.bfloat16: 64, torch.float32: 8}
+PAIR_TOKENS = {torch.bfloat16: 25, torch.float32: 8}
 
-# Up to this many tokens, fp32 products with the heads as a batch are the fastest: in bf16 where the processor has no products for
-# it, and in fp32 everywhere.
-HEAD_TOKENS = {torch.bfloat16: 48, torch.float32: 28}
+# Up to this many tokens, fp32 products with the heads as a batch are the fastest for bf16 on a processor without instructions for it.
+HEAD_TOKENS = 48
 
 # fp32 numbers of queries and scores that each thread works on at once: 4 MB.
 HEAD_NUMBERS = 2**20
@@ -81,13 +82,12 @@ class BlockKeysValues:
 
 def block_heads(dtype: torch.dtype, heads: int, tokens: int) -> int:
     """How many heads to put into one block-diagonal product, where such products are the fastest attention; otherwise 0."""
-    if dtype != torch.bfloat16:
-        return 0
-    if processor().tiles:
+    if dtype == torch.bfloat16 and processor().tiles:
         return heads if heads * tokens <= AMX_COLUMNS else 0
-    if not processor().bfloat16 or tokens > PAIR_TOKENS:
+    products = {torch.bfloat16: processor().bfloat16, torch.float32: processor().vectors}
+    if not products.get(dtype, False) or tokens > BLOCK_TOKENS[dtype]:
         return 0
-    return 1 if heads % 2 else 2
+    return 2 if tokens <= PAIR_TOKENS[dtype] and heads % 2 == 0 else 1
 
 
 def prepare_blocks(keys: Tensor, values: Tensor, together: int) -> BlockKeysValues:
@@ -136,7 +136,7 @@ def block_norms(probabilities: Tensor, identity: BlockKeysValues) -> Tensor:
     in_group = probabilities.shape[3]
     by_row = probabilities.movedim(3, 1).flatten(0, 1)
     moments = (by_row @ by_row.transpose(-1, -2)).float()
-    gram = identity.gram.repeat_interleave(in_group, dim=0)
+    gram = identity.gram[:, None].expand(-1, in_group, -1, -1, -1).flatten(0, 1)
     return (moments * gram).sum(dim=(1, 2, 3)).clamp_min(0).sqrt()
 
 
@@ -183,9 +183,9 @@ class HeadKeysValues:
 
 def prefers_heads(dtype: torch.dtype, tokens: int) -> bool:
     """Whether fp32 products with the heads as a batch are the fastest attention over this many tokens."""
-    if dtype == torch.bfloat16 and (processor().tiles or processor().bfloat16):
-        return False
-    return processor().vectors and tokens <= HEAD_TOKENS.get(dtype, 0)
+    there = processor()
+    slow = dtype == torch.bfloat16 and not (there.tiles or there.bfloat16)
+    return slow and there.vectors and tokens <= HEAD_TOKENS
 
 
 def prepare_heads(keys: Tensor, values: Tensor) -> HeadKeysValues:

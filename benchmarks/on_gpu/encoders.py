@@ -29,7 +29,7 @@ def networks(sizes: Sizes, report: Report) -> None:
         report({"network": name, "on": where, "ms": 1e3 * seconds(call, sizes.repeats)})
 
     _detectors(sizes, tell)
-    face = real.filled(IResNet((1, 1, 1, 1)) if sizes.tiny else real.recognizer("uniid"), device())
+    face = real.filled(IResNet((1, 1, 1, 1)) if sizes.tiny else real.recognizer(with_stages=True), device())
     crop = torch.randn(1, 3, 112, 112, device=device())
     tell("iResNet-100 on a face, fp32", place, lambda: face(crop))
     vision, dtype = _vision(sizes)

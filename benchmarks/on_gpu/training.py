@@ -17,7 +17,6 @@ from benchmarks.on_gpu.sampling import Peak
 from idadapter_core.adapter import build_adapter
 from idadapter_core.config import parse_config
 from idadapter_core.faces.iresnet import IResNet
-from idadapter_core.methods import idadapter
 from idadapter_core.stable_diffusion.base import Base
 from idadapter_core.stable_diffusion.networks import Networks
 from idadapter_core.stable_diffusion.noise import scaled_linear
@@ -31,6 +30,7 @@ from tests.harness.comfy import comfyui_path
 from tests.tiny.bases import TINY_KL, _text_config
 from tests.tiny.diffusers_unet import CONFIGS
 
+METHOD = "idadapter"
 _STEPS = 5  # with L_id, after one that warms up, and as many without
 _VISION = {True: (16, 9), False: (1024, 256)}  # width and patches of CLIP vision, by tiny
 # Of a picture of side 1: eyes, nose and corners of the mouth where CelebA-HQ has them.
@@ -59,13 +59,13 @@ def training(sizes: Sizes, report: Report) -> None:
 def _measure(case: _Case, report: Report) -> None:
     config = _config(case)
     base = _base(case)
-    face = IResNet((1, 1, 1, 1)) if case.sizes.tiny else real.recognizer(idadapter.METHOD.name)
+    face = IResNet((1, 1, 1, 1)) if case.sizes.tiny else real.recognizer(with_stages=False)
     networks = Networks(real.filled(face, device()).requires_grad_(False))
     adapter = _adapter(case, base)
     parameters = list(trainable(adapter).values())
     bundle = Bundle(base, adapter, networks, config).to(device())
     base.unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(bundle.parameters(), lr=config.train.lr, fused=True)
+    optimizer = torch.optim.AdamW(bundle.parameters(), lr=config.train.learning_rate, fused=True)
     batches = _batches(case)
 
     def run(batch: Batch) -> tuple[float, float]:
@@ -101,9 +101,9 @@ def _measure(case: _Case, report: Report) -> None:
 
 
 def _config(case: _Case) -> RunConfig:
-    train: dict[str, Any] = {"checkpointing": True, "batch": case.sizes.batch}
+    train: dict[str, Any] = {"gradient_checkpointing": True, "global_batch_size": case.sizes.batch}
     if case.sizes.half:
-        train["precision"] = "bf16"
+        train["mixed_precision"] = "bf16"
     return parse_config(
         RunConfig, {"adapter": {"method": "idadapter"}, "data": {"resolution": case.pixels}, "train": train}
     )
@@ -150,12 +150,10 @@ def _text(case: _Case, dtype: torch.dtype) -> TextEncoders:
 def _adapter(case: _Case, base: Base) -> Any:
     """With open gates: closed ones would give most parameters no gradient."""
     settings = {"mixer_heads": 4} if case.sizes.tiny else {}
-    wanted = Wanted(
-        idadapter.METHOD.name, base.text.widths, _VISION[case.sizes.tiny], "", "adapter", settings
-    )
+    wanted = Wanted(METHOD, base.text.widths, _VISION[case.sizes.tiny], "", "adapter", settings)
     config = fresh_config(base.unet, wanted)
-    state = real.adapter_state(idadapter.METHOD.name, config, torch.float32, device())
-    return build_adapter(idadapter.METHOD.name, config, state, "random")
+    state = real.adapter_state(METHOD, config, torch.float32, device())
+    return build_adapter(METHOD, config, state, "random")
 
 
 def _batches(case: _Case) -> Sequence[Batch]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Place(NamedTuple):
@@ -19,9 +19,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FullDelta:
-    """W + strength * weight."""
+    """W + strength * weight. The layer is the owner of the weight, which is read from it each time."""
 
-    weight: Tensor  # (out, in)
+    layer: nn.Linear  # in -> out, without bias
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in)."""
+        return self.layer.weight
 
     def changes(self) -> bool:
         """Whether it changes anything."""
@@ -36,13 +41,23 @@ class FullDelta:
 class LowRankDelta:
     """W + strength * scale * up @ down (LoRA, arXiv 2106.09685)."""
 
-    up: Tensor  # (out, rank)
-    down: Tensor  # (rank, in)
+    up_layer: nn.Linear  # rank -> out, without bias
+    down_layer: nn.Linear  # in -> rank, without bias
     scale: float = 1.0
 
     @property
+    def up(self) -> Tensor:
+        """(out, rank)."""
+        return self.up_layer.weight
+
+    @property
+    def down(self) -> Tensor:
+        """(rank, in)."""
+        return self.down_layer.weight
+
+    @property
     def weight(self) -> Tensor:
-        """(out, in), of which hosts ask the dtype and the device."""
+        """Of which hosts ask the dtype and the device."""
         return self.up
 
     def changes(self) -> bool:

@@ -206,12 +206,12 @@ def _tokenizer(config: BaseConfig, path: Path, text_folder: str) -> Any:
     )
 
 
-def noise_schedule(scheduler: Mapping[str, Any], prediction: str, name: str) -> NoiseSchedule:
+def noise_schedule(scheduler: Mapping[str, Any], prediction_type: str, name: str) -> NoiseSchedule:
     """The noise schedule of a diffusers scheduler configuration.
 
     Args:
         scheduler: the configuration; `beta_start`, `beta_end` and `num_train_timesteps` may be missing where they are as usual.
-        prediction: epsilon, v_prediction, or auto for what the configuration says.
+        prediction_type: epsilon, v_prediction, or auto for what the configuration says.
         name: of the model, for messages.
 
     Raises:
@@ -228,10 +228,10 @@ def noise_schedule(scheduler: Mapping[str, Any], prediction: str, name: str) -> 
     log.info(
         "%s: predicts %s%s",
         name,
-        told if prediction == "auto" else prediction,
-        "" if prediction == "auto" else f" (set in base.prediction_type; the model says {told})",
+        told if prediction_type == "auto" else prediction_type,
+        "" if prediction_type == "auto" else f" (set in base.prediction_type; the model says {told})",
     )
-    predicts = told if prediction == "auto" else prediction
+    predicts = told if prediction_type == "auto" else prediction_type
     # Made with v first: the schedule may still have to lose what signal its last step holds.
     schedule = scaled_linear(
         "v_prediction",

@@ -140,10 +140,10 @@ class Pipeline:
         Rows of negative prompts have the identity's unconditional tokens, or are left alone where it has none.
         """
         kind, schedule = adapter.mechanisms.text, acting.rescale
-        if schedule is not None and adapter.mechanisms.decoupled is None and kind != "states":
+        can_rescale = adapter.mechanisms.decoupled is not None or kind == "states"
+        if (schedule is not None and not can_rescale) or (kind == "word" and acting.text not in (0, 1)):
             raise InputError(
-                f"{adapter.name} acts without rescaling, which is for adapters with attention of their own beside the text's; leave "
-                "`rescale` out"
+                f"an {adapter.kind.title} acts with text 0 or 1 and without rescaling, got text {acting.text} and rescale {acting.rescale}"
             )
         conditioned = with_identity(
             self.base.text, text, kind, identity.text_tokens, identity.class_word, acting.text

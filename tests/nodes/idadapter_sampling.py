@@ -73,7 +73,7 @@ def adapter_file(made: Made) -> Path:
         write_tiny_idadapters(folder := _folder())
         return folder / "idadapter" / FILE_NAMES[made.kind]
     file = _folder() / "adapter.safetensors"
-    save_adapter(build_adapter(METHOD, made.config, weights(made), "tiny"), file)
+    save_adapter(build_adapter(METHOD.name, made.config, weights(made), "tiny"), file)
     return file
 
 

@@ -129,7 +129,7 @@ def test_an_idadapter_does_the_same_in_both(
     try:
         for step, call in enumerate(calls):
             bias = None if identity.adapter_bias is None else identity.adapter_bias[0]
-            with injected.identity(identity.adapter_tokens, bias, call.positive, weight):
+            with injected.identity(identity.adapter_tokens, weight, bias=bias, rows=call.positive):
                 out = predict(unet, call)
             assert_published(f"{kind}, {case}, step {step}", out, call.out)
             with injected.identity(None, strength=weight):

@@ -61,7 +61,7 @@ def test_one_size_of_the_layers_differs(changes: dict[str, Any], said: str, tmp_
 
     config = replace(CONFIGS["sd15"], **changes)
     save_adapter(
-        build_adapter(METHOD, config, idadapter_state(config), "tiny"), tmp_path / "mine.safetensors"
+        build_adapter(METHOD.name, config, idadapter_state(config), "tiny"), tmp_path / "mine.safetensors"
     )
     loaded = load(tmp_path / "mine.safetensors", None)
     identity = replace(person(Made("sd15")), adapter=loaded.adapter.digest)

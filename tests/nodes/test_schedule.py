@@ -61,7 +61,7 @@ def test_step_of_each_model_call(sampler: str) -> None:
 
 def adapter_scales(calls: list[ModelCall]) -> list[float]:
     """The scale in force at each model call."""
-    return [round(float(acting.scale), 4) for call in calls for acting in call.own.acting]
+    return [round(float(acting.scale), 4) for call in calls for acting in call.own.decoupled]
 
 
 def scheduled(early_fraction: float, weight: float = 1.0) -> tuple[Any, list[ModelCall]]:

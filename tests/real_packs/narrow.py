@@ -87,7 +87,7 @@ def idadapter(kind: str) -> Any:
     heads = (4,) * len(widths) if kind == "sd15" else tuple(width // 16 for width in widths)
     config = replace(CONFIGS[kind], site_widths=widths, site_heads=heads)
     file = _folder() / "idadapter.safetensors"
-    save_adapter(build_adapter(METHOD, config, idadapter_state(config), "narrow"), file)
+    save_adapter(build_adapter(METHOD.name, config, idadapter_state(config), "narrow"), file)
     return load(file, None)
 
 

@@ -181,7 +181,7 @@ class IDAdapterLayers(nn.Module):
         for number, delta in self.deltas.items():
             assert isinstance(delta, _KeyValueDelta)
             for name, linear in (("to_k", delta.to_k), ("to_v", delta.to_v)):
-                found[Place(int(number), f"attn2.{name}")] = FullDelta(linear.weight)
+                found[Place(int(number), f"attn2.{name}")] = FullDelta(linear)
         return found
 
 

@@ -101,9 +101,7 @@ class FaceIDLayers(nn.Module):
                     layer = "to_out.0" if name == "to_out" else name
                     pair = dict(self.named_modules()).get(f"{owner}.{name}_lora")
                     if isinstance(pair, _LowRank):
-                        found[Place(number, f"{attention}.{layer}")] = LowRankDelta(
-                            pair.up.weight, pair.down.weight
-                        )
+                        found[Place(number, f"{attention}.{layer}")] = LowRankDelta(pair.up, pair.down)
         return found
 
 

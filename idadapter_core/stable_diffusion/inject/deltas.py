@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,26 +25,23 @@ class DeltaPart(Part):
 
     def register(self) -> list[Any]:
         return [
-            self.block.module.get_submodule(path).register_forward_hook(self._after(path, delta))
-            for path, delta in self._deltas.items()
+            self.block.module.get_submodule(path).register_forward_hook(partial(self._add, path))
+            for path in self._deltas
         ]
 
     def keep(self, x: Tensor | None) -> None:
         pass
 
-    def _after(self, path: str, delta: Delta) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def add(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            self.block.seen.add(path)
-            call = self.block.call
-            if call is None:
-                return None
-            strength = call.setting.strength
-            if (
-                isinstance(strength, Tensor) or strength == 0
-            ):  # a tensor of strengths is refused where there are deltas
-                return None
-            given = args[0]
-            added = delta.apply(given.to(self.block.dtype(given, delta.weight)))
-            return torch.add(output, added.to(output.dtype), alpha=strength)
-
-        return add
+    def _add(self, path: str, linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        self.block.seen.add(path)
+        call = self.block.call
+        if call is None:
+            return None
+        strength = call.setting.strength
+        if (
+            isinstance(strength, Tensor) or strength == 0
+        ):  # a tensor of strengths is refused where there are deltas
+            return None
+        given, delta = args[0], self._deltas[path]
+        added = delta.apply(given.to(self.block.dtype(given, delta.weight)))
+        return torch.add(output, added.to(output.dtype), alpha=strength)

@@ -174,7 +174,7 @@ class Injected:
         if tokens is None:
             if bias is not None or rows is not None or unconditional is not None:
                 raise InputError(
-                    "bias, rows and unconditional belong to tokens; leave them out, or give the tokens."
+                    "bias and rows belong to tokens, as unconditional does; leave them out, or give the tokens."
                 )
             self.setting = Setting(strength=strength)
             return
@@ -351,20 +351,24 @@ def _row_count(tokens: Tensor, strength: float | Tensor, rows: Tensor | None) ->
     Raises:
         InputError: the arguments are for different numbers of rows.
     """
-    counts = {"tokens": len(tokens)}
+    count = len(tokens)
     if isinstance(strength, Tensor):
-        counts["strength"] = len(strength)
+        if 1 not in (count, len(strength)) and count != len(strength):
+            raise InputError(
+                f"tokens has {count} rows, strength {len(strength)}; give one entry for each row, or one for all."
+            )
+        count = max(count, len(strength))
     if rows is not None:
         if rows.dtype != torch.bool or rows.ndim != 1:
             raise InputError(
                 f"rows must be a bool tensor of shape (batch,), got {rows.dtype} of shape {tuple(rows.shape)}"
             )
-        counts["rows"] = len(rows)
-    several = {count for name, count in counts.items() if count != 1 or name == "rows"}
-    if len(several) > 1:
-        listed = ", ".join(f"{name} has {count} rows" for name, count in counts.items())
-        raise InputError(f"{listed}; give one entry for each row, or one for all.")
-    return next(iter(several), None)
+        if count not in (1, len(rows)):
+            raise InputError(
+                f"rows has {len(rows)} entries, tokens {count} rows; give one entry for each row."
+            )
+        return len(rows)
+    return None if count == 1 else count
 
 
 def _groups(

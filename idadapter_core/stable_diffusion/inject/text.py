@@ -32,14 +32,12 @@ def with_identity(
     Args:
         tokens: of the identity, per text encoder (1, n, width).
         class_word: the noun of the clause that brings the identity word into the prompt.
-        strength: 0: not in the prompt. Of a word, 1 is all else there is.
+        strength: 0: not in the prompt; a word is in it at any other.
 
     Raises:
-        InputError: a strength that a word cannot have, or a prompt without room for the tokens.
+        InputError: a prompt without room for the tokens.
     """
     if kind == "word":
-        if strength not in (0, 1):
-            raise InputError(f"an identity word is in the prompt (1) or not (0), got the strength {strength}")
         if not strength or not tokens:
             encoded = text.encode([prompt])
         else:

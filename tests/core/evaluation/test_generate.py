@@ -154,7 +154,10 @@ def test_the_recipe_names_all_that_takes_part(
     ("change", "message"),
     [
         ({"text_branch": "", "parts": "text"}, "only the text part is to act, but .* has none"),
-        ({"path": "idadapter", "text_branch": "", "rescale": True}, "normalized rescaling is UniID's"),
+        (
+            {"path": "idadapter", "text_branch": "", "rescale": True},
+            "normalized rescaling is for attention beside the text's",
+        ),
     ],
 )
 def test_what_an_adapter_has_not_is_refused(

@@ -326,7 +326,7 @@ def test_what_a_file_tells_of_its_prediction(
     schedule = noise_schedule(file.scheduler(), "auto", "model")
     assert schedule.prediction_type == prediction
     assert (float(schedule.alphas_cumprod[-1]) == 0) == zero
-    assert noise_schedule(file.scheduler(), "v_prediction", "model").prediction == "v_prediction"
+    assert noise_schedule(file.scheduler(), "v_prediction", "model").prediction_type == "v_prediction"
 
 
 def test_a_file_on_other_noise_levels_is_refused(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_no_signal_and_epsilon_do_not_go_together() -> None:
         (scheduler("sd15", beta_schedule="squaredcos_cap_v2"), "EulerDiscreteScheduler .*squaredcos_cap_v2"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler .*None"),
         (scheduler("sd15", trained_betas=[0.1, 0.2]), "trained_betas"),
-        (scheduler("sd15", prediction_type="sample"), "prediction must be .*'sample'"),
+        (scheduler("sd15", prediction_type="sample"), "prediction_type must be .*'sample'"),
     ],
 )
 def test_other_schedules_are_refused_by_name(given: dict[str, Any], named: str) -> None:

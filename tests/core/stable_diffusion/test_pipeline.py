@@ -162,9 +162,10 @@ def test_idadapter_in_the_rows(
     assert identity.class_word == "man"
     for call in calls:
         assert gap(call["states"], torch.cat([text.encode(["a cat"]).states, word])) < 1e-5
-        assert call["setting"].kept.tolist() == [1]
+        (group,) = call["setting"].groups
+        assert group.kept.tolist() == [1]
         assert call["setting"].strength == 0.6
-        assert torch.equal(call["setting"].tokens, identity.adapter_tokens)
+        assert torch.equal(group.tokens, identity.adapter_tokens)
     _, calls = draw(parts, adapters["idadapter"], identity, acting=Acting(text=0.0))
     assert gap(calls[0]["states"], text.encode(["", PROMPT]).states) < 1e-5
 
@@ -200,7 +201,9 @@ def test_idadapter_with_tokens_for_negative_rows(parts: Parts, adapters: dict[st
     pictures = [draw(parts, adapter, identity)[0] for identity in (once, twice)]
     assert gap(*pictures) < 1e-4
     (_, calls) = draw(parts, adapter, twice)
-    assert torch.equal(calls[0]["setting"].tokens[0], twice.adapter_tokens_uncond[0])  # type: ignore[index]
+    shown, zeroed = calls[0]["setting"].groups
+    assert (shown.kept.tolist(), zeroed.kept.tolist()) == ([1], [0])
+    assert torch.equal(zeroed.tokens, twice.adapter_tokens_uncond)  # type: ignore[arg-type]
     stranger = features_of(parts.index, parts.test_rows[:1], parts.networks, parts.recognizer_digest, "cpu")
     assert gap(draw(parts, adapter, adapter.encode(stranger))[0], pictures[0]) > 1e-3
 
@@ -212,9 +215,11 @@ def test_uniid_in_the_rows(
     identity = identities["uniid"]
     _, calls = draw(parts, adapters["uniid"], identity, acting=Acting(adapter=0.6))
     for call in calls:
-        expected = torch.cat([identity.adapter_tokens_uncond, identity.adapter_tokens])  # type: ignore[list-item]
-        assert torch.equal(call["setting"].tokens, expected)
-        assert call["setting"].strength.tolist() == pytest.approx([0.6])
+        shown, zeroed = call["setting"].groups
+        assert (shown.kept.tolist(), zeroed.kept.tolist()) == ([1], [0])
+        assert torch.equal(shown.tokens, identity.adapter_tokens)  # type: ignore[arg-type]
+        assert torch.equal(zeroed.tokens, identity.adapter_tokens_uncond)  # type: ignore[arg-type]
+        assert call["setting"].strength == 0.6
         assert not call["setting"].rescale
     identity = identities["uniid text"]
     _, calls = draw(parts, adapters["uniid text"], identity, acting=Acting(text=0.5))
@@ -241,7 +246,7 @@ def test_uniid_rescaling_acts_step_by_step(
         steps=4,
         acting=Acting(adapter=0.8, rescale=schedule),
     )
-    assert [call["setting"].strength.item() for call in calls] == pytest.approx([0.4, 0.4, 1.2, 1.2])
+    assert [call["setting"].strength for call in calls] == pytest.approx([0.4, 0.4, 1.2, 1.2])
     assert all(call["setting"].rescale for call in calls)
     _, calls = draw(
         parts,

@@ -284,7 +284,7 @@ def test_idadapter_learns_from_what_it_is_given_at_inference(
     with running(parts, config, adapter) as bundle:
         _, call = passed(parts, bundle, given)
         assert bundle.injected is not None
-        tokens = bundle.injected.setting.tokens
+        tokens = bundle.injected.setting.groups[0].tokens
     identity = adapter.encode(features(parts, *numbers))
     assert tokens is not None
     assert identity.adapter_tokens is not None
@@ -306,7 +306,7 @@ def test_uniid_learns_from_what_it_is_given_at_inference(
         adapter = opened(parts, configs[kind])
         with running(parts, configs[kind], adapter) as bundle:
             _, call = passed(parts, bundle, faces)
-            tokens = None if bundle.injected is None else bundle.injected.setting.tokens
+            tokens = None if bundle.injected is None else bundle.injected.setting.groups[0].tokens
         plain = parts.base.text.encode(list(faces.prompts)).states
         for row, number in enumerate(ROWS[:3]):
             identity = adapter.encode(features(parts, number))
