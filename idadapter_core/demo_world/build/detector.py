@@ -215,7 +215,9 @@ def detection_loss(maps: list[Tensor], wanted: list[Tensor]) -> Tensor:
     focal = 0.5 * ((1 - chance) ** 2 * entropy).sum() / count
     place, goal = torch.cat(places), torch.cat(goals)
     off = (place - goal[:, :14]) / goal[:, 14:]
-    return focal + 4 * F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.05)
+    # Not the mean: there may be no face that a stride is for.
+    far = F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.05, reduction="sum") / max(off.numel(), 1)
+    return focal + 4 * far
 
 
 def scene_tensor(scenes: list[Scene]) -> Tensor:

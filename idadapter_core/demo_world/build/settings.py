@@ -71,7 +71,7 @@ FULL = Settings(
         "autoencoder": Course(4000, 16, 1.5e-3),
         "second_recognizer": Course(2000, 32, 2e-3),
         "detector": Course(3000, 8, 2e-3),
-        "sex_and_age": Course(600, 32, 2e-3),
+        "sex_and_age": Course(8000, 32, 2e-3),
         "vision": Course(3000, 64, 1e-3),
         "base": Course(16000, 64, 1e-3),
     },
