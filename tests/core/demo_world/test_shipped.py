@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from idadapter_core.demo_world import Factors, Person, Pictures, render, seed_of
+from idadapter_core.demo_world.build.measures import recognition
 from idadapter_core.demo_world.build.sex_and_age import squares
-from idadapter_core.demo_world.shipped import SEX_AND_AGE_FILE, face_package
+from idadapter_core.demo_world.build.train_recognizers import aligned_crops
+from idadapter_core.demo_world.shipped import RECOGNIZER_FILE, SEX_AND_AGE_FILE, face_package
+from idadapter_core.faces.iresnet import load_iresnet
 
 PEOPLE = 20
 
@@ -36,3 +39,22 @@ def test_sex_is_seen(pictures: Pictures) -> None:
     seen = _run(path, squares(pictures.pixels, pictures.boxes))
     assert (seen[:, :2].argmax(1) == sexes).mean() >= 0.9
     assert ((0.15 < seen[:, 2]) & (seen[:, 2] < 0.8)).all(), "age / 100"
+
+
+def test_people_are_told_apart() -> None:
+    """By the file, and by the torch network that is read from it."""
+    rng = np.random.default_rng(12)
+    people = [Person.sample(seed_of("test", 2000 + k // 3)) for k in range(36)]
+    shown = render(people, [Factors.sample(rng, style="photo", accessory="none") for _ in people], 128)
+    crops = aligned_crops(shown.pixels, shown.landmarks)
+    path = face_package() / RECOGNIZER_FILE
+    embeddings = _run(path, crops)
+    found = recognition(embeddings, np.arange(36) // 3)
+    assert found["auc"] >= 0.93
+    assert found["rank_one"] >= 0.8
+    with torch.no_grad():
+        ours, stages = load_iresnet(path, any_layers=True)(crops)
+    assert recognition(ours.numpy(), np.arange(36) // 3) == pytest.approx(found, abs=0.02)
+    assert [stage.shape[2] for stage in stages] == [56, 28, 14, 7]
+    # Red and blue are not the same to it.
+    assert recognition(_run(path, crops.flip(1)), np.arange(36) // 3)["rank_one"] < found["rank_one"]
