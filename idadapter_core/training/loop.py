@@ -199,6 +199,7 @@ class _Run:
             self.parts.base.schedule.steps,
             self.store,
             None if vision is None else vision.preprocess,
+            self.parts.base.unet.config.in_channels,
         )
 
     def close(self) -> None:

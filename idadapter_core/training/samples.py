@@ -30,7 +30,6 @@ from .config import RunConfig
 NO_CAPTION = f"a photo of a {CLASS_WORD}"
 VALIDATION = -1  # "epochs" from here down are of samples by which a run is measured: the same at every time
 _MIRRORED = [1, 0, 2, 4, 3]  # the five landmarks in a mirrored picture
-_LATENT_CHANNELS = 4
 
 Key = tuple[int, int]  # epoch, place in the list of rows
 
@@ -104,8 +103,8 @@ class Batch:
     class_nouns: tuple[str, ...]
     identity: Tensor  # (B,) bool: False where the identity is dropped
     timesteps: Tensor  # (B,)
-    noise: Tensor  # (B, 4, h, w)
-    posterior: Tensor  # (B, 4, h, w) noise by which latents are drawn from the VAE's distribution
+    noise: Tensor  # (B, C, h, w)
+    posterior: Tensor  # (B, C, h, w) noise by which latents are drawn from the VAE's distribution
     landmarks: Tensor  # (B, 5, 2) in the target picture
     sizes: Tensor  # (B, 6), see Placement.size_conditioning
     pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
@@ -173,8 +172,10 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         timesteps: int,
         store: Store | None = None,
         preprocess: Preprocess | None = None,
+        latent_channels: int = 4,
     ) -> None:
         self._index, self.rows, self._config = index, as_rows(rows), config
+        self._channels = latent_channels
         self._timesteps, self._store, self._preprocess = timesteps, store, preprocess
         self._people = People(self.rows)
         self._whose = self._people.of  # made here, so that forked workers share it
@@ -205,7 +206,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         has_identity, has_text = (True, True) if is_measured else _kept(drop, config)
         placement = place(row, config.data.resolution, mirrored)
         side = config.data.resolution // 8
-        shape = (_LATENT_CHANNELS, side, side)
+        shape = (self._channels, side, side)
         sample: dict[str, Any] = {
             "rows": row.number,
             "sources": row.source,

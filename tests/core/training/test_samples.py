@@ -277,6 +277,14 @@ def test_samples_bring_both(tmp_path: Path) -> None:
     assert 6 <= sum(turned) <= 18
 
 
+def test_noise_has_the_channels_of_the_base_model(tmp_path: Path) -> None:
+    index, row = draw(tmp_path, *SHOTS["landscape"])
+    config = config_of(adapter={"method": "uniid"})
+    for channels in (4, 12):
+        sample = Samples(index, [row], config, TIMESTEPS, latent_channels=channels).sample(0, 0)
+        assert sample["noise"].shape[0] == sample["posterior"].shape[0] == channels
+
+
 def test_a_mirrored_target_is_the_target_of_the_mirrored_photo(tmp_path: Path) -> None:
     """In its picture, its landmarks, and what SDXL is told of how it was cut."""
     index, row = draw(tmp_path, *SHOTS["landscape"])
