@@ -1,4 +1,4 @@
-"""What the tests of bad input share: the message that stops a graph, and graphs that are stopped."""
+"""Shared by the tests of bad input: the message that stops a graph, and graphs that are stopped."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ from tests.harness.uniid_graph import (
     uniid_graph,
 )
 from tests.harness.workflow import Graph, Node
-from tests.tiny.files import (
-    ADAPTER,
-    TEXT_BRANCH,
-)
+from tests.tiny.files import ADAPTER, TEXT_BRANCH
 
 # Under their short names: ComfyUI puts the module's path before those of other packs.
 ERRORS = {

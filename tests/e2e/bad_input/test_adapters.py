@@ -1,4 +1,4 @@
-"""What a user reads where an adapter file is damaged, something else, or for another model."""
+"""Messages in ComfyUI where an adapter file is damaged, something else, or for another model."""
 
 from __future__ import annotations
 
@@ -11,25 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.e2e.bad_input.refusals import (
-    Code,
-    refusal,
-    refused_adapter,
-    weights,
-)
+from tests.e2e.bad_input.refusals import Code, refusal, refused_adapter, weights
 from tests.harness.server import ComfyServer
-from tests.harness.uniid_graph import (
-    NONE,
-    add_text,
-    uniid_graph,
-)
+from tests.harness.uniid_graph import NONE, add_text, uniid_graph
 from tests.tiny.checkpoints import CHECKPOINT_NAMES
-from tests.tiny.files import (
-    ADAPTER,
-    ADAPTER_SDXL,
-    RECOGNIZER,
-    TEXT_BRANCH,
-)
+from tests.tiny.files import ADAPTER, ADAPTER_SDXL, RECOGNIZER, TEXT_BRANCH
 from tests.tiny.idadapter import FILE_NAMES
 
 pytestmark = pytest.mark.server

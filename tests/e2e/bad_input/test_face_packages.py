@@ -1,4 +1,4 @@
-"""What a user reads where a face package or a recogniser is missing, incomplete or something else."""
+"""Messages in ComfyUI where a face package or a recogniser is missing, incomplete or something else."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.bad_input.refusals import (
-    extract_graph,
-    refusal,
-)
+from tests.e2e.bad_input.refusals import extract_graph, refusal
 from tests.harness.server import ComfyServer
-from tests.harness.uniid_graph import (
-    FROM_PACKAGE,
-    add_analyzer,
-    uniid_graph,
-)
+from tests.harness.uniid_graph import FROM_PACKAGE, add_analyzer, uniid_graph
 from tests.harness.workflow import Graph
-from tests.tiny.files import (
-    ADAPTER_SD15,
-    PACKAGE,
-    PERSON,
-    RECOGNIZER,
-)
+from tests.tiny.files import ADAPTER_SD15, PACKAGE, PERSON, RECOGNIZER
 
 pytestmark = pytest.mark.server
 

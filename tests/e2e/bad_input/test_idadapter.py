@@ -1,4 +1,4 @@
-"""What a user reads where the IDAdapter method meets what it cannot work with."""
+"""Messages in ComfyUI where the IDAdapter method meets what it cannot work with."""
 
 from __future__ import annotations
 
@@ -14,31 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from idadapter_core.adapter import save_adapter
-from tests.e2e.bad_input.refusals import (
-    Code,
-    load_identity_graph,
-    refusal,
-    refused_adapter,
-)
+from tests.e2e.bad_input.refusals import Code, load_identity_graph, refusal, refused_adapter
 from tests.harness.idadapter_graph import idadapter_graph
 from tests.harness.results import difference, picture, text_of
 from tests.harness.server import ComfyServer
-from tests.harness.uniid_graph import (
-    NONE,
-    add_adapter,
-    add_rescale,
-    add_text,
-    rewire,
-)
+from tests.harness.uniid_graph import NONE, add_adapter, add_rescale, add_text, rewire
 from tests.harness.workflow import Graph
 from tests.tiny.checkpoints import CHECKPOINT_NAMES
-from tests.tiny.files import (
-    ADAPTER,
-    CLIP_VISION_NARROW,
-    PERSON,
-    STRANGER,
-    TEXT_BRANCH,
-)
+from tests.tiny.files import ADAPTER, CLIP_VISION_NARROW, PERSON, STRANGER, TEXT_BRANCH
 from tests.tiny.idadapter import CONFIGS, FILE_NAMES, FRESH_NAMES, idadapter_state, tiny_idadapter
 
 pytestmark = pytest.mark.server

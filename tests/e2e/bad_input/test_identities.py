@@ -1,4 +1,4 @@
-"""What a user reads where an identity does not fit, or its file is damaged or something else."""
+"""Messages in ComfyUI where an identity does not fit, or its file is damaged or something else."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ from tests.harness.uniid_graph import (
     uniid_graph,
 )
 from tests.harness.workflow import Graph
-from tests.tiny.files import (
-    ADAPTER_SD15,
-    PERSON,
-    STRANGER,
-)
+from tests.tiny.files import ADAPTER_SD15, PERSON, STRANGER
 
 pytestmark = pytest.mark.server
 

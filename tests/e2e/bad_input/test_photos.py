@@ -1,4 +1,4 @@
-"""What a user reads where a photo shows no face, or is no picture."""
+"""Messages in ComfyUI where a photo shows no face, or is no picture."""
 
 from __future__ import annotations
 
@@ -8,23 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.bad_input.refusals import (
-    extract_graph,
-    refused_photo,
-)
+from tests.e2e.bad_input.refusals import extract_graph, refused_photo
 from tests.harness.server import ComfyServer
-from tests.harness.uniid_graph import (
-    add_photos,
-    add_text,
-)
+from tests.harness.uniid_graph import add_photos, add_text
 from tests.harness.workflow import Graph, Node
 from tests.tiny.face_package import MarkedFace, synthesize
-from tests.tiny.files import (
-    CUT,
-    EMPTY,
-    GROUP,
-    PERSON,
-)
+from tests.tiny.files import CUT, EMPTY, GROUP, PERSON
 
 pytestmark = pytest.mark.server
 

@@ -1,4 +1,4 @@
-"""What a user reads where a value, a mask or a prompt cannot be, and that the server goes on working."""
+"""Messages in ComfyUI where a value, a mask or a prompt cannot be, and that the server goes on working."""
 
 from __future__ import annotations
 
@@ -8,23 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.e2e.bad_input.refusals import (
-    refusal,
-)
+from tests.e2e.bad_input.refusals import refusal
 from tests.harness.idadapter_graph import idadapter_graph
 from tests.harness.server import ComfyServer
-from tests.harness.uniid_graph import (
-    add_prompt,
-    rewire,
-    uniid_graph,
-)
+from tests.harness.uniid_graph import add_prompt, rewire, uniid_graph
 from tests.harness.workflow import Graph, Node
 from tests.tiny.checkpoints import CHECKPOINT_NAMES
-from tests.tiny.files import (
-    EMPTY,
-    PERSON,
-    STRANGER,
-)
+from tests.tiny.files import EMPTY, PERSON, STRANGER
 
 pytestmark = pytest.mark.server
 
