@@ -1,153 +1,43 @@
-"""Samples: a function of seed, epoch and row; pictures and landmarks that agree; references; shares; prompts; which rows count."""
+"""Samples: a function of seed, epoch and row; references; shares; prompts; which rows count."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from idadapter_core.config import parse_config
-from idadapter_core.data.index import Index, Row, read_index, write_index
+from idadapter_core.data.index import Row, read_index
 from idadapter_core.data.references import Photo, photo_pictures, photos_of_variants, references_for
-from idadapter_core.errors import ConfigError, FaceError
-from idadapter_core.faces.align import TEMPLATE, align_face
-from idadapter_core.faces.enrich import variant
-from idadapter_core.randomness import generator, seed_of
-from idadapter_core.training.config import RunConfig
+from idadapter_core.errors import ConfigError
+from idadapter_core.randomness import generator
 from idadapter_core.training.samples import (
     VALIDATION,
     Batch,
     MicroBatches,
     Samples,
     collate,
-    place,
     prompt_of,
-    target_picture,
     usable_rows,
 )
-from tests.tiny.face_package import DOT_COLORS, MarkedFace, synthesize
+from tests.core.training.sampled import (
+    TIMESTEPS,
+    Zeros,
+    config_of,
+    equal,
+    fast,
+    index_of,
+    levels,
+    row_of,
+    same,
+    small_heads,
+)
 from tests.tiny.toy import Toy
-
-MIRRORED = [1, 0, 2, 4, 3]
-TIMESTEPS = 1000
-# Width and height of a photo, and its face: in the middle, near an edge, turned, in a corner.
-SHOTS: dict[str, tuple[int, int, MarkedFace]] = {
-    "square": (240, 240, MarkedFace(120, 118, 60)),
-    "landscape": (400, 240, MarkedFace(250, 118, 60, roll=15)),
-    "at the left edge": (400, 240, MarkedFace(62, 118, 60)),
-    "at the right edge": (401, 241, MarkedFace(340, 118, 60, yaw=12)),
-    "portrait, at the bottom": (240, 420, MarkedFace(118, 350, 60)),
-    "small": (110, 100, MarkedFace(60, 50, 34)),
-}
-
-
-def row_of(number: int, identity: str = "somebody", **values: Any) -> Row:
-    """A row that is ok, of a photo that nobody opens."""
-    given: dict[str, Any] = {
-        "source": f"{identity}/{number}.png",
-        "sha256": f"{number:064x}",
-        "width": 200,
-        "height": 100,
-        "box": (60.0, 20.0, 120.0, 90.0),
-        "landmarks": tuple(map(tuple, (TEMPLATE / 2 + [60, 20]).tolist())),
-        "split": "train",
-        **values,
-    }
-    return Row(number=number, identity=identity, **given)
-
-
-def index_of(folder: Path, rows: list[Row]) -> Index:
-    return write_index(folder / "index.jsonl", folder, rows, torch.zeros(len(rows), 512), {})
-
-
-def draw(folder: Path, width: int, height: int, face: MarkedFace) -> tuple[Index, Row]:
-    """A photo on disk, with the index of it alone."""
-    path = folder / "photo.png"
-    Image.fromarray(synthesize(width, height, [face])).save(path)
-    x1, y1 = face.landmarks.min(0) - 0.4 * face.eye_distance
-    x2, y2 = face.landmarks.max(0) + 0.4 * face.eye_distance
-    row = row_of(
-        0,
-        source=path.name,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        width=width,
-        height=height,
-        box=(float(x1), float(y1), float(x2), float(y2)),
-        # Dots are painted at whole pixels.
-        landmarks=tuple((float(x), float(y)) for x, y in face.landmarks.round()),
-    )
-    return index_of(folder, [row]), row
-
-
-def dots(picture: NDArray[Any]) -> NDArray[np.float64]:
-    """Where the five colours are in a picture (H, W, 3) in 0..255: (5, 2)."""
-    found = []
-    for color in DOT_COLORS:
-        distance = np.linalg.norm(picture.astype(float) - color, axis=-1)
-        ys, xs = np.nonzero(distance < 120)
-        assert len(xs), color
-        weight = 120 - distance[ys, xs]
-        found.append((np.average(xs, weights=weight), np.average(ys, weights=weight)))
-    return np.array(found)
-
-
-def levels(tensor: Tensor) -> NDArray[Any]:
-    return ((tensor.movedim(0, -1) + 1) * 127.5).numpy()
-
-
-def config_of(**sections: dict[str, Any]) -> RunConfig:
-    content: dict[str, Any] = {"data": {"resolution": 64, "references": 2}, **sections}
-    return parse_config(RunConfig, content)
-
-
-class Zeros:
-    """A store that answers at once, and remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        self.mirrored: list[bool] = []
-
-    def latents(self, row: Row, mirrored: bool) -> Tensor:
-        self.mirrored.append(mirrored)
-        return torch.zeros(8, 8, 8)
-
-    def photo(self, photo: Photo) -> Mapping[str, Tensor]:
-        features = torch.tensor([float(photo.row.number), float(photo.variant)])
-        return {"embedding": features, "patch_tokens": features[None], "class_embedding": features}
-
-
-def fast(rows: list[Row], config: RunConfig, store: Zeros | None = None) -> Samples:
-    """Samples without pictures."""
-    index = Index(Path("index.jsonl"), Path(), tuple(rows), {}, "")
-    return Samples(index, rows, config, TIMESTEPS, store or Zeros())
-
-
-def same(one: Mapping[str, Any] | Batch, other: Mapping[str, Any] | Batch) -> bool:
-    """Whether two samples or batches hold the same bits."""
-    left, right = (
-        {f.name: getattr(side, f.name) for f in dataclasses.fields(side)} if isinstance(side, Batch) else side
-        for side in (one, other)
-    )
-    return left.keys() == right.keys() and all(_equal(left[name], right[name]) for name in left)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, tuple) and one and isinstance(one[0], Tensor):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return bool(one == other)
-
 
 # ------------------------------------------------------------------------------------------------ what decides a sample
 
@@ -161,7 +51,7 @@ def test_workers_change_nothing(toy: Toy, tmp_path: Path, method: str) -> None:
     )
     index = read_index(toy.index)
     rows = index.usable("train")[:8]
-    samples = Samples(index, rows, config, TIMESTEPS, None, _small_heads if method == "idadapter" else None)
+    samples = Samples(index, rows, config, TIMESTEPS, None, small_heads if method == "idadapter" else None)
 
     def batches(workers: int) -> list[Any]:
         keys = MicroBatches(config, len(rows), 0)
@@ -174,10 +64,6 @@ def test_workers_change_nothing(toy: Toy, tmp_path: Path, method: str) -> None:
         found = batches(workers)
         assert len(found) == len(alone)
         assert all(map(same, found, alone))
-
-
-def _small_heads(heads: Any) -> Tensor:
-    return torch.stack([torch.from_numpy(head[:32, :32].copy()).movedim(-1, 0).float() for head in heads])
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 2), (2, 2)])
@@ -239,97 +125,8 @@ def test_a_setting_changes_nothing_but_itself() -> None:
     changed = set()
     for epoch in range(20):
         one, two = plain.sample(epoch, 1), other.sample(epoch, 1)
-        changed |= {name for name in one if not _equal(one[name], two[name])}
+        changed |= {name for name in one if not equal(one[name], two[name])}
     assert changed == {"identity", "prompts", "landmarks", "sizes"}
-
-
-# ------------------------------------------------------------------------------------------------ pictures and landmarks
-
-
-@pytest.mark.parametrize("mirrored", [False, True])
-@pytest.mark.parametrize("name", SHOTS)
-def test_the_dots_of_a_drawn_face_lie_at_the_landmarks(tmp_path: Path, name: str, mirrored: bool) -> None:
-    index, row = draw(tmp_path, *SHOTS[name])
-    resolution = 128
-    picture = levels(target_picture(index.load(row), row, resolution, mirrored))
-    assert picture.shape == (resolution, resolution, 3)
-    points = place(row, resolution, mirrored).points(np.array(row.landmarks))
-    # The left eye of a mirrored picture was the right one.
-    expected = dots(picture)[MIRRORED if mirrored else slice(None)]
-    assert np.abs(points - expected).max() < 0.6
-    assert points[0, 0] < points[1, 0]
-
-
-def test_samples_bring_both(tmp_path: Path) -> None:
-    """Half of the targets are mirrored, their landmarks with them; none that is measured is."""
-    index, row = draw(tmp_path, *SHOTS["landscape"])
-    samples = Samples(index, [row], config_of(adapter={"method": "uniid"}), TIMESTEPS)
-    turned = []
-    for epoch in range(VALIDATION - 2, 24):
-        sample = samples.sample(epoch, 0)
-        found = dots(levels(sample["pictures"]))
-        is_mirrored = bool(found[0, 0] > found[1, 0])
-        expected = found[MIRRORED if is_mirrored else slice(None)]
-        assert np.abs(sample["landmarks"].numpy() - expected).max() < 0.6
-        turned.append(is_mirrored)
-    assert not any(turned[:2])
-    assert 6 <= sum(turned) <= 18
-
-
-def test_a_mirrored_target_is_the_target_of_the_mirrored_photo(tmp_path: Path) -> None:
-    """In its picture, its landmarks, and what SDXL is told of how it was cut."""
-    index, row = draw(tmp_path, *SHOTS["landscape"])
-    assert row.box is not None
-    image = index.load(row)
-    x1, y1, x2, y2 = row.box
-    points = np.array(row.landmarks)[MIRRORED]
-    turned = dataclasses.replace(
-        row,
-        box=(row.width - x2, y1, row.width - x1, y2),
-        landmarks=tuple((row.width - 1 - x, y) for x, y in points.tolist()),
-    )
-    one, other = place(row, 64, True), place(turned, 64, False)
-    np.testing.assert_array_equal(one.picture(image), other.picture(np.ascontiguousarray(image[:, ::-1])))
-    np.testing.assert_allclose(one.points(np.array(row.landmarks)), other.points(np.array(turned.landmarks)))
-    assert one.size_conditioning(row) == pytest.approx(other.size_conditioning(turned))
-    assert one.size_conditioning(row)[3] != place(row, 64, False).size_conditioning(row)[3] != 0
-
-
-@pytest.mark.parametrize("number", range(5))
-def test_photos_are_aligned_in_all_variants(tmp_path: Path, number: int) -> None:
-    """The dots of a turned, mirrored and recoloured photo lie where every aligned face has them."""
-    index, row = draw(tmp_path, *SHOTS["landscape"])
-    crop, head = photo_pictures(index.load(row), Photo(row, number))
-    assert crop.shape == (112, 112, 3)
-    assert head.shape[0] == head.shape[1]
-    if number:  # other light: look for the dot in what is left of its colour
-        plain, _ = photo_pictures(index.load(row), Photo(row))
-        assert np.abs(crop.astype(float) - plain).mean() > 2
-    found = dots(crop)
-    upright = np.abs(found - TEMPLATE).max()
-    mirrored = np.abs(found[MIRRORED] - TEMPLATE).max()
-    assert min(upright, mirrored) < 3.5  # a drawn face is not quite of the template's shape
-    eyes = dots(head)[[0, 1]]
-    assert np.abs(eyes.mean(0) / len(head) - 0.5).max() < 0.2
-    assert np.linalg.norm(eyes[0] - eyes[1]) > 0.2 * len(head)
-
-
-def test_a_variant_without_the_face_is_the_photo_itself(tmp_path: Path) -> None:
-    """A face at the edge is turned out of the picture by some variants; the run goes on."""
-    index, row = draw(tmp_path, 400, 400, MarkedFace(4, 320, 50))
-    image = index.load(row)
-    plain, _ = photo_pictures(image, Photo(row))
-    lost = []
-    for number in range(1, 30):
-        turned, points = variant(image, np.array(row.landmarks), seed_of(row.sha256), number)
-        try:
-            align_face(turned, tuple(map(tuple, points.tolist())))
-        except FaceError:
-            lost.append(number)
-    assert 0 < len(lost) < 29
-    for number in range(1, 30):
-        crop, _ = photo_pictures(image, Photo(row, number))
-        assert np.array_equal(crop, plain) == (number in lost)
 
 
 # ------------------------------------------------------------------------------------------------ references
@@ -374,7 +171,7 @@ def test_references_come_with_their_target(toy: Toy, tmp_path: Path) -> None:
     """Of the same person, the target's face last, and no head of the target: it is not looked at."""
     index = read_index(toy.index)
     rows = index.usable("train")
-    samples = Samples(index, rows, toy.config(tmp_path), TIMESTEPS, None, _small_heads)
+    samples = Samples(index, rows, toy.config(tmp_path), TIMESTEPS, None, small_heads)
     sample = samples.sample(0, 5)
     assert sample["crops"].shape == (3, 3, 112, 112)
     assert sample["heads"].shape == (2, 3, 32, 32)
