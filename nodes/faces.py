@@ -125,6 +125,44 @@ class LoadFaceAnalyzer(io.ComfyNode):
         return f"{models} {paths.stamp_of(paths.RECOGNIZERS, recognizer)}"
 
 
+def _extract_inputs() -> list[io.Input]:
+    """Inputs of Extract Face Features."""
+    return [
+        io.Image.Input(
+            "image",
+            tooltip="One photo, or a batch of photos of one person (Batch Images, which crops every photo to the shape "
+            "of the first).",
+        ),
+        FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
+        io.ClipVision.Input(
+            "clip_vision",
+            optional=True,
+            tooltip="Only for adapters that also read CLIP vision features (the IDAdapter method). UniID does not: "
+            "leave it empty and save the time.",
+        ),
+        io.Combo.Input(
+            "select",
+            options=list(POLICIES),
+            default="largest",
+            tooltip="Which face counts where a photo shows several; the order in which `index` counts. "
+            "all takes every face of every photo, less those that lie mostly outside it.",
+        ),
+        io.Int.Input(
+            "index",
+            default=0,
+            min=0,
+            max=99,
+            tooltip="0 is the first face in the order of `select`, 1 the second … The preview shows the numbers.",
+        ),
+        io.Combo.Input(
+            "on_missing",
+            options=list(ON_MISSING),
+            default="error",
+            tooltip="A photo without that face: stop with an error, or leave the photo out and say so in the report.",
+        ),
+    ]
+
+
 class ExtractFaces(io.ComfyNode):
     @classmethod
     @keeps_report
@@ -138,40 +176,7 @@ class ExtractFaces(io.ComfyNode):
                 "person. Runs only when the photos or these settings change, never for a changed weight."
             ),
             search_aliases=["face embedding", "face crop", "id embedding", "insightface"],
-            inputs=[
-                io.Image.Input(
-                    "image",
-                    tooltip="One photo, or a batch of photos of one person (Batch Images, which crops every photo to the shape "
-                    "of the first).",
-                ),
-                FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip="Only for adapters that also read CLIP vision features (the IDAdapter method). UniID does not: "
-                    "leave it empty and save the time.",
-                ),
-                io.Combo.Input(
-                    "select",
-                    options=list(POLICIES),
-                    default="largest",
-                    tooltip="Which face counts where a photo shows several; the order in which `index` counts. "
-                    "all takes every face of every photo, less those that lie mostly outside it.",
-                ),
-                io.Int.Input(
-                    "index",
-                    default=0,
-                    min=0,
-                    max=99,
-                    tooltip="0 is the first face in the order of `select`, 1 the second … The preview shows the numbers.",
-                ),
-                io.Combo.Input(
-                    "on_missing",
-                    options=list(ON_MISSING),
-                    default="error",
-                    tooltip="A photo without that face: stop with an error, or leave the photo out and say so in the report.",
-                ),
-            ],
+            inputs=_extract_inputs(),
             outputs=[
                 FaceFeaturesSocket.Output("faces", display_name="faces", tooltip="For Mix Face Features."),
                 io.Image.Output(

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from ..errors import FaceError, FacePackageError, InputError
 from ..files import file_digest
 from ..types import Face
-from .align import MIN_EYE_DISTANCE
 from .images import Image, to_bgr_uint8
 from .packages import DETECTION, GENDER_AGE, RECOGNITION, WANTED_FILES, Package, read_package
+from .windows import SeenFace, bordered, is_cut, likeness, tile_starts
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,10 @@ DETECTION_SIZES = (640, 512, 448, 384, 320, 256, 192, 128)
 PADDINGS = (0.25, 0.5)
 PADDED_SIZES = (640, 320)
 DETECTION_THRESHOLD = 0.5
-_LONGEST_PADDED = 1280  # larger photos are shrunk before a border is added; the detector reads 640 px at most
 # After that, small faces in large photos: sizes that show more of the photo's pixels, then the photo in tiles.
 LARGE_SIZES = (1024, 1280)
 _TILE = 1024  # pixels, at least
 _TILES_ACROSS = 4  # of the photo's longer side, without their overlap: tiles of very large photos are shrunk
-_OVERLAP = 0.25  # of a tile: a face that one cuts is whole in its neighbour
 # A photo in tiles is many photos, and each may show something that looks like a face.
 TILE_THRESHOLD = 0.6
 _SAME_FACE = 0.4  # intersection over union of two boxes
@@ -63,47 +61,11 @@ class _Libraries(NamedTuple):
     Face: Any
 
 
-@dataclass(frozen=True, eq=False)
-class _RawFace:
-    box: NDArray[np.floating]  # (4,) x1, y1, x2, y2
-    landmarks: NDArray[np.floating]  # (5, 2)
-    score: float
-
-    @property
-    def height(self) -> float:
-        return float(self.box[3] - self.box[1])
-
-    @property
-    def is_usable(self) -> bool:
-        return self._is_sane and self._eye_distance >= MIN_EYE_DISTANCE
-
-    @property
-    def is_tiny(self) -> bool:
-        """A face, but of too few pixels."""
-        return self._is_sane and self._eye_distance < MIN_EYE_DISTANCE
-
-    @property
-    def _is_sane(self) -> bool:
-        if not (np.isfinite(self.box).all() and np.isfinite(self.landmarks).all()):
-            return False
-        x1, y1, x2, y2 = self.box
-        return bool(x2 > x1 and y2 > y1)
-
-    @property
-    def _eye_distance(self) -> float:
-        return float(np.linalg.norm(self.landmarks[1] - self.landmarks[0]))
-
-    def moved(self, by: tuple[float, float], scale: float) -> _RawFace:
-        """The face where its picture is moved, then enlarged."""
-        x, y = by
-        return _RawFace((self.box + [x, y, x, y]) * scale, (self.landmarks + [x, y]) * scale, self.score)
-
-
 class _Attempt(NamedTuple):
     kind: str  # "at 640 to 128 px": what attempts of this kind are called together
     step: str  # "at 512 px"
     size: int  # of the detector's input
-    faces: list[_RawFace]  # also those that cannot be used
+    faces: list[SeenFace]  # also those that cannot be used
 
 
 @dataclass(frozen=True)
@@ -208,7 +170,7 @@ class FaceAnalyzer:
             check()
             yield _Attempt(sizes, f"at {max(size)} px", max(size), self._detect_at(bgr, size))
         for share in PADDINGS:
-            padded, scale, (x, y) = _pad(bgr, share)
+            padded, scale, (x, y) = bordered(bgr, share)
             for size in self._padded_sizes:
                 check()
                 seen = self._detect_at(padded, size)
@@ -232,29 +194,27 @@ class FaceAnalyzer:
 
     def _detect_in_tiles(
         self, bgr: NDArray[np.uint8], side: int, size: tuple[int, int], check: Callable[[], None]
-    ) -> list[_RawFace]:
+    ) -> list[SeenFace]:
         """Faces that one tile shows whole and a closer look confirms, best score first, each once."""
         height, width = bgr.shape[:2]
-        candidates: list[_RawFace] = []
-        for top in _starts(height, side):
-            for left in _starts(width, side):
+        candidates: list[SeenFace] = []
+        for top in tile_starts(height, side):
+            for left in tile_starts(width, side):
                 check()
                 tile = np.ascontiguousarray(bgr[top : top + side, left : left + side])
                 for face in self._detect_at(tile, size):
                     moved = face.moved((left, top), 1.0)
-                    if face.score >= TILE_THRESHOLD and not _is_cut(
-                        moved, (left, top, side), (width, height)
-                    ):
+                    if face.score >= TILE_THRESHOLD and not is_cut(moved, (left, top, side), (width, height)):
                         candidates.append(moved)
-        kept: list[_RawFace] = []
+        kept: list[SeenFace] = []
         for face in sorted(candidates, key=lambda face: -face.score):
-            if all(_likeness(face, other) < _SAME_FACE for other in kept):
+            if all(likeness(face, other) < _SAME_FACE for other in kept):
                 check()
                 if self._is_confirmed(bgr, face, size):
                     kept.append(face)
         return kept
 
-    def _is_confirmed(self, bgr: NDArray[np.uint8], face: _RawFace, size: tuple[int, int]) -> bool:
+    def _is_confirmed(self, bgr: NDArray[np.uint8], face: SeenFace, size: tuple[int, int]) -> bool:
         """Whether the detector sees the same face when it looks at its surroundings alone, at another scale."""
         x1, y1, x2, y2 = face.box
         reach = 2 * max(x2 - x1, y2 - y1)
@@ -262,21 +222,21 @@ class FaceAnalyzer:
         right, bottom = (round(float(c + reach)) + 1 for c in ((x1 + x2) / 2, (y1 + y2) / 2))
         part = np.ascontiguousarray(bgr[top:bottom, left:right])
         return any(
-            other.score >= TILE_THRESHOLD and _likeness(face, other.moved((left, top), 1.0)) >= _SAME_FACE
+            other.score >= TILE_THRESHOLD and likeness(face, other.moved((left, top), 1.0)) >= _SAME_FACE
             for at in ((size[0] // 2, size[1] // 2), size)
             for other in self._detect_at(part, at if len(self._sizes) > 1 else size)
         )
 
-    def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[_RawFace]:
+    def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[SeenFace]:
         height, width = bgr.shape[:2]
         if min(size[0] * height // width, size[1] * width // height) < 1:
             return []  # a very long photo would be resized to no pixels at all
         boxes, landmarks = self._model(DETECTION).detect(bgr, input_size=size, max_num=0, metric="default")
         return [
-            _RawFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
+            SeenFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
         ]
 
-    def _face(self, bgr: NDArray[np.uint8], raw: _RawFace, image_index: int, size: int) -> Face:
+    def _face(self, bgr: NDArray[np.uint8], raw: SeenFace, image_index: int, size: int) -> Face:
         # insightface's own faces cannot be copied and answer None to any attribute: none leaves this function.
         face = self._libraries.Face(
             bbox=raw.box.astype(np.float32), kps=raw.landmarks.astype(np.float32), det_score=raw.score
@@ -432,44 +392,3 @@ def _range(sizes: Sequence[tuple[int, int]]) -> str:
     """ "640 to 128 px"."""
     first, last = max(sizes[0]), max(sizes[-1])
     return f"{first} px" if first == last else f"{first} to {last} px"
-
-
-def _starts(length: int, side: int) -> list[int]:
-    """Where tiles begin along a side of the photo, so that the last ends with it."""
-    if length <= side:
-        return [0]
-    count = 1 + -(-(length - side) // round(side * (1 - _OVERLAP)))
-    return [round(number * (length - side) / (count - 1)) for number in range(count)]
-
-
-def _is_cut(face: _RawFace, tile: tuple[int, int, int], photo: tuple[int, int]) -> bool:
-    """Whether the edge of a tile (left, top, side) cuts a face, and not the edge of the photo (width, height)."""
-    (left, top, side), (width, height) = tile, photo
-    x1, y1, x2, y2 = face.box
-    cut = (
-        (left > 0 and x1 <= left),
-        (top > 0 and y1 <= top),
-        (left + side < width and x2 >= left + side),
-        (top + side < height and y2 >= top + side),
-    )
-    return any(cut)
-
-
-def _likeness(one: _RawFace, other: _RawFace) -> float:
-    """Intersection over union of two faces' boxes; 0 where one is no box."""
-    low, high = np.maximum(one.box[:2], other.box[:2]), np.minimum(one.box[2:], other.box[2:])
-    shared = float(np.prod(np.clip(high - low, 0, None)))
-    union = float(np.prod(one.box[2:] - one.box[:2]) + np.prod(other.box[2:] - other.box[:2])) - shared
-    return shared / union if union > 0 and np.isfinite(union) else 0.0
-
-
-def _pad(bgr: NDArray[np.uint8], share: float) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
-    """The photo, shrunk if it is large, in a black border; with the scale and the border's width and height."""
-    import cv2
-
-    scale = min(1.0, _LONGEST_PADDED / max(bgr.shape[:2]))
-    if scale < 1:
-        bgr = np.asarray(cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
-    x, y = round(bgr.shape[1] * share), round(bgr.shape[0] * share)
-    padded = cv2.copyMakeBorder(bgr, y, y, x, x, cv2.BORDER_CONSTANT, value=(0, 0, 0))
-    return np.asarray(padded, np.uint8), scale, (x, y)

@@ -60,8 +60,7 @@ def extract_features(
     `recognizer` maps crops (F, 3, 112, 112), RGB in [-1, 1], float32, to the embedding (F, 512) and four stages;
     `recognizer_digest` names its weights. Without it the package's own recogniser gives the embedding, and there
     are no stages. `on_missing="skip"` leaves out photos without the wanted face. With select="all", a face that cannot
-    be cut out is left out as long as the photo has another one. `origins` holds the file behind each photo, for messages, or
-    nothing.
+    be cut out is left out as long as the photo has another one. `origins`: the files behind the photos, for messages.
 
     `progress` is called after each photo; `check` before each detection attempt and each call of the recogniser, to end
     the work by raising.
@@ -69,70 +68,105 @@ def extract_features(
     The features are float32 on the CPU. Raises NoFaceFoundError or FaceError naming the photo, InputError for
     photos that are no images, NoFaceFoundError when every photo was skipped.
     """
-    if on_missing not in ON_MISSING:
-        raise InputError(f"on_missing must be one of {', '.join(ON_MISSING)}, got {on_missing!r}")
-    if not images:
-        raise InputError("no images were given; connect at least one photo of the person")
-    order_faces([], select)
+    _require_valid(images, select, on_missing)
     if recognizer is None:
         analyzer.require_recognition()
 
-    found: list[tuple[Face, ...]] = []
-    chosen: list[tuple[Face, ...]] = []
-    crops: list[Image] = []
-    accounts: list[_Account] = []
+    outcomes: list[_Outcome] = []
     for position, given in enumerate(images):
         image = check_image(given, position, len(images))
-        origin = origins[position] if origins else None
-        name = image_name(image, position, len(images), origin)
-        scale = 1.0 if origin is None else origin.scale_to(image)
-        search = analyzer.search(image, position, check)
-        faces = order_faces(search.faces, select)
-        found.append(tuple(faces))
-        try:
-            picked, new_crops, left_out = _pick(image, search, faces, select, index, scale)
-        except FaceError as error:
-            reason = f"{error}{_crop_hint(image, position, len(images), origin) if not faces else ''}"
-            if on_missing == "error":
-                hint = "; or set on_missing to skip, to leave this photo out" if len(images) > 1 else ""
-                raise type(error)(f"{name}: {reason}{hint}") from error
-            chosen.append(())
-            accounts.append(_Account(name, skipped=reason))
-        else:
-            chosen.append(tuple(picked))
-            crops += new_crops
-            accounts.append(_describe(name, search.step, faces, picked, left_out, scale))
+        photo = _Photo(image, position, len(images), origins[position] if origins else None)
+        outcomes.append(_look(photo, analyzer, select, index, on_missing, check))
         progress()
 
-    report = "\n".join(line for account in accounts for line in account.lines())
+    report = "\n".join(line for outcome in outcomes for line in outcome.account.lines())
+    crops = [crop for outcome in outcomes for crop in outcome.crops]
     if not crops:
         raise NoFaceFoundError(f"no photo shows a usable face.\n{report}")
-    remarks = tuple(remark for account in accounts for remark in account.remarks())
     crop_tensor = crops_to_tensor(crops)
     if recognizer is None:
-        embedding = _embed(analyzer, crops, check)
-        stages: tuple[Tensor, ...] = ()
+        embedding, stages = _embed(analyzer, crops, check), tuple[Tensor, ...]()
         recognizer_digest = analyzer.recognizer_digest
     else:
         embedding, stages = _recognize(recognizer, crop_tensor, check)
-    if not torch.isfinite(embedding).all():
-        raise RecognizerError(
-            "the face recogniser gave values that are not finite; run it in float32, or get its file again"
-        )
+    _require_finite(embedding)
     features = FaceFeatures(
         embedding=embedding,
         stages=stages,
-        faces=tuple(face for faces in chosen for face in faces),
+        faces=tuple(face for outcome in outcomes for face in outcome.chosen),
         recognizer=recognizer_digest,
         crops=crop_tensor,
     )
-    return Extraction(features, report, remarks, tuple(found), tuple(chosen))
+    remarks = tuple(remark for outcome in outcomes for remark in outcome.account.remarks())
+    found = tuple(outcome.found for outcome in outcomes)
+    chosen = tuple(outcome.chosen for outcome in outcomes)
+    return Extraction(features, report, remarks, found, chosen)
 
 
 def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
     """Aligned crops (112, 112, 3), RGB uint8, as the recogniser's input (F, 3, 112, 112), float32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
     return (stacked.float() / 127.5 - 1).contiguous()
+
+
+def _require_valid(images: Sequence[Image | Tensor], select: str, on_missing: str) -> None:
+    if on_missing not in ON_MISSING:
+        raise InputError(f"on_missing must be one of {', '.join(ON_MISSING)}, got {on_missing!r}")
+    if not images:
+        raise InputError("no images were given; connect at least one photo of the person")
+    order_faces([], select)  # raises for a policy that there is not
+
+
+@dataclass(frozen=True, eq=False)
+class _Photo:
+    """One of the given photos; `position` counts from 0 among `count`."""
+
+    image: Image
+    position: int
+    count: int
+    origin: Origin | None
+
+    @property
+    def name(self) -> str:
+        return image_name(self.image, self.position, self.count, self.origin)
+
+    @property
+    def scale(self) -> float:
+        """Pixels of the photo per pixel of the user's file."""
+        return 1.0 if self.origin is None else self.origin.scale_to(self.image)
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """The faces of one photo, and the account of it; nothing is chosen where it is left out."""
+
+    account: _Account
+    found: tuple[Face, ...]  # in the order that `index` counts in
+    chosen: tuple[Face, ...] = ()
+    crops: tuple[Image, ...] = ()
+
+
+def _look(
+    photo: _Photo,
+    analyzer: FaceAnalyzer,
+    select: str,
+    index: int,
+    on_missing: str,
+    check: Callable[[], None],
+) -> _Outcome:
+    """Find, choose and cut out the faces of one photo. Raises as `extract_features` does."""
+    search = analyzer.search(photo.image, photo.position, check)
+    faces = order_faces(search.faces, select)
+    try:
+        picked, crops, left_out = _pick(photo.image, search, faces, select, index, photo.scale)
+    except FaceError as error:
+        reason = f"{error}{'' if faces else _crop_hint(photo)}"
+        if on_missing == "error":
+            hint = "; or set on_missing to skip, to leave this photo out" if photo.count > 1 else ""
+            raise type(error)(f"{photo.name}: {reason}{hint}") from error
+        return _Outcome(_Account(photo.name, skipped=reason), tuple(faces))
+    account = _describe(photo.name, search.step, faces, picked, left_out, photo.scale)
+    return _Outcome(account, tuple(faces), tuple(picked), tuple(crops))
 
 
 def _pick(
@@ -199,9 +233,17 @@ def _recognize(
     return embedding, stages
 
 
-def _crop_hint(image: Image, position: int, count: int, origin: Origin | None) -> str:
+def _require_finite(embedding: Tensor) -> None:
+    if not torch.isfinite(embedding).all():
+        raise RecognizerError(
+            "the face recogniser gave values that are not finite; run it in float32, or get its file again"
+        )
+
+
+def _crop_hint(photo: _Photo) -> str:
     """What joining photos to a batch may have done to one without a face: nothing, a crop for certain, or a possible one."""
-    if count == 1 or position == 0 or (origin is not None and not origin.is_cropped(image)):
+    origin = photo.origin
+    if photo.count == 1 or photo.position == 0 or (origin is not None and not origin.is_cropped(photo.image)):
         return ""
     has_been = "may have been" if origin is None else "was"
     return (

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from tests.harness.server import ComfyServer, RunResult
+from tests.harness.runs import RunResult
+from tests.harness.server import ComfyServer
 from tests.harness.uniid_graph import (
     FROM_PACKAGE,
     add_analyzer,

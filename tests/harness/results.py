@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.harness.server import ComfyServer, RunResult
+from tests.harness.runs import RunResult
+from tests.harness.server import ComfyServer
 from tests.harness.uniid_graph import rewire
 from tests.harness.workflow import Graph, Node
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import io
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +24,7 @@ import aiohttp
 from PIL import Image
 
 from tests.harness.comfy import REPOSITORY, comfyui_path
+from tests.harness.runs import RunResult, collect, follow, read_validation
 from tests.harness.shim import shim_path
 from tests.harness.workflow import Graph, Workflow
 
@@ -45,81 +44,6 @@ _FRONTEND_SETTINGS = {
 
 class ServerError(RuntimeError):
     """The server did not start, died, or did not answer in time; the message ends with the tail of its log."""
-
-
-@dataclass(frozen=True)
-class NodeFailure:
-    """An exception in a node, as the server reports it to the user."""
-
-    node_id: str
-    node_type: str
-    exception_type: str
-    message: str
-    traceback: str
-
-
-@dataclass
-class RunResult:
-    """What became of one workflow."""
-
-    prompt_id: str = ""
-    """Empty if the server refused the workflow."""
-    rejection: str = ""
-    """Why the server refused the workflow as a whole; readable, empty if it did not."""
-    node_errors: dict[str, list[str]] = field(default_factory=dict)
-    """Validation errors by node id. The server may run the valid outputs of a workflow in spite of them."""
-    messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Every message about this run, in order: (type, data)."""
-    executed_nodes: list[str] = field(default_factory=list)
-    """Ids of the nodes that really ran, in order; a node served from the cache is not among them."""
-    cached_nodes: list[str] = field(default_factory=list)
-    error: NodeFailure | None = None
-    interrupted: bool = False
-    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """UI output of each output node by id, from the server's history: `{"9": {"images": [...]}}`."""
-    images_by_node: dict[str, list[Image.Image]] = field(default_factory=dict)
-    told: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-    """What the pack's nodes show at the end, beside their reports: texts by node id and topic."""
-    log: str = ""
-    """What the server logged during the run."""
-    seconds: float = 0.0
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All images of the nodes that save or preview images; not those that the pack's nodes show of their work."""
-        return [
-            image
-            for node, images in self.images_by_node.items()
-            if "idadapter" not in self.outputs[node]
-            for image in images
-        ]
-
-    @property
-    def ok(self) -> bool:
-        return not (self.rejection or self.node_errors or self.error or self.interrupted)
-
-    def check(self) -> RunResult:
-        """This result, if everything went well.
-
-        Raises:
-            AssertionError: it did not; the message says what the server said.
-        """
-        if not self.ok:
-            raise AssertionError(self.describe())
-        return self
-
-    def describe(self) -> str:
-        """What went wrong, in words; "ok" if nothing did."""
-        parts = [self.rejection] if self.rejection else []
-        parts += [f"node {node}: {'; '.join(errors)}" for node, errors in self.node_errors.items()]
-        if self.error:
-            parts.append(
-                f"node {self.error.node_id} ({self.error.node_type}): {self.error.exception_type}: "
-                f"{self.error.message}\n{self.error.traceback}"
-            )
-        if self.interrupted:
-            parts.append("interrupted")
-        return "\n".join(parts) or "ok"
 
 
 class ComfyServer:
@@ -339,11 +263,11 @@ class ComfyServer:
                     if response.status not in (200, 400):
                         raise ServerError(f"/prompt: {response.status}\n{await response.text()}")
                     answer = await response.json()
-                _read_validation(result, answer)
+                read_validation(result, answer)
                 if not result.prompt_id:
                     return result
-                await _follow(socket, result, on_message)
-            await _collect(session, result)
+                await follow(socket, result, on_message)
+            await collect(session, result)
         return result
 
 
@@ -374,70 +298,6 @@ def bring_tiny_checkpoints(base: Path) -> None:
     )
     if done.returncode:
         raise ServerError(f"Writing the tiny checkpoints failed:\n{done.stdout}")
-
-
-def _read_validation(result: RunResult, answer: dict[str, Any]) -> None:
-    result.prompt_id = answer.get("prompt_id", "")
-    error = answer.get("error")
-    if error:
-        result.rejection = _one_line(error)
-    # An empty list, not a dict, where there is nothing to say.
-    for node, report in (answer.get("node_errors") or {}).items():
-        result.node_errors[node] = [_one_line(entry) for entry in report["errors"]]
-
-
-def _one_line(error: dict[str, Any]) -> str:
-    details = f": {error['details']}" if error.get("details") else ""
-    return f"{error['type']}: {error['message']}{details}"
-
-
-async def _follow(
-    socket: aiohttp.ClientWebSocketResponse,
-    result: RunResult,
-    on_message: Callable[[str, dict[str, Any]], None] | None,
-) -> None:
-    async for message in socket:
-        if message.type is not aiohttp.WSMsgType.TEXT:
-            continue  # previews come as binary messages
-        event = json.loads(message.data)
-        kind, data = event["type"], event["data"]
-        if kind == "idadapter.messages":
-            texts = tuple(message["text"] for message in data["messages"])
-            result.told[data["node"], data["topic"]] = texts
-        if data.get("prompt_id") != result.prompt_id:
-            continue
-        result.messages.append((kind, data))
-        if on_message:
-            on_message(kind, data)
-        if kind == "executing":
-            # The only message that comes after the history has been written.
-            if data["node"] is None:
-                return
-            result.executed_nodes.append(data["node"])
-        elif kind == "execution_cached":
-            result.cached_nodes = list(data["nodes"])
-        elif kind == "execution_interrupted":
-            result.interrupted = True
-        elif kind == "execution_error":
-            result.error = NodeFailure(
-                node_id=data["node_id"],
-                node_type=data["node_type"],
-                exception_type=data["exception_type"],
-                message=data["exception_message"].strip(),
-                traceback="".join(data["traceback"]),
-            )
-    raise ConnectionError("the server closed the websocket")
-
-
-async def _collect(session: aiohttp.ClientSession, result: RunResult) -> None:
-    async with session.get(f"/history/{result.prompt_id}", raise_for_status=True) as response:
-        result.outputs = (await response.json())[result.prompt_id]["outputs"]
-    for node, output in result.outputs.items():
-        for entry in output.get("images", []):
-            async with session.get("/view", params=entry, raise_for_status=True) as response:
-                image = Image.open(io.BytesIO(await response.read()))
-                image.load()
-            result.images_by_node.setdefault(node, []).append(image)
 
 
 def _run_anywhere(request: Callable[[], Any]) -> Any:

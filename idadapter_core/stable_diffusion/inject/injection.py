@@ -181,15 +181,10 @@ class Injected:
         self._require_tokens(tokens)
         if unconditional is not None:
             self._require_tokens(unconditional)
-        if bias is not None and bias.shape != tokens.shape[1:2]:
-            raise InputError(
-                f"bias must have one value for each of the {tokens.shape[1]} tokens, shape ({tokens.shape[1]},), got shape "
-                f"{tuple(bias.shape)}"
-            )
+        if bias is not None:
+            _require_bias(bias, tokens)
         device = next(self.layers.parameters()).device
         count = _row_count(tokens, strength, rows)
-        if bias is not None:
-            bias = bias.to(device)
         if isinstance(strength, Tensor):
             strength = strength.to(device)
         groups = _groups(tokens.to(device), bias, rows, unconditional)
@@ -345,6 +340,14 @@ class BlockHooks:
         return dtype
 
 
+def _require_bias(bias: Tensor, tokens: Tensor) -> None:
+    if bias.shape != tokens.shape[1:2]:
+        raise InputError(
+            f"bias must have one value for each of the {tokens.shape[1]} tokens, shape ({tokens.shape[1]},), got shape "
+            f"{tuple(bias.shape)}"
+        )
+
+
 def _row_count(tokens: Tensor, strength: float | Tensor, rows: Tensor | None) -> int | None:
     """How many rows a call must have; None where all of them are treated alike.
 
@@ -374,6 +377,9 @@ def _row_count(tokens: Tensor, strength: float | Tensor, rows: Tensor | None) ->
 def _groups(
     tokens: Tensor, bias: Tensor | None, rows: Tensor | None, unconditional: Tensor | None
 ) -> tuple[Group, ...]:
+    """The tokens of the rows with the identity, then of those without it; all on the device of `tokens`."""
+    if bias is not None:
+        bias = bias.to(tokens.device)
     if rows is None or bool(rows.all()):
         return (Group(tokens, None, bias),)
     # Counted on the host here, once, so that no block has to wait for the device.
