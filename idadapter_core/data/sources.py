@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,17 +86,8 @@ def list_photos(
         ConfigError: nothing there, or not what the layout says.
     """
     text = str(given)
-    if encoding:
-        check_encoding(encoding)
-    chosen = _layout(text) if layout == "auto" else layout
-    if chosen not in LAYOUTS:
-        raise ConfigError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    is_table = chosen in ("list", "ip-adapter") or _is_table(Path(text))
-    for option, is_given in (("--root", root is not None), ("--numbered", numbered)):
-        if is_given and (chosen == "webdataset" or not is_table):
-            raise ConfigError(
-                f"{option} belongs to a table or a list of photos; {text} is neither. Leave it out."
-            )
+    check_encoding(encoding or "utf-8")
+    chosen, is_table = _chosen_layout(text, layout, {"--root": root is not None, "--numbered": numbered})
     counter = Counter()
     if chosen == "webdataset":
         source = _from_shards(text, encoding, counter, output)
@@ -116,6 +107,24 @@ def list_photos(
     if captions is None and share.having:
         source = _with_note(source, f"{share}")
     return source
+
+
+def _chosen_layout(text: str, layout: str, of_tables: Mapping[str, bool]) -> tuple[str, bool]:
+    """The layout, and whether it is of a table or a list.
+
+    Args:
+        of_tables: options that belong to tables and lists alone, and whether they are given.
+    """
+    chosen = _layout(text) if layout == "auto" else layout
+    if chosen not in LAYOUTS:
+        raise ConfigError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    is_table = chosen in ("list", "ip-adapter") or _is_table(Path(text))
+    for option, is_given in of_tables.items():
+        if is_given and (chosen == "webdataset" or not is_table):
+            raise ConfigError(
+                f"{option} belongs to a table or a list of photos; {text} is neither. Leave it out."
+            )
+    return chosen, is_table
 
 
 def _is_table(path: Path) -> bool:

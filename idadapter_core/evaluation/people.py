@@ -70,17 +70,8 @@ def choose_people(
         person = everyone[rows[name]]
         if len(person) < wanted:
             continue
-        photos: list[Photo] = []
-        for row in _shuffled(person, settings.seed, name):
-            photo = Photo(row, partial(index.load, row))
-            if has_face(photo):
-                photos.append(photo)
-            else:
-                log.warning(
-                    "%s: left out, the face package of the metrics recognises no face in it", row.source
-                )
-            if len(photos) > wanted:  # the references and one more
-                break
+        shuffled = [Photo(row, partial(index.load, row)) for row in _shuffled(person, settings.seed, name)]
+        photos = _with_face(shuffled, has_face, wanted + 1)  # the references and one more
         if len(photos) < wanted:
             continue
         word, _ = Counter(row.class_noun or "person" for row in person).most_common(1)[0]
@@ -102,6 +93,21 @@ def choose_people(
             settings.identities,
         )
     return tuple(people)
+
+
+def _with_face(photos: Iterable[Photo], has_face: Callable[[Photo], bool], count: int) -> list[Photo]:
+    """The first photos, up to `count`, in which the judging models find the face."""
+    found: list[Photo] = []
+    for photo in photos:
+        if has_face(photo):
+            found.append(photo)
+        else:
+            log.warning(
+                "%s: left out, the face package of the metrics recognises no face in it", photo.row.source
+            )
+        if len(found) == count:
+            break
+    return found
 
 
 def _shuffled(entries: Iterable[T], seed: int, what: str) -> list[T]:
