@@ -85,10 +85,6 @@ def adapter(recipe: Recipe) -> Adapter:
     config = fresh_config(networks.unet(recipe.family), wanted)
     with torch.device("meta"):
         encoder, layers = recipe.parts.encoder(config), recipe.parts.layers(config, nn)
-    for name, parameter in list(layers.named_parameters()):
-        if parameter.ndim == 0:  # gates are read on the host
-            path, _, own = name.rpartition(".")
-            setattr(layers.get_submodule(path), own, nn.Parameter(torch.tensor(0.5), requires_grad=False))
     return Adapter("", "", recipe.method, config, encoder, layers, Mechanisms())
 
 

@@ -23,7 +23,7 @@ AMX_COLUMNS = 200
 
 # Otherwise products of one head each are the fastest up to this many tokens, and of two with fewer: in bf16 where the processor has
 # instructions for it, and in fp32.
-BLOCK_TOKENS = {torch.bfloat16: 64, torch.float32: 28}
+BLOCK_TOKENS = {torch.bfloat16: 64, torch.float32: 8}
 PAIR_TOKENS = {torch.bfloat16: 25, torch.float32: 8}
 
 # Up to this many tokens, fp32 products with the heads as a batch are the fastest for bf16 on a processor without instructions for it.
