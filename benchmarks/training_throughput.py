@@ -39,8 +39,9 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from idadapter_core.config import parse_config
-from idadapter_core.data.index import Index, Row
+from idadapter_core.data.index import Index
 from idadapter_core.data.references import Photo
+from idadapter_core.data.rows import Row
 from idadapter_core.data.scan import scan
 from idadapter_core.data.sources import list_photos
 from idadapter_core.data.split import SplitSettings
@@ -255,7 +256,7 @@ def _write_world(folder: Path) -> RunConfig:
     save_iresnet(network, folder / "recognizer.safetensors")
     scan(
         list_photos(folder / "photos"),
-        folder / "index.jsonl",
+        folder / "index.parquet",
         package=folder / "package",
         split=SplitSettings(share=0),
     )
@@ -267,7 +268,7 @@ def _write_world(folder: Path) -> RunConfig:
             "face_package": str(folder / "package"),
         },
         "data": {
-            "index": str(folder / "index.jsonl"),
+            "index": str(folder / "index.parquet"),
             "cache": str(folder / "cache"),
             "resolution": RESOLUTION,
             "flip": False,

@@ -26,6 +26,7 @@ _RECORDED = (
     "webdataset",
     "tensorboard",
     "imagehash",
+    "pyarrow",
     "torchvision",
     "onnxruntime",
     "onnxruntime-gpu",
@@ -45,7 +46,7 @@ def require(name: str) -> ModuleType:
     except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
         raise ConfigError(
             f"training and evaluation need {name.partition('.')[0]}, which cannot be imported: {error}. In the folder of "
-            "ComfyUI-IDAdapter run `pip install .[train]` with the Python that has torch."
+            "ComfyUI-IDAdapter run `pip install -r requirements-train.txt` with the Python that has torch."
         ) from error
 
 

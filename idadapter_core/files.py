@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import CheckpointError
@@ -81,6 +84,12 @@ def read_safetensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Ten
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
     return (tensors if mapped else _read_into_memory(path, tensors)), metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file. Raises OSError or SafetensorError."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _read_into_memory(path: Path, windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,6 +163,86 @@ def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path
         raise CheckpointError(
             f"{path}: cannot be written ({error}). Choose another folder, or make this one writable and free some space."
         ) from error
+
+
+class StreamedTensors:
+    """A .safetensors file that is written piece by piece, so that it may be larger than the memory.
+
+    Each tensor grows at its end, whatever is written of the others in between. Raises OSError.
+
+    Args:
+        path: is overwritten in place; see `replacing`.
+        tensors: name -> kind ("U8", "I32", "F32", ...) and shape. Those of wider kinds come first, so that all are aligned.
+        last: the name of one more tensor, of bytes, that grows without limit; "" for none.
+        metadata: of the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        last: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._path = path
+        self._last = last
+        self._metadata = dict(metadata or {})
+        self._kinds = dict(tensors)
+        self._begin: dict[str, int] = {}
+        self._end: dict[str, int] = {}
+        end = 0
+        for name, (kind, shape) in tensors.items():
+            self._begin[name] = end
+            end += math.prod(shape) * (8 if kind == "BOOL" else int(kind.lstrip("UIFB"))) // 8
+            self._end[name] = end
+        if last:
+            self._begin[last], self._end[last] = end, end
+        self._written = dict(self._begin)
+        self._head = len(self._header(1 << 62))  # longer than any that will be written
+        self._size = 8 + self._head + end
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Write more of a tensor."""
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        if name != self._last and self._written[name] + len(content) > self._end[name]:
+            raise ValueError(f"{name} was said to be of {self._kinds[name]}")
+        self._file.seek(8 + self._head + self._written[name])
+        self._file.write(content)
+        self._written[name] += len(content)
+
+    def __enter__(self) -> StreamedTensors:
+        self._file = self._path.open("wb")
+        try:
+            self._file.truncate(self._size)
+        except OSError:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                for name in self._kinds:
+                    if self._written[name] != self._end[name]:
+                        raise ValueError(
+                            f"{name} was said to be of {self._kinds[name]}, it was not written whole"
+                        )
+                header = self._header(self._written.get(self._last, 0))
+                self._file.seek(0)
+                self._file.write(self._head.to_bytes(8, "little") + header.ljust(self._head))
+        finally:
+            self._file.close()
+
+    def _header(self, end: int) -> bytes:
+        content: dict[str, Any] = {"__metadata__": self._metadata}
+        for name, (kind, shape) in self._kinds.items():
+            places = [self._begin[name], self._end[name]]
+            content[name] = {"dtype": kind, "shape": shape, "data_offsets": places}
+        if self._last:
+            begin = self._begin[self._last]
+            content[self._last] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        encoded = json.dumps(content, separators=(",", ":")).encode()
+        return encoded + b" " * (-len(encoded) % 8)
 
 
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:

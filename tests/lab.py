@@ -75,7 +75,7 @@ class Lab:
         content: dict[str, Any] = {
             "base": self.base(),
             "data": {
-                "index": str(self.folder / "index.jsonl"),
+                "index": str(self.folder / "index.parquet"),
                 "cache": str(self.folder / "cache"),
                 "resolution": RESOLUTION,
                 "references": 2,
@@ -141,7 +141,7 @@ def bring_vision(lab: Lab) -> Writer:
 def _evaluation(lab: Lab) -> EvaluationConfig:
     content = {
         "base": lab.base(),
-        "data": {"index": str(lab.folder / "index.jsonl"), "identities": 2, "references": 2},
+        "data": {"index": str(lab.folder / "index.parquet"), "identities": 2, "references": 2},
         "runs": [
             {
                 "name": "mine",

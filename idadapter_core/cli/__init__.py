@@ -25,6 +25,8 @@ COMMANDS = {
     "stats": Command("data", "say what an index holds", is_named=True),
     "dedupe": Command("data", "mark photos and people that are there twice", is_named=True),
     "shards": Command("data", "copy the usable photos into webdataset shards", is_named=True),
+    "show": Command("data", "print the rows of an index as JSON, one a line", is_named=True),
+    "convert-index": Command("data", "write an index of the former kind as Parquet", is_named=True),
     "cache": Command("cache", "latents and features of a run's photos, computed once"),
     "train": Command("train", "train an adapter"),
     "export": Command("export", "the file for Load ID Adapter, from a run"),

@@ -1,21 +1,29 @@
-"""`python -m idadapter_core scan|stats|dedupe|shards`: from photos to what a training reads."""
+"""`python -m idadapter_core scan|stats|dedupe|shards|show|convert-index`: from photos to what a training reads."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from ..data.convert import convert, shown
 from ..data.dedupe import PEOPLE, dedupe, settings_of
 from ..data.index import Index, read_index
 from ..data.inventory import describe_inventory
+from ..data.jsonl import line_of
 from ..data.measure import Limits
-from ..data.scan import scan
-from ..data.shards import INDEX_NAME, write_shards
+from ..data.parquet import SUFFIX
+from ..data.ranks import ranks_of
+from ..data.rows import STATUSES
+from ..data.scan import scan, scan_share
+from ..data.shards import INDEX_NAME, write_shards, write_share
 from ..data.sources import LAYOUTS, list_photos
 from ..data.split import SplitSettings, describe_split
 from ..data.stats import bad_photos, describe
@@ -44,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _scan(options: argparse.Namespace) -> int:
-    _check_output(options)
     limits = Limits(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)})
     split = SplitSettings(options.test_share, options.seed, options.threshold)
     if not 0 <= options.max_bad_share <= 1:
@@ -53,6 +60,11 @@ def _scan(options: argparse.Namespace) -> int:
         raise ConfigError(f"--min-match must be between 0 and 1, got {options.min_match}")
     if options.workers < 0:
         raise ConfigError(f"--workers must be at least 0, got {options.workers}")
+    ranks = ranks_of()
+    if not ranks.is_first and options.index.exists() and not options.overwrite:
+        print(f"{ranks}: {options.index} is there already, nothing is left to do")
+        return 0
+    _check_output(options)
     source = list_photos(
         options.source,
         options.layout,
@@ -64,6 +76,17 @@ def _scan(options: argparse.Namespace) -> int:
         min_match=options.min_match,
         output=options.index,
     )
+    models: dict[str, Any] = {
+        "package": options.face_package,
+        "recognizer": options.recognizer,
+        "provider": options.provider,
+        "workers": options.workers,
+    }
+    if not ranks.is_first:
+        with progress_bar(f"photos of {ranks}", "photo") as progress:
+            scan_share(source, options.index, ranks=ranks, progress=progress, **models)
+        print(f"{ranks}: all its photos are looked at; rank 0 writes the index")
+        return 0
     print(f"{len(source.photos)} photos in {source.root} (layout {source.layout})")
     for text in (describe_inventory(source.files.facts()), *source.notes):
         if text:
@@ -73,16 +96,19 @@ def _scan(options: argparse.Namespace) -> int:
         index = scan(
             source,
             options.index,
-            package=options.face_package,
-            recognizer=options.recognizer,
-            provider=options.provider,
             limits=limits,
             split=split,
-            workers=options.workers,
+            world=ranks.world,
             progress=progress,
+            **models,
         )
+    return _report(index, len(source.notes), options)
+
+
+def _report(index: Index, told: int, options: argparse.Namespace) -> int:
+    """Say what a scan found, but for so many notes; returns the exit code."""
     _print_summary(index)
-    for note in index.facts["notes"][len(source.notes) :]:
+    for note in index.facts["notes"][told:]:
         print(note)
     if index.bad_share() > options.max_bad_share:
         print(f"\n{bad_photos(index)}")
@@ -123,25 +149,57 @@ def _dedupe(options: argparse.Namespace) -> int:
 
 
 def _shards(options: argparse.Namespace) -> int:
+    ranks = ranks_of()
     index = read_index(options.index)
-    with progress_bar("photos", "photo") as progress:
-        result = write_shards(index, options.folder, photos=options.photos, progress=progress)
+    with progress_bar("photos" if ranks.world == 1 else f"photos of {ranks}", "photo") as progress:
+        if not ranks.is_first:
+            write_share(index, options.folder, ranks=ranks, photos=options.photos, progress=progress)
+            print(f"{ranks}: all its shards are written; rank 0 writes the index")
+            return 0
+        result = write_shards(
+            index, options.folder, photos=options.photos, world=ranks.world, progress=progress
+        )
     print(
         f"wrote {len(result.usable())} photos to {options.folder}; train with {options.folder / INDEX_NAME}"
     )
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    _check_output(options)
+    _print_summary(convert(options.source, options.index))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    if min(options.start, options.count or 0) < 0:
+        raise ConfigError(f"--start and --count must be at least 0, got {options.start} and {options.count}")
+    facts, rows = shown(options.index, options.status)
+    lines: Iterator[str] = map(
+        line_of, itertools.islice(rows, options.start, options.count and options.start + options.count)
+    )
+    if options.facts:
+        lines = iter([json.dumps(dict(facts), ensure_ascii=False)])
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, for example `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 def _print_summary(index: Index) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in index.counts().items() if count)
     print(f"wrote {index.path}: {len(index.rows)} photos, {counts}")
-    print(describe_split(dict(index.facts["split"])))
+    if "split" in index.facts:
+        print(describe_split(dict(index.facts["split"])))
 
 
 def _check_output(options: argparse.Namespace) -> None:
     path: Path = options.index
-    if path.suffix != ".jsonl":
-        raise ConfigError(f"the index must end in .jsonl, got {path.name}")
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"the index must end in {SUFFIX}, got {path.name}")
     if path.exists() and not options.overwrite:
         raise ConfigError(f"{path} exists; choose another name or add --overwrite")
 
@@ -152,12 +210,12 @@ def _parser() -> argparse.ArgumentParser:
         description="From photos to an index that a training reads.",
         epilog="docs/datasets.md has the commands for the datasets that people use, docs/training.md what comes after.",
     )
-    commands = parser.add_subparsers(required=True, metavar="scan|stats|dedupe|shards")
+    commands = parser.add_subparsers(required=True, metavar="scan|stats|dedupe|shards|show|convert-index")
 
     new = commands.add_parser("scan", help="look at every photo and write the index")
     new.set_defaults(command=_scan)
     new.add_argument("source", help="folder, table, list or shards (patterns like 'a-{000..099}.tar' too)")
-    new.add_argument("index", type=Path, help="the index to write, .jsonl")
+    new.add_argument("index", type=Path, help="the index to write, .parquet")
     new.add_argument(
         "--face-package", type=Path, required=True, help="folder of an insightface package (buffalo_l)"
     )
@@ -243,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     single.set_defaults(command=_dedupe)
     single.add_argument("source", type=Path, metavar="index")
-    single.add_argument("index", type=Path, metavar="output", help="the index to write, .jsonl")
+    single.add_argument("index", type=Path, metavar="output", help="the index to write, .parquet")
     which = single.add_mutually_exclusive_group()
     for name, text in zip(
         PEOPLE,
@@ -265,7 +323,27 @@ def _parser() -> argparse.ArgumentParser:
     packed.add_argument("index", type=Path)
     packed.add_argument("folder", type=Path, help=f"gets the shards and {INDEX_NAME}")
     packed.add_argument("--photos", type=int, default=1000, help="of a shard (default: %(default)s)")
+
+    _add_show_and_convert(commands)
     return parser
+
+
+def _add_show_and_convert(commands: Any) -> None:
+    shown = commands.add_parser("show", help="print the rows of an index as JSON, one a line")
+    shown.set_defaults(command=_show)
+    shown.add_argument("index", type=Path, help="also one in JSON Lines, of an earlier version")
+    shown.add_argument("--status", choices=STATUSES, help="rows of this status alone")
+    shown.add_argument("--start", type=int, default=0, help="leave out so many rows first")
+    shown.add_argument("--count", type=int, help="so many rows at most (default: all)")
+    shown.add_argument("--facts", action="store_true", help="what holds for all rows, in place of the rows")
+
+    old = commands.add_parser(
+        "convert-index", help="write an index in JSON Lines, of an earlier version, as Parquet"
+    )
+    old.set_defaults(command=_convert)
+    old.add_argument("source", type=Path, metavar="index")
+    old.add_argument("index", type=Path, metavar="output", help="the index to write, .parquet")
+    old.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 _LIMITS = {
@@ -280,4 +358,7 @@ _LIMITS = {
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Of this machine, for each of the processes that torchrun started on it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(cores // max(int(beside), 1), 1) if beside.isdecimal() else cores

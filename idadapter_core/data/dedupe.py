@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .index import OK, Index, Row, write_index
-from .split import SplitSettings, clusters, people_of, split_rows
+from .index import Index, write_index
+from .people import People
+from .rows import OK, PHASH, STATUSES, Edited, Rows
+from .split import SplitSettings, clusters, faces_of, split_rows
 
 NEAR = 4
 """Perceptual hashes that differ in this many of their 64 bits, or fewer, are of the same photo."""
@@ -43,11 +44,13 @@ def dedupe(
     if people not in PEOPLE:
         raise ConfigError(f"people must be one of {', '.join(PEOPLE)}, got {people!r}")
     embeddings = index.embeddings()
-    rows = near_duplicates(same_bytes(index.rows))
-    rows = same_people(rows, embeddings, threshold, merge=people == "merge")
+    edited = Edited.of(index.rows)
+    same_bytes(edited)
+    near_duplicates(edited)
+    same_people(edited, embeddings, threshold, merge=people == "merge")
     if people == "merge":
-        rows = near_duplicates(rows)
-    rows, split_facts = split_rows(rows, embeddings, split or settings_of(index.facts))
+        near_duplicates(edited)
+    rows, split_facts = split_rows(Rows(edited), embeddings, split or settings_of(index.facts))
     facts = {**index.facts, "dedupe": {"people": people, "threshold": threshold}, "split": split_facts}
     return write_index(output, index.root, rows, embeddings, facts)
 
@@ -58,56 +61,53 @@ def settings_of(facts: Mapping[str, Any]) -> SplitSettings:
     return SplitSettings(**{name: facts["split"][name] for name in names if name in facts.get("split", {})})
 
 
-def same_bytes(rows: Sequence[Row]) -> list[Row]:
+def same_bytes(rows: Edited) -> None:
     """Mark every usable row whose bytes an earlier one has, whoever it shows."""
-    first: dict[str, Row] = {}
-    marked = []
-    for row in rows:
-        if row.status == OK and (kept := first.setdefault(row.sha256, row)) is not row:
-            row = _duplicate(row, f"the same bytes as {kept.source}")
-        marked.append(row)
-    return marked
+    first: dict[bytes, int] = {}
+    digests = rows.records["sha256"]
+    for place in np.flatnonzero(rows.status == STATUSES.index(OK)).tolist():
+        if (kept := first.setdefault(digests[place].tobytes(), place)) != place:
+            _refuse(rows, place, f"the same bytes as {rows.row(kept).source}")
 
 
-def near_duplicates(rows: Sequence[Row]) -> list[Row]:
+def near_duplicates(rows: Edited) -> None:
     """Mark every usable row that looks like an earlier photo of the same person."""
-    kept: dict[str, list[tuple[int, Row]]] = defaultdict(list)
-    marked = []
-    for row in rows:
-        if row.status == OK and row.identity and row.phash:
-            bits = int(row.phash, 16)
-            twin = next(
-                (other for seen, other in kept[row.identity] if (bits ^ seen).bit_count() <= NEAR), None
-            )
+    everyone = Rows(rows)
+    known = everyone.has_text("identity") & (rows.records["known"] & PHASH > 0)
+    people = People(everyone.where(known & (rows.status == STATUSES.index(OK))))
+    places = people.rows.places
+    for person in np.flatnonzero(people.sizes > 1).tolist():
+        kept: list[tuple[int, int]] = []
+        for place in places[people.positions(person)].tolist():
+            bits = int.from_bytes(rows.records["phash"][place].tobytes(), "big")
+            twin = next((other for seen, other in kept if (bits ^ seen).bit_count() <= NEAR), None)
             if twin is None:
-                kept[row.identity].append((bits, row))
+                kept.append((bits, place))
             else:
-                row = _duplicate(row, f"looks like {twin.source}")
-        marked.append(row)
-    return marked
+                _refuse(rows, place, f"looks like {rows.row(twin).source}")
 
 
-def same_people(rows: Sequence[Row], embeddings: Tensor, threshold: float, merge: bool) -> list[Row]:
+def same_people(rows: Edited, embeddings: Tensor, threshold: float, merge: bool) -> None:
     """Merge people who are one by their mean embeddings, or set the smaller ones aside. The largest keeps its name; among
     equals the first.
     """
-    people = people_of(rows, embeddings, unknown=False)
-    marked = list(rows)
-    for group in clusters(people.means, threshold):
-        keeper = max(group, key=lambda person: (len(people.rows[person]), -person))
+    faces = faces_of(Rows(rows), embeddings, unknown=False)
+    places, sizes = faces.people.rows.places, faces.people.sizes.tolist()
+    for group in clusters(faces.means, threshold):
+        keeper = max(group, key=lambda person: (sizes[person], -person))
         for person in group:
             if person == keeper:
                 continue
             # In a chain of likenesses the keeper itself may be less like than the one in between.
-            cosine = float(torch.dot(people.means[person], people.means[keeper]))
-            for number in people.rows[person]:
+            cosine = float(torch.dot(faces.means[person], faces.means[keeper]))
+            like = int(places[faces.people.firsts[keeper]])
+            reason = f"{faces.name(person)} is {faces.name(keeper)}, who has more photos or came first (cosine {cosine:.2f})"
+            for place in places[faces.people.positions(person)].tolist():
                 if merge:
-                    marked[number] = replace(rows[number], identity=people.names[keeper])
+                    rows.rename(place, faces.name(keeper), like)
                 else:
-                    reason = f"{people.names[person]} is {people.names[keeper]}, who has more photos or came first (cosine {cosine:.2f})"
-                    marked[number] = _duplicate(rows[number], reason)
-    return marked
+                    _refuse(rows, place, reason)
 
 
-def _duplicate(row: Row, reason: str) -> Row:
-    return replace(row, status="duplicate", reason=reason, split="")
+def _refuse(rows: Edited, place: int, reason: str) -> None:
+    rows.refuse(place, "duplicate", reason)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from .index import CLASS_NOUNS
+from .rows import CLASS_NOUNS
 from .texts import BLANK, caption_of
 
 # The names that fields of tables have: with kohya, Hugging Face, IP-Adapter, FaceID-6M and our own shards.

@@ -55,6 +55,7 @@ class Walk:
             seen.add(real)
             if own is not None and real == own[0]:
                 names = [name for name in names if not own[1].fullmatch(name)]
+                folders[:] = [name for name in folders if not own[1].fullmatch(name)]
             self.hidden += [path_in(inside, name) for name in names if name.startswith(".")]
             folders[:] = sorted(name for name in folders if not _is_hidden_link(place, name))
             yield inside, sorted(name for name in names if not name.startswith("."))
@@ -76,11 +77,12 @@ class Walk:
 
 
 def _own_files(output: Path | None) -> tuple[str, re.Pattern[str]] | None:
-    """The folder of an index, and the names that its files have there: they are left by an earlier scan and are no part of the dataset."""
+    """The folder of an index, and the names that its files and its folder of findings have there: they are left by an earlier scan and are no part of the dataset."""
     if output is None:
         return None
     name, stem = re.escape(output.name), re.escape(output.stem)
-    pattern = rf"{name}(\.progress)?|\.{name}\.[0-9a-f]{{8}}|\.?{stem}\.[0-9a-f]{{16}}\.safetensors(\.[0-9a-f]{{8}})?"
+    beside = rf"{stem}\.[0-9a-f]{{16}}\.(safetensors|map)"
+    pattern = rf"{name}(\.progress)?|\.{name}\.[0-9a-f]{{8}}|{beside}|\.{beside}\.([0-9a-f]{{8}}|lock)"
     return os.path.realpath(output.parent), re.compile(pattern)
 
 

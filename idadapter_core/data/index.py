@@ -1,110 +1,76 @@
 """The index: every photo that was seen, with what is known of it, and whether it may be used.
 
-On disk it is JSON Lines. The first line holds facts about all of it, then comes one row a line. The recogniser's embeddings of
-all rows are in a safetensors file beside it, whose name carries their digest: so the two files always belong together, and a
-new index replaces an old one in one step.
+On disk it is a Parquet file with a row for each photo (see `parquet`). The recogniser's embeddings of all rows are in a safetensors
+file beside it, and so is a map of the rows, which all processes of a machine share. The names of both carry a digest: so the files
+always belong together, and a new index replaces an old one in one step.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import glob
 import hashlib
 import json
-import math
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, InputError
+from ..errors import ConfigError, InputError
 from ..faces.images import Image
 from ..faces.iresnet import EMBEDDING_WIDTH
-from ..files import read_safetensors, some, state_digest, write_lines, write_safetensors
+from ..files import StreamedTensors, read_safetensors, replacing, state_digest
+from .columns import batch_of
+from .parquet import (
+    SUFFIX,
+    VERSION,
+    Head,
+    map_path,
+    mapped_rows,
+    read_head,
+    write_parquet,
+)
 from .photos import decode
+from .rows import BATCH, CLASS_NOUNS, FIELDS, OK, SPLITS, STATUSES, Packed, Row, Rows, as_rows, in_batches
 from .texts import read_file
 
-VERSION = 1
-OK = "ok"
-STATUSES = (
-    OK,
-    "no_face",
-    "many_faces",
-    "small_face",
-    "blur",
-    "extreme_pose",
-    "corrupt",
-    "too_small",
-    "id_mismatch",
-    "duplicate",
-)
-SPLITS = ("train", "test", "")
-CLASS_NOUNS = ("man", "woman", "person")
 IN_SHARD = "::"
 """Between a shard's path and a sample's key in `Row.source`."""
+CONVERTED = "converted_from"
+"""The fact that keeps the digest of the JSON Lines of which an index was made."""
 _EMBEDDINGS = "embeddings"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A photo. What a scan could not find out has its default."""
-
-    number: int  # its place in the index, from 0; never changes, so it names the sample
-    source: str  # posix path relative to the index's root (or an absolute one), or "shard.tar::key"
-    sha256: str = ""  # of the photo's bytes
-    width: int = 0  # pixels, upright
-    height: int = 0
-    identity: str = ""  # who it is; "" where nobody said
-    caption: str = ""
-    class_noun: str = "person"  # man, woman or person
-    box: tuple[float, float, float, float] | None = (
-        None  # of the largest face: x1, y1, x2, y2 in upright pixels
-    )
-    landmarks: tuple[tuple[float, float], ...] | None = (
-        None  # (5, 2) eyes, nose, mouth corners, in upright pixels
-    )
-    score: float = 0.0  # the detector's confidence, 0..1
-    faces: int = 0  # how many were found
-    face_fraction: float = 0.0  # share of the picture that the box covers
-    yaw: float = 0.0  # degrees; see faces.pose
-    pitch: float = 0.0
-    sharpness: float = 0.0  # variance of the Laplacian of the aligned crop
-    phash: str = ""  # perceptual hash, 64 bits as 16 hex digits
-    split: str = ""  # train or test; "" for rows that are not used
-    status: str = OK
-    reason: str = ""  # why it is not ok
-    offset: int = 0  # where its bytes begin in the shard; 0: a file of its own
-    size: int = 0  # how many bytes it has
-
-
-FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+_USED = STATUSES.index(OK)
+_DIGITS = "?" * 16
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """An index on disk, read whole."""
+    """An index on disk. Its rows are mapped from there (see `rows`); where others are given, they are packed in memory."""
 
     path: Path
     root: Path  # what relative sources start from
-    rows: tuple[Row, ...]
+    rows: Rows
     facts: Mapping[str, Any]  # version, recogniser's digest, limits, split, ...
-    digest: str  # first 16 hex digits of the SHA-256 of the file
+    digest: str  # 16 hex digits of the facts and the rows; of an index that was converted, those that it had before
 
-    def usable(self, split: str | None = None) -> list[Row]:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", as_rows(self.rows))
+
+    def usable(self, split: str | None = None) -> Rows:
         """The rows that are ok, of one split or of all."""
-        return [row for row in self.rows if row.status == OK and split in (None, row.split)]
+        chosen = self.rows.status == _USED
+        return self.rows.where(chosen if split is None else chosen & (self.rows.split == SPLITS.index(split)))
 
     def counts(self) -> dict[str, int]:
         """How many rows have each status, in the order of STATUSES, zeros included. They sum to the number of rows."""
-        found = Counter(row.status for row in self.rows)
-        return {status: found[status] for status in STATUSES}
+        found = np.bincount(self.rows.status, minlength=len(STATUSES)).tolist()
+        return dict(zip(STATUSES, found, strict=True))
 
     def bad_share(self) -> float:
         """The share of rows that cannot be used, duplicates aside."""
@@ -142,25 +108,31 @@ class Index:
         return content
 
     def embeddings(self) -> Tensor:
-        """What the scan's recogniser made of each row's face (rows, 512), fp32, not normalised; zeros where there is no face.
+        """What the scan's recogniser made of each row's face (rows, 512), fp32, not normalised; zeros where there is no face. Mapped
+        from the file, so it takes no memory, and must not be written to.
 
         Raises:
             ConfigError: the file beside the index is missing or not the one that belongs to it.
         """
-        path = self.path.with_name(embeddings_name(self.path, str(self.facts[_EMBEDDINGS])))
-        try:
-            tensor = read_safetensors(path)[0][_EMBEDDINGS]
-        except (OSError, KeyError, safetensors.SafetensorError) as error:
-            raise ConfigError(
-                f"{path}: the embeddings of {self.path.name} cannot be read ({error}). The file belongs beside the index; bring it "
-                "back, or scan again."
-            ) from error
-        if tuple(tensor.shape) != (len(self.rows), EMBEDDING_WIDTH) or tensor.dtype != torch.float32:
-            raise ConfigError(
-                f"{path}: holds {tuple(tensor.shape)} {tensor.dtype}, but {self.path.name} needs "
-                f"({len(self.rows)}, {EMBEDDING_WIDTH}) torch.float32. Scan again."
-            )
-        return tensor
+        return read_embeddings(self.path, self.facts)
+
+
+def read_embeddings(path: Path, facts: Mapping[str, Any]) -> Tensor:
+    """The embeddings of an index with these facts, see `Index.embeddings`."""
+    beside = path.with_name(embeddings_name(path, str(facts[_EMBEDDINGS])))
+    try:
+        tensor = read_safetensors(beside, mapped=True)[0][_EMBEDDINGS]
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise ConfigError(
+            f"{beside}: the embeddings of {path.name} cannot be read ({error}). The file belongs beside the index; bring it "
+            "back, or scan again."
+        ) from error
+    wanted = (facts["rows"], EMBEDDING_WIDTH)
+    if tuple(tensor.shape) != wanted or tensor.dtype != torch.float32:
+        raise ConfigError(
+            f"{beside}: holds {tuple(tensor.shape)} {tensor.dtype}, but {path.name} needs {wanted} torch.float32. Scan again."
+        )
+    return tensor
 
 
 def read_photo(root: Path, source: str, offset: int, size: int) -> bytes:
@@ -176,103 +148,110 @@ def read_photo(root: Path, source: str, offset: int, size: int) -> bytes:
 
 
 def read_index(path: str | Path) -> Index:
-    """Read an index strictly: what is there must be complete and make sense.
+    """Open an index. Its rows were seen to make sense when it was written, and are again when its map is made anew.
 
     Raises:
-        ConfigError: names the file, the line and what is wrong with it.
+        ConfigError: names the file, the row and what is wrong with it; or pyarrow is not installed.
     """
     path = Path(path)
-    digest = hashlib.sha256()
-    rows: list[Row] = []
-    facts: Mapping[str, Any] | None = None
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
-                digest.update(line)
-                if facts is None:
-                    facts = _facts(path, line)
-                else:
-                    rows.append(_row(f"{path.name} line {number + 1}", line, len(rows)))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}). Name the index that "
-            "`python -m idadapter_core scan` wrote."
-        ) from error
-    if facts is None:
-        raise ConfigError(f"{path} is empty, so it is no index. Scan again.")
-    if len(rows) != facts["rows"]:
-        raise ConfigError(
-            f"{path}: has {len(rows)} rows, but its first line says {facts['rows']}; it was cut off or edited. Scan again."
-        )
-    return Index(path, _root(path, facts["root"]), tuple(rows), facts, digest.hexdigest()[:16])
+    head = read_head(path)
+    return _opened(path, head, mapped_rows(path, head))
+
+
+def _opened(path: Path, head: Head, packed: Packed) -> Index:
+    facts = dict(head.facts)
+    digest = str(facts.pop(CONVERTED, head.digest))  # not for what is made of this index
+    return Index(path, root_of(path, facts["root"]), Rows(packed), facts, digest)
 
 
 def write_index(
-    path: str | Path, root: Path, rows: Sequence[Row], embeddings: Tensor, facts: Mapping[str, Any]
+    path: str | Path, root: Path, rows: Iterable[Row], embeddings: Tensor, facts: Mapping[str, Any]
 ) -> Index:
-    """Write an index and the embeddings beside it. Whatever interrupts it, an older index of that name stays whole.
+    """Write an index and what belongs beside it. Whatever interrupts it, an older index of that name stays whole. Neither rows nor
+    embeddings need be in memory: they are taken some at a time.
 
     Args:
+        path: .parquet
         root: folder that relative sources start from. Stored relative to the index where one lies in the other's folder, so
             that both can be moved together; else as an absolute path.
+        rows: numbered from 0.
         embeddings: (rows, 512), zeros where there is no face.
-        facts: what else the first line says; plain values. Its `version`, `root`, `rows` and `embeddings` are those of this index.
+        facts: what else is known of all rows; plain values. Its `version`, `root`, `rows` and `embeddings` are those of this index.
 
     Raises:
         ConfigError: rows that make no sense, or a folder that cannot be written.
     """
     path = Path(path)
-    if tuple(embeddings.shape) != (len(rows), EMBEDDING_WIDTH):
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"the index must end in {SUFFIX}, got {path.name}")
+    count = len(embeddings)
+    if embeddings.shape[1:] != (EMBEDDING_WIDTH,):
         raise ConfigError(
-            f"{len(rows)} rows need embeddings ({len(rows)}, {EMBEDDING_WIDTH}), got {tuple(embeddings.shape)}"
+            f"embeddings must be (rows, {EMBEDDING_WIDTH}), got {tuple(embeddings.shape)}; choose another recogniser"
         )
     stored = embeddings.detach().to(torch.float32).contiguous()
     name = state_digest({_EMBEDDINGS: stored})
     own: dict[str, Any] = {
         "version": VERSION,
         "root": _stored_root(path, root),
-        "rows": len(rows),
+        "rows": count,
         _EMBEDDINGS: name,
     }
-    first = {**own, **{key: value for key, value in facts.items() if key not in own}}
-    digest = hashlib.sha256()
-
-    def lines() -> Iterator[bytes]:
-        for content in (first, *map(_as_dict, rows)):
-            line = (
-                json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-            ).encode("utf-8", "surrogatepass")
-            if content is not first:
-                _row(f"row {content['number']}", line, int(content["number"]))
-            digest.update(line)
-            yield line
-
-    for position, row in enumerate(rows):
-        if row.number != position:
-            raise ConfigError(f"row {position} has the number {row.number}; rows are numbered from 0")
-    beside = path.with_name(embeddings_name(path, name))
+    plain = json.loads(json.dumps({**own, **{key: value for key, value in facts.items() if key not in own}}))
     try:
-        write_safetensors({_EMBEDDINGS: stored}, {}, beside)
-        write_lines(path, lines())
-    except CheckpointError as error:  # names the file, and says what helps
-        raise ConfigError(f"{error}") from error
+        _write_embeddings(path.with_name(embeddings_name(path, name)), stored)
+        with replacing(path) as temporary:
+            head = write_parquet(temporary, _batches(rows, count), plain)
+            packed = mapped_rows(temporary, head, path)
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be written ({error}). Choose another folder, or free some space."
+            f"{path}: cannot be written ({error.strerror or error}). Choose another folder, or free some space."
         ) from error
-    for old in path.parent.glob(f"{glob.escape(path.stem)}.{'?' * len(name)}.safetensors"):
-        if old != beside:
-            old.unlink(missing_ok=True)
-    return Index(path, _root(path, own["root"]), tuple(rows), first, digest.hexdigest()[:16])
+    _forget_others(path, name, head.digest)
+    return _opened(path, head, packed)
+
+
+def draft_rows(path: Path, rows: Iterable[Row], count: int) -> Rows:
+    """As many rows, written to a file and mapped from there: those of an index that is still to be made. Raises OSError."""
+    head = write_parquet(
+        path, _batches(rows, count), {"version": VERSION, "root": "", "rows": count, _EMBEDDINGS: ""}
+    )
+    return Rows(mapped_rows(path, head, path))
+
+
+def _batches(rows: Iterable[Row], count: int) -> Iterator[Any]:
+    """The rows for the file, as many as there must be."""
+    first = 0
+    for batch in in_batches(rows):
+        if first + len(batch) <= count:
+            yield batch_of(batch, first)
+        first += len(batch)
+    if first != count:
+        raise ConfigError(
+            f"{first} rows need embeddings ({first}, {EMBEDDING_WIDTH}), got ({count}, {EMBEDDING_WIDTH})"
+        )
+
+
+def _write_embeddings(path: Path, embeddings: Tensor) -> None:
+    shapes = {_EMBEDDINGS: ("F32", tuple(embeddings.shape))}
+    with replacing(path) as temporary, StreamedTensors(temporary, shapes) as file:
+        for first in range(0, len(embeddings), BATCH):
+            file.add(_EMBEDDINGS, embeddings[first : first + BATCH].numpy())
+
+
+def _forget_others(path: Path, embeddings: str, digest: str) -> None:
+    """Delete what belonged to an older index of that name. Where somebody still reads it, Windows does not allow that."""
+    kept = {path.with_name(embeddings_name(path, embeddings)), map_path(path, digest)}
+    for kind in ("safetensors", "map"):
+        for old in path.parent.glob(f"{glob.escape(path.stem)}.{_DIGITS}.{kind}"):
+            if old not in kept:
+                with contextlib.suppress(OSError):
+                    old.unlink()
 
 
 def embeddings_name(path: Path, digest: str) -> str:
     """The name of the embeddings' file of an index."""
     return f"{path.stem}.{digest}.safetensors"
-
-
-def _as_dict(row: Row) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in FIELDS}
 
 
 def _stored_root(path: Path, root: Path) -> str:
@@ -282,7 +261,8 @@ def _stored_root(path: Path, root: Path) -> str:
     return root.as_posix()
 
 
-def _root(path: Path, stored: str) -> Path:
+def root_of(path: Path, stored: str) -> Path:
+    """The folder that relative sources of an index start from."""
     return _absolute(path.absolute().parent / PurePosixPath(stored))
 
 
@@ -291,115 +271,22 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.normpath(path.absolute()))
 
 
-def _facts(path: Path, line: bytes) -> Mapping[str, Any]:
-    try:
-        facts = json.loads(line)
-    except ValueError:
-        facts = None
-    wanted = {"version": int, "root": str, "rows": int, _EMBEDDINGS: str}
-    if not isinstance(facts, dict) or any(type(facts.get(key)) is not kind for key, kind in wanted.items()):
-        raise ConfigError(
-            f"{path}: its first line is not that of an index. Name the file that "
-            "`python -m idadapter_core scan` wrote."
-        )
-    if facts["version"] != VERSION:
-        raise ConfigError(
-            f"{path}: is of version {facts['version']}, this program reads version {VERSION}. Scan again."
-        )
-    return facts
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _text(value: Any) -> bool:
-    return type(value) is str
-
-
-def _numbers(count: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (list, tuple) and len(value) == count and all(map(_number, value))
-
-
-def _hex(digits: int) -> Callable[[Any], bool]:
-    pattern = re.compile(f"([0-9a-f]{{{digits}}})?")
-    return lambda value: type(value) is str and pattern.fullmatch(value) is not None
-
-
-_pair, _box = _numbers(2), _numbers(4)
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "number": (_count, "a whole number"),
-    "source": (lambda value: _text(value) and bool(value), "a path"),
-    "sha256": (_hex(64), "64 hex digits"),
-    "width": (_count, "a whole number"),
-    "height": (_count, "a whole number"),
-    "identity": (_text, "a text"),
-    "caption": (_text, "a text"),
-    "class_noun": (lambda value: value in CLASS_NOUNS, f"one of {', '.join(CLASS_NOUNS)}"),
-    "box": (lambda value: value is None or _box(value), "four numbers or null"),
-    "landmarks": (
-        lambda value: (
-            value is None or (type(value) in (list, tuple) and len(value) == 5 and all(map(_pair, value)))
-        ),
-        "five pairs of numbers or null",
-    ),
-    "score": (_number, "a number"),
-    "faces": (_count, "a whole number"),
-    "face_fraction": (_number, "a number"),
-    "yaw": (_number, "a number"),
-    "pitch": (_number, "a number"),
-    "sharpness": (_number, "a number"),
-    "phash": (_hex(16), "16 hex digits"),
-    "split": (lambda value: value in SPLITS, "train, test or empty"),
-    "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
-    "reason": (_text, "a text"),
-    "offset": (_count, "a whole number"),
-    "size": (_count, "a whole number"),
-}
-
-
-def _row(where: str, line: bytes, number: int) -> Row:
-    try:
-        content = json.loads(line.decode("utf-8", "surrogatepass"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{where} is no JSON ({error}); the index was cut off or edited. Scan again."
-        ) from error
-    if not isinstance(content, dict) or content.keys() != _KINDS.keys():
-        keys = content.keys() if isinstance(content, dict) else set()
-        missing, unknown = _KINDS.keys() - keys, keys - _KINDS.keys()
-        parts = [
-            f"{word} {some(sorted(names))}"
-            for word, names in (("lacks", missing), ("has unknown", unknown))
-            if names
-        ]
-        raise ConfigError(f"{where} {' and '.join(parts)}. Scan again with this version.")
-    for key, (check, kind) in _KINDS.items():
-        if not check(content[key]):
-            raise ConfigError(f"{where}: {key} must be {kind}, got {content[key]!r}. Scan again.")
-    if content["box"] is not None:
-        content["box"] = tuple(content["box"])
-    if content["landmarks"] is not None:
-        content["landmarks"] = tuple(tuple(point) for point in content["landmarks"])
-    row = Row(**content)
-    if problem := _contradiction(row, number):
-        raise ConfigError(f"{where}: {problem}. Scan again.")
-    return row
-
-
-def _contradiction(row: Row, number: int) -> str:
-    """What does not fit together in a row; empty when all does."""
-    if row.number != number:
-        return f"number must be {number}, got {row.number}"
-    if row.status != OK:
-        return "" if row.reason else f"a row that is {row.status} needs a reason"
-    if row.reason:
-        return f"a row that is ok has no reason, got {row.reason!r}"
-    for name in ("sha256", "width", "height", "box", "landmarks"):
-        if not getattr(row, name):
-            return f"a row that is ok needs {name}"
-    return ""
+__all__ = [
+    "CLASS_NOUNS",
+    "CONVERTED",
+    "FIELDS",
+    "IN_SHARD",
+    "OK",
+    "SPLITS",
+    "STATUSES",
+    "Index",
+    "Row",
+    "Rows",
+    "draft_rows",
+    "embeddings_name",
+    "read_embeddings",
+    "read_index",
+    "read_photo",
+    "root_of",
+    "write_index",
+]

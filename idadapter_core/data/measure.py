@@ -23,8 +23,9 @@ from ..faces.pose import estimate_pose
 from ..files import file_digest
 from ..types import Face
 from .entries import Photo
-from .index import OK, read_photo
+from .index import read_photo
 from .photos import decode_with_note
+from .rows import OK
 
 RIVAL = 0.5
 """A second face of at least this share of the largest one's area makes a photo one of many faces."""

@@ -21,8 +21,9 @@ from ..methods import views_read
 from ..randomness import seed_of
 from ..stable_diffusion.networks import Networks, see, see_views
 from ..types import Face, FaceFeatures, ViewKey
-from .index import Index, Row
-from .people import by_person, photos_beside_target
+from .index import Index
+from .people import People, photos_beside_target
+from .rows import Row, Rows, as_rows
 
 Preprocess = Callable[[Sequence[Image]], Tensor]
 _SEX = {"man": "M", "woman": "F"}
@@ -80,13 +81,19 @@ def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> 
     return tensors
 
 
-def photos_of_variants(rows: Sequence[Row], references: int) -> list[Photo]:
-    """Every photo that `references_for` may choose for the people of these rows."""
-    photos = [Photo(row) for row in rows]
-    for person in by_person(rows).values():
-        last = (references - 1) // photos_beside_target(len(person))
-        photos += [Photo(row, number) for row in person for number in range(1, last + 1)]
-    return photos
+def variants_of(rows: Rows, references: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Every photo that `references_for` may choose for the people of these rows: positions among the rows, and numbers of variants.
+    First the rows as they are, then the variants person by person; with 0 references there are none.
+    """
+    people = People(rows)
+    sizes = people.sizes
+    most = int(sizes.max(initial=0))
+    last = [max(references - 1, 0) // photos_beside_target(size) for size in range(most + 1)]
+    counts = np.repeat(np.array(last)[sizes], sizes)  # of each row in `people.order`
+    ends = np.cumsum(counts)
+    numbers = np.arange(1, 1 + counts.sum()) - np.repeat(ends - counts, counts)
+    positions = np.concatenate([np.arange(len(rows)), np.repeat(people.order, counts)])
+    return positions.astype(np.uint32), np.concatenate([np.zeros(len(rows)), numbers]).astype(np.uint32)
 
 
 def references_for(target: Row, person: Sequence[Row], count: int, random: torch.Generator) -> list[Photo]:
@@ -94,9 +101,13 @@ def references_for(target: Row, person: Sequence[Row], count: int, random: torch
 
     Where there are too few, variants of them fill up; a person of one photo is known by that and its variants.
     """
-    others = [row for row in person if row.number != target.number] or [target]
-    order = torch.randperm(len(others), generator=random).tolist()
-    return [Photo(others[order[n % len(others)]], n // len(others)) for n in range(count)]
+    rows = as_rows(person)
+    others = np.flatnonzero(
+        rows.column("number") != target.number
+    ).tolist()  # of many photos, few are looked up
+    order = torch.randperm(len(others) or 1, generator=random).tolist()
+    chosen = [rows[others[place]] for place in order[:count]] if others else [target]
+    return [Photo(chosen[n % len(order)], n // len(order)) for n in range(count)]
 
 
 def features_of(

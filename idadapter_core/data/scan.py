@@ -1,14 +1,13 @@
 """Looking at every photo of a dataset once: faces, quality, embeddings; from this the index.
 
-What is expensive (decoding, faces, embeddings) is written to a progress file beside the index as it is found, so a scan that was
-interrupted in any way goes on where it was. Verdicts, mismatches and the split are made at the end, from all of it.
+What is expensive (decoding, faces, embeddings) is written to a folder beside the index as it is found, so a scan that was
+interrupted in any way goes on where it was. Several processes may share the photos, on one machine or many. Verdicts, mismatches and
+the split are made at the end by one of them, from all of it.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
@@ -18,25 +17,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
 from ..faces.iresnet import EMBEDDING_WIDTH
-from ..files import some
+from ..files import StreamedTensors, read_safetensors, some
 from ..waiting import PATIENCE, ignore_signals, kill_children, reason_of_death
 from .entries import Photo
-from .index import IN_SHARD, OK, Index, Row, write_index
+from .index import Index, draft_rows, write_index
 from .measure import Limits, Measured, Models, judge, measure
-from .people import by_person
+from .people import People
 from .photos import codecs
+from .progress import Finding, Progress
+from .ranks import Ranks, wait_for
+from .rows import OK, STATUSES, Edited, Row, Rows
 from .sources import Source
 from .split import SplitSettings, split_rows
 
@@ -44,14 +44,9 @@ log = logging.getLogger(__name__)
 
 MIN_PHOTOS = 3
 """Of a person; with fewer, the median embedding says nothing."""
-_PROGRESS_VERSION = 2
-_SYNC_SECONDS = 1.0
+_PROGRESS_VERSION = 3
 _AHEAD = 4  # photos handed out to each worker before its results are back
 _NOUNS = {"M": "man", "F": "woman"}
-
-Embedding = NDArray[np.float32]
-Finding = tuple[Measured, Embedding | None]
-_Key = tuple[str, int]  # source and offset: a damaged shard may hold one key twice
 
 
 @dataclass(frozen=True)
@@ -77,105 +72,193 @@ def scan(
     limits: Limits | None = None,
     split: SplitSettings | None = None,
     workers: int = 0,
+    world: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Index:
-    """Look at all photos of a source and write their index. Its bytes depend neither on `workers` nor on interruptions.
+    """Look at all photos of a source and write their index. Its bytes depend neither on `workers` and `world` nor on interruptions.
 
     Args:
-        output: the index, .jsonl. While the scan runs, what is known so far is in a file beside it; the same call goes on from there.
+        output: the index, .parquet. While the scan runs, what is known so far is in a folder beside it; the same call goes on from there.
         package: folder of an insightface package (buffalo_l, antelopev2).
         recognizer: a torch IResNet file that gives the embeddings in place of the package's own recogniser.
         provider: of onnxruntime, see `faces.detector.open_analyzer`.
         workers: processes that look at photos; 0: this one does.
+        world: how many processes share the photos. This is the one of rank 0; the others call `scan_share`, and are waited for.
         progress: is told how many photos are done, of how many.
 
     Raises:
         FacePackageError, RecognizerError: the networks cannot be opened.
         ConfigError: the index cannot be written.
-        InputError: a worker process died.
+        InputError: a worker process died, or the other processes do nothing.
     """
     limits = limits or Limits()
     looker = Looker(source.root, package, recognizer, provider)
+    ranks = Ranks(0, world)
     with _single_thread():
         models = looker.open()
-        facts = models.facts()
-        # A photo whose text cannot be read is not looked at: the text may be mended when the same photo comes again.
-        fine = [photo for photo in source.photos if not photo.problem]
-        with _Progress(output, {"version": _PROGRESS_VERSION, "codecs": codecs(), **facts}) as known:
-            waiting = [photo for photo in fine if not known.restore(photo, source.root)]
-            done = len(source.photos) - len(waiting)
-            before = len(fine) - len(waiting)
-            if before:
-                log.info("%d of %d photos were looked at before", before, len(source.photos))
-            progress(done, len(source.photos))
-            for photo, finding in _look(waiting, looker, models, workers):
-                known.add(photo, source.root, finding)
-                done += 1
-                progress(done, len(source.photos))
-            findings = [
-                measure(photo, source.root, models) if photo.problem else known.findings[_key(photo)]
-                for photo in source.photos
-            ]
-    rows = [
-        _row(number, photo, found, limits)
-        for number, (photo, (found, _)) in enumerate(zip(source.photos, findings, strict=True))
-    ]
-    embeddings = torch.zeros(len(rows), EMBEDDING_WIDTH)
-    for number, (_, embedding) in enumerate(findings):
-        if embedding is not None:
-            embeddings[number] = torch.from_numpy(embedding)
-    rows = find_mismatches(rows, embeddings, limits.min_cosine)
-    rows, split_facts = split_rows(rows, embeddings, split or SplitSettings())
-    index = write_index(
-        output,
-        source.root,
-        rows,
-        embeddings,
-        {
-            "layout": source.layout,
-            **facts,
-            "limits": asdict(limits),
-            "split": split_facts,
-            "files": source.files.facts(),
-            "notes": [*source.notes, *_notes(source.photos, findings)],
-        },
-    )
-    _progress_path(output).unlink(missing_ok=True)
+        with _open_progress(output, models, source.photos, source.root, ranks) as known:
+            _look_at_share(known, source, ranks, looker, models, workers, progress)
+            _wait_for_others(known, source, ranks, progress)
+            index = _write(source, output, known, models, limits, split or SplitSettings())
+        known.forget()
     return index
 
 
-def find_mismatches(rows: Sequence[Row], embeddings: Tensor, least: float) -> list[Row]:
+def scan_share(
+    source: Source,
+    output: Path,
+    *,
+    ranks: Ranks,
+    package: Path,
+    recognizer: Path | None = None,
+    provider: str = "auto",
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Look at one process's share of the photos, for the `scan` that rank 0 makes of them. Arguments and errors are those of `scan`."""
+    looker = Looker(source.root, package, recognizer, provider)
+    with _single_thread():
+        models = looker.open()
+        share = ranks.share(len(source.photos))
+        photos = source.photos[share.start : share.stop]
+        with _open_progress(output, models, photos, source.root, ranks) as known:
+            _look_at_share(known, source, ranks, looker, models, workers, progress)
+
+
+def _open_progress(
+    output: Path, models: Models, photos: Sequence[Photo], root: Path, ranks: Ranks
+) -> Progress:
+    settings = {"version": _PROGRESS_VERSION, "codecs": codecs(), **models.facts()}
+    # A photo whose text cannot be read is not looked at: the text may be mended when the same photo comes again.
+    return Progress(output, settings, [photo for photo in photos if not photo.problem], root, ranks)
+
+
+def _look_at_share(
+    known: Progress,
+    source: Source,
+    ranks: Ranks,
+    looker: Looker,
+    models: Models,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Look at those photos of this process that are not known yet."""
+    share = ranks.share(len(source.photos))
+    waiting = [
+        photo
+        for photo in source.photos[share.start : share.stop]
+        if not photo.problem and not known.knows(photo)
+    ]
+    total = len(source.photos) if ranks.is_first else len(share)
+    done = len(share) - len(waiting)
+    before = sum(not photo.problem for photo in source.photos[share.start : share.stop]) - len(waiting)
+    if before:
+        log.info("%d of %d photos were looked at before", before, len(share))
+    progress(done, total)
+    for photo, finding in _look(waiting, looker, models, workers):
+        known.add(photo, finding)
+        done += 1
+        progress(done, total)
+
+
+def _wait_for_others(
+    known: Progress, source: Source, ranks: Ranks, progress: Callable[[int, int], None]
+) -> None:
+    def left() -> int:
+        known.look()
+        progress(len(source.photos) - known.left, len(source.photos))
+        return known.left
+
+    def say(count: int) -> str:
+        return f"{count} photos are waited for, among them {some(known.first_left())}"
+
+    if known.left:
+        log.info(
+            "%s has looked at its photos and waits for the others (WORLD_SIZE is %d)", ranks, ranks.world
+        )
+        wait_for(left, say, PATIENCE)
+
+
+def _write(
+    source: Source, output: Path, known: Progress, models: Models, limits: Limits, split: SplitSettings
+) -> Index:
+    """Make the index of what was found. At no time are all findings in memory."""
+    notes = _Notes()
+    count = len(source.photos)
+    vectors = known.folder / "embeddings.safetensors"
+    draft = known.folder / "draft.parquet"
+    try:
+        with StreamedTensors(vectors, {"embeddings": ("F32", (count, EMBEDDING_WIDTH))}) as file:
+
+            def rows() -> Iterator[Row]:
+                for number, photo in enumerate(source.photos):
+                    found, embedding = (
+                        measure(photo, source.root, models) if photo.problem else known.finding(photo)
+                    )
+                    notes.take(photo, found)
+                    file.add(
+                        "embeddings", np.zeros(EMBEDDING_WIDTH, "<f4") if embedding is None else embedding
+                    )
+                    yield _row(number, photo, found, limits)
+
+            drafted = draft_rows(draft, rows(), count)
+    except OSError as error:
+        raise ConfigError(
+            f"{known.folder}: cannot be written ({error.strerror or error}). Free some space and give the same command again; what was "
+            "found so far is kept."
+        ) from error
+    embeddings = read_safetensors(vectors, mapped=True)[0]["embeddings"]
+    edited = Edited.of(drafted)
+    find_mismatches(edited, embeddings, limits.min_cosine)
+    marked, split_facts = split_rows(Rows(edited), embeddings, split)
+    facts = {
+        "layout": source.layout,
+        **models.facts(),
+        "limits": asdict(limits),
+        "split": split_facts,
+        "files": source.files.facts(),
+        "notes": [*source.notes, *notes.in_words(count)],
+    }
+    return write_index(output, source.root, marked, embeddings, facts)
+
+
+def find_mismatches(rows: Edited, embeddings: Tensor, least: float) -> None:
     """Mark photos that do not show the person that they are said to show: those whose embedding's cosine to the median of the
     person's photos is below `least`. People with fewer than three usable photos are left alone.
     """
-    checked = list(rows)
-    for photos in by_person(row for row in rows if row.status == OK and row.identity).values():
-        if len(photos) < MIN_PHOTOS:
-            continue
-        numbers = [row.number for row in photos]
-        directions = torch.nn.functional.normalize(embeddings[numbers], dim=1)
+    everyone = Rows(rows)
+    people = People(everyone.where((rows.status == STATUSES.index(OK)) & everyone.has_text("identity")))
+    places = people.rows.places.astype(np.int64)
+    for person in np.flatnonzero(people.sizes >= MIN_PHOTOS).tolist():
+        photos = places[people.positions(person)]
+        directions = torch.nn.functional.normalize(embeddings[torch.from_numpy(photos)], dim=1)
         median = torch.from_numpy(np.median(directions.numpy(), axis=0))
         median = torch.nn.functional.normalize(median, dim=0)
-        for number, cosine in zip(numbers, (directions @ median).tolist(), strict=True):
+        for place, cosine in zip(photos.tolist(), (directions @ median).tolist(), strict=True):
             if cosine < least:
                 reason = (
-                    f"cosine {cosine:.2f} to the median of {len(numbers)} photos of {rows[number].identity}, "
+                    f"cosine {cosine:.2f} to the median of {len(photos)} photos of {rows.row(place).identity}, "
                     f"at least {least:.2f} is needed"
                 )
-                checked[number] = replace(rows[number], status="id_mismatch", reason=reason)
-    return checked
+                rows.refuse(place, "id_mismatch", reason)
 
 
-def _notes(photos: Sequence[Photo], findings: Sequence[Finding]) -> list[str]:
+class _Notes:
     """What was remarked about photos, each remark once with their number."""
-    remarked: dict[str, list[str]] = {}
-    for photo, (found, _) in zip(photos, findings, strict=True):
+
+    def __init__(self) -> None:
+        self._remarked: dict[str, tuple[int, str]] = {}  # how many photos, and the first
+
+    def take(self, photo: Photo, found: Measured) -> None:
         if found.note:
-            remarked.setdefault(found.note, []).append(photo.source)
-    return [
-        f"{len(sources)} of {len(photos)} photos: {note}; first: {sources[0]}"
-        for note, sources in remarked.items()
-    ]
+            count, first = self._remarked.get(found.note, (0, photo.source))
+            self._remarked[found.note] = count + 1, first
+
+    def in_words(self, photos: int) -> list[str]:
+        return [
+            f"{count} of {photos} photos: {note}; first: {first}"
+            for note, (count, first) in self._remarked.items()
+        ]
 
 
 def _row(number: int, photo: Photo, found: Measured, limits: Limits) -> Row:
@@ -314,123 +397,3 @@ def _single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-# ---------------------------------------------------------------------------------------------------- progress
-
-
-def _progress_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.progress")
-
-
-class _Progress:
-    """What a scan has found so far, in a file that a kill in the middle of a line does not spoil.
-
-    Each line is a photo. It counts as long as the photo's file has the same size and time of change.
-    """
-
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
-        self.findings: dict[_Key, Finding] = {}
-        self._path = _progress_path(output)
-        self._settings = json.loads(json.dumps(settings))
-        self._stamps: dict[_Key, list[int]] = {}
-        self._synced = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("r+b" if self._path.exists() else "w+b")
-            whole = self._read()
-            self._file.truncate(whole)
-            self._file.seek(whole)
-            if not whole:
-                self._write(self._settings)
-        except OSError as error:
-            raise ConfigError(
-                f"{self._path}: cannot be written ({error.strerror}). Choose another folder for the index."
-            ) from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # every line was flushed; what a full disk refused is not in it
-            self._file.close()
-
-    def restore(self, photo: Photo, root: Path) -> bool:
-        """Whether this photo was looked at before and has not changed since."""
-        key = _key(photo)
-        return key in self.findings and self._stamps[key] == _stamp(photo, root)
-
-    def add(self, photo: Photo, root: Path, finding: Finding) -> None:
-        found, embedding = finding
-        self.findings[_key(photo)] = finding
-        text = None if embedding is None else base64.b64encode(embedding.astype("<f4").tobytes()).decode()
-        self._write(
-            {
-                "photo": _key(photo),
-                "stamp": _stamp(photo, root),
-                "facts": asdict(found),
-                "embedding": text,
-            }
-        )
-
-    def _write(self, content: Mapping[str, Any]) -> None:
-        try:
-            self._file.write((json.dumps(content, separators=(",", ":")) + "\n").encode())
-            self._file.flush()
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
-        except OSError as error:
-            raise ConfigError(
-                f"{self._path}: cannot be written ({error.strerror}). Free some space and give the same command again; what was "
-                "found so far is kept."
-            ) from error
-
-    def _read(self) -> int:
-        """Take over what is there. Returns how many bytes of it are whole; 0: start anew."""
-        whole = 0
-        for number, line in enumerate(self._file):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-                if number == 0:
-                    if entry != self._settings:
-                        log.warning(
-                            "%s is of other face models or of another version; all photos are looked at again",
-                            self._path,
-                        )
-                        return 0
-                else:
-                    self._take(entry)
-            except (ValueError, KeyError, TypeError):
-                break  # what a lost power supply left
-            whole += len(line)
-        return whole
-
-    def _take(self, entry: Mapping[str, Any]) -> None:
-        facts = dict(entry["facts"])
-        if facts["box"] is not None:
-            facts["box"] = tuple(facts["box"])
-            facts["landmarks"] = tuple(tuple(point) for point in facts["landmarks"])
-        text = entry["embedding"]
-        embedding = None if text is None else np.frombuffer(base64.b64decode(text), "<f4").copy()
-        source, offset = entry["photo"]
-        self.findings[source, offset] = Measured(**facts), embedding
-        self._stamps[source, offset] = entry["stamp"]
-
-
-def _key(photo: Photo) -> _Key:
-    return photo.source, photo.offset
-
-
-def _stamp(photo: Photo, root: Path) -> list[int]:
-    """Changes when the photo's file does: size and time of change, and its place in a shard."""
-    path = root / (photo.source.rpartition(IN_SHARD)[0] if photo.offset else photo.source)
-    try:
-        facts = path.stat()
-    except (OSError, ValueError):  # a NUL in a name
-        return []
-    return [facts.st_size, facts.st_mtime_ns, photo.offset, photo.size]

@@ -7,20 +7,24 @@ from shards is the same, sample by sample, as one from the photos. Any webdatase
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..files import replacing, write_lines
-from .index import FIELDS, IN_SHARD, Index, Row, write_index
+from ..waiting import PATIENCE
+from .index import IN_SHARD, Index, write_index
 from .photos import PHOTO_SUFFIXES, suffix
+from .ranks import Ranks, wait_for
+from .rows import FIELDS, OK, Row, Rows
 from .tars import Sample, read_shard
 
-INDEX_NAME = "index.jsonl"
+INDEX_NAME = "index.parquet"
 _RECORD = "shards.json"
 
 
@@ -29,6 +33,7 @@ def write_shards(
     folder: Path,
     *,
     photos: int = 1000,
+    world: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Index:
     """Write shards of so many usable photos each, and an index of them. Broken off, the same call goes on with the next shard.
@@ -37,35 +42,92 @@ def write_shards(
     row's number. Rows that are not usable stay in the new index as a record, with the source they had; their photos are not there.
 
     Args:
+        world: how many processes share the shards. This is the one of rank 0; the others call `write_share`, and are waited for.
         progress: is told how many photos are done, of how many.
 
     Raises:
         ConfigError: the folder holds shards of another index or size, or cannot be written.
-        InputError: a photo is missing or has changed since the scan.
+        InputError: a photo is missing or has changed since the scan; or the other processes do nothing.
     """
+    shards = _write_share(index, folder, photos, Ranks(0, world), progress)
+    missing = set(range(shards.count)) - set(Ranks(0, world).share(shards.count))
+
+    def left() -> int:
+        missing.difference_update([number for number in missing if shards.is_whole(number)])
+        return len(missing)
+
+    wait_for(left, lambda count: f"{count} shards of {folder} are waited for", PATIENCE)
+    facts = {**index.facts, "layout": "shards"}
+    return write_index(folder / INDEX_NAME, folder, _with_places(index, shards), index.embeddings(), facts)
+
+
+def write_share(
+    index: Index,
+    folder: Path,
+    *,
+    ranks: Ranks,
+    photos: int = 1000,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write one process's share of the shards. Arguments and errors are those of `write_shards`, which rank 0 calls."""
+    _write_share(index, folder, photos, ranks, progress)
+
+
+class _Shards:
+    """The shards of an index, as they are to be in a folder."""
+
+    def __init__(self, index: Index, folder: Path, photos: int) -> None:
+        self.usable = index.usable()
+        self.photos = photos
+        self.count = -(-len(self.usable) // photos)
+        self._folder = folder
+
+    def path(self, number: int) -> Path:
+        return self._folder / f"shard-{number:06d}.tar"
+
+    def rows(self, number: int) -> Rows:
+        return self.usable[number * self.photos : (number + 1) * self.photos]
+
+    def is_whole(self, number: int) -> bool:
+        if not self.path(number).exists():
+            return False
+        shard = read_shard(self.path(number))
+        keys = [_key(place) for place in self.rows(number).column("number").tolist()]
+        return not shard.problem and [sample.key for sample in shard.samples] == keys
+
+
+def _write_share(
+    index: Index, folder: Path, photos: int, ranks: Ranks, progress: Callable[[int, int], None]
+) -> _Shards:
     if photos < 1:
         raise ConfigError(f"a shard needs at least 1 photo, got {photos}")
-    usable = index.usable()
-    groups = [usable[start : start + photos] for start in range(0, len(usable), photos)]
-    placed: dict[int, Row] = {}
+    shards = _Shards(index, folder, photos)
+    share = ranks.share(shards.count)
+    total = len(shards.usable[share.start * photos : share.stop * photos])
+    done = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _claim(folder, {"index": index.digest, "photos": photos})
-        for number, group in enumerate(groups):
-            path = folder / f"shard-{number:06d}.tar"
-            if not _is_whole(path, group):
-                _write_shard(index, group, path)
-            placed |= _placed(path, group)
-            progress(len(placed), len(usable))
+        for number in share:
+            if not shards.is_whole(number):
+                _write_shard(index, shards.rows(number), shards.path(number))
+            done += len(shards.rows(number))
+            progress(done, total)
     except OSError as error:
         raise ConfigError(
             f"{folder}: cannot be written ({error.strerror or error}). Free some space or choose another folder; whole shards are "
             "kept when the same command is given again."
         ) from error
-    rows = [placed.get(row.number, row) for row in index.rows]
-    return write_index(
-        folder / INDEX_NAME, folder, rows, index.embeddings(), {**index.facts, "layout": "shards"}
+    return shards
+
+
+def _with_places(index: Index, shards: _Shards) -> Iterator[Row]:
+    """The rows of an index, the usable ones where they are in the shards."""
+    placed = itertools.chain.from_iterable(
+        _placed(shards.path(number), shards.rows(number)) for number in range(shards.count)
     )
+    for row in index.rows:
+        yield next(placed) if row.status == OK else row
 
 
 def _claim(folder: Path, record: dict[str, Any]) -> None:
@@ -74,7 +136,11 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if any(entry.suffix.lower() == ".tar" for entry in folder.iterdir()):
+        has_shards = any(entry.suffix.lower() == ".tar" for entry in folder.iterdir())
+        if has_shards and path.exists():  # another process has said it meanwhile, and begun
+            _claim(folder, record)
+            return
+        if has_shards:
             raise ConfigError(f"{folder} has .tar files of something else; choose an empty folder") from None
         write_lines(path, [json.dumps(record).encode()])
         return
@@ -86,15 +152,8 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
         )
 
 
-def _key(row: Row) -> str:
-    return f"{row.number:09d}"
-
-
-def _is_whole(path: Path, rows: Sequence[Row]) -> bool:
-    if not path.exists():
-        return False
-    shard = read_shard(path)
-    return not shard.problem and [sample.key for sample in shard.samples] == [_key(row) for row in rows]
+def _key(number: int) -> str:
+    return f"{number:09d}"
 
 
 def _write_shard(index: Index, rows: Sequence[Row], path: Path) -> None:
@@ -102,9 +161,9 @@ def _write_shard(index: Index, rows: Sequence[Row], path: Path) -> None:
         for row in rows:
             content = index.read(row)
             facts = {name: getattr(row, name) for name in FIELDS}
-            _add(tar, f"{_key(row)}.{suffix(content)}", content)
-            _add(tar, f"{_key(row)}.json", json.dumps(facts).encode())
-            _add(tar, f"{_key(row)}.txt", row.caption.encode())
+            _add(tar, f"{_key(row.number)}.{suffix(content)}", content)
+            _add(tar, f"{_key(row.number)}.json", json.dumps(facts).encode())
+            _add(tar, f"{_key(row.number)}.txt", row.caption.encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -113,9 +172,9 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def _placed(path: Path, rows: Sequence[Row]) -> dict[int, Row]:
+def _placed(path: Path, rows: Sequence[Row]) -> Iterator[Row]:
     samples = read_shard(path).samples
-    return {row.number: _at(path, row, sample) for row, sample in zip(rows, samples, strict=True)}
+    return (_at(path, row, sample) for row, sample in zip(rows, samples, strict=True))
 
 
 def _at(path: Path, row: Row, sample: Sample) -> Row:

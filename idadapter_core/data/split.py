@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..errors import ConfigError
-from .index import OK, Row
-from .people import by_person
+from .people import People
+from .rows import OK, SPLITS, STATUSES, Edited, Row, Rows, as_rows
 
 _BLOCK = 4096  # people compared at a time: 64 MiB of cosines
 
@@ -35,24 +37,39 @@ class SplitSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class People:
+class Faces:
     """Those whom the usable rows show: an identity each, or a photo where nobody said who it is."""
 
-    names: tuple[str, ...]  # identity, or the source of the only photo
-    rows: tuple[tuple[int, ...], ...]  # numbers of each one's rows
+    people: People
     means: Tensor  # (people, 512) unit length
 
+    def name(self, person: int) -> str:
+        """The identity, or the source of the only photo."""
+        row = self.people[person][0]
+        return row.identity or row.source
 
-def people_of(rows: Sequence[Row], embeddings: Tensor, unknown: bool = True) -> People:
-    """The people of the usable rows, in the order of their first photo; `unknown`: with photos of nobody known."""
-    found = list(by_person(row for row in rows if row.status == OK and (row.identity or unknown)).values())
-    photos = tuple(tuple(row.number for row in person) for person in found)
-    means = torch.zeros(len(found), embeddings.shape[1])
-    for place, numbers in enumerate(photos):
-        directions = torch.nn.functional.normalize(embeddings[list(numbers)].float(), dim=1)
-        means[place] = torch.nn.functional.normalize(directions.mean(dim=0), dim=0)
-    names = tuple(person[0].identity or person[0].source for person in found)
-    return People(names, photos, means)
+
+def faces_of(rows: Rows, embeddings: Tensor, unknown: bool = True) -> Faces:
+    """The people of the usable rows, in the order of their first photo; `unknown`: with photos of nobody known.
+
+    Args:
+        embeddings: (all rows, 512) of the rows' index.
+    """
+    chosen = rows.status == STATUSES.index(OK)
+    people = People(rows.where(chosen if unknown else chosen & rows.has_text("identity")))
+    places = people.rows.places.astype(np.int64)
+    means = torch.zeros(len(people), embeddings.shape[1])
+    sizes = people.sizes
+    alone = np.flatnonzero(sizes == 1)
+    firsts = people.firsts[alone]
+    for start in range(0, len(alone), _BLOCK):
+        chosen_places = torch.from_numpy(places[firsts[start : start + _BLOCK]])
+        directions = normalize(embeddings[chosen_places].float(), dim=1)
+        means[torch.from_numpy(alone[start : start + _BLOCK])] = normalize(directions, dim=1)
+    for person in np.flatnonzero(sizes > 1).tolist():
+        directions = normalize(embeddings[torch.from_numpy(places[people.positions(person)])].float(), dim=1)
+        means[person] = normalize(directions.mean(dim=0), dim=0)
+    return Faces(people, means)
 
 
 def clusters(means: Tensor, threshold: float) -> list[list[int]]:
@@ -77,19 +94,24 @@ def clusters(means: Tensor, threshold: float) -> list[list[int]]:
 
 def split_rows(
     rows: Sequence[Row], embeddings: Tensor, settings: SplitSettings
-) -> tuple[list[Row], dict[str, Any]]:
+) -> tuple[Rows, dict[str, Any]]:
     """Give every usable row its split, and facts for the index: settings, counts, and the largest cosine between the two sides.
 
     Whole clusters go to test, in an order by seed and name, until the share is reached; so one that is there stays there when
     photos are added. A cluster larger than the share is passed over where others suffice, and the last one always stays.
+
+    Args:
+        rows: all of an index.
     """
-    people = people_of(rows, embeddings)
-    groups = clusters(people.means, settings.threshold)
-    sizes = [sum(len(people.rows[person]) for person in group) for group in groups]
+    given = as_rows(rows)
+    faces = faces_of(given, embeddings)
+    photos = faces.people.sizes
+    groups = clusters(faces.means, settings.threshold)
+    sizes = [int(photos[group].sum()) for group in groups]
     wanted = settings.share * sum(sizes)
 
     def order(place: int) -> tuple[int, str]:
-        name = min(people.names[person] for person in groups[place])
+        name = min(faces.name(person) for person in groups[place])
         too_large = sizes[place] if sizes[place] > wanted else 0
         return too_large, hashlib.sha256(
             f"{settings.seed}\x1f{name}".encode("utf-8", "surrogatepass")
@@ -102,18 +124,18 @@ def split_rows(
             break
         test += groups[place]
         taken += sizes[place]
-    train = sorted(set(range(len(people.names))) - set(test))
-    in_test = {number for person in test for number in people.rows[person]}
-    marked = [
-        replace(row, split="" if row.status != OK else "test" if row.number in in_test else "train")
-        for row in rows
-    ]
-    cosine = largest_cosine(people.means[train], people.means[sorted(test)])
-    return marked, {
+    in_test = np.zeros(len(faces.people), bool)
+    in_test[test] = True
+    edited = Edited.of(given)
+    edited.split[:] = SPLITS.index("")
+    places, whose = faces.people.rows.places, faces.people.of
+    edited.split[places] = np.where(in_test[whose], SPLITS.index("test"), SPLITS.index("train"))
+    cosine = largest_cosine(faces.means[torch.from_numpy(~in_test)], faces.means[torch.from_numpy(in_test)])
+    return Rows(edited), {
         "share": settings.share,
         "seed": settings.seed,
         "threshold": settings.threshold,
-        "people": len(people.names),
+        "people": len(faces.people),
         "clusters": len(groups),
         "test_people": len(test),
         "test_photos": taken,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from .index import OK, Index, Row
+import numpy as np
+from numpy.typing import NDArray
+
+from .index import Index
 from .inventory import describe_inventory
-from .people import by_person, photos_beside_target
+from .people import People, photos_beside_target
+from .rows import CLASS_NOUNS, OK, STATUSES, Rows
 from .split import describe_split
 
 EXAMPLES = 10
@@ -19,15 +23,16 @@ _SIDES = ((0, 255), (256, 511), (512, 767), (768, 1023), (1024, 10**9))
 def describe(index: Index, references: int = 4) -> str:
     """Counts, examples of what was refused, and what there is to train on with N references of a person."""
     usable = index.usable()
+    captions = int(usable.has_text("caption").sum())
     parts = [
         _statuses(index),
         describe_inventory(index.facts.get("files", {})),
         "\n".join(index.facts.get("notes", ())),
         bad_photos(index),
         _people(usable),
-        _bins("shorter side, px", (min(row.width, row.height) for row in usable), _SIDES),
-        _shares("class noun", Counter(row.class_noun for row in usable)),
-        f"captions: {sum(bool(row.caption) for row in usable)} of {len(usable)} usable photos have one",
+        _bins("shorter side, px", np.minimum(usable.column("width"), usable.column("height")), _SIDES),
+        _shares("class noun", _counts(usable.column("class_noun"))),
+        f"captions: {captions} of {len(usable)} usable photos have one",
         describe_split(dict(index.facts["split"])) if "split" in index.facts else "",
         synthetic_references(usable, references),
     ]
@@ -39,21 +44,23 @@ def bad_photos(index: Index) -> str:
     blocks = []
     for status, count in index.counts().items():
         if status != OK and count:
-            examples = [row for row in index.rows if row.status == status][:EXAMPLES]
+            examples = index.rows.where(index.rows.status == STATUSES.index(status))[:EXAMPLES]
             lines = [f"{status} ({count}):", *(f"  {row.source}: {row.reason}" for row in examples)]
             blocks.append("\n".join(lines + ["  ..."] * (count > EXAMPLES)))
     return "\n".join(blocks)
 
 
-def synthetic_references(usable: Iterable[Row], references: int) -> str:
+def synthetic_references(usable: Rows, references: int) -> str:
     """How many of N references training makes from others (flipped, turned, recoloured), for want of photos beside the target."""
-    photos = [len(person) for person in by_person(usable).values()]
-    missing = [(count, max(references - photos_beside_target(count), 0)) for count in photos]
-    short = sum(count for count, lacking in missing if lacking)
-    made = sum(count * lacking for count, lacking in missing)
-    share = made / (sum(photos) * references) if photos else 0.0
+    sizes, people = np.unique(People(usable).sizes, return_counts=True)
+    short = made = 0
+    for photos, count in zip(sizes.tolist(), people.tolist(), strict=True):
+        lacking = max(references - photos_beside_target(photos), 0)
+        short += photos * count * bool(lacking)
+        made += photos * count * lacking
+    share = made / (len(usable) * references) if len(usable) else 0.0
     return (
-        f"with {references} references beside the photo to learn: {short} of {sum(photos)} usable photos are of people with too few; "
+        f"with {references} references beside the photo to learn: {short} of {len(usable)} usable photos are of people with too few; "
         f"{made} references ({share:.1%}) are made from others (flipped, turned, recoloured)"
     )
 
@@ -69,21 +76,25 @@ def _statuses(index: Index) -> str:
     return "\n".join(lines)
 
 
-def _people(usable: list[Row]) -> str:
-    photos = Counter(row.identity for row in usable if row.identity)
-    unknown = sum(not row.identity for row in usable)
-    head = (
-        f"people: {len(photos)} with {sum(photos.values())} usable photos; {unknown} photos of nobody known"
-    )
-    return f"{head}\n{_bins('photos of a person', photos.values(), _PER_PERSON)}" if photos else head
+def _people(usable: Rows) -> str:
+    has_name = usable.has_text("identity")
+    photos = People(usable.where(has_name)).sizes
+    unknown = len(usable) - int(has_name.sum())
+    head = f"people: {len(photos)} with {photos.sum()} usable photos; {unknown} photos of nobody known"
+    return f"{head}\n{_bins('photos of a person', photos, _PER_PERSON)}" if len(photos) else head
 
 
-def _bins(title: str, values: Iterable[int], ranges: Iterable[tuple[int, int]]) -> str:
-    listed = list(values)
+def _counts(nouns: NDArray[np.uint8]) -> dict[str, int]:
+    """How many rows have each noun, in the order in which they appear."""
+    found, first, counts = np.unique(nouns, return_index=True, return_counts=True)
+    return {CLASS_NOUNS[found[place]]: int(counts[place]) for place in np.argsort(first)}
+
+
+def _bins(title: str, values: NDArray[Any], ranges: Iterable[tuple[int, int]]) -> str:
     counts: dict[str, int] = {}
     for low, high in ranges:
         name = str(low) if low == high else f"{low} and more" if high == 10**9 else f"{low} to {high}"
-        counts[name] = sum(low <= value <= high for value in listed)
+        counts[name] = int(((values >= low) & (values <= high)).sum())
     return _shares(title, counts)
 
 

@@ -11,8 +11,9 @@ from typing import TypeVar
 
 import torch
 
-from ..data.index import Index, Row
-from ..data.people import by_person
+from ..data.index import Index
+from ..data.people import People
+from ..data.rows import Row
 from ..errors import ConfigError
 from ..faces.images import Image
 from ..randomness import generator
@@ -54,19 +55,23 @@ def choose_people(
         ConfigError: nobody in that split has enough photos.
     """
     usable = index.usable(None if settings.split == "all" else settings.split)
-    found = by_person(usable)
-    names = {name for name, _ in found}
-    rows: dict[str, list[Row]] = {}
-    for (name, number), person in found.items():
-        unknown = f"row {number}"
-        rows[name or (unknown if unknown not in names else f"{unknown} of nobody known")] = person
+    everyone = People(usable)
+    numbers, is_known = usable.column("number"), usable.has_text("identity")
+    firsts = everyone.firsts.tolist()
+    known = {usable[first].identity: place for place, first in enumerate(firsts) if is_known[first]}
+    rows = dict(known)  # by name, the person's place among all
+    for place, first in enumerate(firsts):
+        if not is_known[first]:
+            unknown = f"row {numbers[first]}"
+            rows[unknown if unknown not in known else f"{unknown} of nobody known"] = place
     people: list[Person] = []
     for name in _shuffled(sorted(rows), settings.seed, "people"):
         wanted = settings.references
-        if len(rows[name]) < wanted:
+        person = everyone[rows[name]]
+        if len(person) < wanted:
             continue
         photos: list[Photo] = []
-        for row in _shuffled(rows[name], settings.seed, name):
+        for row in _shuffled(person, settings.seed, name):
             photo = Photo(row, partial(index.load, row))
             if has_face(photo):
                 photos.append(photo)
@@ -78,7 +83,7 @@ def choose_people(
                 break
         if len(photos) < wanted:
             continue
-        word, _ = Counter(row.class_noun or "person" for row in rows[name]).most_common(1)[0]
+        word, _ = Counter(row.class_noun or "person" for row in person).most_common(1)[0]
         people.append(
             Person(name, word, tuple(photos[:wanted]), photos[wanted] if len(photos) > wanted else None)
         )

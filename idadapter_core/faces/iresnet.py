@@ -62,24 +62,27 @@ def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
 class IResNet(nn.Module):
     """A frozen recogniser: (B, 3, 112, 112) crops, RGB in [-1, 1], to an embedding and four feature maps.
 
-    `layers` are the numbers of blocks of the four stages; IResNet-100 has (3, 13, 30, 3).
+    `layers` are the numbers of blocks of the four stages; IResNet-100 has (3, 13, 30, 3). `widths` are the channels of the
+    stages; published networks have (64, 128, 256, 512).
     The network stays in eval mode: its batch statistics are part of the published weights.
     """
 
-    def __init__(self, layers: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[int], widths: Sequence[int] = STAGE_WIDTHS) -> None:
         super().__init__()
-        if len(layers) != 4 or any(count < 1 for count in layers):
-            raise InputError(f"IResNet needs four block counts of at least 1, got {tuple(layers)}")
-        self.layers = tuple(layers)
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.prelu = nn.PReLU(64)
-        self.layer1 = _stage(64, 64, layers[0])
-        self.layer2 = _stage(64, 128, layers[1])
-        self.layer3 = _stage(128, 256, layers[2])
-        self.layer4 = _stage(256, 512, layers[3])
-        self.bn2 = nn.BatchNorm2d(512)
-        self.fc = nn.Linear(512 * 7 * 7, EMBEDDING_WIDTH)
+        for counts, kind in ((layers, "block counts"), (widths, "stage widths")):
+            if len(counts) != 4 or any(count < 1 for count in counts):
+                raise InputError(f"IResNet needs four {kind} of at least 1, got {tuple(counts)}")
+        self.layers, self.widths = tuple(layers), tuple(widths)
+        first, second, third, last = self.widths
+        self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.prelu = nn.PReLU(first)
+        self.layer1 = _stage(first, first, layers[0])
+        self.layer2 = _stage(first, second, layers[1])
+        self.layer3 = _stage(second, third, layers[2])
+        self.layer4 = _stage(third, last, layers[3])
+        self.bn2 = nn.BatchNorm2d(last)
+        self.fc = nn.Linear(last * 7 * 7, EMBEDDING_WIDTH)
         self.features = nn.BatchNorm1d(EMBEDDING_WIDTH)
         self.eval()
 
@@ -90,7 +93,7 @@ class IResNet(nn.Module):
 
     def forward(self, crops: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the embedding (B, 512), not normalised, and the outputs of the four stages:
-        (B, 64, 56, 56), (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7).
+        (B, 64, 56, 56), (B, 128, 28, 28), (B, 256, 14, 14), (B, 512, 7, 7) with the usual widths.
         """
         if crops.ndim != 4 or tuple(crops.shape[1:]) != (3, CROP_SIZE, CROP_SIZE):
             raise InputError(f"face crops must be (B, 3, {CROP_SIZE}, {CROP_SIZE}), got {tuple(crops.shape)}")
@@ -103,7 +106,7 @@ class IResNet(nn.Module):
         return embedding, stages
 
     def extra_repr(self) -> str:
-        return f"layers={self.layers}"
+        return f"layers={self.layers}, widths={self.widths}"
 
 
 def load_iresnet(
@@ -113,8 +116,8 @@ def load_iresnet(
 
     `layers`: the block counts the file must have. By default those of IResNet-100, the network UniID was
     trained on, because another IResNet has the same output shapes and would give meaningless features without an
-    error. A .safetensors file written by `save_iresnet` declares its own counts, which are then accepted.
-    `any_layers`: take the counts that the file has, where no trained adapter depends on them.
+    error. A .safetensors file written by `save_iresnet` declares its own counts and widths, which are then accepted.
+    `any_layers`: take the counts and widths that the file has, where no trained adapter depends on them.
 
     Raises RecognizerError when the file cannot be read, is no IResNet, or is another one.
     """
@@ -141,8 +144,14 @@ def load_iresnet(
             f"{'(IResNet-100, the network UniID was trained on)' if required == IRESNET100_LAYERS else ''}.{hint} "
             "Another network gives features the adapter does not understand; choose the right file."
         )
+    widths = _stage_widths(state)
+    if widths != STAGE_WIDTHS and declared is None and not any_layers:
+        raise RecognizerError(
+            f"{path.name} has {_counts(widths)} channels in its four stages, but published networks have "
+            f"{_counts(STAGE_WIDTHS)}. Another network gives features the adapter does not understand; choose the right file."
+        )
     with torch.device("meta"):
-        net = IResNet(found)
+        net = IResNet(found, widths)
     _check_keys(path, net.state_dict(), state)
     float_state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     net.load_state_dict(float_state, assign=True)
@@ -150,9 +159,9 @@ def load_iresnet(
 
 
 def save_iresnet(net: IResNet, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write a .safetensors file that declares its block counts, so that `load_iresnet` accepts small networks."""
+    """Write a .safetensors file that declares its block counts and widths, so that `load_iresnet` accepts small networks."""
     state = {key: value for key, value in net.state_dict().items() if value.is_floating_point()}
-    metadata = {METADATA_KEY: json.dumps({"layers": list(net.layers)})}
+    metadata = {METADATA_KEY: json.dumps({"layers": list(net.layers), "widths": list(net.widths)})}
     write_safetensors(
         {key: value.to(dtype).contiguous() for key, value in state.items()}, metadata, Path(path)
     )
@@ -197,6 +206,16 @@ def _block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
             blocks[int(match[1])].add(int(match[2]))
     is_iresnet = all(blocks.values()) and "layer1.0.prelu.weight" in state and "fc.weight" in state
     return tuple(max(indices) + 1 for indices in blocks.values()) if is_iresnet else None
+
+
+def _stage_widths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Channels of the four stages; the usual ones where the file does not tell, which the check of its keys then reports."""
+    weights = [state.get(f"layer{stage}.0.conv2.weight") for stage in (1, 2, 3, 4)]
+    widths = [
+        usual if weight is None or not weight.ndim else weight.shape[0]
+        for weight, usual in zip(weights, STAGE_WIDTHS, strict=True)
+    ]
+    return tuple(widths)
 
 
 def _check_keys(path: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -59,7 +59,9 @@ class _Walk:
         for node in graph.node:
             if node.op_type == "Constant":
                 self.values[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-            elif node.op_type == "Identity" and node.input[0] in self.values:
+            elif (
+                node.op_type in ("Identity", "Cast") and node.input[0] in self.values
+            ):  # Cast: stored in half precision
                 self.values[node.output[0]] = self.values[node.input[0]]
             for source in node.input:
                 self.consumers[source].append(node)

@@ -53,7 +53,7 @@ def sample(
     height: int,
     before_step: Callable[[int, int], Conditioning | None] | None = None,
 ) -> Tensor:
-    """One picture's latents (1, 4, height / 8, width / 8) in the UNet's units, fp32 on its device, for `Base.vae.decode`.
+    """One picture's latents (1, C, height / 8, width / 8) in the UNet's units, fp32 on its device, for `Base.vae.decode`.
 
     The UNet is called once a step, with the rows of `positive_rows`: row 0 is the negative prompt and row 1 the positive, or the
     positive alone.
@@ -77,7 +77,8 @@ def sample(
     unet, device = base.unet, base.unet.device
     timesteps, sigmas = simple_schedule(base.schedule, steps)
     noise = torch.randn(
-        (1, 4, height // factor, width // factor), generator=torch.Generator().manual_seed(seed)
+        (1, unet.config.in_channels, height // factor, width // factor),
+        generator=torch.Generator().manual_seed(seed),
     )
     latents: Tensor = noise.to(device) * float(sigmas[0].square() + 1) ** 0.5
     for step in range(steps):

@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
         return torch.cat([(mean - self.offset) / self.gain, deviation / self.gain], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), RGB, about -1..1 and not clamped, of latents (B, 4, h, w) in the UNet's units. Gradients reach
+        """Images (B, 3, H, W), RGB, about -1..1 and not clamped, of latents (B, C, h, w) in the UNet's units. Gradients reach
         the latents."""
         network: Any = self.network
         # bfloat16 is too coarse for the decoder, and SDXL's overflows in float16.
@@ -143,7 +143,8 @@ def _tiny(state: Mapping[str, Tensor], name: str, family: str) -> Autoencoder:
         elif part == "taesd_decoder":  # its first layer, without weights, is no layer in diffusers
             number, _, rest = rest.partition(".")
             renamed[f"decoder.layers.{int(number) - 1}.{rest}"] = value
-    network = build_diffusers(from_library("diffusers", "AutoencoderTiny"), {}, renamed, name)
+    channels = {"latent_channels": state["taesd_decoder.1.weight"].shape[1]}
+    network = build_diffusers(from_library("diffusers", "AutoencoderTiny"), channels, renamed, name)
     scale = float(state.get("vae_scale", torch.tensor(1.0)))
     shift = float(state.get("vae_shift", torch.tensor(0.0)))
     return Autoencoder(network, scale / SCALING[family], -shift * scale)

@@ -22,22 +22,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import writable
-from ..data.index import Index, Row
-from ..data.references import Photo, Preprocess, photo_tensors, photos_of_variants
+from ..data.index import Index
+from ..data.references import Photo, Preprocess, photo_tensors
+from ..data.rows import Row, as_rows
 from ..errors import ConfigError, IDAdapterError
-from ..files import write_file, write_safetensors
+from ..files import read_metadata, write_file, write_safetensors
 from ..stable_diffusion.networks import see
 from .bundle import recognize
 from .config import RunConfig
+from .entries import Entries, Entry, Keys, keys_of, latents_key, photo_key
 from .loading import Batches, prepare_worker
 from .parts import Parts
-from .samples import STAGE_NAMES, place, target_picture
+from .samples import STAGE_NAMES, target_picture
 
 VERSION = 2  # of the computations below and of decoding; a change makes all entries new ones
 PART = 512  # entries of a part
@@ -50,64 +54,31 @@ _OPEN_PARTS = 64
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One thing to be computed: the latents of a target, or the features of a photo."""
-
-    key: str
-    photo: Photo
-    mirrored: bool = False  # of a target
-
-
-@dataclass(frozen=True)
 class Kind:
     """One of the two folders."""
 
     name: str  # "latents" or "photos"
     facts: Mapping[str, Any]
-    entries: tuple[Entry, ...] = field(repr=False)
+    entries: Entries = field(repr=False)
 
     def folder(self, root: Path) -> Path:
         digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12]
         return root / f"{self.name}-{digest}"
 
 
-def latents_key(row: Row, mirrored: bool) -> str:
-    square = place(row, 1, mirrored)
-    return _digest(row.sha256, square.left, square.top, square.side, mirrored)
-
-
-def photo_key(photo: Photo) -> str:
-    return _digest(photo.row.sha256, photo.row.box, photo.row.landmarks, photo.variant)
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
 def kinds(parts: Parts, config: RunConfig) -> tuple[Kind, Kind]:
     """What a run needs."""
-    splits = (parts.train_rows, parts.test_rows)
-    rows = [row for split in splits for row in split]
-    latents = [Entry(latents_key(row, False), Photo(row)) for row in rows]
-    if config.data.flip:  # of training; what a run is measured by is never mirrored
-        latents += [Entry(latents_key(row, True), Photo(row), True) for row in parts.train_rows]
-    photos = [Photo(row) for row in rows]
-    if not config.recipe.known_by_target:
-        photos = [p for split in splits for p in photos_of_variants(split, config.data.references)]
+    splits = (as_rows(parts.train_rows), as_rows(parts.test_rows))
+    # What a run is measured by is never mirrored.
+    latents = Entries.latents(splits, splits[0] if config.data.flip else None)
+    photos = Entries.photos(splits, 0 if config.recipe.known_by_target else config.data.references)
     latent_facts = {"version": VERSION, "vae": parts.base.vae.digest, "resolution": config.data.resolution}
     photo_facts = {"version": VERSION, "recognizer": parts.recognizer_digest, "method": config.adapter.method}
     photo_facts |= {"features": config.data.cache_features}
     if config.needs.vision is not None:
         assert parts.networks.vision is not None
         photo_facts["vision"] = parts.networks.vision.digest
-    return (
-        Kind("latents", latent_facts, _without_copies(latents)),
-        Kind("photos", photo_facts, _without_copies([Entry(photo_key(photo), photo) for photo in photos])),
-    )
-
-
-def _without_copies(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    return tuple({entry.key: entry for entry in entries}.values())
+    return Kind("latents", latent_facts, latents), Kind("photos", photo_facts, photos)
 
 
 class Folder:
@@ -116,28 +87,54 @@ class Folder:
     def __init__(self, path: Path) -> None:
         _open.cache_clear()  # parts may have been deleted and written anew
         self.path = path
-        self._places: dict[str, tuple[str, int]] = {}
-        for part in sorted(path.glob("part-*.safetensors")):
-            try:
-                with safetensors.safe_open(part, framework="pt") as file:
-                    keys = json.loads((file.metadata() or {})[KEYS])
-            except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-                raise ConfigError(
-                    f"{part}: no part of a cache ({error}). Delete it and run `python -m idadapter_core cache build` again."
-                ) from error
-            self._places |= {key: (part.name, place) for place, key in enumerate(keys)}
+        self._names = [part.name for part in sorted(path.glob("part-*.safetensors"))]
+        keys = [np.zeros((0, 2), np.uint64), *(self._keys(path / name) for name in self._names)]
+        sizes = [len(found) for found in keys[1:]]
+        joined = np.concatenate(keys)
+        order = np.lexsort((joined[:, 1], joined[:, 0]))
+        self._high, self._low = joined[order, 0], joined[order, 1]  # each in one piece, as searching wants it
+        self._part = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)[order]
+        self._place = np.concatenate([np.arange(size, dtype=np.uint32) for size in (0, *sizes)])[order]
+
+    def _keys(self, part: Path) -> Keys:
+        try:
+            return keys_of(json.loads(read_metadata(part)[KEYS]))
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{part}: no part of a cache ({error}). Delete it and run `python -m idadapter_core cache build` again."
+            ) from error
+
+    def has(self, keys: Keys) -> NDArray[np.bool_]:
+        """(entries,) which of these keys are there."""
+        return self._find(keys) >= 0
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return bool(self.has(keys_of([key]))[0])
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._high)
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors of an entry. Only its own part of the file is read."""
-        name, number = self._places[key]
-        file = _open(self.path / name)
-        return {tensor: file.get_slice(tensor)[number] for tensor in file.keys()}  # noqa: SIM118
+        number = int(self._find(keys_of([key]))[0])
+        if number < 0:
+            raise KeyError(key)
+        file = _open(self.path / self._names[self._part[number]])
+        place = int(self._place[number])
+        return {tensor: file.get_slice(tensor)[place] for tensor in file.keys()}  # noqa: SIM118
+
+    def _find(self, keys: Keys) -> NDArray[np.int64]:
+        """(entries,) where keys are among the sorted ones; -1: nowhere."""
+        if not len(self):
+            return np.full(len(keys), -1)
+        found = np.searchsorted(self._high, keys[:, 0]).clip(max=len(self) - 1)
+        while True:  # once, unless keys have their first half in common
+            is_half = self._high[found] == keys[:, 0]
+            is_there = is_half & (self._low[found] == keys[:, 1])
+            goes_on = is_half & ~is_there & (found + 1 < len(self))
+            if not goes_on.any():
+                return np.where(is_there, found, -1)
+            found[goes_on] += 1
 
 
 @lru_cache(maxsize=_OPEN_PARTS)
@@ -155,7 +152,7 @@ class Cache:
     def __init__(self, root: Path, needed: Sequence[Kind]) -> None:
         folders = [Folder(kind.folder(root)) for kind in needed]
         for kind, folder in zip(needed, folders, strict=True):
-            missing = [entry for entry in kind.entries if entry.key not in folder]
+            missing = kind.entries.where(~folder.has(kind.entries.keys))
             if missing:
                 raise ConfigError(
                     f"{folder.path}: {len(missing)} of {len(kind.entries)} {kind.name} are not in the cache, the first of "
@@ -216,7 +213,8 @@ def build(
         write_file(folder / FACTS, json.dumps(kind.facts, indent=1).encode())
         present = Folder(folder)
         # Shared out before it is looked at what is there: the processes do not look at the same moment.
-        missing = [entry for entry in kind.entries[rank::world] if entry.key not in present]
+        share = kind.entries[rank::world]
+        missing = share.where(~present.has(share.keys))
         with progress(kind.name) as told:
             for entries, tensors in _computed(kind, missing, parts, config, device, told):
                 keys = json.dumps([entry.key for entry in entries])

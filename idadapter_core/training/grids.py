@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import unicodedata
@@ -14,7 +15,7 @@ from PIL import Image as PILImage, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..data.people import by_person
+from ..data.people import People
 from ..data.references import features_of
 from ..errors import InputError
 from ..faces.images import Image
@@ -55,7 +56,7 @@ def sample_grid(
         wait: calls what reads photos and what writes the picture, and gives what that returns.
     """
     rows = parts.test_rows or parts.train_rows
-    chosen = list(by_person(rows).values())[: config.output.sample_people]
+    chosen = list(itertools.islice(People(rows), config.output.sample_people))
     pipeline = Pipeline(parts.base, adapter, bundle.injected, look)
     size = config.data.resolution
     lines: list[tuple[str, list[Image]]] = []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import config_toml, writable
-from ..data.index import Row
+from ..data.rows import Row
 from ..errors import ConfigError, IDAdapterError, NotFiniteError, TrainingError
 from ..files import some, write_file
 from ..waiting import TERMINATED
@@ -199,6 +199,7 @@ class _Run:
             self.parts.base.schedule.steps,
             self.store,
             None if vision is None else vision.preprocess,
+            self.parts.base.unet.config.in_channels,
         )
 
     def close(self) -> None:

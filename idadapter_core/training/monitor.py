@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.index import Row
+from ..data.rows import Row
 from ..errors import TrainingError
 from ..logs import RunLog
 from ..randomness import epoch_order

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..data.index import Index, Row, read_index
+from ..data.index import Index, read_index
+from ..data.rows import Row
 from ..errors import ConfigError
 from ..stable_diffusion.base import Base, load_base
 from ..stable_diffusion.config import require_paths

@@ -17,9 +17,10 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..data.index import Index, Row
-from ..data.people import by_person
+from ..data.index import Index
+from ..data.people import People
 from ..data.references import Photo, Preprocess, photo_tensors, references_for
+from ..data.rows import OK, STATUSES, Row, Rows, as_rows
 from ..errors import ConfigError, IDAdapterError
 from ..faces.images import Image
 from ..prompts import CAPTION, CLASS_WORD
@@ -29,7 +30,6 @@ from .config import RunConfig
 NO_CAPTION = f"a photo of a {CLASS_WORD}"
 VALIDATION = -1  # "epochs" from here down are of samples by which a run is measured: the same at every time
 _MIRRORED = [1, 0, 2, 4, 3]  # the five landmarks in a mirrored picture
-_LATENT_CHANNELS = 4
 
 Key = tuple[int, int]  # epoch, place in the list of rows
 
@@ -103,8 +103,8 @@ class Batch:
     class_nouns: tuple[str, ...]
     identity: Tensor  # (B,) bool: False where the identity is dropped
     timesteps: Tensor  # (B,)
-    noise: Tensor  # (B, 4, h, w)
-    posterior: Tensor  # (B, 4, h, w) noise by which latents are drawn from the VAE's distribution
+    noise: Tensor  # (B, C, h, w)
+    posterior: Tensor  # (B, C, h, w) noise by which latents are drawn from the VAE's distribution
     landmarks: Tensor  # (B, 5, 2) in the target picture
     sizes: Tensor  # (B, 6), see Placement.size_conditioning
     pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
@@ -172,10 +172,13 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         timesteps: int,
         store: Store | None = None,
         preprocess: Preprocess | None = None,
+        latent_channels: int = 4,
     ) -> None:
-        self._index, self.rows, self._config = index, list(rows), config
+        self._index, self.rows, self._config = index, as_rows(rows), config
+        self._channels = latent_channels
         self._timesteps, self._store, self._preprocess = timesteps, store, preprocess
-        self._person = {row.number: person for person in by_person(rows).values() for row in person}
+        self._people = People(self.rows)
+        self._whose = self._people.of  # made here, so that forked workers share it
         self._by_target = config.recipe.known_by_target
 
     def __len__(self) -> int:
@@ -196,13 +199,14 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         # All is drawn in any case, so that one setting does not change what the others draw.
         drop, mirror = torch.rand(2, generator=random).tolist()
         timestep = int(torch.randint(self._timesteps, (), generator=random))
-        references = references_for(row, self._person[row.number], config.data.references, random)
+        person = self._people[int(self._whose[number])]
+        references = references_for(row, person, config.data.references, random)
         is_measured = epoch <= VALIDATION
         mirrored = config.data.flip and mirror < 0.5 and not is_measured
         has_identity, has_text = (True, True) if is_measured else _kept(drop, config)
         placement = place(row, config.data.resolution, mirrored)
         side = config.data.resolution // 8
-        shape = (_LATENT_CHANNELS, side, side)
+        shape = (self._channels, side, side)
         sample: dict[str, Any] = {
             "rows": row.number,
             "sources": row.source,
@@ -326,7 +330,7 @@ class MicroBatches(Sampler[list[Key]]):
                 yield keys[first : first + self.size]
 
 
-def usable_rows(index: Index, config: RunConfig, split: str) -> list[Row]:
+def usable_rows(index: Index, config: RunConfig, split: str) -> Rows:
     """The rows that a run may learn from ("train") or is measured by ("test").
 
     Raises:
@@ -334,17 +338,17 @@ def usable_rows(index: Index, config: RunConfig, split: str) -> list[Row]:
     """
     bad = index.bad_share()
     if bad > config.data.max_bad_share:
-        worst = [row for row in index.rows if row.status not in ("ok", "duplicate")][:10]
+        fine = [STATUSES.index(OK), STATUSES.index("duplicate")]
+        worst = index.rows.where(~np.isin(index.rows.status, fine))[:10]
         listed = "\n".join(f"  {row.source}: {row.status}, {row.reason}" for row in worst)
         raise ConfigError(
             f"{index.path}: {bad:.1%} of its photos cannot be used, data.max_bad_share allows "
             f"{config.data.max_bad_share:.1%}. Repair or remove them and scan again, or raise the limit. The first ones:\n{listed}"
         )
-    grouped = by_person(index.usable(split))
-    numbers = {
-        row.number for person in grouped.values() if len(person) >= config.data.min_photos for row in person
-    }
-    rows = [row for row in index.usable(split) if row.number in numbers]
+    rows = index.usable(split)
+    if config.data.min_photos > 1:
+        people = People(rows)
+        rows = rows.where((people.sizes >= config.data.min_photos)[people.of])
     if not rows and split == "train":
         raise ConfigError(
             f"{index.path}: no photo is left to train on (data.min_photos = {config.data.min_photos}). See "

@@ -15,7 +15,8 @@ from torch import zeros
 
 from idadapter_core.cli import COMMANDS, main
 from idadapter_core.cli.program import Parser, run
-from idadapter_core.data.index import Row, write_index
+from idadapter_core.data.index import write_index
+from idadapter_core.data.rows import Row
 from idadapter_core.errors import ConfigError
 
 CORE = Path(__file__).resolve().parents[2] / "idadapter_core"
@@ -118,7 +119,7 @@ def test_a_shell_without_letters(tmp_path: Path) -> None:
     """LC_ALL=C, and Python told not to help itself: names on the command line, in files and of files are read all the same."""
     folder = tmp_path / "Зоя"
     folder.mkdir()
-    index = folder / "índex.jsonl"
+    index = folder / "índex.parquet"
     write_index(
         index,
         folder,
@@ -131,7 +132,7 @@ def test_a_shell_without_letters(tmp_path: Path) -> None:
     environ = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environ |= {"PYTHONPATH": os.pathsep.join([str(CORE.parent), environ.get("PYTHONPATH", "")])}
     for arguments, code, said in (
-        (["dedupe", str(index), str(folder / "dédupe.jsonl")], 0, "0 photos are duplicates"),
+        (["dedupe", str(index), str(folder / "dédupe.parquet")], 0, "0 photos are duplicates"),
         (["train", "--config", str(config)], 1, f"base.path: {folder}/été is not there"),
         (["evaluate", "--config", str(folder / "nö.toml")], 2, "nö.toml: no such file"),
     ):
@@ -146,4 +147,4 @@ def test_a_shell_without_letters(tmp_path: Path) -> None:
         assert done.returncode == code, output
         assert said in output
         assert "Traceback" not in output
-    assert (folder / "dédupe.jsonl").is_file()
+    assert (folder / "dédupe.parquet").is_file()

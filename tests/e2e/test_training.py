@@ -92,7 +92,7 @@ def base(lab: Lab) -> Any:
 
 
 def identity_of(lab: Lab, method: str, adapter: Any) -> Any:
-    index = read_index(lab.folder / "index.jsonl")
+    index = read_index(lab.folder / "index.parquet")
     rows = [row for row in index.rows if row.identity == "person_00"][:2]
     needs = METHODS[method].needs(adapter.config)
     networks, digest = load_networks(BaseConfig(**lab.base()), needs, needs_detector=False)

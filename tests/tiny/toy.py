@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from idadapter_core.config import parse_config
-from idadapter_core.data.index import Row, write_index
+from idadapter_core.data.index import write_index
+from idadapter_core.data.rows import Row
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.iresnet import IResNet, save_iresnet
 from idadapter_core.training.config import RunConfig
@@ -39,7 +40,7 @@ class Toy:
 
     @property
     def index(self) -> Path:
-        return self.folder / "index.jsonl"
+        return self.folder / "index.parquet"
 
     def content(self, run: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
         """The sections of a small run with other settings over them."""
@@ -108,4 +109,4 @@ def _write_index(folder: Path, photos: list[Path]) -> None:
                 split="test" if photo.parent.name == TEST_PERSON else "train",
             )
         )
-    write_index(folder / "index.jsonl", folder / "photos", rows, torch.zeros(len(rows), 512), {})
+    write_index(folder / "index.parquet", folder / "photos", rows, torch.zeros(len(rows), 512), {})

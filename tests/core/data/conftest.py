@@ -41,7 +41,7 @@ def scanned(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Scanned:
     folder = tmp_path_factory.mktemp("scanned")
     write_people(folder / "photos", people=3, photos=3)
     bad = write_bad(folder / "photos" / "bad")
-    index = scan(list_photos(folder / "photos"), folder / "index.jsonl", package=package, provider="cpu")
+    index = scan(list_photos(folder / "photos"), folder / "index.parquet", package=package, provider="cpu")
     return Scanned(folder / "photos", package, index, bad)
 
 

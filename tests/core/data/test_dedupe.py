@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from idadapter_core.data.dedupe import dedupe
-from idadapter_core.data.index import Index, Row, read_index, write_index
+from idadapter_core.data.index import Index, read_index, write_index
+from idadapter_core.data.rows import Row
 from idadapter_core.data.split import SplitSettings
 from idadapter_core.errors import ConfigError
 
@@ -43,7 +44,7 @@ def directions(people: list[int]) -> Tensor:
 
 def indexed(folder: Path, rows: list[Row], people: list[int]) -> Index:
     facts = {"split": {"share": 0.2, "seed": 3, "threshold": 0.6}}
-    return write_index(folder / "index.jsonl", folder, rows, directions(people), facts)
+    return write_index(folder / "index.parquet", folder, rows, directions(people), facts)
 
 
 def found(index: Index) -> dict[int, tuple[str, str]]:
@@ -53,7 +54,7 @@ def found(index: Index) -> dict[int, tuple[str, str]]:
 def test_the_same_bytes(tmp_path: Path) -> None:
     rows = [row(0, "a", sha="f"), row(1, "b", sha="f"), row(2, "", sha="e"), row(3, "", sha="e"), row(4, "c")]
     rows[4] = replace(row(4, "c", sha="f"), status="blur", reason="blurred", split="")
-    made = dedupe(indexed(tmp_path, rows, [1, 2, 3, 4, 5]), tmp_path / "clean.jsonl")
+    made = dedupe(indexed(tmp_path, rows, [1, 2, 3, 4, 5]), tmp_path / "clean.parquet")
     assert found(made) == {
         1: ("duplicate", "the same bytes as 0.png"),
         3: ("duplicate", "the same bytes as 2.png"),
@@ -70,13 +71,13 @@ def test_looks_the_same(tmp_path: Path) -> None:
         row(4, "", phash="00000000000000ff"),
         row(5, "", phash="00000000000000ff"),
     ]
-    made = dedupe(indexed(tmp_path, rows, [1, 1, 1, 2, 3, 4]), tmp_path / "clean.jsonl")
+    made = dedupe(indexed(tmp_path, rows, [1, 1, 1, 2, 3, 4]), tmp_path / "clean.parquet")
     assert found(made) == {1: ("duplicate", "looks like 0.png")}
 
 
 def test_one_person_under_two_names_is_set_aside(tmp_path: Path) -> None:
     rows = [row(0, "a"), row(1, "b"), row(2, "b"), row(3, "c"), row(4, "d"), row(5, "")]
-    made = dedupe(indexed(tmp_path, rows, [10, 1, 1, 3, 3, 1]), tmp_path / "clean.jsonl")
+    made = dedupe(indexed(tmp_path, rows, [10, 1, 1, 3, 3, 1]), tmp_path / "clean.parquet")
     assert found(made) == {
         0: ("duplicate", "a is b, who has more photos or came first (cosine 0.80)"),
         4: ("duplicate", "d is c, who has more photos or came first (cosine 1.00)"),
@@ -88,26 +89,26 @@ def test_one_person_under_two_names_is_set_aside(tmp_path: Path) -> None:
 def test_or_merged(tmp_path: Path) -> None:
     rows = [row(0, "a"), row(1, "b"), row(2, "b", phash=row(0, "").phash), row(3, "c")]
     index = indexed(tmp_path, rows, [10, 1, 1, 3])
-    made = dedupe(index, tmp_path / "clean.jsonl", people="merge")
+    made = dedupe(index, tmp_path / "clean.parquet", people="merge")
     assert [r.identity for r in made.rows] == ["b", "b", "b", "c"]
     assert found(made) == {2: ("duplicate", "looks like 0.png")}
-    assert found(dedupe(index, tmp_path / "far.jsonl", threshold=0.9)) == {}
+    assert found(dedupe(index, tmp_path / "far.parquet", threshold=0.9)) == {}
 
 
 def test_the_result_is_split_anew_and_keeps_the_rest(tmp_path: Path) -> None:
     rows = [row(n, f"p{n // 2}") for n in range(20)]
     index = indexed(tmp_path, rows, [n // 2 for n in range(20)])
     before = index.path.read_bytes()
-    made = dedupe(index, tmp_path / "clean.jsonl")
+    made = dedupe(index, tmp_path / "clean.parquet")
     assert index.path.read_bytes() == before
     assert made.facts["split"]["seed"] == 3
     assert sum(r.split == "test" for r in made.rows) == 4
     assert read_index(made.path).rows == made.rows
     torch.testing.assert_close(made.embeddings(), index.embeddings())
-    other = dedupe(index, tmp_path / "other.jsonl", split=SplitSettings(share=0.5))
+    other = dedupe(index, tmp_path / "other.parquet", split=SplitSettings(share=0.5))
     assert sum(r.split == "test" for r in other.rows) == 10
     with pytest.raises(ConfigError, match="quarantine, merge"):
-        dedupe(index, tmp_path / "no.jsonl", people="forget")
+        dedupe(index, tmp_path / "no.parquet", people="forget")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
@@ -122,10 +123,10 @@ def test_a_full_disk_is_told_once(tmp_path: Path, size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         with pytest.raises(ConfigError) as raised:
-            dedupe(index, tmp_path / "new" / "clean.jsonl")
+            dedupe(index, tmp_path / "new" / "clean.parquet")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = f"{raised.value}"
     assert message.count("cannot be written") == message.count("Choose another folder") == 1
     assert str(tmp_path / "new") in message
-    assert not (tmp_path / "new" / "clean.jsonl").exists()
+    assert not (tmp_path / "new" / "clean.parquet").exists()

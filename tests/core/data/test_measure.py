@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idadapter_core.data.index import STATUSES
 from idadapter_core.data.measure import Limits, Measured, Models, judge, measure
+from idadapter_core.data.rows import STATUSES
 from idadapter_core.data.sources import Photo
 from idadapter_core.faces.align import align_face
 from tests.tiny.face_package import MarkedFace, synthesize

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from idadapter_core.data import shards as sharding
+from idadapter_core.data import ranks, shards as sharding
 from idadapter_core.data.index import Index, read_index
-from idadapter_core.data.shards import write_shards
+from idadapter_core.data.ranks import Ranks
+from idadapter_core.data.shards import write_shards, write_share
 from idadapter_core.errors import ConfigError, InputError
 from tests.core.data.conftest import Scanned
 
@@ -23,7 +24,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 def test_there_and_back(scanned: Scanned, tmp_path: Path) -> None:
     made = write_shards(scanned.index, tmp_path / "shards", photos=5)
-    read = read_index(tmp_path / "shards" / "index.jsonl")
+    read = read_index(tmp_path / "shards" / "index.parquet")
     assert read.rows == made.rows
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 2
     assert [row.number for row in read.usable()] == [row.number for row in scanned.index.usable()]
@@ -96,6 +97,51 @@ def test_broken_off_and_taken_up_again(
     assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_number_of_ranks_changes_nothing(scanned: Scanned, tmp_path: Path, world: int) -> None:
+    """Also where there are more of them than shards."""
+    write_shards(scanned.index, tmp_path / "alone", photos=3)
+    for rank in range(1, world):
+        write_share(scanned.index, tmp_path / "shared", ranks=Ranks(rank, world), photos=3)
+    before = bytes_of(tmp_path / "shared")
+    assert not any(name.startswith("index") for name in before)
+    write_shards(scanned.index, tmp_path / "shared", photos=3, world=world)
+    assert bytes_of(tmp_path / "shared") == bytes_of(tmp_path / "alone")
+
+
+def test_shards_of_others_are_waited_for_until_they_are_whole(
+    scanned: Scanned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "PATIENCE", 0.1)
+    monkeypatch.setattr(ranks, "POLL", 0.05)
+    write_share(scanned.index, tmp_path, ranks=Ranks(1, 2), photos=3)
+    last = tmp_path / "shard-000002.tar"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:2000])
+    with pytest.raises(InputError, match="no other process has done anything.*1 shards of .* are waited for"):
+        write_shards(scanned.index, tmp_path, photos=3, world=2)
+    assert not (tmp_path / "index.parquet").exists()
+    write_share(scanned.index, tmp_path, ranks=Ranks(1, 2), photos=3)
+    assert last.read_bytes() == whole
+    assert len(write_shards(scanned.index, tmp_path, photos=3, world=2).usable()) == 9
+
+
+def test_another_rank_may_begin_at_the_same_moment(
+    scanned: Scanned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shards are there when this one looks around, and its record was not before."""
+    look = Path.iterdir
+
+    def late(self: Path) -> Any:
+        monkeypatch.undo()
+        write_share(scanned.index, tmp_path, ranks=Ranks(1, 2), photos=3)
+        return look(self)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    write_shards(scanned.index, tmp_path, photos=3, world=2)
+    assert len(list(tmp_path.glob("*.tar"))) == 3
+
+
 def test_a_damaged_shard_is_written_again(scanned: Scanned, tmp_path: Path) -> None:
     write_shards(scanned.index, tmp_path, photos=3)
     before = bytes_of(tmp_path)
@@ -121,7 +167,7 @@ def test_a_photo_that_changed_since_the_scan(package: Path, few: Path, tmp_path:
     from idadapter_core.data.scan import scan
     from idadapter_core.data.sources import list_photos
 
-    index = scan(list_photos(few / "person_00"), tmp_path / "i.jsonl", package=package, provider="cpu")
+    index = scan(list_photos(few / "person_00"), tmp_path / "i.parquet", package=package, provider="cpu")
     (few / "person_00" / "1.png").write_bytes(b"changed")
     with pytest.raises(InputError, match="has changed since the scan"):
         write_shards(index, tmp_path / "shards")

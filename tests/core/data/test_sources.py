@@ -311,13 +311,17 @@ class TestWhatIsNotRead:
         touch(
             tmp_path,
             "1.jpg",
-            "i.jsonl",
-            "i.jsonl.progress",
-            ".i.jsonl.0123abcd",
+            "i.parquet",
+            "i.parquet.progress/rank-00000.jsonl",
+            ".i.parquet.0123abcd",
             "i.0123456789abcdef.safetensors",
+            ".i.0123456789abcdef.safetensors.0123abcd",
+            "i.0123456789abcdef.map",
+            ".i.0123456789abcdef.map.0123abcd",
+            ".i.0123456789abcdef.map.lock",
         )
-        assert not_read(list_photos(tmp_path, output=tmp_path / "i.jsonl")) == {}
-        assert sum(not_read(list_photos(tmp_path, output=tmp_path / "other.jsonl")).values()) == 4
+        assert not_read(list_photos(tmp_path, output=tmp_path / "i.parquet")) == {}
+        assert sum(not_read(list_photos(tmp_path, output=tmp_path / "other.parquet")).values()) == 8
 
     def test_heic_says_how(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(photos_module, "_registers_heif", lambda: False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from idadapter_core.data import split as splitting
-from idadapter_core.data.index import Row
+from idadapter_core.data.rows import Row
 from idadapter_core.data.split import SplitSettings, clusters, describe_split, largest_cosine, split_rows
 from idadapter_core.errors import ConfigError
 

@@ -17,7 +17,7 @@ from idadapter_core.evaluation.prompts import EXPRESSION, GROUPS, POSE, POSES, b
 CONFIGS = Path(__file__).parents[3] / "configs"
 TOML = """
 [data]
-index = "index.jsonl"
+index = "index.parquet"
 [[runs]]
 name = "naive"
 path = "a.safetensors"

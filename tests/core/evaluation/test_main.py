@@ -21,7 +21,7 @@ def config(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("command")
     found = {"width": 128, "height": 128, "box": (0.0, 0.0, 1.0, 1.0), "landmarks": ((0.0, 0.0),) * 5}
     rows = [replace(row, **found) for row in index_of(world).rows]
-    write_index(world / "index.jsonl", world, rows, torch.zeros(len(rows), 512), {})
+    write_index(world / "index.parquet", world, rows, torch.zeros(len(rows), 512), {})
     small = configure(
         world,
         folder / "result",

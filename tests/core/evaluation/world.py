@@ -12,7 +12,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from idadapter_core.config import parse_config
-from idadapter_core.data.index import Index, Row
+from idadapter_core.data.index import Index
+from idadapter_core.data.rows import Row
 from idadapter_core.evaluation.config import EvaluationConfig, RunEntry
 from idadapter_core.evaluation.generate import Drawing, recipe_of
 from idadapter_core.faces.images import Image
@@ -56,13 +57,13 @@ def index_of(folder: Path) -> Index:
                 split="test",
             )
         )
-    return Index(folder / "index.jsonl", folder, tuple(rows), {}, "digest of the index")
+    return Index(folder / "index.parquet", folder, tuple(rows), {}, "digest of the index")
 
 
 def configure(folder: Path, output: Path, *runs: str, **sections: Any) -> EvaluationConfig:
     """An evaluation of runs by their names, with all judging models; `sections` change it."""
     content: dict[str, Any] = {
-        "data": {"index": str(folder / "index.jsonl"), "identities": 0, "references": 2},
+        "data": {"index": str(folder / "index.parquet"), "identities": 0, "references": 2},
         "runs": [{"name": name, "path": str(folder / f"{name}.safetensors")} for name in runs],
         "prompts": PROMPTS,
         "sampling": {"groups": [], "size": SIZE},

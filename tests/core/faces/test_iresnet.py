@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from idadapter_core.demo_world.build.onnx_files import write_onnx
 from idadapter_core.errors import InputError, RecognizerError
 from idadapter_core.faces.iresnet import METADATA_KEY, IResNet, digest, load_iresnet, save_iresnet
 from tests.golden.compare import assert_published
@@ -242,3 +243,48 @@ def test_crops_of_another_size_are_refused(tiny: IResNet) -> None:
 def test_block_counts_are_checked() -> None:
     with pytest.raises(InputError, match="four block counts"):
         IResNet((1, 2))
+
+
+def test_stage_widths_are_checked() -> None:
+    with pytest.raises(InputError, match="four stage widths"):
+        IResNet(TINY, (8, 16, 0, 8))
+
+
+NARROW = (8, 8, 16, 8)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> IResNet:
+    net = IResNet(TINY, NARROW)
+    fill(net, seed=4)
+    return net.requires_grad_(False)
+
+
+def test_narrow_network_gives_stages_of_its_widths(narrow: IResNet, crops: torch.Tensor) -> None:
+    embedding, stages = narrow(crops)
+    assert embedding.shape == (2, 512)
+    assert [tuple(stage.shape[1:]) for stage in stages] == [(8, 56, 56), (8, 28, 28), (16, 14, 14), (8, 7, 7)]
+
+
+def test_own_file_declares_its_widths(narrow: IResNet, crops: torch.Tensor, tmp_path: Path) -> None:
+    save_iresnet(narrow, tmp_path / "net.safetensors", torch.float32)
+    loaded = load_iresnet(tmp_path / "net.safetensors")
+    assert loaded.widths == NARROW
+    _assert_same(narrow, loaded, crops, 0)
+
+
+def test_narrow_foreign_file_must_be_asked_for(narrow: IResNet, crops: torch.Tensor, tmp_path: Path) -> None:
+    torch.save(narrow.state_dict(), tmp_path / "net.pth")
+    with pytest.raises(RecognizerError, match=r"8/8/16/8 channels .* have 64/128/256/512"):
+        load_iresnet(tmp_path / "net.pth", TINY)
+    _assert_same(narrow, load_iresnet(tmp_path / "net.pth", any_layers=True), crops, 0)
+
+
+def test_onnx_file_in_half_precision_computes_nearly_the_same(
+    narrow: IResNet, crops: torch.Tensor, tmp_path: Path
+) -> None:
+    write_onnx(_EmbeddingOnly(narrow), torch.zeros(1, 3, 112, 112), tmp_path / "net.onnx", ["embedding"])
+    assert (tmp_path / "net.onnx").stat().st_size < 2.2 * sum(p.numel() for p in narrow.parameters())
+    loaded = load_iresnet(tmp_path / "net.onnx", any_layers=True)
+    with torch.no_grad():
+        _assert_same(narrow, loaded, crops, 5e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from idadapter_core.cli import cache as command
 from idadapter_core.config import config_toml
-from idadapter_core.data.index import Row, read_index, write_index
+from idadapter_core.data.index import read_index, write_index
+from idadapter_core.data.rows import Row
 from idadapter_core.errors import ConfigError, InputError
 from idadapter_core.training import cache as caches
 from idadapter_core.training.bundle import Bundle
@@ -58,7 +60,7 @@ def few(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Few:
     chosen = [*people[0][:3], people[1][0], people[-1][0]]
     assert [row.split for row in chosen] == ["train"] * 4 + ["test"]
     rows = [dataclasses.replace(row, number=number) for number, row in enumerate(chosen)]
-    path = tmp_path_factory.mktemp("few") / "index.jsonl"
+    path = tmp_path_factory.mktemp("few") / "index.parquet"
     write_index(path, whole.root, rows, torch.zeros(len(rows), 512), {})
     return Few(toy, path)
 
@@ -260,6 +262,30 @@ def test_what_changed_is_missing(built: RunConfig, parts: Parts, what: str) -> N
     assert content(built).keys() == before.keys()
 
 
+def test_photos_of_the_same_bytes_are_computed_once(built: RunConfig, parts: Parts) -> None:
+    row = parts.train_rows[0]
+    twice = _with(parts, *parts.train_rows, dataclasses.replace(row, number=99, identity=""))
+    for one, other in zip(kinds(parts, built), kinds(twice, built), strict=True):
+        keys = [entry.key for entry in other.entries]
+        assert len(set(keys)) == len(keys)
+        assert {entry.key for entry in one.entries} <= set(keys)
+    assert len(kinds(twice, built)[0].entries) == len(kinds(parts, built)[0].entries)
+
+
+def test_keys_that_are_half_the_same_are_told_apart(tmp_path: Path) -> None:
+    """Nothing but chance makes them: they are digests."""
+    digits = [f"{high:016x}{low:016x}" for high in (2**64 - 1, 0, 7) for low in (9, 2**63, 0, 3)]
+    for number, part in enumerate((digits[:5], digits[5:])):
+        places = torch.arange(len(part)) + 5 * number
+        save_file({"a": places}, tmp_path / f"part-{number}.safetensors", {KEYS: json.dumps(part)})
+    folder = Folder(tmp_path)
+    assert len(folder) == len(digits)
+    assert [int(folder.read(key)["a"]) for key in digits] == list(range(len(digits)))
+    absent = [f"{high:016x}{low:016x}" for high in (0, 7, 8, 2**64 - 1) for low in (1, 10, 2**64 - 1)]
+    assert not any(key in folder for key in absent)
+    assert digits[0] not in Folder(tmp_path / "absent")
+
+
 def test_fewer_photos_of_a_person_need_more_variants(built: RunConfig, parts: Parts) -> None:
     fewer = kinds(_with(parts, *parts.train_rows[1:]), built)
     if parts.networks.vision is None:  # UniID knows a person by the target alone
@@ -312,7 +338,7 @@ def test_a_photo_that_changed_since_the_scan(few: Few, tmp_path: Path, workers: 
     toy = Toy(tmp_path / "toy", few.toy.kind)
     shutil.copytree(few.toy.folder / "photos", toy.folder / "photos")
     index = read_index(few.index)
-    path = toy.folder / "index.jsonl"
+    path = toy.folder / "index.parquet"
     write_index(path, toy.folder / "photos", index.rows, torch.zeros(len(index.rows), 512), {})
     config = few.config(tmp_path, tmp_path / "cache", "uniid", data={"index": str(path), "workers": workers})
     parts = load_parts(config)

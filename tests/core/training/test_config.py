@@ -152,8 +152,8 @@ def test_a_branch_of_ones_own_keeps_its_settings(tmp_path: Path) -> None:
 
 
 def test_the_users_folder(tmp_path: Path) -> None:
-    config = read_config(write(tmp_path, '[data]\nindex = "~/faces/index.jsonl"\n'))
-    assert config.data.index == str(Path.home() / "faces" / "index.jsonl")
+    config = read_config(write(tmp_path, '[data]\nindex = "~/faces/index.parquet"\n'))
+    assert config.data.index == str(Path.home() / "faces" / "index.parquet")
     with pytest.raises(ConfigError, match=r"output\.prompts: .* has bytes that are no UTF-8"):
         parse_config(RunConfig, {"output": {"prompts": ["x", "\udce9"]}})
 

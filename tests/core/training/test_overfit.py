@@ -69,7 +69,7 @@ def place(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [
         dataclasses.replace(row, number=number, split="train") for number, row in enumerate(firsts[:PEOPLE])
     ]
-    write_index(folder / "index.jsonl", whole.root, rows, torch.zeros(PEOPLE, 512), {})
+    write_index(folder / "index.parquet", whole.root, rows, torch.zeros(PEOPLE, 512), {})
     return folder
 
 
@@ -96,7 +96,7 @@ def trained(request: pytest.FixtureRequest, toy: Toy, place: Path) -> tuple[Trai
     config = toy.config(
         folder / "run",
         base={"path": str(diffusers_base("sd21")), "family": "sd21", "vae": str(place / "vae")},
-        data={"index": str(place / "index.jsonl"), "cache": str(folder / "cache"), "flip": False},
+        data={"index": str(place / "index.parquet"), "cache": str(folder / "cache"), "flip": False},
         adapter=sections["adapter"],
         loss={"identity": 0.0},
         train={"global_batch_size": 8, "seed": 1, **never, **sections["train"]},

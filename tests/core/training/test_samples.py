@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from idadapter_core.config import parse_config
-from idadapter_core.data.index import Index, Row, read_index, write_index
-from idadapter_core.data.references import Photo, photo_pictures, photos_of_variants, references_for
+from idadapter_core.data.index import Index, read_index, write_index
+from idadapter_core.data.references import Photo, photo_pictures, references_for, variants_of
+from idadapter_core.data.rows import Row, as_rows
 from idadapter_core.errors import ConfigError, FaceError
 from idadapter_core.faces.align import TEMPLATE, align_face
 from idadapter_core.faces.enrich import variant
@@ -68,7 +69,7 @@ def row_of(number: int, identity: str = "somebody", **values: Any) -> Row:
 
 
 def index_of(folder: Path, rows: list[Row]) -> Index:
-    return write_index(folder / "index.jsonl", folder, rows, torch.zeros(len(rows), 512), {})
+    return write_index(folder / "index.parquet", folder, rows, torch.zeros(len(rows), 512), {})
 
 
 def draw(folder: Path, width: int, height: int, face: MarkedFace) -> tuple[Index, Row]:
@@ -128,7 +129,7 @@ class Zeros:
 
 def fast(rows: list[Row], config: RunConfig, store: Zeros | None = None) -> Samples:
     """Samples without pictures."""
-    index = Index(Path("index.jsonl"), Path(), tuple(rows), {}, "")
+    index = Index(Path("index.parquet"), Path(), tuple(rows), {}, "")
     return Samples(index, rows, config, TIMESTEPS, store or Zeros())
 
 
@@ -276,6 +277,14 @@ def test_samples_bring_both(tmp_path: Path) -> None:
     assert 6 <= sum(turned) <= 18
 
 
+def test_noise_has_the_channels_of_the_base_model(tmp_path: Path) -> None:
+    index, row = draw(tmp_path, *SHOTS["landscape"])
+    config = config_of(adapter={"method": "uniid"})
+    for channels in (4, 12):
+        sample = Samples(index, [row], config, TIMESTEPS, latent_channels=channels).sample(0, 0)
+        assert sample["noise"].shape[0] == sample["posterior"].shape[0] == channels
+
+
 def test_a_mirrored_target_is_the_target_of_the_mirrored_photo(tmp_path: Path) -> None:
     """In its picture, its landmarks, and what SDXL is told of how it was cut."""
     index, row = draw(tmp_path, *SHOTS["landscape"])
@@ -357,7 +366,10 @@ def test_references(size: int, count: int) -> None:
         firsts.add(photos[0].row.number)
     asked |= {photo for s in range(2) for photo in references_for(stranger, [stranger], count, generator(s))}
     assert firsts == {row.number for row in person}
-    assert set(photos_of_variants([*person, stranger], count)) == asked
+    rows = as_rows([*person, stranger])
+    assert {
+        Photo(rows[place], number) for place, number in zip(*variants_of(rows, count), strict=True)
+    } == asked
 
 
 def test_whose_person_is_not_known_is_somebody_of_their_own() -> None:

@@ -1,0 +1,53 @@
+"""Pictures as the networks take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .pictures import PictureSet
+
+Numbers = npt.NDArray[np.int64]
+
+
+def as_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """Pictures (B, H, W, 3) uint8 as (B, 3, H, W) float32 in -1..1, in the memory order that convolutions like."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+class Pool:
+    """Several groups of pictures as one; people of different groups have different numbers."""
+
+    def __init__(self, sets: Sequence[PictureSet]) -> None:
+        self.sets = tuple(sets)
+        self.starts = np.cumsum([0, *(len(part) for part in sets)])
+        firsts = np.cumsum([0, *(int(part.people.max()) + 1 for part in sets)])
+        self.people: Numbers = np.concatenate(
+            [part.people + first for part, first in zip(sets, firsts, strict=False)]
+        )
+        self.landmarks = np.concatenate([part.landmarks for part in sets])
+        self.boxes = np.concatenate([part.boxes for part in sets])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def pixels(self, numbers: Numbers) -> npt.NDArray[np.uint8]:
+        """Pictures (B, H, W, 3)."""
+        return np.stack([self._one(int(number)) for number in numbers])
+
+    def labels(self, factor: str, classes: Sequence[str]) -> Numbers:
+        """The class (N) of each picture."""
+        return np.concatenate([part.labels(factor, classes) for part in self.sets])
+
+    def where(self, **classes: str) -> Numbers:
+        """Numbers of the pictures whose factors have these classes."""
+        found = [part.where(**classes) + start for part, start in zip(self.sets, self.starts, strict=False)]
+        return np.concatenate(found)
+
+    def _one(self, number: int) -> npt.NDArray[np.uint8]:
+        part = int(np.searchsorted(self.starts, number, "right")) - 1
+        return np.asarray(self.sets[part].pixels[number - self.starts[part]])

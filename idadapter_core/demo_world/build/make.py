@@ -1,0 +1,269 @@
+"""What the stages of the build do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...faces.detector import FaceAnalyzer, open_analyzer
+from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet
+from ...stable_diffusion.vision import load_vision
+from ..autoencoder import load_autoencoder, save_autoencoder
+from ..base import load_base, save_base
+from ..readers import load_reader, save_reader
+from ..second_recognizer import EMBEDDING, SecondRecognizer, load_second_recognizer, save_second_recognizer
+from ..shipped import (
+    AUTOENCODER,
+    BASE,
+    CLIP_VISION,
+    DETECTOR_FILE,
+    FACE_PACKAGE,
+    FACE_PACKAGES,
+    JUDGE,
+    READER,
+    RECOGNIZER_FILE,
+    SEX_AND_AGE_FILE,
+)
+from .batches import Pool
+from .detector import Detector, Exported, detection_scores, output_names, train_detector
+from .measures import recognition
+from .onnx_files import write_onnx
+from .pictures import draw_pictures, open_pictures
+from .settings import FULL, SECOND, Course
+from .sex_and_age import SIDE, sex_and_age_scores, train_sex_and_age
+from .sheets import write_pairs, write_sheet
+from .stages import Bench, Stage
+from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, train_autoencoder
+from .train_base import base_scores, encode_pictures, train_base
+from .train_readers import reader_scores, train_reader
+from .train_recognizers import embeddings_of, first_of, recognizer_scores, train_recognizer
+from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision, vision_scores
+
+RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
+PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
+LATENTS = "latents/training.npy"  # of a build
+EXAMPLE_SIDE = 320  # of the detector's input while it is exported; the file takes any
+
+
+def _pool(bench: Bench, *groups: str) -> Pool:
+    return Pool([open_pictures(bench.pictures, group) for group in groups])
+
+
+def _training(bench: Bench, name: str) -> dict[str, Any]:
+    """What every training is given besides its network and pictures."""
+    course: Course = bench.course(name)
+    log: Callable[[str], None] = lambda line: bench.log(name, line)  # noqa: E731
+    return {"course": course, "checkpoint": bench.checkpoint(name), "seed": bench.settings.seed, "log": log}
+
+
+def _pictures(bench: Bench) -> None:
+    _draw(bench, "pictures", [name for name in bench.settings.groups if name != SECOND])
+
+
+def _second_pictures(bench: Bench) -> None:
+    _draw(bench, "second_pictures", [SECOND])
+
+
+def _draw(bench: Bench, stage: str, groups: list[str]) -> None:
+    draw_pictures(
+        bench.pictures, bench.settings, bench.processes, lambda line: bench.log(stage, line), groups
+    )
+
+
+def _readers(bench: Bench) -> None:
+    reader = train_reader(_pool(bench, "training"), **_training(bench, "readers"))
+    save_reader(reader, bench.files / READER)
+    bench.score("readers", reader_scores(load_reader(bench.files / READER), _pool(bench, "test")))
+
+
+def _embed(network: nn.Module, crops: Tensor) -> Tensor:
+    return first_of(network(crops))
+
+
+class _EmbeddingAlone(nn.Module):
+    def __init__(self, network: IResNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return first_of(self.network(crops))
+
+
+def _judged(bench: Bench) -> dict[str, Pool]:
+    return {name.removeprefix("test_"): _pool(bench, name) for name in ("test_photo", "test_shape")}
+
+
+def write_package_file(kind: str, network: nn.Module, folder: Path) -> Path:
+    """Write "detector", "recognizer" or "sex_and_age" as a file of a face package."""
+    free_rows: dict[str, Mapping[int, str]] = {"input": {0: "None"}}
+    if kind == "detector":
+        assert isinstance(network, Detector)
+        names, example = output_names(), torch.zeros(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)
+        free = {"input": {2: "height", 3: "width"}, **{name: {0: f"n{name.split('_')[1]}"} for name in names}}
+        path = folder / DETECTOR_FILE
+        write_onnx(Exported(network), example, path, names, free)
+    elif kind == "recognizer":
+        assert isinstance(network, IResNet)
+        path = folder / RECOGNIZER_FILE
+        example = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE)
+        write_onnx(
+            _EmbeddingAlone(network), example, path, ["embedding"], {**free_rows, "embedding": {0: "None"}}
+        )
+    else:
+        path = folder / SEX_AND_AGE_FILE
+        write_onnx(network, torch.zeros(1, 3, SIDE, SIDE), path, ["fc1"], {**free_rows, "fc1": {0: "None"}})
+    return path
+
+
+def _recognizer(bench: Bench) -> None:
+    network = IResNet(RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS)
+    torch.manual_seed(bench.settings.seed)
+    trained = train_recognizer(
+        network, _embed, EMBEDDING_WIDTH, _pool(bench, "training"), **_training(bench, "recognizer")
+    )
+    assert isinstance(trained, IResNet)
+    write_package_file("recognizer", trained, bench.files / PACKAGE)
+    bench.score("recognizer", recognizer_scores(trained, _embed, _judged(bench)))
+
+
+def _second_recognizer(bench: Bench) -> None:
+    torch.manual_seed(bench.settings.seed + 1)
+    trained = train_recognizer(
+        SecondRecognizer(),
+        _call,
+        EMBEDDING,
+        _pool(bench, SECOND),
+        **_training(bench, "second_recognizer"),
+    )
+    assert isinstance(trained, SecondRecognizer)
+    save_second_recognizer(trained, bench.files / JUDGE)
+    loaded = load_second_recognizer(bench.files / JUDGE)
+    bench.score("second_recognizer", recognizer_scores(loaded, _call, _judged(bench)))
+
+
+def _call(network: nn.Module, crops: Tensor) -> Tensor:
+    result: Tensor = network(crops)
+    return result
+
+
+def _detector(bench: Bench) -> None:
+    detector = train_detector(_pool(bench, "training"), **_training(bench, "detector"))
+    write_package_file("detector", detector, bench.files / PACKAGE)
+    pool = _pool(bench, "test")
+    numbers = np.linspace(0, len(pool) - 1, min(200, len(pool))).astype(np.int64)
+    bench.score("detector", detection_scores(analyzer_of(bench.files / PACKAGE).detect, pool, numbers))
+
+
+def _sex_and_age(bench: Bench) -> None:
+    network = train_sex_and_age(_pool(bench, "training"), **_training(bench, "sex_and_age"))
+    write_package_file("sex_and_age", network, bench.files / PACKAGE)
+    bench.score("sex_and_age", sex_and_age_scores(network, _pool(bench, "test")))
+
+
+def _autoencoder(bench: Bench) -> None:
+    pool = _pool(bench, "training")
+    network = train_autoencoder(pool, load_reader(bench.files / READER), **_training(bench, "autoencoder"))
+    path = bench.files / AUTOENCODER
+    save_autoencoder(network, path)
+    loaded = load_autoencoder(path)
+    photos = _pool(bench, "test_photo")
+    numbers = np.arange(len(photos))
+    originals, copies = photos.pixels(numbers), rebuilt(loaded, photos)
+    # It took no part in the training, unlike the reader.
+    judge = load_iresnet(bench.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
+    before, after = (
+        recognition(embeddings_of(judge, _embed, pixels, photos.landmarks), photos.people)["rank_one"]
+        for pixels in (originals, copies)
+    )
+    write_pairs(originals[:12], copies[:12], bench.home / "sheets" / "autoencoder.png")
+    bench.score(
+        "autoencoder",
+        {
+            "signal_to_noise": round(signal_to_noise(originals, copies), 2),
+            "rank_one_of_originals": before,
+            "rank_one": after,
+            "kept": round(1 + after - before, 4),
+            **latent_statistics(loaded, photos),
+        },
+    )
+
+
+def _vision(bench: Bench) -> None:
+    model = train_vision(_pool(bench, "training"), **_training(bench, "vision"))
+    save_vision(model, bench.files / CLIP_VISION)
+    encoder = load_vision(bench.files / CLIP_VISION)
+    bench.score("vision", vision_scores(encoder, _pool(bench, "test_photo")))
+
+
+def _latents(bench: Bench) -> None:
+    network = load_autoencoder(bench.files / AUTOENCODER)
+    encode_pictures(network, _pool(bench, "training"), bench.home / LATENTS)
+
+
+def _base(bench: Bench) -> None:
+    latents = np.load(bench.home / LATENTS)
+    base = train_base(_pool(bench, "training"), latents, **_training(bench, "base"))
+    save_base(base, bench.files / BASE)
+    judges = load_autoencoder(bench.files / AUTOENCODER), load_reader(bench.files / READER)
+    scores, pictures = base_scores(load_base(bench.files / BASE), *judges, bench.settings.judged_prompts)
+    write_sheet(pictures[:48], bench.home / "sheets" / "base.png")
+    bench.score("base", scores)
+
+
+def analyzer_of(folder: Path) -> FaceAnalyzer:
+    """The face package of a folder, on the CPU."""
+    return open_analyzer(folder, "cpu")
+
+
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "pictures", "draw what everything learns from", (), _pictures,
+            keeps=tuple(f"pictures/{name}" for name in FULL.groups if name != SECOND),
+        ),
+        Stage(
+            "second_pictures", "draw people whom only the judge learns to know", (), _second_pictures,
+            keeps=(f"pictures/{SECOND}",),
+        ),
+        Stage(
+            "detector", "train the face detector", ("pictures",), _detector, (f"{PACKAGE}/{DETECTOR_FILE}",),
+            {"found": 0.98},
+        ),
+        Stage(
+            "sex_and_age", "train the network that guesses sex and age", ("pictures",), _sex_and_age,
+            (f"{PACKAGE}/{SEX_AND_AGE_FILE}",), {"sex": 0.95},
+        ),
+        Stage(
+            "readers", "train the network that reads factors", ("pictures",), _readers, (READER,),
+            {"expression": 0.85, "direction": 0.97, "background": 0.97, "style": 0.97, "sex": 0.95, "accessory": 0.93},
+        ),
+        Stage(
+            "recognizer", "train the face package's recogniser", ("pictures",), _recognizer,
+            (f"{PACKAGE}/{RECOGNIZER_FILE}",), {"photo_auc": 0.98, "photo_rank_one": 0.9},
+        ),
+        Stage(
+            "second_recognizer", "train the recogniser that judges, on other people",
+            ("pictures", "second_pictures"), _second_recognizer,
+            (JUDGE,), {"photo_auc": 0.98, "photo_rank_one": 0.9},
+        ),
+        Stage(
+            "autoencoder", "train the autoencoder", ("pictures", "readers", "recognizer"), _autoencoder,
+            (AUTOENCODER,), {"kept": 0.97},
+        ),
+        Stage(
+            "vision", "train the CLIP vision model for IDAdapter", ("pictures",), _vision,
+            (f"{CLIP_VISION}/{WEIGHTS}", f"{CLIP_VISION}/{CONFIG_FILE}"), {"photo_auc": 0.8},
+        ),
+        Stage("latents", "encode the pictures", ("pictures", "autoencoder"), _latents, keeps=("latents",)),
+        Stage(
+            "base", "train the base model", ("latents", "readers"), _base, (BASE,),
+            {"style": 0.95, "background": 0.95, "sex": 0.95, "accessory": 0.90, "expression": 0.75, "direction": 0.95},
+        ),
+    )
+}  # fmt: skip

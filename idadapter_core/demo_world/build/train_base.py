@@ -1,0 +1,121 @@
+"""Training the base model on latents and captions, and how well it follows words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...files import replacing
+from .. import FACTORS, SEXES, Factors, Person, caption
+from ..autoencoder import Autoencoder
+from ..base import BaseModel
+from ..readers import READ_FACTORS, Reader
+from ..words import words
+from .batches import Pool, as_tensor
+from .fitting import fit
+from .settings import Course
+
+SILENT = 0.1  # chance of a picture without any words, for guidance
+UNSAID = 0.1  # chance that a factor is not named
+NAMED = 0.1  # chance of an identity word, which means nothing yet
+STRANGER = 0.08  # chance of a word that nobody knows, which must do no harm
+SEED_TAG = 1_213
+
+
+@torch.no_grad()
+def encode_pictures(network: Autoencoder, pool: Pool, path: Path, batch: int = 32) -> None:
+    """Write the latents (N, C, h, w) of all pictures of a pool, in half precision."""
+    parts = []
+    for start in range(0, len(pool), batch):
+        numbers = np.arange(start, min(start + batch, len(pool)))
+        parts.append(network.encode(as_tensor(pool.pixels(numbers))).half().numpy())
+    with replacing(path) as file, file.open("wb") as stream:
+        np.save(stream, np.concatenate(parts))
+
+
+def train_base(
+    pool: Pool,
+    latents: npt.NDArray[np.float16],
+    course: Course,
+    checkpoint: Path,
+    *,
+    seed: int,
+    log: Callable[[str], None],
+) -> BaseModel:
+    """A base model that has learnt from the latents (N, C, h, w) and captions of a pool."""
+    torch.manual_seed(seed)
+    facts = [fact for part in pool.sets for fact in part.facts]
+    people = {seed: Person.sample(seed) for seed in {fact.person for fact in facts}}
+
+    def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
+        assert isinstance(network, BaseModel)
+        numbers = rng.integers(len(pool), size=course.batch)
+        rows = [varied_rows(people[facts[number].person], facts[number].factors, rng) for number in numbers]
+        clean = torch.from_numpy(latents[numbers].astype(np.float32))
+        noise = torch.randn_like(clean)
+        timesteps = torch.from_numpy(rng.integers(network.schedule.steps, size=course.batch))
+        noisy = network.schedule.add_noise(clean, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = network(noisy, timesteps, network.states(torch.tensor(rows)))
+        return F.mse_loss(found.float(), network.schedule.target(clean, noise, timesteps))
+
+    average = fit(BaseModel(), loss, course, checkpoint, seed=seed, log=log)
+    assert isinstance(average, BaseModel)
+    return average
+
+
+def varied_rows(person: Person, factors: Factors, rng: np.random.Generator) -> list[int]:
+    """A picture's caption in other words each time, perhaps without some factors or without all words, as rows (77) of the table."""
+    chances = rng.random(len(FACTORS) + 3)
+    wording = int(rng.integers(1 << 31))
+    if chances[-1] < SILENT:
+        return words().rows("")
+    mention = [name for name, chance in zip(FACTORS, chances, strict=False) if chance >= UNSAID]
+    word = "sks" if chances[-2] < NAMED else None
+    text = caption(person, factors, mention=mention, word=word, wording=wording)
+    strangers = (int(rng.integers(len(text.split()))),) if chances[-3] < STRANGER else ()
+    return words().rows(text, strangers)
+
+
+def prompts_to_judge(count: int, seed: int) -> tuple[list[str], dict[str, list[str]]]:
+    """Prompts that name every factor, and the classes that they name."""
+    rng = np.random.default_rng([SEED_TAG, seed])
+    people = {sex: next(p for p in map(Person.sample, range(1, 1000)) if p.sex == sex) for sex in SEXES}
+    prompts: list[str] = []
+    truth: dict[str, list[str]] = {factor: [] for factor in READ_FACTORS}
+    for _ in range(count):
+        sex = SEXES[int(rng.random() < 0.5)]
+        factors = Factors.sample(rng)
+        prompts.append(caption(people[sex], factors))
+        for factor, values in truth.items():
+            values.append(sex if factor == "sex" else str(getattr(factors, factor)))
+    return prompts, truth
+
+
+@torch.no_grad()
+def base_scores(
+    base: BaseModel, autoencoder: Autoencoder, reader: Reader, count: int, batch: int = 40
+) -> tuple[dict[str, float], npt.NDArray[np.uint8]]:
+    """Share of prompts whose class of each factor the reader reads in the picture drawn, and the pictures (N, H, W, 3)."""
+    prompts, truth = prompts_to_judge(count, 0)
+    pictures = torch.cat(
+        [
+            autoencoder.decode(base.draw(prompts[start : start + batch], seed=start)).clamp(-1, 1)
+            for start in range(0, count, batch)
+        ]
+    )
+    read = reader.read(pictures)
+    scores = {
+        factor: round(
+            float(np.mean([one == other for one, other in zip(read[factor], values, strict=True)])), 3
+        )
+        for factor, values in truth.items()
+    }
+    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return scores, pixels

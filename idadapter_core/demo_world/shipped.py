@@ -1,0 +1,85 @@
+"""Where the files are that the demo world is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..files import key_problems, read_tensors, write_safetensors
+
+ASSETS = Path(__file__).parent / "assets"
+AUTOENCODER = "autoencoder.safetensors"
+KIND = "demo_world"  # in the metadata of a network's file
+READER = "reader.safetensors"
+CLIP_VISION = "clip_vision"  # a folder
+BASE = "base.safetensors"
+JUDGE = "second_recognizer.safetensors"
+FACE_PACKAGES = "insightface"  # a root of packages, as insightface has it
+FACE_PACKAGE = "demo_world"  # the name of the one in it
+DETECTOR_FILE, RECOGNIZER_FILE, SEX_AND_AGE_FILE = "detector.onnx", "recognizer.onnx", "sex_and_age.onnx"
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of the assets.
+
+    Raises:
+        CheckpointError: this copy of the project lacks it.
+    """
+    path = ASSETS / name
+    if not path.exists():
+        raise CheckpointError(
+            f"{name} is missing in {ASSETS}; get this project once more, or make it with `python -m idadapter_core demo-world build`."
+        )
+    return path
+
+
+def face_package() -> Path:
+    """The folder of the demo world's own insightface package."""
+    return shipped(f"{FACE_PACKAGES}/models/{FACE_PACKAGE}")
+
+
+def save_network(network: nn.Module, kind: str, path: Path, left_out: str = "") -> None:
+    """Write a network in half precision; `kind` names it in the file.
+
+    `left_out`: a part of the names of weights that the file does without, because not every release of a library has it.
+    """
+    state = {
+        _without(left_out, key): value.half().contiguous()
+        for key, value in network.state_dict().items()
+        if value.is_floating_point()
+    }
+    write_safetensors(state, {KIND: kind}, path)
+
+
+def read_network(kind: str, path: Path) -> dict[str, Tensor]:
+    """The weights in a file of `save_network`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind.
+    """
+    state, metadata = read_tensors(path)
+    if (found := metadata.get(KIND, "something else")) != kind:
+        raise CheckpointError(f"{path.name} is no {kind} of the demo world, but {found}; get the file again.")
+    return state
+
+
+def load_network(network: nn.Module, kind: str, path: Path, left_out: str = "") -> None:
+    """Fill a network from a file of `save_network`; it is then in float32 and eval mode, and not to be trained.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another network.
+    """
+    state = read_network(kind, path)
+    expected = {key: value for key, value in network.state_dict().items() if value.is_floating_point()}
+    if problems := key_problems({_without(left_out, key): value for key, value in expected.items()}, state):
+        raise CheckpointError(
+            f"{path.name} is no {kind} of the demo world, but another one: {problems}; get the file again."
+        )
+    network.load_state_dict({key: state[_without(left_out, key)].float() for key in expected}, strict=False)
+    network.eval().requires_grad_(False)
+
+
+def _without(part: str, name: str) -> str:
+    return name.replace(part, "") if part else name

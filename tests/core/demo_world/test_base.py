@@ -1,0 +1,90 @@
+"""The base model in its own form: words, training, drawing, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from idadapter_core.demo_world import FACTORS, Factors, Person, caption
+from idadapter_core.demo_world.build.train_base import prompts_to_judge, varied_rows
+from idadapter_core.demo_world.captions import vocabulary
+from idadapter_core.demo_world.readers import READ_FACTORS
+from idadapter_core.demo_world.words import BEGIN, END, Words, words
+
+SMALL = Words({"a": (320,), "woolen": (9, 5), ",": (267,)})
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        yield
+
+
+def test_words_have_rows_in_a_small_table() -> None:
+    assert SMALL.known == (BEGIN, END, 5, 9, 267, 320)
+    assert SMALL.unknown == 6
+    assert SMALL.rows("A woolen, a")[:8] == [0, 5, 3, 2, 4, 5, 1, 1]
+    assert SMALL.rows("")[:2] == [0, 1]
+    assert SMALL.rows("a zebra a")[:5] == [0, 5, 6, 5, 1]
+    assert SMALL.rows("a a", strangers=(1,))[:5] == [0, 5, 6, 5, 1]
+
+
+def test_long_texts_are_cut_and_still_end() -> None:
+    rows = SMALL.rows("a " * 100)
+    assert len(rows) == 77
+    assert rows[0] == 0
+    assert rows[75:] == [5, 1]
+
+
+def test_every_word_of_captions_is_known() -> None:
+    assert set(vocabulary()) <= set(words().tokens)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        text = caption(Person.sample(0), Factors.sample(rng), word="sks")
+        assert words().unknown not in words().rows(text)
+
+
+def test_captions_of_a_picture_vary_while_training() -> None:
+    person, factors = Person.sample(0), Factors.sample(np.random.default_rng(1))
+    rng = np.random.default_rng(2)
+    drawn = [tuple(varied_rows(person, factors, rng)) for _ in range(200)]
+    silent = tuple(words().rows(""))
+    strange = [row for row in drawn if words().unknown in row]
+    assert 5 <= drawn.count(silent) <= 45
+    assert 3 <= len(strange) <= 40
+    assert len(set(drawn)) > 100
+    again = np.random.default_rng(2)
+    assert drawn == [tuple(varied_rows(person, factors, again)) for _ in range(200)]
+
+
+def test_prompts_to_judge_say_what_they_are_judged_by() -> None:
+    prompts, truth = prompts_to_judge(30, 0)
+    assert list(truth) == list(READ_FACTORS)
+    for number, prompt in enumerate(prompts):
+        assert truth["sex"][number] in prompt.split() or f"{truth['sex'][number]}," in prompt.split()
+        for factor, values in truth.items():
+            assert values[number] in READ_FACTORS[factor]
+    assert set(FACTORS) <= set(truth)
+    assert prompts_to_judge(3, 0)[0] == prompts[:3]
+    assert prompts_to_judge(3, 1)[0] != prompts[:3]
+
+
+def test_base_model_draws_the_same_from_its_file(tmp_path: Path) -> None:
+    from idadapter_core.demo_world.base import LATENT_CHANNELS, BaseModel, load_base, save_base
+
+    base = BaseModel().eval().requires_grad_(False)
+    for parameter in base.parameters():
+        parameter.copy_(parameter.half().float())
+    save_base(base, tmp_path / "base.safetensors")
+    loaded = load_base(tmp_path / "base.safetensors")
+    prompts = ["a photo of a man", "a sketch of a woman smiling"]
+    latents = base.draw(prompts, seed=3, steps=2)
+    assert latents.shape == (2, LATENT_CHANNELS, 16, 16)
+    assert torch.equal(loaded.draw(prompts, seed=3, steps=2), latents)
+    assert not torch.equal(base.draw(prompts, seed=4, steps=2), latents)
+    assert not torch.equal(base.draw(prompts[::-1], seed=3, steps=2), latents)
