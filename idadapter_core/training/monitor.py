@@ -164,9 +164,9 @@ class Monitor:
             "data_wait_share": interval.waited / max(interval.seconds, 1e-9),
             "seconds_left": (train.steps - step) / speed,
         }
-        gates: dict[int, tuple[float, float]] = getattr(self._bundle.layers, "gate_values", dict)()
-        if gates:
-            values["gates"] = {str(site): list(pair) for site, pair in gates.items()}
+        gated = self._state.adapter.mechanisms.gated
+        if gated is not None:
+            values["gates"] = {str(site): list(pair) for site, pair in gated.openings().items()}
         return values
 
     def _norm_ratios(self, interval: Interval) -> dict[str, float]:
