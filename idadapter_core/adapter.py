@@ -217,7 +217,8 @@ def build_adapter(
         module.requires_grad_(False).eval()
     made = parts.mechanisms(config, layers)
     openings = {} if made.gated is None else made.gated.openings()
-    made = dataclasses.replace(made, deltas=that_change(made.deltas), openings=openings)
+    text = parts.text if config.has_text_branch else None
+    made = dataclasses.replace(made, deltas=that_change(made.deltas), openings=openings, text=text)
     notes = parts.notes(config, made)
     return Adapter(
         name=source,

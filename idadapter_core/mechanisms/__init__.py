@@ -24,7 +24,7 @@ class Mechanisms:
     decoupled: SiteProjections | None = None
     gated: GatedLayers | None = None
     deltas: Deltas = field(default_factory=dict)
-    text: TextKind | None = None
+    text: TextKind | None = None  # set by `adapter.build_adapter`, from the method
     openings: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     """tanh of both gates of each gated adapter by site number, known on the host."""
 

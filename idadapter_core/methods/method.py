@@ -141,8 +141,10 @@ class Foreign:
 class Files:
     """How a method's weights lie in files."""
 
-    layers_prefix: str  # what stands before the names of the layers' weights
-    layers_head: str  # what the names of all layers' weights begin with
+    layers_prefix: (
+        str  # what stands before the names of the layers' weights; the encoder's have nothing before them
+    )
+    layers_head: str  # what the names of all layers' weights begin with, and none of the encoder's
     layouts: tuple[Layout, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     join: Callable[..., tuple[State, Any]] | None = None
@@ -156,13 +158,15 @@ class Method:
     """One method. Everything that differs between methods is in here, and nothing outside `methods` asks for one by name."""
 
     name: str  # in files and settings
-    title: str  # for people
-    config: type[Any]
-    presets: Mapping[str, Any]  # configs of untrained adapters by UNet family; empty: none are written
-    needs: Callable[[Any], Needs]
+    title: str  # for people, in messages and lists
+    config: type[Any]  # see `Config`; made without arguments it has the published sizes
+    presets: Mapping[str, Any]  # configs by UNet family, for `convert --init`; {}: none are offered
+    needs: Callable[[Any], Needs]  # what an adapter with this config reads
     mechanisms: Callable[[Any, Any], Mechanisms]  # (config, layers): the parts it has
-    encoder: Callable[[Any], nn.Module]  # makes identities
-    layers: Callable[[Any, Any], nn.Module]  # acts in the UNet; (config, where its layers come from)
+    encoder: Callable[[Any], nn.Module]  # (config): makes identities, once for each
+    layers: Callable[[Any, Any], nn.Module]
+    """(config, operations): what acts in the UNet. `operations` is `torch.nn` or a host's version of it, for layers that run at
+    each step (`GatedLayers`); others leave it aside."""
     initialise: Callable[
         [Any, Any, Any, int], None
     ]  # (encoder, layers, config, seed): the start of a training
@@ -176,7 +180,7 @@ class Method:
     parameters: Callable[
         [Any], Mapping[str, int]
     ]  # trained parameters of each part; empty for a method of one part
-    references: Callable[[Any], int]  # photos of a person that it is given at most; 0: any number
+    references: Callable[[Any], int]  # how many photos of a person Mix Face Features chooses at most; 0: all
     made_to_be_rescaled: bool
     """Trained for identity alone, so that only rescaling at inference leaves the prompt a say."""
     recipe: Recipe | None  # how it is trained; None: not by this package

@@ -186,12 +186,8 @@ class IDAdapterLayers(nn.Module):
 
 
 def mechanisms(config: IDAdapterConfig, layers: IDAdapterLayers) -> Mechanisms:
-    """Gated layers, K and V deltas, and a word of the prompt."""
-    return Mechanisms(
-        gated=layers.gates,
-        deltas=layers.key_value_deltas(),
-        text="word" if config.has_text_branch else None,
-    )
+    """Gated layers, and K and V deltas."""
+    return Mechanisms(gated=layers.gates, deltas=layers.key_value_deltas())
 
 
 def initialise(

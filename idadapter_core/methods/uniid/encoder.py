@@ -257,8 +257,5 @@ def layers(config: UniIDConfig) -> SiteProjections:
 
 
 def mechanisms(config: UniIDConfig, layers: SiteProjections) -> Mechanisms:
-    """Decoupled attention, and tokens among the text's states."""
-    return Mechanisms(
-        decoupled=layers if config.has_adapter_branch else None,
-        text="states" if config.has_text_branch else None,
-    )
+    """Decoupled attention."""
+    return Mechanisms(decoupled=layers if config.has_adapter_branch else None)
