@@ -41,7 +41,11 @@ UNRELATED: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
         "this is a CLIP vision model",
         "Load CLIP Vision",
     ),
-    "something": (weights("banana.weight"), "it holds no ID adapter", "choose a UniID, IDAdapter or IP-Adapter FaceID file"),
+    "something": (
+        weights("banana.weight"),
+        "it holds no ID adapter",
+        "choose a UniID, IDAdapter or IP-Adapter FaceID file",
+    ),
 }
 
 
