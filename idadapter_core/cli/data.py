@@ -37,13 +37,13 @@ LICENCE_NOTE = (
     "its code is MIT. Datasets have licences of their own."
 )
 TOO_MANY_BAD = 3
-MAX_WORKERS = 16  # each opens the face models for itself
+MAX_WORKERS = 16  # each process loads the face models
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted, 143 after SIGTERM."""
+    """Entry point. Returns the exit code: 0 done, 1 an error, 3 too many bad photos, 130 interrupted, 143 after SIGTERM."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__.rpartition(".")[0]).setLevel(logging.INFO)
     options = _parser().parse_args(arguments)
@@ -106,7 +106,7 @@ def _scan(options: argparse.Namespace) -> int:
 
 
 def _report(index: Index, told: int, options: argparse.Namespace) -> int:
-    """Say what a scan found, but for so many notes; returns the exit code."""
+    """Print the result of a scan, without the first `told` notes. Returns the exit code."""
     _print_summary(index)
     for note in index.facts["notes"][told:]:
         print(note)
@@ -184,7 +184,7 @@ def _show(options: argparse.Namespace) -> int:
         for line in lines:
             print(line)
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough, for example `head`
+    except BrokenPipeError:  # the reader has closed the pipe, for example `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -370,7 +370,7 @@ _LIMITS = {
 
 
 def _cores() -> int:
-    """Of this machine, for each of the processes that torchrun started on it."""
+    """Cores of this machine per process started on it by torchrun."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(cores // max(int(beside), 1), 1) if beside.isdecimal() else cores
