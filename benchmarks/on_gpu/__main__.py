@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all parts")
     parser.add_argument("--table", type=Path, metavar="JSON", help="write the tables of a finished run")
     parser.add_argument("--page", type=Path, default=PAGE, help="where --table writes them")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # what the process of one part is started with
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # internal: runs one part in its own process
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
@@ -71,7 +71,7 @@ def _one(part: Part, options: argparse.Namespace) -> int:
     if options.tiny:
         import torch
 
-        torch.set_num_threads(1)  # waking a second one takes longer than tiny tensors
+        torch.set_num_threads(1)  # waking a second thread takes longer than computing tiny tensors
     return measure(part, TINY if options.tiny else REAL, options.lines)
 
 

@@ -1,4 +1,4 @@
-"""The course of one workflow on a server, as its websocket and its history tell it."""
+"""The course of one workflow on a server, from its websocket and history."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class NodeFailure:
 
 @dataclass
 class RunResult:
-    """What became of one workflow."""
+    """Result of one workflow."""
 
     prompt_id: str = ""
     """Empty if the server refused the workflow."""
     rejection: str = ""
-    """Why the server refused the workflow as a whole; readable, empty if it did not."""
+    """The server's reason for refusing the whole workflow; empty if it did not."""
     node_errors: dict[str, list[str]] = field(default_factory=dict)
-    """Validation errors by node id. The server may run the valid outputs of a workflow in spite of them."""
+    """Validation errors by node id. The server may still run the valid outputs of the workflow."""
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """Every message about this run, in order: (type, data)."""
     executed_nodes: list[str] = field(default_factory=list)
-    """Ids of the nodes that really ran, in order; a node served from the cache is not among them."""
+    """Ids of the executed nodes, in order, without those served from the cache."""
     cached_nodes: list[str] = field(default_factory=list)
     error: NodeFailure | None = None
     interrupted: bool = False
@@ -44,14 +44,14 @@ class RunResult:
     """UI output of each output node by id, from the server's history: `{"9": {"images": [...]}}`."""
     images_by_node: dict[str, list[Image.Image]] = field(default_factory=dict)
     told: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-    """What the pack's nodes show at the end, beside their reports: texts by node id and topic."""
+    """Final texts shown by the pack's nodes, except their reports, by node id and topic."""
     log: str = ""
-    """What the server logged during the run."""
+    """The server's log during the run."""
     seconds: float = 0.0
 
     @property
     def images(self) -> list[Image.Image]:
-        """All images of the nodes that save or preview images; not those that the pack's nodes show of their work."""
+        """All images of nodes that save or preview images, without the previews of the pack's own nodes."""
         return [
             image
             for node, images in self.images_by_node.items()
@@ -64,17 +64,17 @@ class RunResult:
         return not (self.rejection or self.node_errors or self.error or self.interrupted)
 
     def check(self) -> RunResult:
-        """This result, if everything went well.
+        """Return this result if the run succeeded.
 
         Raises:
-            AssertionError: it did not; the message says what the server said.
+            AssertionError: it failed; the message contains the server's messages.
         """
         if not self.ok:
             raise AssertionError(self.describe())
         return self
 
     def describe(self) -> str:
-        """What went wrong, in words; "ok" if nothing did."""
+        """Describe the failure; "ok" if there is none."""
         parts = [self.rejection] if self.rejection else []
         parts += [f"node {node}: {'; '.join(errors)}" for node, errors in self.node_errors.items()]
         if self.error:
@@ -92,7 +92,7 @@ def read_validation(result: RunResult, answer: dict[str, Any]) -> None:
     error = answer.get("error")
     if error:
         result.rejection = _one_line(error)
-    # An empty list, not a dict, where there is nothing to say.
+    # The server sends an empty list instead of a dict if there are no errors.
     for node, report in (answer.get("node_errors") or {}).items():
         result.node_errors[node] = [_one_line(entry) for entry in report["errors"]]
 
@@ -109,7 +109,7 @@ async def follow(
 ) -> None:
     async for message in socket:
         if message.type is not aiohttp.WSMsgType.TEXT:
-            continue  # previews come as binary messages
+            continue  # previews are binary messages
         event = json.loads(message.data)
         kind, data = event["type"], event["data"]
         if kind == "idadapter.messages":
@@ -121,7 +121,7 @@ async def follow(
         if on_message:
             on_message(kind, data)
         if kind == "executing":
-            # The only message that comes after the history has been written.
+            # The only message sent after the history was written.
             if data["node"] is None:
                 return
             result.executed_nodes.append(data["node"])

@@ -32,9 +32,9 @@ PACK_NAME = "ComfyUI-IDAdapter"
 TINY_PACK = REPOSITORY / "tests" / "tiny" / "tiny_pack"
 
 Writer = Callable[[Path], object]
-"""Given the base directory of a server before it starts; writes files below its models/ or input/."""
+"""Called with the server's base directory before the start, to write files below its models/ or input/."""
 
-# Nothing of the frontend's own may open over the graph, so that pictures of it show the workflow.
+# Keep the frontend's own windows closed, so that screenshots show the workflow.
 _FRONTEND_SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Notification.ShowVersionUpdates": False,
@@ -49,12 +49,11 @@ class ServerError(RuntimeError):
 class ComfyServer:
     """A ComfyUI server in a temporary base directory, with the pack and the tiny-model pack as custom nodes.
 
-    Use it as a context manager. The server runs in a process group of its own, which ends with the context, whatever
-    happens in it.
+    Use it as a context manager. The server has its own process group, which is always killed at the end of the context.
 
     Args:
-        comfyui: folder of ComfyUI; by default the one `comfyui_path` finds.
-        writers: called with the base directory before the start, to bring models and input files.
+        comfyui: folder of ComfyUI; default: `comfyui_path()`.
+        writers: called with the base directory before the start, to write models and input files.
         options: further command line options of ComfyUI.
         boot_timeout: seconds until the server must answer.
     """
@@ -111,11 +110,11 @@ class ComfyServer:
         return f"http://127.0.0.1:{self.port}"
 
     def log(self, start: int = 0) -> str:
-        """Everything the server has written so far, or what follows the first `start` bytes."""
+        """The server's output so far, without its first `start` bytes."""
         return self._log_path.read_bytes()[start:].decode("utf-8", "replace")
 
     def close(self) -> None:
-        """End the server and all processes it started, and remove the base directory."""
+        """Kill the server and all its child processes, and remove the base directory."""
         process, self._process = self._process, None
         if process is not None:
             _signal_group(process, signal.SIGTERM)
@@ -123,7 +122,7 @@ class ComfyServer:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 pass
-            # Once more for the children that outlive the server itself.
+            # Again, for children that outlive the server.
             _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
             process.wait(10)
         shutil.rmtree(self.base, ignore_errors=True)
@@ -134,7 +133,7 @@ class ComfyServer:
         timeout: float = 120.0,
         on_message: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> RunResult:
-        """Queue a workflow in API format and follow it to its end.
+        """Queue a workflow in API format and wait for its end.
 
         Refusals, node errors and interruptions are part of the result, not exceptions: assert on them, or call
         `result.check()`. `on_message` is called with each message while the workflow runs.
@@ -164,7 +163,7 @@ class ComfyServer:
         return self._request("GET", "/queue")
 
     def object_info(self, node: str | None = None) -> dict[str, Any]:
-        """What the server tells the frontend about all nodes by id, or about one node (empty if unknown)."""
+        """The server's descriptions of all nodes by id, or of one node (empty if unknown)."""
         if node is None:
             return self._request("GET", "/object_info")
         return self._request("GET", f"/object_info/{node}").get(node, {})
@@ -178,9 +177,9 @@ class ComfyServer:
         return asyncio.run(self._get(path))
 
     def free(self) -> None:
-        """Have the server unload all models and forget its cached results before the next run."""
+        """Make the server unload all models and drop cached results before the next run."""
         self._request("POST", "/free", {"unload_models": True, "free_memory": True})
-        # The server looks at the request when it is idle or has ended a run: make sure that it does so before the next one.
+        # The server handles the request when idle or after a run: make sure that it does so before the next one.
         graph = Graph()
         graph.add("PreviewAny", source=graph.add("PrimitiveInt", value=0))
         self.run(graph.workflow).check()
@@ -192,7 +191,7 @@ class ComfyServer:
 
     def _prepare(self) -> None:
         user = self.base / "user" / "default"
-        # The frontend asks for these user files at each start, and logs an error for each that does not exist.
+        # The frontend requests these user files at each start, and logs an error for each missing one.
         for folder in ("custom_nodes", "models", "input", "output", user / "workflows", user / "subgraphs"):
             (self.base / folder).mkdir(parents=True)
         (user / "user.css").touch()
@@ -256,7 +255,7 @@ class ComfyServer:
         client_id = uuid.uuid4().hex
         result = RunResult()
         async with aiohttp.ClientSession(self.url) as session:
-            # Connected first: the server reports a run only to the client that it knows by this id.
+            # Connect before queueing: the server reports a run only to the client with this id.
             async with session.ws_connect("/ws", params={"clientId": client_id}, max_msg_size=0) as socket:
                 request = {"prompt": workflow, "client_id": client_id}
                 async with session.post("/prompt", json=request) as response:
@@ -272,9 +271,9 @@ class ComfyServer:
 
 
 def server_environment() -> dict[str, str]:
-    """Environment of a process that runs ComfyUI: this one's, with the shim on the Python path where needed."""
+    """Environment of a process that runs ComfyUI: this one's, with the shim on the Python path if needed."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
-    # Tiny models gain nothing from threads, and on a busy machine threads that wait for each other cost tenfold.
+    # Tiny models gain nothing from threads, and on a busy machine synchronising threads costs tenfold.
     environment.setdefault("OMP_NUM_THREADS", "1")
     shim = shim_path()
     if shim is not None:
@@ -284,7 +283,7 @@ def server_environment() -> dict[str, str]:
 
 
 def bring_tiny_checkpoints(base: Path) -> None:
-    """A `Writer`: the tiny checkpoints, made by a process of its own, so that the caller's stays without ComfyUI."""
+    """A `Writer`: makes the tiny checkpoints in a separate process, so that ComfyUI is not imported here."""
     command = [sys.executable, "-m", "tests.tiny.checkpoints"]
     command += ["--comfyui", str(comfyui_path()), "--models", str(base / "models")]
     done = subprocess.run(
@@ -301,7 +300,7 @@ def bring_tiny_checkpoints(base: Path) -> None:
 
 
 def _run_anywhere(request: Callable[[], Any]) -> Any:
-    """Run a coroutine to its end, also from within `on_message`, where an event loop is running already."""
+    """Run a coroutine to its end, even from within `on_message`, where an event loop is already running."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -327,6 +326,6 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies in a way that leaves no time to clean up."""
+    """Make Linux kill this process when its parent dies without cleaning up."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
