@@ -18,10 +18,8 @@ from benchmarks.operations import Recipe, adapter, cache_operations, identity_op
 from tests.harness.shim import run_shim
 
 BF16, TF32, FP32 = 989e12, 495e12, 67e12  # peak operations/s
-CONVOLUTIONS, PRODUCTS = (
-    0.25,
-    0.6,
-)  # shares of the peaks reached by VAE and face network (TF32) and by CLIP vision (fp32)
+# Shares of the peaks: VAE and face network (TF32), CLIP vision (fp32).
+CONVOLUTIONS, PRODUCTS = (0.25, 0.6)
 LINKS = {
     "8 GPUs, NVLink": (8, 400e9),  # bytes/s
     "32 GPUs, 100 Gbit/s": (32, 12.5e9),

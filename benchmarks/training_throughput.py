@@ -176,9 +176,8 @@ class Way:
     encodes_text: bool = False  # every prompt in each step
     draws: str = DRAW  # part that the time of a sample counts for, outside of nested parts
     wall: list[float] = field(default_factory=list)  # seconds per sample, by round
-    parts: dict[str, list[float]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # CPU seconds per sample, by round
+    # CPU seconds per sample, by round.
+    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def cpu(self) -> list[float]:

@@ -182,9 +182,8 @@ class Packed:
 class Edited(Packed):
     """Packed rows with changes, for a new index. Its arrays are writable, except for records and texts."""
 
-    changes: dict[int, dict[str, Any]] = dataclasses.field(
-        default_factory=dict
-    )  # by index: rows that differ from the arrays
+    # By index: the fields that differ from the arrays.
+    changes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Rows) -> Edited:

@@ -375,9 +375,8 @@ class _Names:
         Raises:
             ConfigError: several photos have this name.
         """
-        given = (
-            [name, stem_of(name)] if self._is_sharded and is_photo(name) else [name]
-        )  # keys have no extensions
+        # Keys have no extensions.
+        given = [name, stem_of(name)] if self._is_sharded and is_photo(name) else [name]
         for called in given:
             for level, key in zip(self._levels, self._keys(called, called), strict=True):
                 found = level.get(key, ())

@@ -54,9 +54,8 @@ class Sample:
     """
 
     key: str
-    parts: dict[str, Part] = field(
-        default_factory=dict
-    )  # by the rest of the name after the key and a dot, in lower case
+    # By the rest of the name after the key and a dot, in lower case.
+    parts: dict[str, Part] = field(default_factory=dict)
     problem: str = ""  # reason why its files are ambiguous
 
 

@@ -124,9 +124,8 @@ def read_caption(path: Path, encoding: str = "") -> str:
 
 def first_line(text: str) -> str:
     """The first line that is not empty, as a caption. Raises InputError as `caption_of`."""
-    lines = (
-        text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    )  # not splitlines: U+2028 and the like may occur in a line
+    # Not splitlines: U+2028 and the like may occur in a line.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return caption_of(next((line for line in lines if line.strip()), ""))
 
 

@@ -44,9 +44,8 @@ class ImageRow:
     id_cos_max: float | None
     id_cos_2: float | None  # second recogniser
     id_cos_2_max: float | None
-    verified: (
-        float | None
-    )  # share of the reference photos that the first recogniser verifies as the same person
+    # Share of the reference photos that the first recogniser verifies as the same person.
+    verified: float | None
     verified_2: float | None
     yaw: float | None  # degrees
     pitch: float | None

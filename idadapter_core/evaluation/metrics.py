@@ -33,9 +33,8 @@ class Metric:
     def number(self, value: float) -> str:
         """Format a value without its unit."""
         digits = {"%": 1, "": 3}.get(self.unit, 2)
-        rounded = (
-            round(100 * value if self.unit == "%" else value, digits) + 0.0
-        )  # adding 0.0 turns -0.0 into 0.0
+        # Adding 0.0 turns -0.0 into 0.0.
+        rounded = round(100 * value if self.unit == "%" else value, digits) + 0.0
         return f"{rounded:.{digits}f}"
 
     def show(self, value: float) -> str:

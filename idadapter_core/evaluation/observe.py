@@ -244,9 +244,8 @@ class Expressions:
             )
         facts = [config.size, list(config.classes), list(config.mean), list(config.std)]
         self.digest = key_of({"file": file_digest(path), "settings": facts})
-        self._scores(
-            np.zeros((config.size, config.size, 3), np.uint8)
-        )  # to fail early if the model does not fit
+        # To fail early if the model does not fit.
+        self._scores(np.zeros((config.size, config.size, 3), np.uint8))
 
     def of_face(self, image: Image, face: Face) -> str:
         """The expression of a face in an image (H, W, 3), RGB uint8."""

@@ -35,9 +35,8 @@ def read_picture(path: Path) -> Image:
 
 
 def _open(path: Path) -> PILImage.Image:
-    return PILImage.open(
-        path, formats=("PNG",)
-    )  # no other format is written, and Pillow runs external programs for some
+    # No other format is written, and Pillow runs external programs for some.
+    return PILImage.open(path, formats=("PNG",))
 
 
 @dataclass(frozen=True)

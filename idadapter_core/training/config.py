@@ -48,14 +48,14 @@ class DataConfig(Settings):
     # Reference photos per sample (N). IDAdapter only: UniID always uses the target itself.
     references: int = 4
     min_photos: int = 1  # skip people with fewer usable photos
-    # Prompt of every sample, with <caption> and <class word>. Empty: the method's own (see `prompts`).
+    # Prompt of every sample; <caption> and <class word> are replaced. Empty: the method's own (see `prompts`).
     prompt: str = ""
     flip: bool = True  # mirror half of the targets
     # Cache the outputs of CLIP vision and of the face network's stages, not only the crops.
     cache_features: bool = True
     # Largest allowed share of unusable photos in the index (0..1). Above it, the run stops.
     max_bad_share: MayChange[float] = 0.05
-    workers: MayChange[int] = 2
+    workers: MayChange[int] = 2  # loader workers per process; 0: load in the process itself
 
     def __post_init__(self) -> None:
         at_least("data.resolution", self.resolution, 8)
@@ -78,9 +78,8 @@ class AdapterSection(Settings):
     # Adapter file to continue from; empty: a new adapter with the preset of the base's family.
     start: MayChange[str] = ""
     branch: str = "adapter"  # branch to train, for methods that train one branch per run (UniID)
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # overrides of the preset of the method's config
+    # Overrides of the preset of the method's config.
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         trained = {name: method.recipe for name, method in METHODS.items() if method.recipe is not None}
@@ -127,8 +126,8 @@ class TrainConfig(Settings):
     learning_rate: float = 3e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
+    lr_scheduler: str = "constant"  # constant or cosine
+    lr_warmup_steps: int = 0  # steps of linear warm-up
     max_grad_norm: float = 0.0  # gradient clipping; 0: off
     ema_decay: float = 0.0  # decay of the weights' moving average; 0: off
     drop_identity: float = 0.05  # share of samples without the identity
@@ -186,11 +185,12 @@ class OutputConfig(Settings):
     keep_every: int = 10_000  # also keep the checkpoints at multiples of this step; 0: none
     log_every: int = 10  # steps between log entries
     validate_every: int = 0  # steps between validation losses on test people; 0: never
-    validate_samples: int = 64
+    validate_samples: int = 64  # samples per validation
     sample_every: int = 0  # steps between sample grids; 0: never
-    sample_steps: int = 20
-    sample_cfg: float = 5.0
+    sample_steps: int = 20  # sampler steps in a grid
+    sample_cfg: float = 5.0  # CFG scale in a grid
     sample_people: int = 2  # test people per grid
+    # Prompts of a grid; <class word> is replaced.
     prompts: tuple[str, ...] = ("a photo of a <class word>", "a painting of a <class word> in a garden")
     tensorboard: bool = True
 

@@ -42,9 +42,8 @@ class Interval:
     waited: float = 0.0  # part of it spent waiting for data
     steps: int = 0
     gradient: float = 0.0
-    norms: dict[int, list[Tensor]] = field(
-        default_factory=dict
-    )  # by site: (2,), norms of the addition and of its base
+    # By site: (2,), norms of the addition and of its base.
+    norms: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
         """Add a micro-batch and its losses."""
