@@ -1,11 +1,11 @@
-"""Measure on one GPU all that the documentation says of GPUs, in at most 8 minutes, with random weights of real sizes.
+"""Run all GPU benchmarks of the documentation on one GPU, in at most 8 minutes, with random weights of real sizes.
 
     python -m benchmarks.on_gpu output/on_gpu.json              # everything
     python -m benchmarks.on_gpu output/on_gpu.json --only steps waits
     python -m benchmarks.on_gpu --table output/on_gpu.json      # writes the tables of docs/benchmarks.md
-    python -m benchmarks.on_gpu trial.json --tiny               # tiny sizes, also on a CPU: tries the measurements themselves
+    python -m benchmarks.on_gpu trial.json --tiny               # tiny sizes, also on a CPU: tests the benchmarks themselves
 
-Each part runs in a process of its own with its own time limit, so one that fails loses nothing of the others. COMFYUI_PATH names the
+Each part runs in a separate process with its own time limit, so a failure does not affect the others. COMFYUI_PATH is the folder of
 ComfyUI; nothing is downloaded.
 """
 

@@ -69,7 +69,7 @@ class Measured:
 
 
 class Models:
-    """The opened networks that look at photos."""
+    """The loaded networks for measuring photos."""
 
     def __init__(self, package: Path, recognizer: Path | None, provider: str) -> None:
         # One thread: many processes do this at once, and results must not depend on the number of threads.

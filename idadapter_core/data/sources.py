@@ -167,7 +167,7 @@ def _layout(text: str) -> str:
 
 
 def _layout_of_folder(folder: Path) -> str:
-    """ "webdataset" if there are only shards; "auto" if the folders of the photos decide."""
+    """Layout of a folder: "webdataset" if there are only shards; "auto" if the folders of the photos decide."""
     shards: list[str] = []
     photos = 0
     for inside, names in Walk(folder):

@@ -55,7 +55,7 @@ _OPEN_PARTS = 64
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two folders."""
+    """One of the two kinds of entries, each with its own folder."""
 
     name: str  # "latents" or "photos"
     facts: Mapping[str, Any]
@@ -143,7 +143,7 @@ def _open(path: Path) -> Any:
 
 
 class Cache:
-    """The `samples.Store` of a run.
+    """The cache of a run, a `samples.Store`.
 
     Raises:
         ConfigError: an entry that the run needs is missing.

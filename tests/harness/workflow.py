@@ -20,7 +20,7 @@ class Node:
 
 
 class Graph:
-    """Builds a workflow node by node; `graph.workflow` is what the server takes.
+    """Builds a workflow node by node; `graph.workflow` is the input of `ComfyServer.run`.
 
     >>> graph = Graph()
     >>> checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name="tiny_sdxl.safetensors")
