@@ -32,10 +32,8 @@ MEMORY += " | sum, without activations | a checkpoint on disk"
 EXCHANGE = f"run | samples of a GPU | GB exchanged | ms to compute | {' | '.join(LINKS)}"
 
 
-MIXED: Any = {
-    "batch": 4,
-    "passes": 50_000 * 4 / 30_000,
-}  # the paper's number of samples, as passes over its CelebA-HQ
+# The paper's number of samples, as passes over its CelebA-HQ.
+MIXED: Any = {"batch": 4, "passes": 50_000 * 4 / 30_000}
 TEXT: Any = {"branch": "text", "passes": 12}
 RECIPES = (
     Recipe("IDAdapter, SD1.5 512 px", "idadapter", "sd15", **MIXED),

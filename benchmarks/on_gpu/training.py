@@ -79,10 +79,8 @@ def _measure(case: _Case, report: Report) -> None:
         synchronise()
         return time.perf_counter() - began, float(losses["counts"].float().mean())
 
-    for batch in (
-        batches[0],
-        batches[-1],
-    ):  # lowest and highest noise levels, so that all kernels are selected
+    # Lowest and highest noise levels, so that all kernels are selected.
+    for batch in (batches[0], batches[-1]):
         run(batch)
     with Peak() as peak:
         with_term = [run(batch) for batch in batches]

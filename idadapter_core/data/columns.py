@@ -59,10 +59,8 @@ _PLAIN = ("width", "height", "faces", "offset", "size", "score", "face_fraction"
 def schema() -> Any:
     """The Arrow schema of an index."""
     pa = require("pyarrow")
-    kinds = {
-        "double": pa.float64(),
-        "list": pa.list_(pa.float64()),
-    }  # fixed-size lists: older pyarrow cannot read nulls in them
+    # Not fixed-size lists: older pyarrow cannot read nulls in them.
+    kinds = {"double": pa.float64(), "list": pa.list_(pa.float64())}
     return pa.schema(
         [pa.field(name, kinds.get(kind) or getattr(pa, kind)()) for name, kind in COLUMNS.items()]
     )
@@ -115,9 +113,8 @@ def require_sense(batch: Any, first: int) -> None:
     Raises:
         ConfigError: names the first invalid row and the reason.
     """
-    for fine, say in itertools.chain(
-        _kinds(batch, first), _contradictions(batch)
-    ):  # each check relies on the ones before
+    # Each check relies on the ones before.
+    for fine, say in itertools.chain(_kinds(batch, first), _contradictions(batch)):
         is_fine = np.asarray(fine, bool)
         if not is_fine.all():
             place = int(np.argmin(is_fine))

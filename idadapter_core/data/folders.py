@@ -43,9 +43,8 @@ class Walk:
         own = _own_files(self.output)
         for place, folders, names in os.walk(self.root, onerror=self._closed, followlinks=True):
             inside = _posix(Path(place).relative_to(self.root))
-            if any(
-                part.startswith(".") for part in PurePosixPath(inside).parts
-            ):  # so that its files are counted
+            # Enter hidden folders, but not by links, so that their files are counted.
+            if any(part.startswith(".") for part in PurePosixPath(inside).parts):
                 folders[:] = [name for name in folders if not Path(place, name).is_symlink()]
                 self.hidden += [path_in(inside, name) for name in names]
                 continue

@@ -94,9 +94,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # every line was flushed; a line refused by a full disk is incomplete
+        with contextlib.suppress(OSError):  # all complete lines were already flushed
             self._file.close()
         self._close()
 

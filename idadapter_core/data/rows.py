@@ -127,9 +127,8 @@ class Packed:
 
     records: NDArray[np.void]  # (rows,) RECORD
     texts: NDArray[np.uint8]  # (bytes,)
-    status: NDArray[
-        np.uint8
-    ]  # (rows,) indices into STATUSES; separate from the records, so that counting reads little
+    # (rows,) indices into STATUSES; separate from the records, so that counting reads little.
+    status: NDArray[np.uint8]
     split: NDArray[np.uint8]  # (rows,) indices into SPLITS
     person: NDArray[np.uint32]  # (rows,) index of the person's first row
     path: Path | None = None  # mapped file

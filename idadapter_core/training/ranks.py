@@ -76,9 +76,8 @@ class Ranks:
             return
         failure = None if isinstance(failure, Interrupted) else failure
         if self._progress.step and not is_broken and not isinstance(failure, CheckpointError):
-            with contextlib.suppress(
-                CheckpointError, NotFiniteError
-            ):  # report the original failure, not this one
+            # Report the original failure, not this one.
+            with contextlib.suppress(CheckpointError, NotFiniteError):
                 self._write()
         # Wait until the checkpoint is written: the first process to exit makes the launcher end the others.
         self.any([False])
