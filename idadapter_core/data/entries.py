@@ -38,9 +38,8 @@ class Photo:
     offset: int = 0
     size: int = 0
     problem: str = ""  # reason why it cannot be used, even with a good face
-    is_there: bool = (
-        True  # False: no such file, or the row is not about a photo, for example an unreadable line
-    )
+    # False: no such file, or the row is not about a photo, for example an unreadable line.
+    is_there: bool = True
 
 
 def noun_of_caption(caption: str) -> str:

@@ -53,12 +53,10 @@ class Row:
     identity: str = ""  # the person; "" if unknown
     caption: str = ""
     class_noun: str = "person"  # man, woman or person
-    box: tuple[float, float, float, float] | None = (
-        None  # of the largest face: x1, y1, x2, y2 in upright pixels
-    )
-    landmarks: tuple[tuple[float, float], ...] | None = (
-        None  # (5, 2) eyes, nose, mouth corners, in upright pixels
-    )
+    # Of the largest face: x1, y1, x2, y2 in upright pixels.
+    box: tuple[float, float, float, float] | None = None
+    # (5, 2) eyes, nose, mouth corners, in upright pixels.
+    landmarks: tuple[tuple[float, float], ...] | None = None
     score: float = 0.0  # the detector's confidence, 0..1
     faces: int = 0  # number of faces found
     face_fraction: float = 0.0  # share of the image covered by the box

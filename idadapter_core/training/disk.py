@@ -21,9 +21,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_GRACE = (
-    600.0  # seconds that a disk may take for a checkpoint after a signal; one of IDAdapter on SDXL has 33 GB
-)
+# Seconds that a disk may take for a checkpoint after a signal; one of IDAdapter on SDXL has 33 GB.
+_GRACE = 600.0
 _BETWEEN_WARNINGS = 60.0  # seconds
 
 

@@ -109,9 +109,8 @@ class Batch:
     sizes: Tensor  # (B, 6), see Placement.size_conditioning
     pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
     moments: Tensor | None = None  # (B, 8, h, w)
-    crops: Tensor | None = (
-        None  # (B, N + 1, 3, 112, 112): faces of the references, then of the target; or of the target alone
-    )
+    # (B, N + 1, 3, 112, 112): faces of the references, then of the target; or of the target alone.
+    crops: Tensor | None = None
     heads: Tensor | None = None  # (B, N, 3, S, S) for CLIP vision
     embedding: Tensor | None = None  # (B, N + 1, 512) of the crops
     stages: tuple[Tensor, ...] = ()  # four maps (B, C, side, side) of the target, the first three 16 x 16
