@@ -102,7 +102,7 @@ class Counter:
             self._unread[kind] = _with(self._unread.get(kind), name, 1)
 
     def take_texts(self, root: Path, paths: Collection[Path]) -> int:
-        """Count files as texts that were so far unread texts below the root. Returns their number."""
+        """Remove files from the unread texts below the root. Returns the number of those that were there."""
         # A folder may have been read under the name of a link to it.
         left = {os.path.realpath(root / inside): inside for inside in {_folder(name) for name in self._texts}}
         places = {folder: left.get(os.path.realpath(folder)) for folder in {path.parent for path in paths}}
