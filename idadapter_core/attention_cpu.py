@@ -125,7 +125,7 @@ def block_probabilities(query: Tensor, identity: BlockKeysValues) -> Tensor:
         for keys, queries, outs in zip(identity.keys, folded, scores, strict=True):
             for part, key, out in zip(queries.split(width, dim=1), keys, outs, strict=True):
                 torch.mm(part, key.t(), out=out.t())
-    # Tokens before pixels: a softmax over few tokens is fast where the pixels lie side by side.
+    # Tokens before pixels, because a softmax over few tokens is fast if the pixels are contiguous.
     scores = scores.view(groups, heads, count, rows // groups, length)
     return scores.softmax(dim=2) if differentiable else torch.softmax(scores, dim=2, out=scores)
 
@@ -226,7 +226,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scratch: Tensor, out: T
         wide = scratch[: query.numel()].view(query.shape).copy_(query)
     scores = scratch[query.numel() :][: heads * count * len(query)].view(heads, count, -1)
     torch.bmm(keys, _by_head(wide, heads).transpose(1, 2), out=scores)
-    # Tokens before pixels: a softmax over few tokens is fast where the pixels lie side by side.
+    # Tokens before pixels, because a softmax over few tokens is fast if the pixels are contiguous.
     torch.softmax(scores, dim=1, out=scores)
     into = out if out.dtype == torch.float32 else wide
     torch.bmm(scores.transpose(1, 2), values, out=_by_head(into, heads))

@@ -85,7 +85,7 @@ def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:
     disagree with itself.
 
     The rule is relative because recognisers differ: two photos of the same person have a cosine of 0.3 with one and 0.7 with
-    another, and blurred photos or those with make-up agree less than sharp ones. A fixed threshold would reject good photos with
+    another, and blurred or made-up photos agree less than sharp ones. A fixed threshold would reject good photos with
     one recogniser and accept strangers with the other. If the others do not agree at all (median of 0 or below), there is no
     common person and no outlier.
 
@@ -191,7 +191,7 @@ def _take(features: FaceFeatures, weights: tuple[float, ...], candidates: list[i
     """Select `limit` of the candidates by weight, quality and diversity, in their original order."""
     qualities = [_quality(face) for face in features.faces] or [1.0] * len(features)
     distances = _distances(features)
-    nearest = np.ones(len(features))  # to a face taken so far; 1 while there is none
+    nearest = np.ones(len(features))  # distance to the nearest face taken so far; 1 at the start
 
     def merit(i: int) -> tuple[float, float, float, int]:
         return weights[i], qualities[i] * float(nearest[i]), qualities[i], -i

@@ -36,7 +36,7 @@ class Extraction:
 
     features: FaceFeatures
     report: str
-    remarks: tuple[Remark, ...]  # the same, a sentence or two for each photo and warning
+    remarks: tuple[Remark, ...]  # the report as one or two sentences per photo and warning
     found: tuple[tuple[Face, ...], ...]  # every face of each photo, in the order used by `index`
     chosen: tuple[tuple[Face, ...], ...]  # the faces of `features`; empty for a skipped photo
 
@@ -260,7 +260,7 @@ class _Account:
     head: str = ""
     faces: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    skipped: str = ""  # why the photo was left out
+    skipped: str = ""  # reason for skipping the photo
 
     def lines(self) -> list[str]:
         """Return the lines of the report."""

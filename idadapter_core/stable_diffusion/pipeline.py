@@ -33,7 +33,7 @@ class Acting:
 
     adapter: float = 1.0  # as `weight` of Apply ID Adapter; 0: not in the UNet
     text: float = (
-        1.0  # as `token_weight` of ID Prompt; 0: not in the prompt. An identity word is there (1) or not (0)
+        1.0  # as `token_weight` of ID Prompt; 0: not in the prompt. For an identity word only 0 or 1
     )
     rescale: RescaleSchedule | None = None  # normalized rescaling, whose scales replace both strengths
 

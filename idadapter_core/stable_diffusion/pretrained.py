@@ -183,7 +183,7 @@ def first_line(error: BaseException) -> str:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """First 16 hex digits of a SHA-256 over the names, the shapes and up to 4096 evenly spaced values of each tensor.
+    """Return the first 16 hex digits of a SHA-256 over the names, the shapes and up to 4096 evenly spaced values of each tensor.
 
     Reading all values of a base model would take most of a minute, and two different trained models differ everywhere. Values are
     rounded to bfloat16 first, so the digest is the same whether a model was loaded in float32 or in bfloat16.

@@ -45,7 +45,7 @@ class Call:
     latent_size: tuple[int, int]  # of this call's input
     gates: Mapping[Adapter, GatedLayers] = field(
         default_factory=dict
-    )  # the gated layers where this call runs
+    )  # the gated layers on the device of this call
     owns_stream: bool = False  # no other pack has a middle patch that may still reference the image tokens
     self_norm: list[Tensor] = field(default_factory=list)  # norm per row of the latest self-attention output
 

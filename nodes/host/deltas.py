@@ -47,7 +47,7 @@ def _same_but_strength(one: Application, other: Application) -> bool:
 
 
 def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after: float) -> None:
-    """Bring the deltas of an adapter on a MODEL (a clone of ours) from one strength to another.
+    """Change the strength of an adapter's deltas on a MODEL (our own clone) from `before` to `after`.
 
     Raises:
         MismatchError: the model has no such weights.

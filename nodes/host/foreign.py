@@ -51,7 +51,7 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Te
 
 @dataclass(frozen=True)
 class Scale:
-    """How additions are rescaled in one model call."""
+    """Rescaling of additions in one model call."""
 
     scale: Tensor  # 0-d, on the device
     limit: bool  # only weaken

@@ -218,7 +218,7 @@ class _Gate:
         return added
 
     def mask(self, acting: Acting, rows: tuple[Row, ...], x: Tensor) -> Tensor | None:
-        """The mask of an application for these rows, (1 or rows, N, 1)."""
+        """Return the mask (1 or rows, N, 1) of an application for these rows."""
         if not acting.masked:
             return None
         size = tokens_size(self.extra, x.shape[1], self.call.latent_size)

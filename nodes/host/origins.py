@@ -10,7 +10,7 @@ from PIL import Image, ImageSequence
 
 from ...idadapter_core.faces.images import Origin
 
-_TURNED = range(5, 9)  # EXIF orientations that exchange width and height
+_TURNED = range(5, 9)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 _DEEPEST = 50  # maximum nodes between a loader and its user; also stops at circular wiring
 

@@ -53,7 +53,7 @@ class Application(_Shared):
 
     @property
     def is_decoupled(self) -> bool:
-        """Whether it acts inside cross-attention, beside the text."""
+        """Whether it acts inside cross-attention, in addition to the text."""
         return self.adapter.mechanisms.decoupled is not None
 
     @property
@@ -84,7 +84,7 @@ class Rescale:
 
 @dataclass(frozen=True, eq=False)
 class Plan(_Shared):
-    """Everything this pack does to one MODEL."""
+    """All settings of this pack on one MODEL."""
 
     sites: tuple[Site, ...]
     applications: tuple[Application, ...] = ()

@@ -41,7 +41,7 @@ class IDAdapterConfig:
     site_widths: tuple[int, ...] = _SD_WIDTHS  # in checkpoint order
     site_heads: tuple[int, ...] = _heads_of_64(_SD_WIDTHS)
     unconditional: str = "skip"  # on negative rows: skip the adapter, or use tokens of zeroed features
-    recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+    recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
     # Settings that affect an identity, or its use, but no weight.
     unseen: ClassVar[tuple[str, ...]] = (

@@ -46,7 +46,7 @@ class _MixerBlock(nn.Module):
 
 
 class _Resampler(nn.Module):
-    """Learned latents attend to the mixed tokens: E_r of a fixed length."""
+    """Resampler in which learned latents attend to the mixed tokens, for an E_r of fixed length."""
 
     def __init__(self, config: IDAdapterConfig):
         super().__init__()
@@ -80,7 +80,7 @@ class FeatureMixer(nn.Module):
         self.resampler = _Resampler(config) if config.tokens else None
 
     def forward(self, patch_tokens: Tensor, face_feature: Tensor, bias: Tensor | None = None) -> Tensor:
-        """E_r.
+        """Compute E_r.
 
         Args:
             patch_tokens: (B, S, width), the references of one person concatenated.
@@ -134,7 +134,7 @@ class IDAdapterEncoder(nn.Module):
     def forward(
         self, patch_tokens: Tensor, face_feature: Tensor, class_embedding: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """E_r (B, T, vision width) and the word's embeddings, per encoder (B, tokens, text width).
+        """Compute E_r (B, T, vision width) and the word's embeddings, per encoder (B, tokens, text width).
 
         Args:
             patch_tokens: (B, S, vision width), all references of a person.

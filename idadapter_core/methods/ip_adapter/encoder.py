@@ -146,7 +146,7 @@ def encode(encoder: FaceIDEncoder, config: FaceIDConfig, features: FaceFeatures,
     weights.
 
     Raises:
-        InputError: no faces, a wrong number of weights, mode `learned`, or `concatenate` with photos that count differently.
+        InputError: no faces, a wrong number of weights, mode `learned`, or `concatenate` with unequal weights.
     """
     if mix.mode == "learned":
         raise InputError(

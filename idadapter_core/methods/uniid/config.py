@@ -37,7 +37,7 @@ class UniIDConfig:
     )  # in checkpoint order
     head_width: int = 64
     embedding_width: int = 512
-    recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+    recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
     unseen: ClassVar[tuple[str, ...]] = ("head_width",)  # affects an identity, but no weight
 
