@@ -110,7 +110,7 @@ def is_work_left() -> bool:
 
 
 def memory_advice() -> str:
-    """Return advice for processes that cannot share memory."""
+    """Return advice for processes that cannot exchange data because shared memory is full."""
     size = ""
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(SHARED_MEMORY)

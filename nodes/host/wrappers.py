@@ -223,7 +223,7 @@ def _call(
     foreign = foreign and rescale is not None and rescale.every_patch
     if not present and not foreign:
         return None
-    # The only wait for the device: once per model call, for the noise level that selects the applications.
+    # The noise level selects the applications. The host waits for it here, once per model call and never inside a layer.
     sigma = float(options.get("sigmas", t).max())
     scale = 1.0 if rescale is None else rescale.schedule.adapter_scale(run.step(sigma), run.steps)
     decoupled: list[Acting] = []

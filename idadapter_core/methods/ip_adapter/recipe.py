@@ -21,7 +21,7 @@ def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @torch.no_grad()
 def start(layers: FaceIDLayers, key_values: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-    """Initialise K from the UNet's own weights, as published, and V to 0, so that the output is unchanged at the start."""
+    """Copy the UNet's own K weights, as published. V stays at 0, so the outputs are unchanged at the start."""
     for number, pair in layers.pairs().items():
         pair.to_k_ip.weight.copy_(key_values[number][0])
 

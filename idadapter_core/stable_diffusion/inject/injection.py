@@ -199,7 +199,7 @@ class Injected:
             )
 
     def observe(self, observer: Observer | None) -> None:
-        """Set a callback that measures how strongly the adapter acts in all following calls of the UNet. None (default) removes it.
+        """Set a callback for the strength of the adapter in all following calls of the UNet. None, the initial state, removes it.
 
         It is called as `observer(site, added, base)` where an identity acts, once per site (one of `sites`) and UNet call, even if
         gradient checkpointing repeats the block in the backward pass. `added` is the norm of the adapter's addition, `base` the norm
