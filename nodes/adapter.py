@@ -1,4 +1,4 @@
-"""Loading an adapter, and applying it to a model."""
+"""Nodes that load an adapter, apply it to a model and rescale it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCOPES = ("ID adapters", "every attention patch")
 
 
 def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
-    """An adapter whose encoder ComfyUI manages."""
+    """Load an adapter and put its encoder under ComfyUI's management."""
     progress = comfy.utils.ProgressBar(100)
 
     def step(share: float) -> None:
@@ -40,7 +40,7 @@ def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
     gates: Any = adapter.mechanisms.gated
     if gates is None:
         return LoadedAdapter(adapter, encoder)
-    gates.adapter_digest = adapter.digest  # copies for other devices are told by it
+    gates.adapter_digest = adapter.digest  # identifies copies for other devices
     return LoadedAdapter(adapter, encoder, manage(gates, _reload_gates, path, adapter.digest))
 
 
@@ -107,7 +107,7 @@ class LoadIDAdapter(io.ComfyNode):
 
 
 def _report(adapter: Adapter) -> list[Message]:
-    """What the files hold; its notes are warnings."""
+    """Describe the contents of the files; notes become warnings."""
     facts = [line for line in adapter.info.splitlines() if not line.startswith("Note: ")]
     return [*map(info, facts), *(warning(f"{adapter.name}: {note}") for note in adapter.notes)]
 
@@ -197,7 +197,7 @@ class ApplyIDAdapter(io.ComfyNode):
 
 
 def _warnings(application: Application) -> list[Message]:
-    """What an application cannot do, as far as the node itself can tell."""
+    """Return the warnings about an application that the node can give before sampling."""
     texts = list(application.adapter.notes)
     if application.weight == 0:
         texts.append("weight is 0, so this identity does not act")
@@ -209,10 +209,10 @@ def _warnings(application: Application) -> list[Message]:
 
 
 def check_mask(mask: Tensor) -> Tensor:
-    """A MASK as (B, H, W) in 0..1.
+    """Return a MASK as (B, H, W) in 0..1.
 
     Raises:
-        InputError: another shape, or values that are not finite.
+        InputError: wrong shape, or values that are not finite.
     """
     if mask.ndim == 2:
         mask = mask[None]

@@ -1,4 +1,4 @@
-"""From photos to face features."""
+"""Nodes that turn photos into face features."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ NO_PACKAGE = "(no package yet: put buffalo_l into models/insightface/models)"
 
 @dataclass(frozen=True, eq=False)
 class LoadedAnalyzer:
-    """What the FACE_ANALYZER socket carries: the detector, and the torch recogniser as ComfyUI manages it."""
+    """Value of the FACE_ANALYZER socket: the detector, and the torch recogniser under ComfyUI's management."""
 
     analyzer: FaceAnalyzer
-    recognizer: Any = None  # ModelPatcher of an IResNet, or None for the package's own
+    recognizer: Any = None  # ModelPatcher of an IResNet, or None for the recogniser of the package
     recognizer_digest: str = ""
 
     def get_models(self) -> list[Any]:
-        """For ComfyUI's memory accounting of cached node outputs."""
+        """Return the patcher, for ComfyUI's memory accounting of cached node outputs."""
         return [] if self.recognizer is None else [self.recognizer]
 
     def recognize(self, crops: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Embedding and stages of crops (F, 3, 112, 112), on the device ComfyUI chose."""
+        """Compute embedding and stages of crops (F, 3, 112, 112) on ComfyUI's compute device."""
         comfy.model_management.load_models_gpu([self.recognizer])
         result: tuple[Tensor, list[Tensor]] = self.recognizer.model(crops.to(self.recognizer.load_device))
         return result
 
 
 def load_recognizer(path: Path, progress: Callable[[], object] = lambda: None) -> tuple[Any, str]:
-    """A torch face network as a ModelPatcher, and its digest. `progress` is called when each of the two is there."""
+    """Load a torch face network. Return its ModelPatcher and digest; `progress` is called after each of the two."""
     network = load_iresnet(path)
     progress()
     name = digest(network)
@@ -254,7 +254,7 @@ class ExtractFaces(io.ComfyNode):
 
 
 def _node_pictures(pictures: Sequence[Tensor], extraction: Extraction) -> list[Image]:
-    """The photos with boxes, small; of many, those that were left out come first."""
+    """Return small photos with face boxes. If there are too many to show, skipped photos have priority."""
     left_out = {i for i, chosen in enumerate(extraction.chosen) if not chosen}
     shown = worth_showing(len(pictures), left_out)
     return [

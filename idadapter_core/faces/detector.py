@@ -1,4 +1,4 @@
-"""Finding faces with insightface (2.x and 0.7.3). The only file that imports it and onnxruntime, at first use."""
+"""Face detection with insightface (2.x and 0.7.3). Only this file imports it and onnxruntime, on first use."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .windows import SeenFace, bordered, is_cut, likeness, tile_starts
 
 log = logging.getLogger(__name__)
 
-# A face that fills the photo is missed at 640 and found at a smaller size; a small one needs the large size.
+# The detector misses a face that fills the photo at 640 but finds it at a smaller size; a small face needs the large size.
 DETECTION_SIZES = (640, 512, 448, 384, 320, 256, 192, 128)
-# Last resort for a close-up cut by the photo's edge: a border of this share on each side.
+# Last resort for a close-up cut by the photo's edge: a border of this fraction on each side.
 PADDINGS = (0.25, 0.5)
 PADDED_SIZES = (640, 320)
 DETECTION_THRESHOLD = 0.5
-# After that, small faces in large photos: sizes that show more of the photo's pixels, then the photo in tiles.
+# After that, small faces in large photos: detector sizes that keep more of the photo's pixels, then the photo in tiles.
 LARGE_SIZES = (1024, 1280)
-_TILE = 1024  # pixels, at least
-_TILES_ACROSS = 4  # of the photo's longer side, without their overlap: tiles of very large photos are shrunk
-# A photo in tiles is many photos, and each may show something that looks like a face.
+_TILE = 1024  # minimum side in pixels
+_TILES_ACROSS = 4  # maximum tiles along the longer side, without overlap; larger tiles are downscaled
+# Stricter than for a whole photo, because each tile adds a chance of a false detection.
 TILE_THRESHOLD = 0.6
 _SAME_FACE = 0.4  # intersection over union of two boxes
 
@@ -62,25 +62,23 @@ class _Libraries(NamedTuple):
 
 
 class _Attempt(NamedTuple):
-    kind: str  # "at 640 to 128 px": what attempts of this kind are called together
-    step: str  # "at 512 px"
+    kind: str  # name of all attempts of this kind: "at 640 to 128 px"
+    step: str  # name of this attempt: "at 512 px"
     size: int  # of the detector's input
-    faces: list[SeenFace]  # also those that cannot be used
+    faces: list[SeenFace]  # including unusable ones
 
 
 @dataclass(frozen=True)
 class Search:
-    """What looking for faces in one photo gave."""
+    """The result of searching one photo for faces."""
 
     faces: tuple[Face, ...]  # usable, best score first
-    step: str  # how they were found, "at 640 px in tiles of 1024 px"; without faces all that was tried
-    too_small: float = (
-        0.0  # height in pixels of the largest face that has too few of them, where no other was found
-    )
+    step: str  # successful attempt, "at 640 px in tiles of 1024 px"; without faces, all attempts
+    too_small: float = 0.0  # height in pixels of the largest face that is too small, if no other was found
 
 
 class FaceAnalyzer:
-    """The opened models of one package. Made by `open_analyzer`."""
+    """The opened models of one package, created by `open_analyzer`."""
 
     def __init__(
         self, package: Package, libraries: _Libraries, providers: Sequence[str], threads: int = 0
@@ -104,26 +102,26 @@ class FaceAnalyzer:
 
     @property
     def provider(self) -> str:
-        """The execution provider that the detector's session really runs on."""
+        """The execution provider actually used by the detector's session."""
         return str(self._model(DETECTION).session.get_providers()[0])
 
     @cached_property
     def recognizer_digest(self) -> str:
-        """What names the package's recogniser in features and adapters."""
+        """Id of the package's recogniser in features and adapters."""
         return file_digest(self._path(RECOGNITION))
 
     def detect(
         self, image: Image, image_index: int = 0, check: Callable[[], None] = lambda: None
     ) -> list[Face]:
-        """All usable faces of a photo (H, W, 3), RGB uint8, best score first; empty when there are none. See `search`."""
+        """Return all usable faces of a photo (H, W, 3), RGB uint8, best score first; empty if there are none. See `search`."""
         return list(self.search(image, image_index, check).faces)
 
     def search(self, image: Image, image_index: int = 0, check: Callable[[], None] = lambda: None) -> Search:
-        """The usable faces of a photo (H, W, 3), RGB uint8, and how they were found.
+        """Search a photo (H, W, 3), RGB uint8, for usable faces.
 
-        Tries the detector at several sizes, 640 px first and then smaller, then with a border around the photo; for a photo that
-        is larger than that at larger sizes, and at last in tiles. The first attempt that has a usable face decides. `check` is
-        called before each attempt; what it raises ends the search.
+        The detector runs at several sizes, 640 px first and then smaller, then with a border around the photo; a photo larger
+        than that is then tried at larger sizes and finally in tiles. The first attempt with a usable face wins. `check` is
+        called before each attempt and may raise to stop the search.
         """
         bgr = to_bgr_uint8(image)
         tried: list[str] = []
@@ -138,12 +136,12 @@ class FaceAnalyzer:
         return Search((), ", ".join(dict.fromkeys(tried)), too_small)
 
     def embed(self, crop: Image) -> NDArray[np.float32]:
-        """The package recogniser's embedding (512,), not normalised, of an aligned crop (112, 112, 3), RGB uint8."""
+        """Compute the package recogniser's embedding (512,), not normalised, of an aligned crop (112, 112, 3), RGB uint8."""
         embedding = self._model(RECOGNITION).get_feat(to_bgr_uint8(crop))
         return np.asarray(embedding, dtype=np.float32).reshape(-1)
 
     def require_recognition(self) -> None:
-        """Open the package's recogniser now. Raises FacePackageError where the package has none."""
+        """Open the package's recogniser now. Raises FacePackageError if the package has none."""
         self._model(RECOGNITION)
 
     def _path(self, task: str) -> Path:
@@ -164,7 +162,7 @@ class FaceAnalyzer:
         return self._opened[task]
 
     def _attempts(self, bgr: NDArray[np.uint8], check: Callable[[], None]) -> Iterator[_Attempt]:
-        """One attempt after the other, with the faces in the photo's coordinates."""
+        """Run and yield the attempts one by one, with faces in the photo's coordinates."""
         sizes = f"at {_range(self._sizes)}"
         for size in self._sizes:
             check()
@@ -195,7 +193,7 @@ class FaceAnalyzer:
     def _detect_in_tiles(
         self, bgr: NDArray[np.uint8], side: int, size: tuple[int, int], check: Callable[[], None]
     ) -> list[SeenFace]:
-        """Faces that one tile shows whole and a closer look confirms, best score first, each once."""
+        """Return the faces that lie entirely in a tile and are confirmed by `_is_confirmed`, best score first, without duplicates."""
         height, width = bgr.shape[:2]
         candidates: list[SeenFace] = []
         for top in tile_starts(height, side):
@@ -215,7 +213,7 @@ class FaceAnalyzer:
         return kept
 
     def _is_confirmed(self, bgr: NDArray[np.uint8], face: SeenFace, size: tuple[int, int]) -> bool:
-        """Whether the detector sees the same face when it looks at its surroundings alone, at another scale."""
+        """Return whether the detector also finds the face in a crop around it, at another scale."""
         x1, y1, x2, y2 = face.box
         reach = 2 * max(x2 - x1, y2 - y1)
         left, top = (max(round(float(c - reach)), 0) for c in ((x1 + x2) / 2, (y1 + y2) / 2))
@@ -230,14 +228,14 @@ class FaceAnalyzer:
     def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[SeenFace]:
         height, width = bgr.shape[:2]
         if min(size[0] * height // width, size[1] * width // height) < 1:
-            return []  # a very long photo would be resized to no pixels at all
+            return []  # a very long photo would be resized to 0 pixels
         boxes, landmarks = self._model(DETECTION).detect(bgr, input_size=size, max_num=0, metric="default")
         return [
             SeenFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
         ]
 
     def _face(self, bgr: NDArray[np.uint8], raw: SeenFace, image_index: int, size: int) -> Face:
-        # insightface's own faces cannot be copied and answer None to any attribute: none leaves this function.
+        # insightface's face objects cannot be copied and return None for any attribute, so they stay inside this function.
         face = self._libraries.Face(
             bbox=raw.box.astype(np.float32), kps=raw.landmarks.astype(np.float32), det_score=raw.score
         )
@@ -261,11 +259,11 @@ def open_analyzer(
 ) -> FaceAnalyzer:
     """Open the detector of a package folder, its sex and age model if there is one, and on request its recogniser.
 
-    `provider` is "auto" (CUDA where torch and onnxruntime both have it, else the CPU) or a key of `PROVIDERS`. `threads` is
-    how many of the CPU's a model may use, 0 for the runtime's choice. Nothing is downloaded. The log says which provider the
-    opened detector really runs on.
+    `provider` is "auto" (CUDA if torch and onnxruntime both have it, else the CPU) or a key of `PROVIDERS`. `threads` is the
+    number of CPU threads per model, 0 for the runtime's default. Nothing is downloaded. The provider actually used by the
+    detector is logged.
 
-    Raises FacePackageError when insightface, its runtime, the provider or a model is missing or unusable.
+    Raises FacePackageError if insightface, its runtime, the provider or a model is missing or unusable.
     """
     libraries = _import_libraries()
     providers = choose_providers(provider, libraries.onnxruntime.get_available_providers())
@@ -279,9 +277,9 @@ def open_analyzer(
 
 
 def choose_providers(provider: str, available: Sequence[str]) -> list[str]:
-    """onnxruntime's names for a provider choice, the CPU last as fallback.
+    """Return onnxruntime's provider names for a choice, with the CPU last as fallback.
 
-    `available` is what onnxruntime was built with; that is no proof of a GPU, so "auto" also asks torch.
+    `available` lists the providers that onnxruntime was built with. That does not prove a GPU exists, so "auto" also checks torch.
     """
     cpu = PROVIDERS["cpu"]
     if provider == "auto":
@@ -300,10 +298,10 @@ def choose_providers(provider: str, available: Sequence[str]) -> list[str]:
 
 
 def order_faces(faces: Sequence[Face], policy: str) -> list[Face]:
-    """Faces of one photo in the order that `index` counts in. Ties are settled from left to right, then top down.
+    """Sort the faces of one photo in the order used by `index`. Ties are broken from left to right, then top to bottom.
 
     largest: by box area; central: by distance to the photo's centre; left to right and all: by the box's centre;
-    by score: the detector's confidence first.
+    by score: highest detector confidence first.
     """
     if policy not in POLICIES:
         raise InputError(f"select must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -311,9 +309,9 @@ def order_faces(faces: Sequence[Face], policy: str) -> list[Face]:
 
 
 def select_faces(faces: Sequence[Face], policy: str = "largest", index: int = 0) -> list[Face]:
-    """The face at `index` (from 0) in the order of the policy; with "all", every face and no index.
+    """Return the face at `index` (from 0) in the order of the policy; with "all", every face, without an index.
 
-    Raises FaceError when there are fewer faces.
+    Raises FaceError if there are fewer faces.
     """
     ordered = order_faces(faces, policy)
     if policy == "all":
@@ -345,7 +343,7 @@ def _import_libraries() -> _Libraries:
         from insightface.app.common import Face as InsightFace
         from insightface.model_zoo import get_model
 
-        # Uninstalling one of two flavours leaves a hollow folder: it imports, but has no content.
+        # Uninstalling one of two onnxruntime flavours leaves an empty package that can still be imported.
         onnxruntime.InferenceSession  # noqa: B018
     except (ImportError, AttributeError) as error:
         raise FacePackageError(
@@ -363,9 +361,9 @@ def _open_model(
 ) -> Any:
     options = libraries.onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Spinning worker threads of several sessions starve each other and torch.
+    # Without this, spinning worker threads of several sessions starve each other and torch.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors only: published models give pages of harmless warnings
+    options.log_severity_level = 3  # errors only: published models cause pages of harmless warnings
     manifest = {"model_task": task} if package.has_manifest else {}
     try:
         model = libraries.get_model(
@@ -375,7 +373,7 @@ def _open_model(
             static_shape_sessions=False,  # one session for all sizes instead of one copy of the model for each
             **manifest,
         )
-    except Exception as error:  # onnxruntime's errors share no base class but this one
+    except Exception as error:  # onnxruntime's errors have no other common base class
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise FacePackageError(
             f"{path} cannot be opened as a {task} model: {reason}. Delete it and get the package again."

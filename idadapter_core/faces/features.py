@@ -1,4 +1,4 @@
-"""From photos of a person to `FaceFeatures`: find, choose, align and recognise."""
+"""Extracts `FaceFeatures` from photos of a person: detection, selection, alignment and recognition."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ SMALL_BOX = 64  # pixels
 WIDE, LARGE = (
     1.6,
     1024,
-)  # sides of a photo to each other, and pixels of the longer one: from here on a face may be small in it
+)  # aspect ratio of a photo, and pixels of its longer side, above which a face may be small in it
 SMALL_EYE_DISTANCE = 20  # pixels
-_CHUNK = 16  # crops per call of the recogniser
+_CHUNK = 16  # crops per recogniser call
 
 Recognizer = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """Features and how they came about. `found` and `chosen` have one entry per photo."""
+    """Features and a report on their extraction. `found` and `chosen` have one entry per photo."""
 
     features: FaceFeatures
     report: str
-    remarks: tuple[Remark, ...]  # the same, a sentence or two for each photo and warning
-    found: tuple[tuple[Face, ...], ...]  # every face of each photo, in the order that `index` counts in
-    chosen: tuple[tuple[Face, ...], ...]  # the faces of `features`; empty for a photo that was left out
+    remarks: tuple[Remark, ...]  # the report as one or two sentences per photo and warning
+    found: tuple[tuple[Face, ...], ...]  # every face of each photo, in the order used by `index`
+    chosen: tuple[tuple[Face, ...], ...]  # the faces of `features`; empty for a skipped photo
 
 
 def extract_features(
@@ -54,19 +54,19 @@ def extract_features(
     progress: Callable[[], None] = lambda: None,
     check: Callable[[], None] = lambda: None,
 ) -> Extraction:
-    """Features of the chosen face of each photo (or of all faces with select="all").
+    """Extract features of the selected face of each photo (or of all faces with select="all").
 
     `images`: photos of any sizes, in any form `check_image` takes. `select` and `index`: see `select_faces`.
     `recognizer` maps crops (F, 3, 112, 112), RGB in [-1, 1], float32, to the embedding (F, 512) and four stages;
-    `recognizer_digest` names its weights. Without it the package's own recogniser gives the embedding, and there
-    are no stages. `on_missing="skip"` leaves out photos without the wanted face. With select="all", a face that cannot
-    be cut out is left out as long as the photo has another one. `origins`: the files behind the photos, for messages.
+    `recognizer_digest` is the digest of its weights. Without `recognizer` the package's own recogniser computes the
+    embedding, and there are no stages. `on_missing="skip"` skips photos without the requested face. With select="all", a
+    face that cannot be cut out is skipped if the photo has another one. `origins`: the files behind the photos, for messages.
 
-    `progress` is called after each photo; `check` before each detection attempt and each call of the recogniser, to end
-    the work by raising.
+    `progress` is called after each photo; `check` is called before each detection attempt and each recogniser call and may
+    raise to stop the work.
 
     The features are float32 on the CPU. Raises NoFaceFoundError or FaceError naming the photo, InputError for
-    photos that are no images, NoFaceFoundError when every photo was skipped.
+    photos that are not images, NoFaceFoundError if every photo was skipped.
     """
     _require_valid(images, select, on_missing)
     if recognizer is None:
@@ -104,7 +104,7 @@ def extract_features(
 
 
 def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
-    """Aligned crops (112, 112, 3), RGB uint8, as the recogniser's input (F, 3, 112, 112), float32 in [-1, 1]."""
+    """Convert aligned crops (112, 112, 3), RGB uint8, to the recogniser's input (F, 3, 112, 112), float32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
     return (stacked.float() / 127.5 - 1).contiguous()
 
@@ -114,12 +114,12 @@ def _require_valid(images: Sequence[Image | Tensor], select: str, on_missing: st
         raise InputError(f"on_missing must be one of {', '.join(ON_MISSING)}, got {on_missing!r}")
     if not images:
         raise InputError("no images were given; connect at least one photo of the person")
-    order_faces([], select)  # raises for a policy that there is not
+    order_faces([], select)  # raises for an unknown policy
 
 
 @dataclass(frozen=True, eq=False)
 class _Photo:
-    """One of the given photos; `position` counts from 0 among `count`."""
+    """One of the `count` given photos; `position` counts from 0."""
 
     image: Image
     position: int
@@ -138,10 +138,10 @@ class _Photo:
 
 @dataclass(frozen=True, eq=False)
 class _Outcome:
-    """The faces of one photo, and the account of it; nothing is chosen where it is left out."""
+    """The faces of one photo, and its report; a skipped photo has no chosen faces."""
 
     account: _Account
-    found: tuple[Face, ...]  # in the order that `index` counts in
+    found: tuple[Face, ...]  # in the order used by `index`
     chosen: tuple[Face, ...] = ()
     crops: tuple[Image, ...] = ()
 
@@ -154,7 +154,7 @@ def _look(
     on_missing: str,
     check: Callable[[], None],
 ) -> _Outcome:
-    """Find, choose and cut out the faces of one photo. Raises as `extract_features` does."""
+    """Find, select and cut out the faces of one photo. Raises the errors of `extract_features`."""
     search = analyzer.search(photo.image, photo.position, check)
     faces = order_faces(search.faces, select)
     try:
@@ -172,7 +172,7 @@ def _look(
 def _pick(
     image: Image, search: Search, faces: Sequence[Face], select: str, index: int, scale: float
 ) -> tuple[list[Face], list[Image], list[str]]:
-    """The chosen faces that can be cut out, their crops, and why others cannot (only where all were asked for)."""
+    """Return the selected faces that can be cut out, their crops, and the reasons for the others (only with select="all")."""
     if not faces:
         raise NoFaceFoundError(_not_found(image, search, scale))
     picked: list[Face] = []
@@ -193,7 +193,7 @@ def _pick(
 
 
 def _not_found(image: Image, search: Search, scale: float) -> str:
-    """`scale`: pixels of the photo per pixel of the user's file."""
+    """Explain that no face was found. `scale`: pixels of the photo per pixel of the user's file."""
     height, width = image.shape[:2]
     if search.too_small:
         return (
@@ -225,7 +225,7 @@ def _recognize(
     for start in range(0, len(crops), _CHUNK):
         check()
         part, maps = recognizer(crops[start : start + _CHUNK])
-        if start == 0:  # room for all at once: joining parts in the end would need it twice
+        if start == 0:  # allocate once: concatenating parts at the end would need twice the memory
             embedding, *others = (torch.empty(len(crops), *t.shape[1:]) for t in (part, *maps))
             stages = tuple(others)
         for whole, piece in zip((embedding, *stages), (part, *maps), strict=True):
@@ -241,7 +241,7 @@ def _require_finite(embedding: Tensor) -> None:
 
 
 def _crop_hint(photo: _Photo) -> str:
-    """What joining photos to a batch may have done to one without a face: nothing, a crop for certain, or a possible one."""
+    """Explain how batching may have cropped a photo without a face: certainly, possibly, or not at all (empty)."""
     origin = photo.origin
     if photo.count == 1 or photo.position == 0 or (origin is not None and not origin.is_cropped(photo.image)):
         return ""
@@ -254,16 +254,16 @@ def _crop_hint(photo: _Photo) -> str:
 
 @dataclass(frozen=True)
 class _Account:
-    """What became of one photo."""
+    """Report on one photo."""
 
     name: str
     head: str = ""
     faces: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    skipped: str = ""  # why the photo was left out
+    skipped: str = ""  # reason for skipping the photo
 
     def lines(self) -> list[str]:
-        """For the report."""
+        """Return the lines of the report."""
         if self.skipped:
             return [f"{self.name}: skipped, {self.skipped}"]
         warnings = [f"  warning: {warning}" for warning in self.warnings]

@@ -1,4 +1,4 @@
-"""Windows of a photo that a detector looks at, tiles or the photo in a border, and the faces that it sees there."""
+"""Windows of a photo for the detector (tiles, or the photo with a border), and the faces detected in them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from .align import MIN_EYE_DISTANCE
 
-_OVERLAP = 0.25  # of a tile: a face that one cuts is whole in its neighbour
+_OVERLAP = 0.25  # fraction of a tile, so that a face cut by one tile is whole in its neighbour
 _LONGEST_PADDED = 1280  # larger photos are shrunk before a border is added; the detector reads 640 px at most
 
 
 @dataclass(frozen=True, eq=False)
 class SeenFace:
-    """A face in the pixels of the picture in which it was seen."""
+    """A detected face, in pixels of its window."""
 
     box: NDArray[np.floating]  # (4,) x1, y1, x2, y2
     landmarks: NDArray[np.floating]  # (5, 2)
@@ -31,7 +31,7 @@ class SeenFace:
 
     @property
     def is_tiny(self) -> bool:
-        """A face, but of too few pixels."""
+        """Whether the face has too few pixels."""
         return self._is_sane and self._eye_distance < MIN_EYE_DISTANCE
 
     @property
@@ -46,13 +46,13 @@ class SeenFace:
         return float(np.linalg.norm(self.landmarks[1] - self.landmarks[0]))
 
     def moved(self, by: tuple[float, float], scale: float) -> SeenFace:
-        """The face where its picture is moved, then enlarged."""
+        """Return the face with its coordinates shifted by `by`, then multiplied by `scale`."""
         x, y = by
         return SeenFace((self.box + [x, y, x, y]) * scale, (self.landmarks + [x, y]) * scale, self.score)
 
 
 def tile_starts(length: int, side: int) -> list[int]:
-    """Where tiles begin along a side of the photo, so that the last ends with it."""
+    """Return the start positions of tiles along a side of the photo; the last tile ends at the photo's edge."""
     if length <= side:
         return [0]
     count = 1 + -(-(length - side) // round(side * (1 - _OVERLAP)))
@@ -60,7 +60,7 @@ def tile_starts(length: int, side: int) -> list[int]:
 
 
 def is_cut(face: SeenFace, tile: tuple[int, int, int], photo: tuple[int, int]) -> bool:
-    """Whether the edge of a tile (left, top, side) cuts a face, and not the edge of the photo (width, height)."""
+    """Return whether the edge of a tile (left, top, side), other than the edge of the photo (width, height), cuts a face."""
     (left, top, side), (width, height) = tile, photo
     x1, y1, x2, y2 = face.box
     cut = (
@@ -73,7 +73,7 @@ def is_cut(face: SeenFace, tile: tuple[int, int, int], photo: tuple[int, int]) -
 
 
 def likeness(one: SeenFace, other: SeenFace) -> float:
-    """Intersection over union of two faces' boxes; 0 where one is no box."""
+    """Return the intersection over union of two faces' boxes; 0 for a degenerate box."""
     low, high = np.maximum(one.box[:2], other.box[:2]), np.minimum(one.box[2:], other.box[2:])
     shared = float(np.prod(np.clip(high - low, 0, None)))
     union = float(np.prod(one.box[2:] - one.box[:2]) + np.prod(other.box[2:] - other.box[:2])) - shared
@@ -81,7 +81,7 @@ def likeness(one: SeenFace, other: SeenFace) -> float:
 
 
 def bordered(bgr: NDArray[np.uint8], share: float) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
-    """The photo, shrunk if it is large, in a black border; with the scale and the border's width and height."""
+    """Add a black border to the photo, downscaled if large. Return it with the scale and the border's width and height."""
     import cv2
 
     scale = min(1.0, _LONGEST_PADDED / max(bgr.shape[:2]))

@@ -1,4 +1,4 @@
-"""UniID's published files, told by keys and shapes, and its two branches from two files."""
+"""UniID's published files, recognised by keys and shapes, and joining its two branches from two files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .config import TEXT_SIZES, UniIDConfig
 TEXT_PREFIX = "text_branch."
 ADAPTER_PREFIX = "adapter_branch."
 
-# Keys of the branches when saved without their prefix.
+# Keys of the branches if saved without their prefix.
 _TEXT_HEADS = re.compile(r"^(?:proj|norm|text_resampler)_\d\.")
 _ADAPTER_HEADS = re.compile(r"^(?:latents$|adapter_resampler\.|adapter_modules\.)")
 
 
 def published_state(state: Mapping[str, Tensor], source: str) -> State:
-    """The UniID weights in a state dict, under the published names; empty when there are none.
+    """Return the UniID weights in a state dict, under the published names; empty if there are none.
 
-    Accepts the published files, the same without their prefix, and whole training dumps (the model's other parts are left
-    out), each optionally behind "module." as distributed training writes it.
+    Accepts the published files, the same without their prefix, and whole training dumps (other parts of the model are
+    ignored), each with or without the prefix "module." of distributed training.
 
     Raises:
-        CheckpointError: several copies of the same weights (an average beside the model), none of them at the top.
+        CheckpointError: several copies of the same weights (such as an EMA next to the model), none of them at the top level.
     """
-    copies: dict[str, dict[str, Tensor]] = {}  # published name -> what stands before it -> tensor
+    copies: dict[str, dict[str, Tensor]] = {}  # published name -> prefix -> tensor
     for key, tensor in state.items():
         name = key.removeprefix("module.")
         for prefix in (TEXT_PREFIX, ADAPTER_PREFIX):
@@ -66,10 +66,10 @@ def _holds_adapter_branch(keys: Iterable[str]) -> bool:
 
 
 def published_config(state: State, source: str) -> UniIDConfig:
-    """The sizes of UniID weights under the published names, read from their shapes.
+    """Derive the sizes of UniID weights under the published names from their shapes.
 
     Raises:
-        CheckpointError: a tensor that decides a size is missing or has an impossible shape; names it.
+        CheckpointError: a tensor that determines a size is missing or has an impossible shape; names it.
     """
     text_sizes = _text_sizes(state, source)
     adapter_sizes = _adapter_sizes(state, source)
@@ -80,7 +80,7 @@ def published_config(state: State, source: str) -> UniIDConfig:
 
 
 def _text_sizes(state: State, source: str) -> dict[str, Any]:
-    """Those of the text branch, among them the width of each text encoder; no widths where there is none."""
+    """Derive the sizes of the text branch, including the width of each text encoder; no widths without a text branch."""
     widths: list[int] = []
     sizes: dict[str, Any] = {}
     while any(key.startswith(f"{TEXT_PREFIX}text_resampler_{len(widths) + 1}.") for key in state):
@@ -98,7 +98,7 @@ def _text_sizes(state: State, source: str) -> dict[str, Any]:
 
 
 def _adapter_sizes(state: State, source: str) -> dict[str, Any]:
-    """Those of the adapter branch, among them the width of each site; no tokens and no sites where there is none."""
+    """Derive the sizes of the adapter branch, including the width of each site; no tokens and sites without one."""
     if not any(key.startswith(ADAPTER_PREFIX) for key in state):
         return {"adapter_tokens": 0, "site_widths": ()}
     _, tokens, width = _shape(state, source, ADAPTER_PREFIX + "latents", 3)
@@ -115,7 +115,7 @@ def _adapter_sizes(state: State, source: str) -> dict[str, Any]:
 
 
 def _site_numbers(state: State, source: str) -> list[int]:
-    """Numbers of the adapter modules: 1, 3, 5, …"""
+    """Return the numbers of the adapter modules: 1, 3, 5, …"""
     pattern = re.compile(re.escape(ADAPTER_PREFIX) + r"adapter_modules\.(\d+)\.to_k_ip\.weight")
     numbers = sorted(int(match[1]) for key in state if (match := pattern.fullmatch(key)))
     if not numbers or numbers != list(range(1, 2 * len(numbers), 2)):
@@ -128,10 +128,10 @@ def _site_numbers(state: State, source: str) -> list[int]:
 
 
 def _shape(state: State, source: str, key: str, dimensions: int = 2) -> tuple[int, ...]:
-    """The shape of a tensor that decides a size.
+    """Return the shape of a tensor that determines a size.
 
     Raises:
-        CheckpointError: the tensor is missing, or has another number of dimensions or an empty one.
+        CheckpointError: the tensor is missing, or has the wrong number of dimensions or an empty one.
     """
     if key not in state:
         raise CheckpointError(
@@ -147,7 +147,7 @@ def _shape(state: State, source: str, key: str, dimensions: int = 2) -> tuple[in
 
 
 def _depth(state: State, prefix: str) -> int:
-    """How many numbered layers there are under a name."""
+    """Count the numbered layers under a name."""
     pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
     return 1 + max((int(match[1]) for key in state if (match := pattern.match(key))), default=-1)
 
@@ -158,11 +158,11 @@ def join(
     configs: tuple[UniIDConfig, UniIDConfig],
     same_file: bool,
 ) -> tuple[State, UniIDConfig]:
-    """The adapter branch of one file and the text branch of another, as one adapter.
+    """Join the adapter branch of one file and the text branch of another into one adapter.
 
     Raises:
-        InputError: the files are exchanged, the same one twice, or lack their branch.
-        MismatchError: they are of different trainings.
+        InputError: the files are swapped, the same file twice, or lack their branch.
+        MismatchError: they come from different trainings.
     """
     first, second = names
     config, text = configs
@@ -186,7 +186,7 @@ def join(
 
 
 def _branches_problem(names: tuple[str, str], adapter: UniIDConfig, text: UniIDConfig, same: bool) -> str:
-    """Why two UniID files cannot be an adapter and its text branch; empty where they can."""
+    """Explain why two UniID files cannot be an adapter and its text branch; empty if they can."""
     first, second = names
     if not adapter.has_text_branch and text.has_text_branch:
         return ""
