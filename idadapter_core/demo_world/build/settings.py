@@ -67,11 +67,11 @@ FULL = Settings(
     groups=_groups((1080, 10), (400, 10), (128, 8), (64, 8)),
     courses={
         "readers": Course(1500, 32, 2e-3),
-        "recognizer": Course(2000, 32, 2e-3),
+        "recognizer": Course(3300, 32, 2e-3),
         "autoencoder": Course(4000, 16, 1.5e-3),
         "second_recognizer": Course(2000, 32, 2e-3),
         "detector": Course(3000, 8, 2e-3),
-        "sex_and_age": Course(600, 32, 2e-3),
+        "sex_and_age": Course(8000, 32, 2e-3),
         "vision": Course(3000, 64, 1e-3),
         "base": Course(16000, 64, 1e-3),
     },

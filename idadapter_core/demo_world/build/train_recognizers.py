@@ -21,7 +21,7 @@ from .settings import Course
 
 SCALE = 32.0  # of cosines, for the softmax
 MARGIN = 0.3  # by which a person must be more like themselves than like others
-MARGIN_AFTER = 0.3  # share of the steps in which the margin rises from 0
+RISES = (300, 1500)  # steps between which the margin rises from 0
 JITTER = 1.2  # pixels, deviation of the landmarks: detectors err
 
 Embed = Callable[[nn.Module, Tensor], Tensor]
@@ -64,7 +64,7 @@ def train_recognizer(
             embeddings = embed(module.network, crops)
         cosines = F.normalize(embeddings.float()) @ F.normalize(module.directions).T
         people = torch.from_numpy(pool.people[numbers])
-        margin = MARGIN * min(1.0, step / max(1.0, MARGIN_AFTER * course.steps))
+        margin = MARGIN * float(np.clip((step - RISES[0]) / (RISES[1] - RISES[0]), 0, 1))
         return F.cross_entropy(SCALE * (cosines - margin * F.one_hot(people, cosines.shape[1])), people)
 
     classifier = _Classifier(network, int(pool.people.max()) + 1, width)

@@ -201,6 +201,15 @@ def test_perfect_answers_cost_nothing() -> None:
     assert detection_loss(maps, wanted) > 1e-3
 
 
+def test_a_scene_without_a_face_that_a_stride_is_for_still_teaches() -> None:
+    scene = _one_face(640, size=620)
+    scene.boxes[:, 3] += 100
+    wanted = [torch.from_numpy(targets(scene, level))[None] for level in range(3)]
+    assert not any((goal[:, :, 0] == 1).any() for goal in wanted)
+    maps = [torch.zeros(1, 30, *goal.shape[3:]) for goal in wanted]
+    assert 0 < float(detection_loss(maps, wanted)) < 1e6
+
+
 def test_scenes_know_where_their_faces_are(pool: Pool) -> None:
     """The pixels around a landmark are those of the picture that was pasted, mirrored or not."""
     rng = np.random.default_rng(0)
