@@ -18,6 +18,8 @@ has changed. Settings, all optional, are environment variables:
     SCREENSHOTS       if set, tests of the frontend save what they look at in output/screenshots
     PACKS_PATH        folder with checkouts of other packs to test beside (docs/other_packs.md; default: those tests are skipped)
     CI                if true, a missing browser is an error; otherwise the tests that need one are skipped
+
+All of it stands in this one long file, as it has to run where nothing is installed yet.
 """
 
 from __future__ import annotations

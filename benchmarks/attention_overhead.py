@@ -1,9 +1,9 @@
-"""What an identity adapter adds to one UNet forward in ComfyUI, against the plain model and against the naive way.
+"""Overhead of an identity adapter in one UNet forward in ComfyUI, compared with the plain model and with a naive adapter.
 
 SD1.5 at full width with random weights on the CPU, batch 2 (the two halves of CFG), through ComfyUI's own `apply_model`. The
-cost is measured in situ: inside real forwards, what the adapter's own code takes beyond the text attention it contains
-(weights are random: trained ones cost the same). Whole forwards are compared too, but other load moves them by more than the
-effect. Times are CPU time of one thread. Rounds are interleaved and the medians over rounds are shown.
+overhead is measured in situ: the time of the adapter's own code inside real forwards, minus the text attention that it contains
+(weights are random: trained ones cost the same). Whole forwards are compared too, but other load changes them by more than the
+effect. Times are CPU time of one thread. Rounds are interleaved; the output shows medians over rounds.
 
     python -m benchmarks.attention_overhead                     # UniID: fp32 256 px and bf16 512 px, 4, 16 and 25 tokens
     python -m benchmarks.attention_overhead --case fp32:256 --tokens 25 --rounds 9
@@ -12,10 +12,10 @@ effect. Times are CPU time of one thread. Rounds are interleaved and the medians
 UniID: "naive" is the common way: K and V of the identity projected at each call for both halves, `repeat`, attention, a new tensor
 for the weighted residual and one for the sum; no rescaling. "ours" is the pack's patch with normalized rescaling.
 
-IDAdapter: "naive" is Eq. 7 as it is written, in both halves and at each call: E_r through its linear map and norm, queries, keys
-and values for image and E_r, attention, the rows of E_r dropped, the feed-forward. "ours" is the pack's patch; "ours, floor" is
-the part of it that Eq. 7 asks of the image tokens of the positive half alone (their projections, the attention among
-themselves, the feed-forward): the same patch with a single identity token. "ours, fresh" has all gates and deltas at 0.
+IDAdapter: "naive" is Eq. 7 as written, in both halves and at each call: E_r through its linear map and norm, queries, keys and
+values for image and E_r, attention, dropping the rows of E_r, the feed-forward. "ours" is the pack's patch; "ours, floor" is the
+part of it that Eq. 7 needs for the image tokens of the positive half alone (their projections, the attention among themselves, the
+feed-forward): the same patch with a single identity token. "ours, fresh" has all gates and deltas at 0.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Clock:
     adapter: float = 0.0
     text: float = 0.0
     depth: int = 0
-    gated: bool = False  # inside a gated adapter, whose attention is not the text's
+    gated: bool = False  # inside a gated adapter, where attention calls are not the text's
 
     @property
     def added(self) -> float:
@@ -54,7 +54,7 @@ class Clock:
 
 @dataclass
 class Variant:
-    """One way of running the model: its transformer options, extra model inputs, and what was measured."""
+    """A way to run the model: transformer options, extra model inputs, and measurements."""
 
     name: str
     options: Callable[[], dict[str, Any]]
@@ -92,7 +92,7 @@ def timed_attention(attention: Callable[..., torch.Tensor]) -> Callable[..., tor
 
 
 class NaiveAdapter:
-    """An attn2 replacement as face adapters usually have it."""
+    """An attn2 replacement typical of face adapters."""
 
     def __init__(
         self, projections: Any, index: int, tokens: dict[str, torch.Tensor], plain: Callable[..., Any]
@@ -100,7 +100,7 @@ class NaiveAdapter:
         module = projections.adapter_modules[str(index)]
         self.to_k, self.to_v = module.to_k_ip, module.to_v_ip
         self.tokens = tokens
-        self.plain = plain  # the untimed attention, for the identity's own
+        self.plain = plain  # the untimed attention function, for the identity
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]
@@ -123,7 +123,7 @@ class NaiveAdapter:
 
 
 class NaiveGates:
-    """Eq. 7 as it is written, as a middle patch."""
+    """Eq. 7 as written, as a middle patch."""
 
     def __init__(self, layers: Any, tokens: torch.Tensor, sites: Any, plain: Callable[..., Any]):
         self.gates = {site.comfy: layers.gates[str(site.index)] for site in sites}
@@ -147,7 +147,7 @@ class NaiveGates:
 def build_variants(
     model: Any, dtype: torch.dtype, pixels: int, token_counts: list[int], plain: Any
 ) -> list[Variant]:
-    """The plain model, and for each token count the naive adapter and ours, all with the same weights and tokens."""
+    """The plain model, and for each token count the naive adapter and ours, with the same weights and tokens."""
     from ComfyUI_IDAdapter.idadapter_core.adapter import Adapter
     from ComfyUI_IDAdapter.idadapter_core.methods.uniid import METHOD, UniIDConfig, UniIDEncoder
     from ComfyUI_IDAdapter.idadapter_core.schedule import RescaleSchedule
@@ -221,7 +221,7 @@ def build_gated_variants(
 
     def ours(name: str, count: int, gates: dict[int, tuple[float, float]], bias: bool = False) -> Variant:
         parts = dataclasses.replace(METHOD.mechanisms(config, layers), deltas={}, openings=gates)
-        adapter = Adapter(name, name, "idadapter", config, layers, layers, parts)  # nothing is encoded
+        adapter = Adapter(name, name, "idadapter", config, layers, layers, parts)  # without encoder
         logs = torch.full((1, count), 1.386) if bias else None
         identity = Identity(torch.randn(1, count, config.vision_width), None, adapter_bias=logs)
         application = Application(adapter, identity, 1.0, 0.0, 1.0, None)
@@ -247,7 +247,7 @@ def build_gated_variants(
 
 
 def count_our_time() -> None:
-    """Time the pack's own code where it runs: each attention site, and what the model wrapper projects, decides and binds."""
+    """Time the pack's own code in place: each attention site, and the work of the model wrapper (projecting, deciding, binding)."""
     from ComfyUI_IDAdapter.nodes.host import decoupled, gated, wrappers
 
     def timed(function: Callable[..., Any], gated: bool) -> Callable[..., Any]:
@@ -286,7 +286,7 @@ def measure(model: Any, variants: list[Variant], dtype: torch.dtype, pixels: int
                 **variant.inputs,
             )
             seconds = time.thread_time() - start
-            if number == 0:  # warms up; for ours it also projects K and V, once per run
+            if number == 0:  # warm-up; for ours, it also projects K and V, once per run
                 variant.first_added = CLOCK.added
             else:
                 variant.forwards.append(seconds)
@@ -303,7 +303,7 @@ def report(title: str, variants: list[Variant]) -> None:
     shares = {}
     for variant in variants[1:]:
         added = statistics.median(variant.added)
-        # Against the rest of the same forwards, which other load has slowed down alike.
+        # Relative to the rest of the same forward, which other load slows down equally.
         alone = [f - a for f, a in zip(variant.forwards, variant.added, strict=True)]
         share = statistics.median(a / b for a, b in zip(variant.added, alone, strict=True))
         shares[variant.name] = added
@@ -333,7 +333,7 @@ def main() -> None:
     load_pack()
     from comfy.ldm.modules import attention
 
-    plain = attention.attention_pytorch  # what ComfyUI takes on NVIDIA; its CPU default is slower
+    plain = attention.attention_pytorch  # as used by ComfyUI on NVIDIA; its CPU default is slower
     attention.optimized_attention = timed_attention(plain)
     count_our_time()
     with torch.inference_mode():

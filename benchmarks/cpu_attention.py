@@ -1,8 +1,8 @@
-"""Each attention kernel for CPUs against the naive way, site by site, as one model call has them.
+"""Compare each CPU attention kernel with the naive way, for the attention sites of one model call.
 
-SD1.5's cross-attention sites, batch 2 (the two halves of CFG), rescaling included; random numbers. "Naive" projects K and V at each
+SD1.5's cross-attention sites, batch 2 (the two halves of CFG), including rescaling; random numbers. "Naive" projects K and V at each
 call, attends with PyTorch's attention and adds in two passes, without rescaling. All ways are interleaved; times are CPU time of one
-thread, medians over the rounds, summed over the sites. The choice in `idadapter_core/attention_cpu.py` rests on this.
+thread, medians over the rounds, summed over the sites. The choice in `idadapter_core/attention_cpu.py` is based on this.
 
     python -m benchmarks.cpu_attention                                          # bf16 at 512 px, 4, 16 and 25 tokens
     python -m benchmarks.cpu_attention --case fp32:256 --tokens 16 25 32
@@ -33,12 +33,12 @@ from idadapter_core.attention import (
 )
 
 HEADS, CONTEXT_WIDTH = 8, 768
-SITES = ((1, 320, 5), (2, 640, 5), (4, 1280, 5), (8, 1280, 1))  # downsampling, channels, how many
+SITES = ((1, 320, 5), (2, 640, 5), (4, 1280, 5), (8, 1280, 1))  # downsampling, channels, number of sites
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def ways(length: int, channels: int, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """What is compared at one site."""
+    """The ways to compare at one site."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -56,7 +56,7 @@ def ways(length: int, channels: int, tokens: int, dtype: torch.dtype) -> dict[st
         return base + merge_heads(F.scaled_dot_product_attention(*parts)) * 1.0
 
     def ours(identity: PreparedIdentity) -> Callable[[], Tensor]:
-        # At strength 0 the base stays as it is from round to round; it costs the same.
+        # Strength 0 keeps `base` unchanged between rounds, at the same cost.
         return lambda: add_identity(base, query, identity, 0.0, base_norm=sample_norm(base), inplace=True)
 
     return {
@@ -70,7 +70,7 @@ def ways(length: int, channels: int, tokens: int, dtype: torch.dtype) -> dict[st
 
 
 def measure(pixels: int, tokens: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Milliseconds of each way, over all sites of one model call."""
+    """Milliseconds of each way, summed over all sites of one model call."""
     sums: dict[str, float] = {}
     for factor, channels, count in SITES:
         compared = ways((pixels // 8 // factor) ** 2, channels, tokens, dtype)
@@ -79,7 +79,7 @@ def measure(pixels: int, tokens: int, dtype: torch.dtype, rounds: int) -> dict[s
             for name in random.Random(number).sample(list(compared), len(compared)):
                 start = time.thread_time()
                 compared[name]()
-                if number:  # the first one warms up
+                if number:  # the first round warms up
                     times[name].append(time.thread_time() - start)
         for name, seconds in times.items():
             sums[name] = sums.get(name, 0.0) + 1000 * count * statistics.median(seconds)

@@ -1,9 +1,9 @@
-"""How long a picture of the demo world takes, with numpy alone and with numba.
+"""Rendering time of an image of the demo world, with numpy alone and with numba.
 
     python -m benchmarks.demo_world_render [--people 8] [--pictures 4] [--repeats 5]
 
-CPU seconds of one process. The kinds take turns, so that a busy machine slows all of them; compare ratios. "one by one" draws each
-picture by a call of its own, which makes its mesh and its skin anew.
+CPU seconds of one process. The kinds are interleaved, so that other load affects all of them; compare ratios. "one by one" draws each
+image in a separate call, which rebuilds mesh and skin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BACKENDS = ("numpy", "numba") if importlib.util.find_spec("numba") else ("numpy"
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of some work without remembered skins."""
+    """CPU seconds of a function, without cached skins."""
     skin_map.cache_clear()
     start = time.process_time()
     work()

@@ -1,10 +1,10 @@
-"""How long the pack takes to import, beyond what ComfyUI has imported anyway.
+"""Import time of the pack, excluding modules that ComfyUI has already imported.
 
     COMFYUI_PATH=... python -m benchmarks.import_time [--repeats 7]
 
-Each measurement is a process of its own that first imports the parts of ComfyUI that its server has loaded before it
-turns to custom nodes, and then, on the clock, either the pack with all of its nodes or, for comparison, a pack with one
-empty node. The two kinds take turns, so that a busy machine slows both.
+Each measurement is a separate process. It first imports the parts of ComfyUI that the server has loaded before it loads
+custom nodes; then it imports, timed, either the whole pack or, for comparison, a pack with one empty node. The two kinds
+alternate, so that other load affects both equally.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ print(json.dumps({"seconds": seconds, "nodes": count, "packages": packages}))
 
 
 def measure(folder: Path) -> dict[str, object]:
-    """Import the pack in `folder` in a new process: seconds, nodes, and the packages that came with it."""
+    """Import the pack in `folder` in a new process. Returns seconds, nodes, and the newly imported packages."""
     environment = {**server_environment(), "COMFYUI_PATH": str(comfyui_path())}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -1,10 +1,10 @@
-"""What an index of millions of rows costs: opening it, memory of each process beyond the map, and one row anywhere in it.
+"""Cost of an index of millions of rows: opening time, memory per process beyond the map, and random access to a row.
 
     python benchmarks/index_size.py [--rows 6000000] [--folder FOLDER]
 
-Writes a synthetic index (a fifth of the rows of nobody known, 3 % bad), then opens it in 1, 4 and 8 processes at once, each as a
-training does: the rows that may be used, their people, the samples. Embeddings are left out: training never reads them. Six million
-rows take a few minutes and 6 GB of disk.
+Writes a synthetic index (a fifth of the rows of unknown people, 3 % bad), then opens it in 1, 4 and 8 processes at once, each as in
+training: the usable rows, their people, the samples. There are no embeddings, because training never reads them. Six million rows
+take a few minutes and 6 GB of disk.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 PROCESSES = (1, 4, 8)
 ACCESSES = 20_000
-GATE = "gate"  # a file: the processes that are ready start when it is there
+GATE = "gate"  # file that starts the waiting processes
 
 
 def batches(count: int, rows_of_a_batch: int) -> Iterator[Any]:
-    """Rows of the usual kind, as record batches: those of a scan, by columns."""
+    """Record batches of typical rows, as written by a scan, built by columns."""
     import numpy as np
     import pyarrow as pa
 
@@ -107,7 +107,7 @@ def write(folder: Path, count: int) -> dict[str, Any]:
 
 
 def private() -> dict[str, float]:
-    """MB of memory that this process has for itself, and MB of mapped files of which it has seen pages."""
+    """Private memory of this process, and touched pages of mapped files, in MB."""
     sizes = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, value, _ = line.split()
@@ -116,7 +116,7 @@ def private() -> dict[str, float]:
 
 
 def open_one(folder: Path) -> None:
-    """One of the processes: opens the index when all are ready, and says what it took."""
+    """Run one process: wait for the gate, open the index and print the cost."""
     import pyarrow.parquet  # noqa: F401  what every training has loaded
 
     from idadapter_core.config import parse_config

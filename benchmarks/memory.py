@@ -1,12 +1,12 @@
-"""How much memory loading a file and looking at a video take, as ratios to the file and to the video.
+"""Memory for loading a file and for processing a video, relative to the size of the file and of the video.
 
     python -m benchmarks.memory load [--megabytes 500] [--repeats 5]
     COMFYUI_PATH=... python -m benchmarks.memory video [--frames 200] [--width 1280] [--height 720]
 
-`load` reads a .safetensors file as windows into it ("mapped"), as copies of these windows ("copied"), and as the pack reads it
-("in memory"), each in a process of its own; the values are then read once, as the check for broken weights does. Times are
-medians, the file lies in the page cache. `video` runs Extract Face Features on a batch of frames with a face each. The peak is
-that of resident memory over what the process had before; Linux only.
+`load` reads a .safetensors file as memory-mapped views ("mapped"), as copies of these views ("copied"), and as the pack does ("in
+memory"), each in a separate process; the values are then read once, as the check for broken weights does. Times are medians, with
+the file in the page cache. `video` runs Extract Face Features on a batch of frames with a face each. The peak is that of resident
+memory beyond the process's memory before; Linux only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.harness.memory import PeakMemory
 
-LIMIT = 1.3  # of the video, itself included
+LIMIT = 1.3  # relative to the video, including the video
 MODES = ("mapped", "copied", "in memory")
 
 
@@ -47,10 +47,10 @@ def main() -> int:
 
 
 def load_once(mode: str, path: Path) -> dict[str, float]:
-    """Seconds and peak of one load, as shares of the file."""
+    """Seconds of one load, and its peak relative to the file."""
     from idadapter_core.files import read_safetensors
 
-    read_safetensors(path, mapped=True)  # imports, and what the libraries set up once
+    read_safetensors(path, mapped=True)  # imports and one-time setup of the libraries
     start = time.perf_counter()
     with PeakMemory() as peak:
         tensors, _ = read_safetensors(path, mapped=mode != "in memory")
@@ -106,7 +106,7 @@ def watch(frames: int, width: int, height: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         analyzer = LoadedAnalyzer(open_analyzer(write_package(Path(folder)), "cpu", recognition=True))
         frame = torch.from_numpy(synthesize(width, height, [MarkedFace(width / 2, height / 2, 60)]))
-        node.execute(frame[None].float() / 255, analyzer, "largest", 0, "error")  # what is set up once
+        node.execute(frame[None].float() / 255, analyzer, "largest", 0, "error")  # one-time setup
         with PeakMemory() as peak:
             batch = torch.empty(frames, height, width, 3)
             batch[:] = frame

@@ -1,6 +1,7 @@
-"""ComfyUI's UNets at full width, and the adapters for them, with random weights: what benchmarks sample with.
+"""ComfyUI's UNets at full width, and adapters for them, with random weights, for benchmarks that sample.
 
-Nothing is read from disk. The functions need ComfyUI and the pack imported (`tests.harness.comfy`); devices are ComfyUI's choice.
+Nothing is read from disk. The functions require that ComfyUI and the pack are imported (`tests.harness.comfy`); ComfyUI chooses the
+devices.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ def unet(
     tiny: bool = False,
     disable_dynamic: bool = False,
 ) -> Any:
-    """A UNet that computes in `dtype`, as a MODEL, loaded as ComfyUI loads a checkpoint.
+    """A UNet as a MODEL that computes in `dtype`, loaded as ComfyUI loads a checkpoint.
 
     Args:
         family: sd15 or sdxl.
         draw_on: see `networks.fill`.
-        tiny: that of the tests instead of the one at full width.
-        disable_dynamic: ComfyUI calls this function once more with it where dynamic VRAM does not do.
+        tiny: use the tests' UNet instead of the full-width one.
+        disable_dynamic: set by ComfyUI when it calls this function again because dynamic VRAM does not work.
     """
     import comfy.model_management as memory
     import comfy.model_patcher as patchers
@@ -101,7 +102,7 @@ def _config(family: str, dtype: torch.dtype, tiny: bool) -> Any:
 def _random_state(config: Any, device: Any, draw_on: torch.device | str) -> dict[str, Tensor]:
     """All weights of the UNet of a configuration.
 
-    With dynamic VRAM ComfyUI's layers have none before a file is loaded, so this one is made without it.
+    Made without dynamic VRAM, with which ComfyUI's layers have no weights before a file is loaded.
     """
     import comfy.memory_management as dynamic
 
@@ -115,7 +116,7 @@ def _random_state(config: Any, device: Any, draw_on: torch.device | str) -> dict
 
 
 def adapter_config(method: str, family: str) -> Any:
-    """The published sizes of an adapter, those of the paper for IDAdapter."""
+    """The published sizes of an adapter; for IDAdapter, those of the paper."""
     from ComfyUI_IDAdapter.idadapter_core.methods import METHODS
 
     parts = METHODS[method]
@@ -127,7 +128,7 @@ def adapter_config(method: str, family: str) -> Any:
 
 
 def loaded_adapter(method: str, config: Any, dtype: torch.dtype, draw_on: torch.device | str = "cpu") -> Any:
-    """What Load ID Adapter gives, with open gates where there are any."""
+    """Output of Load ID Adapter, with open gates if the method has gates."""
     import comfy.ops
     from ComfyUI_IDAdapter.idadapter_core.adapter import build_adapter
     from ComfyUI_IDAdapter.nodes.host.memory import LoadedAdapter, manage
@@ -147,7 +148,7 @@ def loaded_adapter(method: str, config: Any, dtype: torch.dtype, draw_on: torch.
 
 
 def face_features(count: int, vision: tuple[int, int] = (1024, 256), seed: int = 0) -> Any:
-    """Random features of `count` photos for either method. `vision`: width and patches of CLIP vision."""
+    """Random features of `count` photos for both methods. `vision`: width and patches of CLIP vision."""
     from ComfyUI_IDAdapter.idadapter_core import FaceFeatures
 
     generator = torch.Generator().manual_seed(seed)

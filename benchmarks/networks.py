@@ -1,7 +1,7 @@
-"""The networks around an adapter at their real sizes, without their weights, for what counts operations or measures training.
+"""The networks around an adapter at real size, without weights, to count operations or measure training.
 
-They are made on the meta device, which knows shapes alone; `filled` gives a copy random weights on a real one. Needs diffusers and
-transformers, no ComfyUI.
+They are on the meta device, which only tracks shapes; `filled` copies them to a real device with random weights. Needs diffusers and
+transformers, not ComfyUI.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from idadapter_core.stable_diffusion.single_file import _UNETS, KL, TEXT_ENCODER
 from idadapter_core.stable_diffusion.text import TextEncoders
 
 ENCODERS = {"sd15": "l", "sd21": "h", "sdxl": "lg"}
-IRESNET50_LAYERS = (3, 4, 14, 3)  # which configs/idadapter_*.toml name
-FACTOR = 8  # pixels of a latent
+IRESNET50_LAYERS = (3, 4, 14, 3)  # as in configs/idadapter_*.toml
+FACTOR = 8  # image pixels per latent pixel, per side
 VISION = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -44,7 +44,7 @@ def unet(family: str) -> Any:
 
 @cache
 def text_encoders(family: str) -> TextEncoders:
-    """Without tokenizers: for what is given tokens."""
+    """Text encoders without tokenizers, for inputs that are tokens already."""
     import transformers
 
     models, tokenizers = {}, {}
@@ -75,7 +75,7 @@ def autoencoder() -> Any:
 
 @cache
 def recognizer(with_stages: bool) -> IResNet:
-    """iResNet-100, which methods read that need its stages (UniID), else the iResNet-50 of buffalo_l."""
+    """iResNet-100 for methods that read its stages (UniID), otherwise the iResNet-50 of buffalo_l."""
     with torch.device("meta"):
         network = IResNet(IRESNET100_LAYERS if with_stages else IRESNET50_LAYERS)
     return network.requires_grad_(False)
@@ -86,7 +86,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def filled(network: Any, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Any:
-    """A copy of a network on a device with random weights, for evaluation."""
+    """Copy a network to a device with random weights, in evaluation mode."""
     network = copy.deepcopy(network).to(dtype)
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         network = network.to_empty(device=device)
@@ -100,10 +100,10 @@ def filled(network: Any, device: torch.device | str, dtype: torch.dtype = torch.
 
 @torch.no_grad()
 def fill(tensors: Mapping[str, Tensor], device: torch.device | str, seed: int = 0) -> None:
-    """Random weights of usual sizes, in place: matrices keep the length of what they are given, norms do nothing.
+    """Fill tensors with random weights of usual size, in place: matrices keep the norm of their inputs, norms are the identity.
 
     Args:
-        device: where numbers are drawn. Other devices draw other numbers; the tensors stay where they are.
+        device: device of the random generator, which affects the numbers. The tensors stay where they are.
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, tensor in tensors.items():
@@ -121,7 +121,7 @@ def fill(tensors: Mapping[str, Tensor], device: torch.device | str, seed: int = 
 def adapter_state(
     method: str, config: Any, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Random weights of an adapter on the CPU, under the names they have in files; drawn on `device`."""
+    """Random weights of an adapter on the CPU, named as in adapter files. `device`: of the random generator."""
     parts = METHODS[method]
     with torch.device("meta"):
         encoder, layers = parts.encoder(config), parts.layers(config, nn)

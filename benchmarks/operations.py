@@ -1,5 +1,7 @@
-"""Operations of a training step at real size: counted by PyTorch while the real networks, adapter included, run forward and backward
-on the meta device, which computes shapes alone."""
+"""Count the operations of a training step at real size.
+
+PyTorch counts them while the real networks, adapter included, run forward and backward on the meta device, which only tracks shapes.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +31,22 @@ from idadapter_core.training.adapters import Wanted, fresh_config
 from idadapter_core.training.bundle import BORDER
 from idadapter_core.training.config import LossConfig, TrainConfig
 
-EYES = 0.25  # how far apart they are in CelebA-HQ and FFHQ, as a share of the picture's side
+EYES = 0.25  # distance between the eyes in CelebA-HQ and FFHQ, as a share of the image's side
 REFERENCES = 4
 DEEPEST_SIDE = 7  # of the face network's last stage
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published run."""
+    """A published training run."""
 
     name: str
     method: str
     family: str
     branch: str = "adapter"
     resolution: int = 512
-    batch: int = 16  # samples of a GPU in a step
-    passes: float = 16  # through the photos
+    batch: int = 16  # samples per GPU and step
+    passes: float = 16  # over the photos
 
     @property
     def parts(self) -> Method:
@@ -55,18 +57,18 @@ class Recipe:
         return self.parts.needs(adapter(self).config)
 
     def default(self, section: str, name: str) -> Any:
-        """What the method sets otherwise than the trainer, None where it leaves that alone."""
+        """The method's own default, or None if it uses the trainer's."""
         assert self.parts.recipe is not None
         return self.parts.recipe.defaults.get(section, {}).get(name)
 
     @property
     def looks_at_faces(self) -> bool:
-        """Whether L_id is part of the loss."""
+        """Whether the loss includes L_id."""
         return self.default("loss", "identity") != 0
 
 
 def operations(function: Callable[[], object]) -> int:
-    """Of a call: two for each multiplication with addition."""
+    """Count the operations of a call; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter:
         function()
     return int(counter.get_total_flops())
@@ -90,7 +92,7 @@ def adapter(recipe: Recipe) -> Adapter:
 
 @cache
 def step_operations(recipe: Recipe) -> tuple[int, int]:
-    """Of one sample with its identity, with gradient checkpointing, without L_id: all, and those of the backward pass."""
+    """Operations of one sample with identity, gradient checkpointing and without L_id: total, and in the backward pass."""
     unet, trained = networks.unet(recipe.family).train(), adapter(recipe)
     unet.enable_gradient_checkpointing()
     injected = inject(unet, trained) if trained.config.has_adapter_branch else None
@@ -110,7 +112,7 @@ def step_operations(recipe: Recipe) -> tuple[int, int]:
 
 
 def conditioning(recipe: Recipe, trained: Adapter) -> tuple[Tensor | None, Conditioning]:
-    """Tokens for the UNet and the text. Prompts without a word of the identity are encoded once in a run and not counted."""
+    """Tokens for the UNet, and the text conditioning. Prompts without identity words are encoded once per run and not counted."""
     assert recipe.parts.recipe is not None
     encoded = recipe.parts.recipe.encode(trained.encoder, trained.config, features(recipe))
     if recipe.parts.text == "word":
@@ -127,7 +129,7 @@ def conditioning(recipe: Recipe, trained: Adapter) -> tuple[Tensor | None, Condi
 
 
 def features(recipe: Recipe) -> Seen:
-    """Of one sample: of its references and its target, or of the target alone."""
+    """Features of one sample: references and target, or the target alone."""
     needs = recipe.needs
     count = REFERENCES if needs.vision else 0
     sides = (needs.shallow_side,) * 3 + (DEEPEST_SIDE,)
@@ -144,7 +146,7 @@ def features(recipe: Recipe) -> Seen:
 
 @cache
 def identity_operations(recipe: Recipe) -> float:
-    """Of L_id for a sample on average: decoding around the face and the face network, where it counts."""
+    """Average operations of L_id per sample: decoding around the face and the face network, where L_id counts."""
     if not recipe.looks_at_faces:
         return 0.0
     crop = TEMPLATE_SIZE / float(TEMPLATE[1, 0] - TEMPLATE[0, 0]) * EYES * recipe.resolution / FACTOR
@@ -161,7 +163,7 @@ def identity_operations(recipe: Recipe) -> float:
 @cache
 @torch.no_grad()
 def cache_operations(recipe: Recipe) -> tuple[int, int]:
-    """For a photo's entries: of latents (IDAdapter's mirrored as well) and face network, and of CLIP vision."""
+    """Operations per photo to build the cache: latents (for IDAdapter also mirrored) with face network, and CLIP vision."""
     picture, face, head = (meta(1, 3, side, side) for side in (recipe.resolution, TEMPLATE_SIZE, 224))
     encode = (1 if recipe.default("data", "flip") is False else 2) * operations(
         lambda: networks.autoencoder().encode(picture)

@@ -1,10 +1,10 @@
-"""Hours, memory and exchange of the published recipes at real size: a calculation. Nothing is timed, and no weights are needed.
+"""Calculate hours, memory and communication of the published recipes at real size. Needs no timing and no weights.
 
     python -m benchmarks.training_cost                          # the tables of docs/training_costs.md
-    python -m benchmarks.training_cost --utilisation 0.2        # of the GPU's peak in bf16; hours grow as it falls
+    python -m benchmarks.training_cost --utilisation 0.2        # share of the GPU's peak in bf16; fewer hours with a higher share
 
-Operations are counted (`benchmarks/operations.py`), bytes are those of the tensors. Everything else is division by the speeds below,
-those of a GPU of the H100 class.
+Operations are counted (`benchmarks/operations.py`), bytes are sizes of tensors. Both are divided by the speeds below, those of a GPU
+of the H100 class.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from benchmarks.networks import parameters
 from benchmarks.operations import Recipe, adapter, cache_operations, identity_operations, step_operations
 from tests.harness.shim import run_shim
 
-BF16, TF32, FP32 = 989e12, 495e12, 67e12  # operations/s at their peak
-CONVOLUTIONS, PRODUCTS = (
-    0.25,
-    0.6,
-)  # shares of the peaks that VAE and face network (TF32) and CLIP vision (fp32) reach
+BF16, TF32, FP32 = 989e12, 495e12, 67e12  # peak operations/s
+# Shares of the peaks: VAE and face network (TF32), CLIP vision (fp32).
+CONVOLUTIONS, PRODUCTS = (0.25, 0.6)
 LINKS = {
     "8 GPUs, NVLink": (8, 400e9),  # bytes/s
     "32 GPUs, 100 Gbit/s": (32, 12.5e9),
@@ -34,7 +32,8 @@ MEMORY += " | sum, without activations | a checkpoint on disk"
 EXCHANGE = f"run | samples of a GPU | GB exchanged | ms to compute | {' | '.join(LINKS)}"
 
 
-MIXED: Any = {"batch": 4, "passes": 50_000 * 4 / 30_000}  # the paper's samples, through its CelebA-HQ
+# The paper's number of samples, as passes over its CelebA-HQ.
+MIXED: Any = {"batch": 4, "passes": 50_000 * 4 / 30_000}
 TEXT: Any = {"branch": "text", "passes": 12}
 RECIPES = (
     Recipe("IDAdapter, SD1.5 512 px", "idadapter", "sd15", **MIXED),
@@ -49,13 +48,13 @@ RECIPES = (
 
 
 def sample_seconds(recipe: Recipe, utilisation: float) -> tuple[float, float]:
-    """Of a sample on one GPU, and of L_id in it."""
+    """Seconds per sample on one GPU, and seconds of L_id in it."""
     term = identity_operations(recipe) / (TF32 * CONVOLUTIONS)
     return step_operations(recipe)[0] / (BF16 * utilisation) + term, term
 
 
 def cache_seconds(recipe: Recipe) -> float:
-    """Of a GPU, for a photo."""
+    """GPU seconds per photo to build the cache."""
     convolutions, products = cache_operations(recipe)
     return convolutions / (TF32 * CONVOLUTIONS) + products / (FP32 * PRODUCTS)
 
@@ -87,7 +86,7 @@ def memory(recipe: Recipe, _: float) -> list[str]:
 
 
 def exchange(recipe: Recipe, utilisation: float) -> list[str]:
-    """Efficiency where nothing of the ring all-reduce is hidden, and where the backward pass hides what it can."""
+    """Efficiency without overlap of the ring all-reduce, and with overlap with the backward pass."""
     compute = recipe.batch * sample_seconds(recipe, utilisation)[0]
     backward, size = (
         recipe.batch * step_operations(recipe)[1] / (BF16 * utilisation),

@@ -1,18 +1,18 @@
-"""How fast samples get through a training step: with the cache, without it, and as UniID's published trainer works.
+"""Throughput of training samples: with the cache, without it, and as in UniID's published trainer.
 
     python -m benchmarks.training_throughput [--rounds 9]
 
 Four ways to make a batch, all for a UniID adapter on a tiny SDXL, drawn photos of 512 px and the tiny face package:
 
 - cached: latents and features come from the cache;
-- uncached: the loader decodes and cuts out, the face network and the VAE run in each step;
+- uncached: the loader decodes and crops, the face network and the VAE run in each step;
 - published: the data loader decodes, detects at 640 px, aligns and squashes the photo to a square at every visit; the face network,
   the VAE and the text encoders, for every prompt of the batch, run in each step (lyuPang/UniID@41cd236, load_data.py and
-  train_uniid.py; written anew here);
+  train_uniid.py; reimplemented here);
 - published, ladder: the same with our detector's sizes from 640 down to 128 px, which finds the faces that 640 px alone misses.
 
-Everything runs in one process on one thread, so its CPU time is exact whatever else the machine does. Rounds take turns, and
-medians over rounds are shown. Tiny models distort shares: `benchmarks/on_gpu` times a step at real size.
+Everything runs in one process on one thread, so CPU times are exact under any other load. Rounds are interleaved; the output shows
+medians over rounds. Tiny models distort shares: `benchmarks/on_gpu` times a step at real size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything reads it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any library reads it
 
 import random
 import statistics
@@ -65,7 +65,7 @@ from tests.tiny.face_package import write_package
 from tests.tiny.people import write_people
 
 PEOPLE, PHOTOS, SIZE, RESOLUTION = 6, 4, 512, 64
-BATCH, STEPS = 4, 2  # samples of a step; steps of a round
+BATCH, STEPS = 4, 2  # samples per step; steps per round
 DECODE, DETECT, CUT, READ, DRAW = "decode", "detect", "align, cut out", "read the cache", "draw, join"
 RECOGNISE, ENCODE, TEXT = "recognise", "VAE encode", "text encoders"
 LEARN, UPDATE = "UNet and adapter, forward and backward", "optimizer"
@@ -73,7 +73,7 @@ PARTS = (DECODE, DETECT, CUT, READ, DRAW, RECOGNISE, ENCODE, TEXT, LEARN, UPDATE
 
 
 class Clock:
-    """CPU time by part. Of nested parts the inner one counts."""
+    """CPU time by part. Time in nested parts counts for the inner one only."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -123,7 +123,7 @@ class TimedStore:
 
 
 class PublishedSamples:
-    """What UniID's data loader does for a sample. Its faults are left out where they cost nothing."""
+    """Samples as made by UniID's data loader, without those of its faults that cost no time."""
 
     def __init__(self, index: Index, rows: Sequence[Row], analyzer: FaceAnalyzer, timesteps: int) -> None:
         self._index, self._rows, self._analyzer, self._timesteps = index, rows, analyzer, timesteps
@@ -156,7 +156,7 @@ class PublishedSamples:
             "timesteps": torch.randint(self._timesteps, ()),
             "noise": torch.randn(shape),
             "posterior": torch.randn(shape),
-            "landmarks": torch.zeros(5, 2),  # for L_id alone, which UniID has not
+            "landmarks": torch.zeros(5, 2),  # only used by L_id, which UniID does not have
             "sizes": torch.tensor([*map(float, image.shape[:2]), 0.0, 0.0, RESOLUTION, RESOLUTION]),
             "pictures": crops_to_tensor([picture])[0],
             "crops": crops_to_tensor([crop]),
@@ -169,14 +169,15 @@ def _resized(image: Image, side: int) -> Image:
 
 @dataclass
 class Way:
-    """A way to make batches, and what was measured of it."""
+    """A way to make batches, and its measurements."""
 
     name: str
     source: Samples | PublishedSamples
-    encodes_text: bool = False  # in each step, every prompt
-    draws: str = DRAW  # the part that a sample's time belongs to where nothing in it has its own
-    wall: list[float] = field(default_factory=list)  # seconds for a sample, by round
-    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # CPU seconds, the same
+    encodes_text: bool = False  # every prompt in each step
+    draws: str = DRAW  # part that the time of a sample counts for, outside of nested parts
+    wall: list[float] = field(default_factory=list)  # seconds per sample, by round
+    # CPU seconds per sample, by round.
+    parts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def cpu(self) -> list[float]:
@@ -184,7 +185,7 @@ class Way:
 
 
 class World:
-    """The photos, the models and the step that all ways share."""
+    """The photos, models and training step shared by all ways."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -213,7 +214,7 @@ class World:
         ]
 
     def learn(self, way: Way, keys: Sequence[tuple[int, int]]) -> None:
-        """One step of a way."""
+        """Run one training step."""
         batch = self.batch(way, keys)
         with CLOCK.part(LEARN):
             self.bundle(batch)["loss"].backward()
@@ -222,7 +223,7 @@ class World:
             self.optimizer.zero_grad(set_to_none=True)
 
     def batch(self, way: Way, keys: Sequence[tuple[int, int]]) -> Batch:
-        """All that a step needs, however the way comes by it."""
+        """Make a complete batch in the given way."""
         with CLOCK.part(way.draws):
             samples = [way.source.sample(*key) for key in keys]
         with CLOCK.part(DRAW):
@@ -240,7 +241,7 @@ class World:
 
     @torch.no_grad()
     def _encode_all(self, batch: Batch) -> None:
-        """Every prompt through the text encoders, whether it was seen before or not."""
+        """Run every prompt through the text encoders, including repeated ones."""
         made = self.parts.base.text.encode(batch.prompts)
         for number, prompt in enumerate(batch.prompts):
             pooled = None if made.pooled is None else made.pooled[number : number + 1]
@@ -300,7 +301,7 @@ def measure(world: World, ways: Sequence[Way], rounds: int) -> None:
 
 
 def require_alike(world: World, cached: Way, uncached: Way) -> None:
-    """Both of our ways must learn the same; the cache is in half precision."""
+    """Check that both of our ways give the same loss; the cache is in half precision."""
     keys = positions(0, 0, BATCH, len(world.parts.train_rows))
     with torch.no_grad():
         losses = [float(world.bundle(world.batch(way, keys))["loss"]) for way in (cached, uncached)]

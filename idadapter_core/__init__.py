@@ -1,6 +1,6 @@
 """Face identity adapters for diffusion UNets, in pure torch: UniID and IDAdapter.
 
-This package knows nothing of ComfyUI; the nodes of the pack and the trainer call it.
+This package does not depend on ComfyUI. The nodes of the pack and the trainer use it.
 """
 
 from .adapter import Adapter, load_adapter, save_adapter

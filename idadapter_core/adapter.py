@@ -1,4 +1,4 @@
-"""Adapters: reading every layout of every method, writing our own (safetensors, config as JSON in the metadata, strict)."""
+"""Reads adapters in every layout of every method, and writes our own (safetensors, config as JSON in the metadata, strict)."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ FILES_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 class Adapter:
     """The trained weights of one method for one UNet family.
 
-    `encoder` makes identities and is a module of its own for the host's memory manager; `layers` are what acts in the UNet.
+    `encoder` makes identities; `layers` act in the UNet. They are separate modules for the host's memory manager.
     """
 
     name: str  # for messages
-    digest: str  # of all weights, and of what the config says beyond them
+    digest: str  # of all weights and of the config settings they do not show
     method: str
-    config: Any  # of the method's own kind, see `methods.Config`
+    config: Any  # the method's config class, see `methods.Config`
     encoder: nn.Module = field(repr=False)
     layers: nn.Module = field(repr=False)
     mechanisms: Mechanisms = field(repr=False)
-    """What of the layers acts, and how: without deltas that training never changed, with the openings of the gates."""
-    info: str = ""  # what was read from where
-    notes: tuple[str, ...] = field(default=())  # what the user should know before using it
+    """The active mechanisms of the layers: without deltas that training never changed, with the openings of the gates."""
+    info: str = ""  # description of the file
+    notes: tuple[str, ...] = field(default=())  # hints for the user
 
     @property
     def kind(self) -> Method:
@@ -50,19 +50,19 @@ class Adapter:
 
     @property
     def family(self) -> str:
-        """The UNet it was made for, in words."""
+        """Name of the UNet family it was made for."""
         return family_name(len(self.config.site_widths), self.config.context_width)
 
     @property
     def made_to_be_rescaled(self) -> bool:
-        """Whether it acts as it should with normalized rescaling only."""
+        """Whether it needs normalized rescaling to work as intended."""
         return self.kind.made_to_be_rescaled
 
     def encode(self, features: FaceFeatures, mix: Mix | None = None) -> Identity:
-        """One identity from the photos of one person (see `encode` in `methods`).
+        """Encode the photos of one person to an identity (see `encode` in `methods`).
 
         Raises:
-            MismatchError: the features come from another recogniser than the adapter was trained with.
+            MismatchError: the features are not from the recogniser that the adapter was trained with.
         """
         self.kind.require(features, self.config)
         trained_with = self.config.recognizer
@@ -80,9 +80,9 @@ class Adapter:
         """Raise MismatchError unless the adapter fits a UNet.
 
         Args:
-            sites: of the UNet (`sites.attention_sites`).
+            sites: sites of the UNet (`sites.attention_sites`).
             widths: (channels, context width) of each site's to_k, by `Site.comfy_module`.
-            model_name: what to call the UNet's model in the message.
+            model_name: name of the UNet's model in the message.
         """
         if not self.config.has_adapter_branch:
             return
@@ -103,7 +103,7 @@ class Adapter:
         )
 
     def require_identity(self, identity: Identity, name: str) -> None:
-        """Raise MismatchError unless this adapter made the identity. `name` is what to call the identity in the message."""
+        """Raise MismatchError unless this adapter made the identity. `name` is its name in the message."""
         if identity.adapter != self.digest:
             raise MismatchError(
                 f"{name} was made with another adapter (weights {identity.adapter}), not with {self.name} ({self.digest}). "
@@ -118,12 +118,12 @@ class Adapter:
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All weights under the names they have in files; UniID's are the published ones."""
+        """Return all weights under their names in files; those of UniID are the published names."""
         return _file_state(self.method, self.encoder, self.layers)
 
 
 def _digest(config: Config, state: Mapping[str, Tensor], progress: Callable[[float], None] | None) -> str:
-    """Of the weights; adapters of the same weights that make or use identities in another way have another one."""
+    """Digest of the weights and of non-default `unseen` settings, which change identities or their use."""
     weights = state_digest(state, progress)
     usual = type(config)()
     special = [(name, getattr(config, name)) for name in config.unseen]
@@ -146,13 +146,13 @@ def load_adapter(
 
     Args:
         path: our own safetensors, or any published or training layout (see the `files` of each method).
-        text_branch: a second file whose text branch is added; UniID publishes its two branches apart.
-        progress: called with the share done, 0 to 1; naming the weights of a gigabyte takes seconds.
-        operations: where the layers that run at every step come from: `torch.nn`, or a host's versions of them.
+        text_branch: a second file whose text branch is added; UniID publishes its two branches separately.
+        progress: called with the fraction done, 0 to 1; hashing a gigabyte of weights takes seconds.
+        operations: module that provides the layers that run at every step: `torch.nn`, or a host's version of it.
 
     Raises:
-        CheckpointError: unreadable, unrelated, incomplete, or holding unexpected weights; says which.
-        InputError: the files are not an adapter branch and a text branch: exchanged, the same one twice, or of a method of one file.
+        CheckpointError: unreadable, unrelated, incomplete, or with unexpected weights; names them.
+        InputError: the files are not an adapter branch and a text branch: swapped, the same file twice, or of a one-file method.
     """
     method, state, config, source = _read_adapter(Path(path))
     if text_branch is not None:
@@ -184,15 +184,15 @@ def build_adapter(
     progress: Callable[[float], None] | None = None,
     operations: Any = torch.nn,
 ) -> Adapter:
-    """An adapter from its weights, under the names they have in files.
+    """Build an adapter from its weights under their names in files.
 
     Raises:
-        CheckpointError: weights are missing, too many, or of other shapes than the config says.
+        CheckpointError: weights are missing, unexpected, not finite, or of shapes that do not match the config.
     """
     parts = METHODS[method]
     with torch.device("meta"):
         encoder, layers = parts.encoder(config), parts.layers(config, operations)
-        # A host's layers may have no weights before they are loaded, so names and shapes come from plain ones.
+        # A host's layers may have no weights before loading, so names and shapes come from plain torch layers.
         plain = parts.layers(config, torch.nn)
     # The encoder runs once per identity, in fp32 whatever the file holds; the layers keep the file's dtype.
     encoder_state = {
@@ -217,7 +217,8 @@ def build_adapter(
         module.requires_grad_(False).eval()
     made = parts.mechanisms(config, layers)
     openings = {} if made.gated is None else made.gated.openings()
-    made = dataclasses.replace(made, deltas=that_change(made.deltas), openings=openings)
+    text = parts.text if config.has_text_branch else None
+    made = dataclasses.replace(made, deltas=that_change(made.deltas), openings=openings, text=text)
     notes = parts.notes(config, made)
     return Adapter(
         name=source,
@@ -233,17 +234,17 @@ def build_adapter(
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # There is no such test for floats of one byte.
+    # isfinite does not support 8-bit floats.
     return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def initial_adapter(config: Config, name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Adapter:
-    """An untrained adapter, the start of a training: what it does in the UNet leaves the model exactly as it is.
+    """Create an untrained adapter to start training from. It leaves the outputs of the UNet exactly unchanged.
 
     Args:
-        name: what to call it in messages.
-        dtype: of the layers, and what the encoder's values are rounded to. No more memory than this needs is taken: an IDAdapter
-            for SDXL has 2.1 G parameters.
+        name: name in messages.
+        dtype: dtype of the layers; the encoder's values are rounded to it. Weights are allocated directly in this dtype, because an
+            IDAdapter for SDXL has 2.1 G parameters.
     """
     method = next(method for method, parts in METHODS.items() if isinstance(config, parts.config))
     parts = METHODS[method]
@@ -266,7 +267,7 @@ def _describe(
 
 
 def _read_adapter(path: Path) -> tuple[str, dict[str, Tensor], Config, str]:
-    """Method, weights, config, and what to call the file."""
+    """Return method, weights, config, and the name of the file for messages."""
     if path.is_dir():
         inside = [path / name for name in FILES_IN_FOLDER if (path / name).is_file()]
         if not inside:
@@ -313,7 +314,7 @@ def _own_config(metadata: Mapping[str, str], source: str) -> tuple[str, Config]:
 
 
 def is_setting(value: object, default: object) -> bool:
-    """Whether a value of a config is of its setting's kind: a text, a size, or several of one of them."""
+    """Return whether a config value has the type of its default: a string, a size (int >= 0), or a tuple of either."""
     if type(value) is not type(default):
         return False
     if isinstance(value, tuple) and isinstance(default, tuple):
@@ -330,8 +331,8 @@ def save_adapter(
     """Write an adapter in the project's own format. The write is atomic: a failure leaves no file behind.
 
     Args:
-        dtype: convert floating weights to it; None keeps the file's (layers) and fp32 (encoder).
-        weights: in place of the adapter's own, under the names of `Adapter.state_dict`.
+        dtype: dtype to convert the weights to; None keeps the file's (layers) and fp32 (encoder).
+        weights: replace the adapter's own, under the names of `Adapter.state_dict`.
 
     Raises:
         CheckpointError: the file cannot be written.

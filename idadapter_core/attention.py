@@ -1,4 +1,4 @@
-"""Attention kernels: pure functions on tensors, no module, no host state. Those made for CPUs are in `attention_cpu`.
+"""Attention kernels: pure functions on tensors, without modules or host state. Kernels for CPUs are in `attention_cpu`.
 
 Shapes: B rows (latents times conditionings), N image tokens, C channels (C = heads * head width), T identity tokens.
 """
@@ -41,7 +41,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def prepare_identity(keys: Tensor, values: Tensor, heads: int) -> PreparedIdentity:
-    """Projected tokens (G, T, C) in the form that is fastest to attend to on their device. The result is the same."""
+    """Convert projected tokens (G, T, C) to the form with the fastest attention on their device. Results are the same."""
     tokens = keys.shape[1]
     if keys.device.type == "cpu":
         if together := cpu.block_heads(keys.dtype, heads, tokens):
@@ -52,11 +52,11 @@ def prepare_identity(keys: Tensor, values: Tensor, heads: int) -> PreparedIdenti
 
 
 def prepare_keys_values(keys: Tensor, values: Tensor, heads: int, multiple: int | None = None) -> KeysValues:
-    """Split projected tokens (G, T, C) by heads and bring T to a multiple that the device's attention likes.
+    """Split projected tokens (G, T, C) by heads and pad T to a multiple that is fast on the device.
 
-    The result of attention does not change: where T divides the multiple, all tokens are repeated equally often
-    (softmax shares their weight out evenly); otherwise zero tokens are appended and masked by the bias.
-    `multiple` defaults to `CPU_KEY_MULTIPLE` on the CPU and 1 elsewhere, where a bias would exclude the fastest kernel.
+    The result of attention does not change: if T divides the multiple, all tokens are repeated equally often
+    (softmax splits their weight evenly); otherwise zero tokens are appended and masked by the bias.
+    `multiple` defaults to `CPU_KEY_MULTIPLE` on the CPU and 1 elsewhere, where a bias would rule out the fastest kernel.
     """
     if multiple is None:
         multiple = CPU_KEY_MULTIPLE if keys.device.type == "cpu" else 1
@@ -75,8 +75,8 @@ def prepare_keys_values(keys: Tensor, values: Tensor, heads: int, multiple: int 
 def identity_attention(query: Tensor, identity: KeysValues | cpu.HeadKeysValues) -> Tensor:
     """Attention of image queries (B, N, C) over identity tokens -> (B, N, C), before the output projection.
 
-    B must be a multiple of the G identities, with the rows of one identity side by side: row i attends to identity
-    i // (B / G). Rows of one identity are folded into the query length, so that K and V are never repeated.
+    B must be a multiple of the number G of identities, with the rows of one identity adjacent: row i attends to identity
+    i // (B / G). Rows of one identity are folded into the query length, so K and V are never repeated.
     """
     if isinstance(identity, cpu.HeadKeysValues):
         return cpu.head_attention(query, identity)
@@ -90,11 +90,11 @@ def identity_attention(query: Tensor, identity: KeysValues | cpu.HeadKeysValues)
 
 
 def sample_norm(x: Tensor) -> Tensor:
-    """Frobenius norm over tokens and channels of each sample: (B, N, C) -> (B,), fp32, or double as `x`.
+    """Frobenius norm over tokens and channels of each sample: (B, N, C) -> (B,), in fp32, or double if `x` is.
 
-    In two stages, each token's in the dtype of `x` and then fp32 over tokens: one pass over the large tensor, and for
-    bf16 three times faster than a single fp32 reduction. The norm of a token can exceed the range of fp16, so there the
-    first stage is in fp32 too.
+    Computed in two stages, per token in the dtype of `x`, then over tokens in fp32. That takes one pass over the large tensor
+    and for bf16 is three times faster than a single fp32 reduction. The norm of a token can exceed the range of fp16, so for
+    fp16 the first stage is in fp32 too.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(token_norms(x), dim=-1, dtype=dtype)
@@ -102,7 +102,7 @@ def sample_norm(x: Tensor) -> Tensor:
 
 
 def token_norms(x: Tensor) -> Tensor:
-    """Norm over channels of each token: (B, N, C) -> (B, N), in the dtype of `x`, or fp32 where that is fp16."""
+    """Norm over channels of each token: (B, N, C) -> (B, N), in the dtype of `x`, or fp32 if that is fp16."""
     norms: Tensor = torch.linalg.vector_norm(
         x, dim=-1, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype
     )
@@ -117,13 +117,13 @@ def rescale_factor(
     *,
     at_most: float | None = None,
 ) -> Tensor:
-    """Factor (B, 1, 1), in the dtype of `residual`, that gives `residual` the norm scale * base_norm (B,) per sample.
+    """Factor (B, 1, 1), in the dtype of `residual`, that scales `residual` to the norm scale * base_norm (B,) per sample.
 
-    It is held within the range of that dtype: an infinite factor would turn the zeros of a residual into NaN.
+    It is clamped to the range of that dtype, because an infinite factor would turn zeros of the residual into NaN.
 
     Args:
-        at_most: the factor that `residual` has without rescaling. If given, rescaling can only weaken: the factor gets its sign,
-            and its size where the norm then stays below scale * base_norm.
+        at_most: the factor of `residual` without rescaling. If given, rescaling can only weaken: the factor gets the sign of
+            `at_most`, and at most its magnitude.
     """
     norm = sample_norm(residual)
     return norm_factor(base_norm, norm, scale, residual.dtype, eps, at_most=at_most)[:, None, None]
@@ -147,17 +147,17 @@ def norm_factor(
 
 
 def normalized_rescale(base: Tensor, residual: Tensor, scale: Tensor | float, eps: float = 1e-6) -> Tensor:
-    """`residual` (B, N, C) rescaled so that ||result|| = scale * ||base|| for each sample.
+    """Rescale `residual` (B, N, C) so that ||result|| = scale * ||base|| for each sample.
 
-    UniID's normalized rescaling (arXiv 2512.03964; lyuPang/UniID@41cd236, modules/attention_processor.py). It differs in
-    one point: there the whole batch gets an epsilon as soon as one sample's norm is below it, here the epsilon is a floor
-    for each sample alone, so no result depends on its neighbours. A zero residual stays zero.
+    UniID's normalized rescaling (arXiv 2512.03964; lyuPang/UniID@41cd236, modules/attention_processor.py), with one
+    difference: there the whole batch gets an epsilon as soon as one sample's norm is below it; here the epsilon is a floor
+    per sample, so samples are independent. A zero residual stays zero.
     """
     return residual * rescale_factor(sample_norm(base), residual, scale, eps)
 
 
 def add_residual(base: Tensor, residual: Tensor, factor: Tensor | float, inplace: bool = False) -> Tensor:
-    """base + factor * residual in one pass. `factor` broadcasts against (B, N, C); `inplace` overwrites `base`."""
+    """Compute base + factor * residual in one pass. `factor` broadcasts against (B, N, C); `inplace` overwrites `base`."""
     if isinstance(factor, Tensor):
         return base.addcmul_(residual, factor) if inplace else torch.addcmul(base, residual, factor)
     return base.add_(residual, alpha=factor) if inplace else torch.add(base, residual, alpha=factor)
@@ -176,15 +176,15 @@ def gated_self_attention(
 ) -> Tensor:
     """Self-attention over [y, E_r] for the rows of y alone: S of IDAdapter's Eq. 7 (arXiv 2403.13535), before the output projection.
 
-    The outputs of E_r are dropped there, so no queries for E_r are made here.
+    Eq. 7 discards the outputs at E_r, so no queries are computed for E_r.
 
     Args:
         query, keys, values: (B, N, C) projections of the image tokens y.
         identity_keys, identity_values: (1 or B, T, C) projections of the identity tokens E_r.
         heads: number of heads; C is heads times the width of a head.
-        bias: (T,) added to the logits of the identity tokens: the log of how often each is meant to be there.
-        attention: what computes attention over (B, tokens, C) tensors on an accelerator where there is no bias; PyTorch's own
-            by default, which on a CPU is the fastest anyway.
+        bias: (T,) added to the logits of the identity tokens: the log of how often each token counts.
+        attention: function that computes attention over (B, tokens, C) tensors, used on an accelerator without a bias. Default:
+            PyTorch's own, which is always used on a CPU.
 
     Returns:
         (B, N, C).
@@ -207,9 +207,10 @@ def gated_self_attention(
 
 
 def repeat_copies(keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values (B, T, C) with each token as often as its bias (T,) says, and no bias, where that is a whole number.
+    """Replace a bias (T,) by repeating the keys and values (B, T, C) exp(bias) times, if all repeats are whole numbers.
 
-    The result of attention is the same. An accelerator's fastest attention takes no bias; a few more keys cost it less.
+    Otherwise the arguments are returned unchanged. The result of attention is the same. An accelerator's fastest attention kernel
+    takes no bias, and a few more keys cost less than a slower kernel.
     """
     copies = bias.float().cpu().exp()
     whole = copies.round()
@@ -231,17 +232,17 @@ def add_identity(
     eps: float = 1e-6,
     inplace: bool = False,
 ) -> Tensor:
-    """base + scale * Attn(query, K_id, V_id), all head-merged and before the output projection.
+    """Compute base + scale * Attn(query, K_id, V_id), all head-merged and before the output projection.
 
     Args:
-        base: (B, N, C), what to add to; overwritten if `inplace`.
+        base: (B, N, C), the tensor to add to; overwritten if `inplace`.
         query: (B, N, C) image queries.
-        identity: K_id and V_id of G identities, rows of one identity side by side (see `identity_attention`).
+        identity: K_id and V_id of G identities, rows of one identity adjacent (see `identity_attention`).
         scale: s_a, a number or a tensor broadcasting against (B,).
-        base_norm: (B,) norms that the residual is rescaled to (see `normalized_rescale`); None leaves it as trained.
+        base_norm: (B,) norms that the residual is rescaled to (see `normalized_rescale`); None: no rescaling, as in training.
         at_most: with `base_norm`, the factor without rescaling, which rescaling then only weakens (see `rescale_factor`).
-        mask: (1 or B, N, 1) in 0..1, how much of the residual each image token gets. The norms ignore it, so the
-            strength inside a mask does not depend on the size of the mask.
+        mask: (1 or B, N, 1) in 0..1, weight of the residual at each image token. The norms ignore it, so the strength
+            inside a mask does not depend on the size of the mask.
     """
     if isinstance(identity, cpu.BlockKeysValues):
         return _add_blocks(base, query, identity, scale, base_norm, at_most, mask, eps, inplace)
@@ -264,7 +265,7 @@ def _add_blocks(
     eps: float,
     inplace: bool,
 ) -> Tensor:
-    """`add_identity` without the residual, which is never written: its norm follows from the attention's probabilities."""
+    """`add_identity` without materialising the residual: its norm is computed from the attention probabilities."""
     probabilities = cpu.block_probabilities(query, identity)
     if base_norm is None:
         factor = torch.as_tensor(scale, dtype=base.dtype, device=base.device).expand(len(base))
@@ -284,6 +285,6 @@ def decoupled_attention(
     mask: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """`add_identity` to `base`, the output of the text cross-attention, whose norm the residual is rescaled to if `normalized`."""
+    """`add_identity` to `base`, the output of the text cross-attention; if `normalized`, rescaled relative to its norm."""
     norm = sample_norm(base) if normalized else None
     return add_identity(base, query, identity, scale, base_norm=norm, mask=mask, eps=eps)

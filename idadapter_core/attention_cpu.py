@@ -1,11 +1,11 @@
-"""Attention on a CPU: which kernel suits which processor, and the kernels themselves.
+"""Attention kernels for CPUs, and the choice between them.
 
-PyTorch's own attention is made for hundreds of keys; over a few it spends most of its time around the products. Which kernel is
-faster depends on the products that the processor is good at. The choice goes by its instructions and by the shape, never by
-a measured time, so that a machine always gives the same picture. `benchmarks/attention_overhead.py` measures the result,
+PyTorch's own attention is optimised for hundreds of keys; with a few keys most of its time is overhead around the products. Which
+kernel is fastest depends on the processor. The choice depends on its instruction sets and on the shape, never on measured
+time, so a machine always produces the same image. `benchmarks/attention_overhead.py` measures the result;
 docs/decisions/0011-attention-on-cpus.md has the figures behind the choice.
 
-Shapes: as in `attention`. Keys and values come split by heads, (G, heads, T, head width), with rows of one identity side by side.
+Shapes: as in `attention`. Keys and values are split by heads, (G, heads, T, head width), with rows of one identity adjacent.
 """
 
 from __future__ import annotations
@@ -17,38 +17,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this many heads * tokens, block-diagonal products of all heads at once are the fastest on a processor with AMX: the zeros in
-# them cost it little.
+# With AMX, for bf16, block-diagonal products of all heads at once are fastest up to this many heads * tokens: zeros cost little.
 AMX_COLUMNS = 200
 
-# Otherwise products of one head each are the fastest up to this many tokens, and of two with fewer: in bf16 where the processor has
-# instructions for it, and in fp32.
+# Otherwise products of one head each are fastest up to BLOCK_TOKENS, and of two heads up to PAIR_TOKENS: in bf16 if the processor
+# has instructions for it, and in fp32.
 BLOCK_TOKENS = {torch.bfloat16: 64, torch.float32: 8}
 PAIR_TOKENS = {torch.bfloat16: 25, torch.float32: 8}
 
-# Up to this many tokens, fp32 products with the heads as a batch are the fastest for bf16 on a processor without instructions for it.
+# Without bf16 instructions, fp32 products with the heads as a batch are fastest for bf16 inputs up to this many tokens.
 HEAD_TOKENS = 48
 
-# fp32 numbers of queries and scores that each thread works on at once: 4 MB.
+# fp32 queries and scores per thread in one block: 4 MB.
 HEAD_NUMBERS = 2**20
 
-# Scores of a gated layer that are computed at once: 2 MB of bf16.
+# Scores of a gated layer computed in one block: 2 MB of bf16.
 GATED_SCORES = 2**20
 
 
 @dataclass(frozen=True)
 class Processor:
-    """The instructions of a processor that decide which kernel is the fastest."""
+    """Instruction sets that determine the fastest kernel."""
 
-    vectors: bool  # fp32 in vectors of at least 256 bits (AVX2, AVX-512)
-    bfloat16: bool  # products of bf16 numbers, by instructions of its own (AVX-512 BF16)
-    tiles: bool  # products of bf16 matrices (AMX)
+    vectors: bool  # fp32 vectors of at least 256 bits (AVX2, AVX-512)
+    bfloat16: bool  # bf16 dot products (AVX-512 BF16)
+    tiles: bool  # bf16 matrix products (AMX)
 
 
 @cache
 def processor() -> Processor:
-    """This machine's processor, as far as PyTorch uses it. An instruction that an older PyTorch does not report counts as missing."""
-    # oneDNN is what uses the instructions for bf16.
+    """Return the instruction sets of this machine that PyTorch uses. One that an older PyTorch cannot report counts as missing."""
+    # Only oneDNN uses the bf16 instructions.
     mkldnn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     return Processor(
         vectors=torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
@@ -58,7 +57,7 @@ def processor() -> Processor:
 
 
 def _has(capability: str, older: str) -> bool:
-    """Whether the processor has a capability, by the public call or, where PyTorch has none yet, by the private one."""
+    """Return whether the processor has a capability, from PyTorch's public function or, in older releases, the private one."""
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get(capability, False))
     return bool(getattr(torch.cpu, older, lambda: False)())
@@ -73,15 +72,15 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class BlockKeysValues:
-    """Projected identity tokens of G identities as block-diagonal matrices of h heads each, few tokens only."""
+    """Projected tokens of G identities as block-diagonal matrices of h heads each, for few tokens."""
 
-    keys: Tensor  # (G, heads / h, h * T, h * head width), divided by the root of the head width
+    keys: Tensor  # (G, heads / h, h * T, h * head width), divided by the square root of the head width
     values: Tensor  # (G, heads / h, h * T, h * head width)
-    gram: Tensor  # (G, heads, T, T) fp32: inner products of the values, from which the norm of the attention's output follows
+    gram: Tensor  # (G, heads, T, T) fp32: inner products of the values, for the norm of the attention output
 
 
 def block_heads(dtype: torch.dtype, heads: int, tokens: int) -> int:
-    """How many heads to put into one block-diagonal product, where such products are the fastest attention; otherwise 0."""
+    """Return the number of heads per block-diagonal product, or 0 if such products are not the fastest attention."""
     if dtype == torch.bfloat16 and processor().tiles:
         return heads if heads * tokens <= AMX_COLUMNS else 0
     products = {torch.bfloat16: processor().bfloat16, torch.float32: processor().vectors}
@@ -91,7 +90,7 @@ def block_heads(dtype: torch.dtype, heads: int, tokens: int) -> int:
 
 
 def prepare_blocks(keys: Tensor, values: Tensor, together: int) -> BlockKeysValues:
-    """Projected tokens (G, heads, T, head width) as block-diagonal matrices of `together` heads, which divides the heads."""
+    """Arrange projected tokens (G, heads, T, head width) as block-diagonal matrices of `together` heads, a divisor of heads."""
     wide = values.float()
     return BlockKeysValues(
         _block_diagonal(keys * keys.shape[-1] ** -0.5, together),
@@ -111,7 +110,7 @@ def _block_diagonal(x: Tensor, together: int) -> Tensor:
 
 
 def block_probabilities(query: Tensor, identity: BlockKeysValues) -> Tensor:
-    """How much each image token of a query (B, N, C) attends to each identity token: (G, heads, T, B / G, N)."""
+    """Attention probabilities of queries (B, N, C) over identity tokens: (G, heads, T, B / G, N)."""
     rows, length, channels = query.shape
     groups, heads, count = identity.gram.shape[:3]
     folded = query.reshape(groups, -1, channels)
@@ -120,19 +119,19 @@ def block_probabilities(query: Tensor, identity: BlockKeysValues) -> Tensor:
         parts = folded.view(groups, -1, *identity.keys.shape[1::2]).permute(0, 2, 3, 1)
         scores = identity.keys @ parts
     else:
-        # A batched product would copy the transposed queries.
+        # Not one batched product, which would copy the transposed queries.
         scores = query.new_empty(*identity.keys.shape[:3], folded.shape[1])
         width = identity.keys.shape[3]
         for keys, queries, outs in zip(identity.keys, folded, scores, strict=True):
             for part, key, out in zip(queries.split(width, dim=1), keys, outs, strict=True):
                 torch.mm(part, key.t(), out=out.t())
-    # Tokens before pixels: a softmax over few tokens is fast where the pixels lie side by side.
+    # Tokens before pixels, because a softmax over few tokens is fast if the pixels are contiguous.
     scores = scores.view(groups, heads, count, rows // groups, length)
     return scores.softmax(dim=2) if differentiable else torch.softmax(scores, dim=2, out=scores)
 
 
 def block_norms(probabilities: Tensor, identity: BlockKeysValues) -> Tensor:
-    """Norms (B,) of what attention gives each row, without computing it: fp32."""
+    """Norms (B,) fp32 of the attention output of each row, computed without the output itself."""
     in_group = probabilities.shape[3]
     by_row = probabilities.movedim(3, 1).flatten(0, 1)
     moments = (by_row @ by_row.transpose(-1, -2)).float()
@@ -148,7 +147,7 @@ def add_blocks(
     mask: Tensor | None,
     inplace: bool,
 ) -> Tensor:
-    """base (B, N, C) + factor (B,) * mask (1 or B, N, 1) * attention, by products that add to it: the attention is never written."""
+    """base (B, N, C) + factor (B,) * mask (1 or B, N, 1) * attention, with products that accumulate directly into the result."""
     rows, length, _ = base.shape
     groups, _, _, in_group, _ = probabilities.shape
     values = identity.values
@@ -175,21 +174,21 @@ def add_blocks(
 
 @dataclass(frozen=True, eq=False)
 class HeadKeysValues:
-    """Projected identity tokens of G identities for attention in fp32 products that have the heads as a batch."""
+    """Projected tokens of G identities for attention by fp32 products with the heads as a batch."""
 
-    keys: Tensor  # (G, heads, T, head width) fp32, divided by the root of the head width
+    keys: Tensor  # (G, heads, T, head width) fp32, divided by the square root of the head width
     values: Tensor  # (G, heads, T, head width) fp32
 
 
 def prefers_heads(dtype: torch.dtype, tokens: int) -> bool:
-    """Whether fp32 products with the heads as a batch are the fastest attention over this many tokens."""
+    """Return whether fp32 products with the heads as a batch are the fastest attention over this many tokens."""
     there = processor()
     slow = dtype == torch.bfloat16 and not (there.tiles or there.bfloat16)
     return slow and there.vectors and tokens <= HEAD_TOKENS
 
 
 def prepare_heads(keys: Tensor, values: Tensor) -> HeadKeysValues:
-    """Projected tokens (G, heads, T, head width) for `head_attention`."""
+    """Prepare projected tokens (G, heads, T, head width) for `head_attention`."""
     scaled = keys.float() * keys.shape[-1] ** -0.5
     return HeadKeysValues(scaled.contiguous(), values.float().contiguous())
 
@@ -197,7 +196,7 @@ def prepare_heads(keys: Tensor, values: Tensor) -> HeadKeysValues:
 def head_attention(query: Tensor, identity: HeadKeysValues) -> Tensor:
     """Attention of image queries (B, N, C) over identity tokens -> (B, N, C). See `attention.identity_attention`.
 
-    Queries are taken in blocks, so that the numbers of one stay in the cache.
+    Queries are processed in blocks whose working set fits in the CPU cache.
     """
     groups, heads, count, width = identity.keys.shape
     folded = query.reshape(groups, -1, heads * width)
@@ -216,10 +215,10 @@ def head_attention(query: Tensor, identity: HeadKeysValues) -> Tensor:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scratch: Tensor, out: Tensor) -> None:
-    """Attention of a block of queries (N, C) over one identity into `out` (N, C). For keys and values see `HeadKeysValues`.
+    """Write the attention of a block of queries (N, C) over one identity to `out` (N, C). Keys and values: see `HeadKeysValues`.
 
     Args:
-        scratch: at least (C + heads * T) * N fp32 numbers to work in.
+        scratch: working memory of at least (C + heads * T) * N fp32 numbers.
     """
     heads, count, _ = keys.shape
     wide = query
@@ -227,7 +226,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scratch: Tensor, out: T
         wide = scratch[: query.numel()].view(query.shape).copy_(query)
     scores = scratch[query.numel() :][: heads * count * len(query)].view(heads, count, -1)
     torch.bmm(keys, _by_head(wide, heads).transpose(1, 2), out=scores)
-    # Tokens before pixels: a softmax over few tokens is fast where the pixels lie side by side.
+    # Tokens before pixels, because a softmax over few tokens is fast if the pixels are contiguous.
     torch.softmax(scores, dim=1, out=scores)
     into = out if out.dtype == torch.float32 else wide
     torch.bmm(scores.transpose(1, 2), values, out=_by_head(into, heads))
@@ -236,7 +235,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scratch: Tensor, out: T
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
-    """A view (heads, N, head width) of (N, C)."""
+    """View (N, C) as (heads, N, head width)."""
     return x.view(len(x), heads, -1).transpose(0, 1)
 
 
@@ -244,10 +243,10 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 
 def prefers_products(dtype: torch.dtype) -> bool:
-    """Whether plain matrix products beat PyTorch's attention over hundreds of keys.
+    """Return whether plain matrix products are faster than PyTorch's attention over hundreds of keys.
 
-    With AVX-512 BF16 they do: PyTorch's attention makes no use of it and takes 1.5 times as long. With AMX it is the faster one;
-    with neither, products in bf16 take 2.4 times as long as it does.
+    They are with AVX-512 BF16, which PyTorch's attention does not use, so it takes 1.5 times as long. With AMX, PyTorch's
+    attention is faster; with neither, bf16 products take 2.4 times as long as PyTorch's attention.
     """
     return dtype == torch.bfloat16 and processor().bfloat16 and not processor().tiles
 
@@ -255,7 +254,7 @@ def prefers_products(dtype: torch.dtype) -> bool:
 def attention_in_products(
     query: Tensor, keys: Tensor, values: Tensor, heads: int, logits: Tensor | None
 ) -> Tensor:
-    """Attention (B, N, C), head by head, through one buffer of scores that stays in the cache.
+    """Attention (B, N, C), computed head by head with one score buffer that stays in the CPU cache.
 
     Scores are rounded to the dtype before the softmax, as in the host's own attention for CPUs.
     """

@@ -1,6 +1,6 @@
-"""Settings from TOML files, for all programs: strict reading into dataclasses that check themselves, and writing them back.
+"""Settings of all programs in TOML files: strict parsing into self-validating dataclasses, and writing them back.
 
-Unknown keys are refused with the nearest known one.
+An unknown key is an error that names the nearest known key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config and --set, which all programs with a TOML file have."""
+    """Add --config and --set, shared by all programs with a TOML file."""
     parser.epilog = (
         "docs/training.md goes through it all. Examples of TOML files are in configs; every setting is explained in "
         "idadapter_core/training/config.py, those of an evaluation in idadapter_core/evaluation/config.py."
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path, overrides: Sequence[str]) -> Iterator[None]:
-    """Errors about a configuration say where it comes from."""
+    """Context manager that adds the source of a configuration to errors about it."""
     try:
         yield
     except ConfigError as error:
@@ -54,10 +54,10 @@ def naming(path: Path, overrides: Sequence[str]) -> Iterator[None]:
 
 
 def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The tables of a TOML file, with `section.key=value` overrides on top.
+    """Read the tables of a TOML file and apply `section.key=value` overrides.
 
     Raises:
-        ConfigError: no such file, broken TOML, or an override that names nothing.
+        ConfigError: no such file, broken TOML, or a malformed override.
     """
     content = read_table(path)
     for override in overrides:
@@ -67,10 +67,10 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Changeable:
-    """Annotation of a setting that a resumed run may change: no step depends on it, or its file is known by digest instead."""
+    """Annotation of a setting that a resumed run may change, because no step depends on it or its file is checked by digest."""
 
     when: Callable[[Any], bool] = lambda section: True
-    """Whether it may, given the section that the setting is in."""
+    """(section of the setting) -> whether it may change."""
 
 
 MayChange = Annotated[T, Changeable()]
@@ -78,18 +78,18 @@ MayChange = Annotated[T, Changeable()]
 
 
 class Settings:
-    """Base of all dataclasses that TOML is read into: no unknown keys, and each value of its own type."""
+    """Base of all settings dataclasses: no unknown keys, and strict types."""
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """The names that settings had before, and those they have now."""
+    """Old names of settings -> current names."""
 
-    # pydantic reads these two; nothing here imports it before a file is read.
+    # Read by pydantic, which is not imported before a file is read.
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
         schema = handler(source)
-        handler.resolve_ref_schema(schema)["strict"] = False  # a table stands for a dataclass
+        handler.resolve_ref_schema(schema)["strict"] = False  # accepts a table for a dataclass
         return schema
 
 
@@ -97,10 +97,10 @@ S = TypeVar("S", bound=Settings)
 
 
 def parse_config(kind: type[S], content: Mapping[str, Any]) -> S:
-    """A dataclass from a table, strictly: only known keys, each of its own type.
+    """Parse a table into a dataclass, strictly: known keys only, each with its exact type.
 
     Raises:
-        ConfigError: names the key, the type it should have and the value found.
+        ConfigError: names the key, the expected type and the value found.
     """
     validation_error = require("pydantic").ValidationError
     prepared = {key: _prepared(key, value) for key, value in content.items()}
@@ -114,7 +114,7 @@ def parse_config(kind: type[S], content: Mapping[str, Any]) -> S:
 
 
 def with_new_names(kind: type[Settings], content: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables of a record that an earlier release may have written, with today's names of settings."""
+    """Rename settings in the tables of a record, possibly from an earlier release, to their current names."""
     hints = typing.get_type_hints(kind)
     found = {kind.renamed.get(key, key): value for key, value in content.items()}
     for key, value in found.items():
@@ -130,7 +130,7 @@ def _adapter(kind: type[Settings]) -> Any:
 
 
 def _prepared(name: str, value: Any) -> Any:
-    """A value of TOML as validation expects it: a list as a tuple, a path without ~."""
+    """Convert a TOML value for validation: lists to tuples, ~ in paths expanded."""
     if isinstance(value, Mapping):
         return {key: _prepared(f"{name}.{key}", entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -155,7 +155,7 @@ _WORDS = {
 
 
 def _sentence(kind: type[Settings], error: Mapping[str, Any]) -> str:
-    """An error of pydantic in our words."""
+    """Reword an error of pydantic."""
     problem, value = error["type"], error["input"]
     name, owner, expected = _place(kind, error["loc"])
     if problem == "unexpected_keyword_argument":
@@ -178,7 +178,7 @@ def _sentence(kind: type[Settings], error: Mapping[str, Any]) -> str:
 
 
 def _place(kind: type[Settings], where: Sequence[str | int]) -> tuple[str, type[Settings], Any]:
-    """A place in the tables: its name, the section it is in, its type. A single value in a list goes by the list's name."""
+    """Resolve a location in the tables to its name, section class and type. An item of a list has the name of the list."""
     name, owner, here = "", kind, typing.cast(Any, kind)
     for part in where:
         if isinstance(part, str):
@@ -190,7 +190,7 @@ def _place(kind: type[Settings], where: Sequence[str | int]) -> tuple[str, type[
 
 
 def decisive(config: S) -> S:
-    """The configuration with its default in every setting that a resumed run may change."""
+    """Return the configuration with the default in every setting that a resumed run may change."""
     marks = typing.get_type_hints(type(config), include_extras=True)
     default, values = type(config)(), dict[str, Any]()
     for entry in _fields(type(config)):
@@ -208,7 +208,7 @@ def _fields(kind: type[Settings]) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def config_toml(config: Any) -> str:
-    """A configuration as TOML, every value written out, which `parse_config` reads back as it was."""
+    """Write a configuration as TOML with every value, such that `parse_config` reads back an equal one."""
     lines: list[str] = []
     for section in dataclasses.fields(config):
         content = getattr(config, section.name)
@@ -238,7 +238,7 @@ def _table(table: Any, name: str) -> list[str]:
 def literal(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(literal, value))}]"
-    return json.dumps(value, ensure_ascii=False)  # TOML writes numbers, booleans and texts in the same way
+    return json.dumps(value, ensure_ascii=False)  # same syntax as TOML for numbers, booleans and strings
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -260,7 +260,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _is_text(value: str) -> bool:
-    """Whether no byte is in it that the command line or a name on the disk had and UTF-8 has not."""
+    """Return whether a string is free of surrogate escapes: bytes of a command line or file name that are not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -269,7 +269,7 @@ def _is_text(value: str) -> bool:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """The end of a message about an unknown name: which one was perhaps meant, or all there are."""
+    """Return the end of a message about an unknown name: the closest known name, or all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, 1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(names)}"
@@ -293,22 +293,22 @@ def within(name: str, value: float, low: float, high: float) -> None:
 
 
 def _require_path(name: str, value: str) -> None:
-    """Refuse control characters, which come of the backslashes of a Windows path in double quotes: "C:\new\train"."""
+    """Reject control characters, which result from backslashes of a Windows path in double quotes: "C:\new\train"."""
     if any(character < " " for character in value):
         raise ConfigError(f"{name}: {value!r} has a control character; {BACKSLASHES}")
 
 
 def existing(name: str, value: str) -> Path:
-    """The file or folder that a setting names.
+    """Return the existing file or folder of a setting.
 
     Raises:
-        ConfigError: there is none, or it cannot be looked at.
+        ConfigError: it does not exist, or cannot be accessed.
     """
     _require_path(name, value)
     path = Path(value).expanduser()
     try:
         is_there = path.exists()
-    except OSError as error:  # a folder above it that may not be entered
+    except OSError as error:  # no permission to enter a parent folder
         raise ConfigError(
             f"{name}: {value} cannot be looked at ({error.strerror}); correct the path, or the rights of its folders"
         ) from error
@@ -319,17 +319,17 @@ def existing(name: str, value: str) -> Path:
 
 
 def writable(name: str, value: str) -> Path:
-    """The folder that a setting names, which need not be there yet.
+    """Return the folder of a setting, which need not exist yet.
 
     Raises:
-        ConfigError: it is a file, or cannot be written. Better told before hours of work than after them.
+        ConfigError: it is a file, or cannot be written. Checked early, before hours of work.
     """
     _require_path(name, value)
     folder = Path(value).expanduser()
     above = [folder.absolute(), *folder.absolute().parents]
     try:
         there = next((path for path in above if path.is_symlink() or path.exists()), None)
-        if there is None or not there.exists():  # a drive, or what a link points to
+        if there is None or not there.exists():  # missing drive or link target
             raise ConfigError(
                 f"{name}: {there or folder} leads nowhere; name another folder, or bring its disk back"
             )

@@ -1,10 +1,10 @@
-"""Which encoding a text file says it is in."""
+"""Detects the encoding of a text file from its first bytes."""
 
 from __future__ import annotations
 
 import codecs
 
-# UTF-32 first: its mark of little-endian files begins like that of UTF-16.
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -23,14 +23,14 @@ _ZEROS = (
 
 
 def encoding_by_mark(content: bytes) -> str:
-    """The encoding that the byte order mark at the beginning of a file names, for `bytes.decode`; "" where there is no mark."""
+    """Return the encoding given by a byte order mark at the start of a file, for `bytes.decode`; "" without a mark."""
     return next((name for mark, name in _MARKS if content.startswith(mark)), "")
 
 
 def encoding_by_zeros(content: bytes) -> str:
-    """UTF-16 or UTF-32 without a byte order mark, for `bytes.decode`, by the zeros in its first four bytes; "" where there are none.
+    """Detect UTF-16 or UTF-32 without a byte order mark, for `bytes.decode`, by zeros in the first four bytes; "" if there are none.
 
-    Only for texts that begin with two ASCII characters, such as TOML, JSON and the names of columns: a few others look like that, too.
+    Only for texts that begin with two ASCII characters, such as TOML, JSON and column names; a few others look the same.
     """
     zeros = tuple(byte == 0 for byte in content[:4])
     return next((name for name, expected in _ZEROS if zeros == expected), "")

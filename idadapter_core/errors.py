@@ -1,18 +1,18 @@
-"""Errors a user can act on. Every message names the thing, the rule, the value found and the next step."""
+"""Errors that a user can act on. Every message names the thing, the rule, the value found and the next step."""
 
 from __future__ import annotations
 
 
 class IDAdapterError(RuntimeError):
-    """Base of every error this package raises on purpose."""
+    """Base of all errors that this package raises deliberately."""
 
 
 class FaceError(IDAdapterError):
-    """A photo cannot give a usable face."""
+    """A photo has no usable face."""
 
 
 class NoFaceFoundError(FaceError):
-    """The detector found nobody."""
+    """The detector found no face."""
 
 
 class FacePackageError(IDAdapterError):
@@ -20,19 +20,19 @@ class FacePackageError(IDAdapterError):
 
 
 class RecognizerError(IDAdapterError):
-    """A face recognition network cannot be loaded, or is not the one that is needed."""
+    """A face recognition network cannot be loaded, or is not the required one."""
 
 
 class CheckpointError(IDAdapterError):
-    """An adapter or identity file cannot be read as what it should be."""
+    """An adapter or identity file is unreadable or invalid."""
 
 
 class ConfigError(IDAdapterError):
-    """A configuration file says something that is unknown, of the wrong kind, or impossible."""
+    """A configuration has an unknown setting, or a value of the wrong type or out of range."""
 
 
 class TrainingError(IDAdapterError):
-    """A training cannot go on: its numbers went wrong, or another of its processes failed."""
+    """Training cannot continue, because of invalid numbers or the failure of another process."""
 
 
 class NotFiniteError(TrainingError):
@@ -40,8 +40,8 @@ class NotFiniteError(TrainingError):
 
 
 class MismatchError(IDAdapterError):
-    """Two parts that are each fine do not belong together (adapter and model, identity and adapter, ...)."""
+    """Two valid parts do not fit together (adapter and model, identity and adapter, ...)."""
 
 
 class InputError(IDAdapterError):
-    """A value given by the user is outside what the operation accepts."""
+    """A value given by the user is not accepted by the operation."""

@@ -1,4 +1,4 @@
-"""The libraries of the `train` extra: imported when they are needed, and which ones there are."""
+"""Lazy imports of the `train` extra's libraries, and their versions."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _RECORDED = (
 
 
 def require(name: str) -> ModuleType:
-    """A module of the `train` extra.
+    """Import a module of the `train` extra.
 
     Raises:
-        ConfigError: it is not installed, or cannot be imported; says how to get it.
+        ConfigError: it is not installed, or cannot be imported; the message says how to install it.
     """
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises RuntimeError
+    except (ImportError, RuntimeError) as error:  # torchvision built for another torch raises RuntimeError
         raise ConfigError(
             f"training and evaluation need {name.partition('.')[0]}, which cannot be imported: {error}. In the folder of "
             "ComfyUI-IDAdapter run `pip install -r requirements-train.txt` with the Python that has torch."
@@ -52,8 +52,7 @@ def require(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """What tells how far something is: called with what is done and all there is. Where nobody looks on there is no bar, but a
-    line a minute for the machine's log."""
+    """Context manager with a callback (done, total) that shows progress: a bar on a terminal, else a log line per minute."""
     told = time.monotonic()
     with require("tqdm").tqdm(desc=name, unit=unit, disable=None) as bar:
 
@@ -69,7 +68,7 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def versions() -> dict[str, str]:
-    """Python, the platform and the libraries that a run's results may depend on, as far as they are installed."""
+    """Return the versions of Python, the platform and all installed libraries that may affect the results of a run."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in _RECORDED:
         try:

@@ -1,4 +1,4 @@
-"""Files of tensors: reading what people have, writing so that nothing is lost, naming weights by their values."""
+"""Tensor files: reading safetensors and pickles, atomic writing, and digests of weights."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""What a program that writes weights may be asked for; keep: as they are."""
+"""Choices of dtype for programs that write weights; keep: unchanged."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# What torch says of a pickle that holds more than tensors.
+# torch's error message for a pickle that holds more than tensors.
 _OBJECT_REFUSED = re.compile(
     r"unsupported (global|class)|can only (build|create new)|trying to call reduce", re.IGNORECASE
 )
 
 
 def read_tensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a .safetensors or pickled file, on the CPU, and the safetensors metadata.
+    """Read all tensors of a .safetensors or pickled file, on the CPU, and the safetensors metadata.
 
-    The content decides which of the two a file is, not its name. Pickles are read with `weights_only=True`: a file that
-    needs code to load is refused.
+    The format is detected from the content, not from the name. Pickles are read with `weights_only=True`: a file that needs
+    code to load is rejected.
 
     Args:
-        mapped: the tensors are windows into the file, which processes share and which cost no memory until they are read. They
-            change with the file, and reading them kills the process once the file was cut short: only for what is copied at
-            once (see `own_weights`). By default they are read into memory, and the file may be overwritten or deleted.
+        mapped: memory-map the file. The tensors are shared between processes and take no memory until they are read. They change
+            with the file, and reading them after it was truncated kills the process, so copy them immediately (see `own_weights`).
+            By default tensors are read into memory, and the file may be overwritten or deleted.
 
     Raises:
-        CheckpointError: missing, truncated, holding code, or no flat state dict.
+        CheckpointError: missing, truncated, containing code, or not a flat state dict.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -61,7 +61,7 @@ def read_tensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor]
         content = torch.load(
             path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
         )
-    except Exception as error:  # whatever the damage of a pickle leads to, IndexError and AssertionError too
+    except Exception as error:  # a damaged pickle can raise anything, even IndexError or AssertionError
         if isinstance(error, pickle.UnpicklingError) and _OBJECT_REFUSED.search(str(error)):
             raise CheckpointError(
                 f"{path.name}: loading this pickle would run code, which is never done here. Get the weights as .safetensors, "
@@ -79,21 +79,21 @@ def read_tensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor]
 
 
 def read_safetensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file; `mapped` as in `read_tensors`. Raises OSError or SafetensorError."""
-    with safetensors.safe_open(path, framework="pt") as file:  # which also checks the whole layout
+    """Read tensors and metadata of a .safetensors file; `mapped` as in `read_tensors`. Raises OSError or SafetensorError."""
+    with safetensors.safe_open(path, framework="pt") as file:  # also validates the layout
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})
     return (tensors if mapped else _read_into_memory(path, tensors)), metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file. Raises OSError or SafetensorError."""
+    """Read the metadata of a .safetensors file. Raises OSError or SafetensorError."""
     with safetensors.safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
 def _read_into_memory(path: Path, windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors in memory of their own. Copying the windows would take the file's size in memory a second time."""
+    """Read mapped tensors into memory. Copying the mapped tensors instead would take the file's size in memory twice."""
     tensors: dict[str, Tensor] = {}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -109,7 +109,7 @@ def _read_into_memory(path: Path, windows: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def own_weights(network: nn.Module) -> None:
-    """Give a network on the CPU memory of its own, in place of windows into the files it was loaded from."""
+    """Copy the weights of a CPU network out of the memory-mapped files it was loaded from, in place."""
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
@@ -132,21 +132,21 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    # The first sentence: torch goes on with guesses about its own internals.
+    # First sentence only: the rest is torch's guesses about its own internals.
     reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
     if isinstance(error, pickle.UnpicklingError):
-        reason = "no PyTorch weights"  # torch's own words advise to load the file with code allowed
+        reason = "no PyTorch weights"  # torch's message advises loading the file with code allowed
     size = path.stat().st_size
     return f"{path.name}: cannot be read ({size:,} bytes): {reason[:200]}. It is truncated or not a weights file; download it again."
 
 
 def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Write a file so that a failure leaves nothing behind and an older file of that name untouched.
+    """Write a .safetensors file atomically: a failure leaves no partial file and keeps an older file of that name.
 
     Raises:
-        CheckpointError: the folder or the disk does not allow it.
+        CheckpointError: the file cannot be written.
     """
-    # Two names for one tensor are two tensors in the file: safetensors refuses to write memory that is shared.
+    # Copy tensors that share memory, which safetensors refuses to write.
     tensors = dict(tensors)
     storages: set[int] = set()
     for key, tensor in tensors.items():
@@ -156,7 +156,7 @@ def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path
     try:
         with replacing(path) as temporary:
             temporary.touch()
-            usual_mode = temporary.stat().st_mode  # safetensors writes files that only their owner can read
+            usual_mode = temporary.stat().st_mode  # safetensors creates files that only their owner can read
             safetensors.torch.save_file(tensors, temporary, metadata=metadata)
             temporary.chmod(usual_mode)
     except (OSError, safetensors.SafetensorError) as error:
@@ -166,15 +166,15 @@ def write_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str], path
 
 
 class StreamedTensors:
-    """A .safetensors file that is written piece by piece, so that it may be larger than the memory.
+    """A .safetensors file that is written piece by piece, so it may be larger than memory.
 
-    Each tensor grows at its end, whatever is written of the others in between. Raises OSError.
+    Data is appended to each tensor separately, in any order of tensors. Raises OSError.
 
     Args:
-        path: is overwritten in place; see `replacing`.
-        tensors: name -> kind ("U8", "I32", "F32", ...) and shape. Those of wider kinds come first, so that all are aligned.
-        last: the name of one more tensor, of bytes, that grows without limit; "" for none.
-        metadata: of the file.
+        path: overwritten in place; see `replacing`.
+        tensors: name -> dtype ("U8", "I32", "F32", ...) and shape. Wider dtypes are stored first, so that all are aligned.
+        last: the name of one more tensor, of bytes, without a fixed size; "" for none.
+        metadata: metadata of the file.
     """
 
     def __init__(
@@ -198,11 +198,11 @@ class StreamedTensors:
         if last:
             self._begin[last], self._end[last] = end, end
         self._written = dict(self._begin)
-        self._head = len(self._header(1 << 62))  # longer than any that will be written
+        self._head = len(self._header(1 << 62))  # reserves more than any real header needs
         self._size = 8 + self._head + end
 
     def add(self, name: str, array: NDArray[Any]) -> None:
-        """Write more of a tensor."""
+        """Append data to a tensor."""
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         if name != self._last and self._written[name] + len(content) > self._end[name]:
             raise ValueError(f"{name} was said to be of {self._kinds[name]}")
@@ -246,17 +246,17 @@ class StreamedTensors:
 
 
 def write_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """Write a file so that it is whole or not there. Raises OSError."""
+    """Write a file atomically. Raises OSError."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         for line in lines:
             file.write(line)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that a failure leaves an older one of that name untouched.
+    """Write a file atomically: a failure keeps an older file of that name.
 
     Raises:
-        CheckpointError: the folder or the disk does not allow it.
+        CheckpointError: the file cannot be written.
     """
     try:
         write_lines(path, [content])
@@ -268,9 +268,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under that takes the place of `path`, flushed to the disk, when the block ends.
+    """Context manager with a temporary path whose file is flushed to disk and replaces `path` at the end of the block.
 
-    When the block or the disk fails, nothing is left of it, and an older file is untouched. Raises OSError.
+    On failure the temporary file is removed and an older file is kept. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -284,10 +284,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have the operating system write a file, or the list of a folder, to the disk now. Raises OSError."""
+    """Flush a file, or the entries of a folder, to disk (fsync). Raises OSError."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what it may write
+    handle = os.open(
+        path, os.O_RDONLY if path.is_dir() else os.O_RDWR
+    )  # Windows can only flush files opened for writing
     try:
         os.fsync(handle)
     finally:
@@ -295,7 +297,7 @@ def flush(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """First 16 hex digits of the SHA-256 of a file's bytes.
+    """Return the first 16 hex digits of the SHA-256 of a file's bytes.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -311,7 +313,7 @@ def file_digest(path: Path) -> str:
 
 
 def state_digest(state: Mapping[str, Tensor], progress: Callable[[float], None] | None = None) -> str:
-    """First 16 hex digits of a SHA-256 over names, shapes and fp32 values: the same for one network in any file format."""
+    """Return the first 16 hex digits of a SHA-256 over names, shapes and fp32 values, independent of the file format."""
     digest = hashlib.sha256()
     total, done = max(sum(tensor.numel() for tensor in state.values()), 1), 0
     for key in sorted(state):
@@ -324,9 +326,9 @@ def state_digest(state: Mapping[str, Tensor], progress: Callable[[float], None] 
 
 
 def key_problems(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """What is wrong with the names and shapes of a state dict, in words; empty when nothing is.
+    """Describe wrong names and shapes in a state dict; empty if it is complete.
 
-    Counters of batches that a norm has seen play no part in eval mode, so they may be missing.
+    `num_batches_tracked` of batch norms has no effect in eval mode, so it may be missing.
     """
     missing = [key for key in expected if key not in found and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in found if key not in expected]
@@ -340,6 +342,6 @@ def key_problems(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
 
 
 def some(names: Iterable[object], count: int = 3) -> str:
-    """The first few names of many."""
+    """List the first `count` names."""
     listed = [str(name) for name in names]
     return ", ".join(listed[:count]) + (", …" if len(listed) > count else "")

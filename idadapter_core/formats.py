@@ -1,4 +1,4 @@
-"""The project's own files, and what others are: told by metadata, keys and shapes, never by a file's name."""
+"""Recognises the project's own files and foreign ones by metadata, keys and shapes, never by file name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FORMAT = "idadapter"
 FORMAT_VERSION = 1
 KINDS = ("adapter", "identity")
 
-# What a file is, when it is not ours: (a key that only this kind has, what people call it, what to do with it).
+# Kinds of foreign files: (pattern of a key that only this kind has, its common name, advice).
 _FOREIGN = (
     *(hint for method in METHODS.values() for hint in method.files.foreign),
     Foreign(
@@ -59,7 +59,7 @@ def require_kind(metadata: Mapping[str, str], kind: str, source: str) -> None:
 
 
 def describe_foreign(keys: Iterable[str]) -> str:
-    """What a file that holds no adapter seems to be, and what to do with it."""
+    """Describe the likely kind of a file without an adapter, with advice."""
     names = [key.removeprefix("module.") for key in keys]
     for hint in _FOREIGN:
         if any(re.search(hint.pattern, name) for name in names):

@@ -1,4 +1,4 @@
-"""Identity files: reading and writing them (safetensors, strict), and comparing identities."""
+"""Reads and writes identity files (safetensors, strict), and compares identities."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def load_identity(path: str | Path) -> Identity:
 
 
 def text_kind(identity: Identity) -> TextKind | None:
-    """How an identity's text tokens act; None where it has none."""
+    """Return the kind of an identity's text tokens, or None without any."""
     method = METHODS.get(identity.method)
     return method.text if method is not None and identity.text_tokens else None
 
 
 def identical(one: Identity, other: Identity) -> bool:
-    """Whether two identities hold the same tokens of the same adapter."""
+    """Return whether two identities hold the same tokens of the same adapter."""
     left, right = _identity_tensors(one), _identity_tensors(other)
     same_tensors = left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     return same_tensors and _identity_metadata(one) == _identity_metadata(other)

@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON at each log step, the same numbers in TensorBoard, and a progress bar.
+"""Logging of a run: one JSON line per log step, the same numbers in TensorBoard, and a progress bar.
 
 <output.folder>/log.jsonl
 <output.folder>/tensorboard/
@@ -26,7 +26,7 @@ TENSORBOARD = "tensorboard"
 
 
 class RunLog:
-    """The log of the main process. Lines after the step at which a run goes on are dropped: they belong to the part that was lost."""
+    """The log of the main process. Lines after the step of a resumed run are dropped, because those steps are repeated."""
 
     def __init__(self, folder: Path, start: int, steps: int, tensorboard: bool) -> None:
         self._path = folder / LOG
@@ -48,11 +48,11 @@ class RunLog:
         self._told = time.monotonic()
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one finished step."""
         self._bar.update(1)
 
     def show(self, step: int, loss: float, images_per_second: float, seconds_left: float) -> None:
-        """The newest numbers beside the bar. Where nobody looks on there is no bar, but a line a minute for the machine's log."""
+        """Show the newest numbers next to the progress bar, or without a terminal in a log line per minute."""
         self._bar.set_postfix(loss=f"{loss:.4g}", images_per_s=f"{images_per_second:.4g}")
         if self._bar.disable and time.monotonic() - self._told > BETWEEN_LINES:
             self._told = time.monotonic()
@@ -61,7 +61,7 @@ class RunLog:
             )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers, and lists or tables of numbers, of a step (counted from 1)."""
+        """Write the numbers, and lists or tables of numbers, of a step (counted from 1)."""
         line = {"step": step, "time": int(time.time()), **values}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{_json(line)}\n")
@@ -70,7 +70,7 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, pixels: Any) -> None:
-        """A picture (H, W, 3), RGB uint8, for TensorBoard."""
+        """Write a picture (H, W, 3), RGB uint8, to TensorBoard."""
         if self._writer is not None:
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
@@ -90,7 +90,7 @@ class RunLog:
             threading.excepthook = self._hook
 
     def _quietly(self, raised: threading.ExceptHookArgs) -> None:
-        """What TensorBoard's thread cannot write it raises at the next call, too: no need for a traceback."""
+        """Suppress the traceback of TensorBoard's writer thread, whose error is raised again at the next call."""
         if not isinstance(raised.exc_value, OSError) or not type(raised.thread).__module__.startswith(
             "tensorboard"
         ):
@@ -98,7 +98,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log. A last line that was cut off is left out."""
+    """Read the lines of a run's log. A truncated last line is skipped."""
     path = folder / LOG
     if not path.is_file():
         return []
@@ -116,7 +116,7 @@ def _json(line: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: it becomes null. Eight digits tell all."""
+    """Prepare a value for JSON: NaN and infinity become null, floats get eight significant digits."""
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -127,7 +127,7 @@ def _finite(value: Any) -> Any:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers by a path of names, for TensorBoard."""
+    """Flatten nested numbers to paths of names, for TensorBoard."""
     flat: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -140,7 +140,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def remaining(seconds: float) -> str:
-    """A duration in words: "2 h 05 min"."""
+    """Format a duration: "2 h 05 min"."""
     minutes = int(seconds // 60)
     if minutes < 1:
         return f"{seconds:.0f} s"

@@ -1,5 +1,5 @@
-"""How the faces of one person become one identity input, without training: which of them take part, weights per photo and
-token concatenation."""
+"""Combining the faces of one person into one identity input, without training: selection, weights per photo and token
+concatenation."""
 
 from __future__ import annotations
 
@@ -15,53 +15,55 @@ from torch import Tensor
 from .errors import InputError
 from .types import Face, FaceFeatures, Mix, Remark
 
-FULL_EYE_DISTANCE = 60.0  # pixels; beyond it a face is not better, the networks see it scaled down
-OUTLIER_RATIO = 0.5  # of the agreement of the others
-OUTLIER_GAP = 0.15  # in cosine, so that noise among small cosines is no reason
-DOUBTFUL_PAIR = 0.2  # cosine of two photos below which they should be looked at
+FULL_EYE_DISTANCE = 60.0  # pixels; larger faces gain nothing, because the networks read them downscaled
+OUTLIER_RATIO = 0.5  # relative to the agreement of the others
+OUTLIER_GAP = 0.15  # minimum cosine difference, so that noise among small cosines does not count
+DOUBTFUL_PAIR = 0.2  # cosine of two photos below which the user gets a warning
 
 
 @dataclass(frozen=True)
 class Outlier:
     """A face that disagrees with the others. Both numbers are cosines of recogniser embeddings, in -1..1."""
 
-    face: int  # its index in the features
-    agreement: float  # median over the other faces that were kept
-    others: float  # median over all pairs of those
+    face: int  # index in the features
+    agreement: float  # median cosine to the other kept faces
+    others: float  # median cosine over all pairs of those
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What was decided, by index in the features."""
+    """The selection, by index in the features."""
 
-    weights: tuple[float, ...]  # of every face, as given; 1 where none were given
+    weights: tuple[float, ...]  # of every face, as given; 1 by default
     outliers: dict[int, Outlier]
-    rejected: frozenset[int]  # the outliers that were left out
+    rejected: frozenset[int]  # the dropped outliers
     chosen: tuple[int, ...]  # in their original order
 
 
 def select_references(features: FaceFeatures, mix: Mix) -> tuple[FaceFeatures, Tensor]:
-    """The faces that take part and their weights.
+    """Select the faces for an identity, and their weights.
 
-    Faces of weight 0 are left out. So are outliers (see `find_outliers`), where `mix.outliers` is "reject" and no weights are
-    given: weights are the user's own decision.
+    Faces of weight 0 are dropped. So are outliers (see `find_outliers`) if `mix.outliers` is "reject" and no weights are given:
+    explicit weights are the user's decision.
 
-    With `mix.references` = N > 0, at most N of the rest remain. Faces of larger weight come first. Among faces of equal weight
-    the one of best quality is taken, then again and again the one with the largest product of quality and distance to the
-    nearest face taken so far: good photos that show different things. Ties go to the better face, then to the earlier one.
+    With `mix.references` = N > 0, at most N of the rest are kept. Faces with larger weight come first. Among faces of equal weight
+    the one of best quality is taken first, then repeatedly the one with the largest product of quality and distance to the
+    nearest face taken so far, to get good and diverse photos. Ties go to the better face, then to the earlier one.
 
-    - quality, 0..1: detector score, times eye distance / 60 px where the eyes are closer than that
-    - distance: 1 - cosine of the CLIP class embeddings; without them the distance of the poses that the landmarks show, in eye
-      distances, 1 at most; without faces on record all are alike, and the order of the photos decides
+    - quality, 0..1: detector score, times eye distance / 60 px if the eyes are closer than that
+    - distance: 1 - cosine of the CLIP class embeddings; without them the distance of the poses given by the landmarks, in eye
+      distances, at most 1; without recorded faces all distances are equal, and the order of the photos decides
 
     Returns:
-        the chosen features in their original order, and weights (F,) fp32 that sum to 1.
+        the selected features in their original order, and weights (F,) fp32 that sum to 1.
 
     Raises:
-        InputError: no face, or as many weights as there are not faces.
+        InputError: no face, or the number of weights differs from the number of faces.
     """
     choice = _choose(features, mix)
-    largest = max(choice.weights[i] for i in choice.chosen)  # to 1, so that no weight is out of fp32's range
+    largest = max(
+        choice.weights[i] for i in choice.chosen
+    )  # normalise to 1, so that weights are in fp32's range
     kept = torch.tensor(
         [choice.weights[i] / largest for i in choice.chosen],
         dtype=torch.float32,
@@ -69,32 +71,32 @@ def select_references(features: FaceFeatures, mix: Mix) -> tuple[FaceFeatures, T
     )
     heard = [
         number for number, weight in enumerate(kept.tolist()) if weight > 0
-    ]  # the rest is below fp32's range
+    ]  # smaller weights are below fp32's range
     kept = kept[heard]
     return features.pick([choice.chosen[number] for number in heard]), kept / kept.sum()
 
 
 def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:
-    """Faces that are probably another person than the rest, in the order of the faces.
+    """Find faces that probably show another person than the rest, in the order of the faces.
 
     A face's *agreement* is the median of its cosines (recogniser embeddings) to the other faces; `others` is the median of all
-    cosines among those. The face of least agreement is an outlier when it has less than half of the agreement that the others
-    have among themselves, and more than 0.15 less. It is taken away and the rest is looked at again. More than half of the
-    faces always stay: a majority cannot disagree with itself.
+    cosines among those. The face with the lowest agreement is an outlier if its agreement is less than half of `others` and more
+    than 0.15 below it. It is removed, and the rest is checked again. More than half of the faces always remain: a majority cannot
+    disagree with itself.
 
-    The rule is relative because recognisers differ: what one calls 0.3 for two photos of the same person another calls 0.7,
-    and blurred or made-up photos agree less than sharp ones do. A fixed threshold would throw out good photos of one and let
-    strangers pass with the other. Where the others do not agree at all (median of 0 or below), there is no person to differ
-    from, and no outlier.
+    The rule is relative because recognisers differ: two photos of the same person have a cosine of 0.3 with one and 0.7 with
+    another, and blurred or made-up photos agree less than sharp ones. A fixed threshold would reject good photos with
+    one recogniser and accept strangers with the other. If the others do not agree at all (median of 0 or below), there is no
+    common person and no outlier.
 
-    Two photos that disagree cannot tell which of them is wrong, so fewer than three faces never have outliers. An embedding
+    Two disagreeing photos do not show which of them is wrong, so fewer than three faces never have outliers. An embedding
     of zeros has the cosine 0 to every other.
     """
     count = len(features)
     cosines = _cosines(features.embedding)
     kept = list(range(count))
     found: list[Outlier] = []
-    while 2 * (len(kept) - 1) > count:  # more than half stay, which also means: never one of two
+    while 2 * (len(kept) - 1) > count:  # more than half stay, so never one of two is removed
         among = cosines[np.ix_(kept, kept)]
         apart = among[~np.eye(len(kept), dtype=bool)].reshape(len(kept), -1)
         agreements = np.median(apart, axis=1)
@@ -109,9 +111,9 @@ def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:
 
 
 def mix_remarks(features: FaceFeatures, mix: Mix) -> tuple[Remark, ...]:
-    """What `select_references` does with each face and why, one remark each, after one that counts.
+    """Explain the decision of `select_references`: a summary with counts, then one remark per face with the reason.
 
-    Warnings are those about photos that may show another person: outliers, and photos that hardly agree.
+    Photos that may show another person are warnings: outliers, and photos that hardly agree.
 
     Raises:
         InputError: as `select_references`.
@@ -125,7 +127,7 @@ def mix_remarks(features: FaceFeatures, mix: Mix) -> tuple[Remark, ...]:
 
 
 def left_out(features: FaceFeatures, mix: Mix) -> tuple[int, ...]:
-    """Indices of the faces that `select_references` leaves out, for whatever reason.
+    """Return the indices of the faces that `select_references` drops, for any reason.
 
     Raises:
         InputError: as `select_references`.
@@ -135,8 +137,8 @@ def left_out(features: FaceFeatures, mix: Mix) -> tuple[int, ...]:
 
 
 def face_names(features: FaceFeatures) -> list[str]:
-    """What messages call each face: "photo 3" where every photo gave one face, else "face 2 (photo 1)"; "face 2" where that is
-    not known."""
+    """Return the name of each face for messages: "photo 3" if every photo has one face, else "face 2 (photo 1)"; "face 2" if the
+    photos are unknown."""
     photos = [face.image_index + 1 for face in features.faces]
     if not photos:
         return [f"face {i + 1}" for i in range(len(features))]
@@ -146,19 +148,19 @@ def face_names(features: FaceFeatures) -> list[str]:
 
 
 def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
-    """Mean over faces: (F, ...) and weights (F,) that sum to 1 -> (1, ...)."""
+    """Average over faces: (F, ...) and weights (F,) that sum to 1 -> (1, ...)."""
     return torch.einsum("f,f...->...", weights.to(x.dtype), x)[None]
 
 
 def concatenate_tokens(tokens: Tensor) -> Tensor:
-    """Tokens of all faces in one sequence: (F, S, C) -> (1, F * S, C)."""
+    """Concatenate the tokens of all faces to one sequence: (F, S, C) -> (1, F * S, C)."""
     return rearrange(tokens, "f s c -> 1 (f s) c")
 
 
 def token_bias(weights: Tensor, tokens_per_face: int) -> Tensor:
     """Attention bias (F * S,) for concatenated tokens: the log of each face's weight.
 
-    The softmax then shares its attention out by the weights, so that one photo given F times equals that photo given once.
+    The softmax then distributes attention according to the weights, so one photo given F times equals the photo given once.
     """
     return weights.log().repeat_interleave(tokens_per_face)
 
@@ -173,7 +175,7 @@ def _choose(features: FaceFeatures, mix: Mix) -> _Choice:
             "give one number per face, separated by commas, or leave the field empty"
         )
     weights = mix.weights or (1.0,) * count
-    present = [i for i in range(count) if weights[i] > 0]  # a face of weight 0 is no witness either
+    present = [i for i in range(count) if weights[i] > 0]  # faces of weight 0 do not count
     outliers = {
         present[found.face]: Outlier(present[found.face], found.agreement, found.others)
         for found in find_outliers(features.pick(present))
@@ -186,10 +188,10 @@ def _choose(features: FaceFeatures, mix: Mix) -> _Choice:
 
 
 def _take(features: FaceFeatures, weights: tuple[float, ...], candidates: list[int], limit: int) -> list[int]:
-    """`limit` of the candidates by weight, quality and diversity, in their original order."""
+    """Select `limit` of the candidates by weight, quality and diversity, in their original order."""
     qualities = [_quality(face) for face in features.faces] or [1.0] * len(features)
     distances = _distances(features)
-    nearest = np.ones(len(features))  # to a face taken so far; 1 while there is none
+    nearest = np.ones(len(features))  # distance to the nearest face taken so far; 1 at the start
 
     def merit(i: int) -> tuple[float, float, float, int]:
         return weights[i], qualities[i] * float(nearest[i]), qualities[i], -i
@@ -205,7 +207,7 @@ def _take(features: FaceFeatures, weights: tuple[float, ...], candidates: list[i
 
 
 def _quality(face: Face) -> float:
-    """0..1: how well a photo shows the face."""
+    """Return the quality of a face in its photo, 0..1 (see `select_references`)."""
     score = min(1.0, max(0.0, face.score))
     if len(face.landmarks) < 2:
         return score
@@ -213,16 +215,16 @@ def _quality(face: Face) -> float:
 
 
 def _distances(features: FaceFeatures) -> NDArray[np.float64]:
-    """(F, F): how differently the faces are shown. Rounded, so that noise of the arithmetic decides nothing.
+    """Return distances (F, F) between the appearances of the faces. Rounded, so that numerical noise has no effect.
 
-    Never by the recogniser's embedding: it says who somebody is, and the faces farthest apart in it are those of other people
-    and failed crops. A choice of the most distant ones would collect outliers.
+    Recogniser embeddings are not used: they encode the person, so the most distant faces are other people and failed crops.
+    Selecting by them would collect outliers.
     """
     if features.class_embedding is not None:
         return np.round(1 - _cosines(features.class_embedding), 6)
     count = len(features)
-    distances = np.ones((count, count))  # also where a pose is not known
-    # At most 1: in a profile the eyes draw together, all else seems far from them, and a poor photo would look rich.
+    distances = np.ones((count, count))  # also for unknown poses
+    # At most 1: in a profile view the eyes are close together, so everything else seems far and a poor photo would rank high.
     poses = {i: pose for i, face in enumerate(features.faces) if (pose := _pose(face)) is not None}
     if poses:
         known = list(poses)
@@ -233,10 +235,10 @@ def _distances(features: FaceFeatures) -> NDArray[np.float64]:
 
 
 def _pose(face: Face) -> NDArray[np.float64] | None:
-    """Nose and mouth corners (6,) seen from the eyes, or None where the eyes do not span a frame.
+    """Return nose and mouth corners (6,) in the coordinate frame of the eyes, or None if the eyes do not define a frame.
 
-    Origin halfway between the eyes, x from the left to the right one, unit their distance: place, size and roll drop out, what
-    is left is where the head turns and what the mouth does.
+    The origin is halfway between the eyes, x points from the left to the right eye, and the unit is their distance. Position, size
+    and roll cancel; head rotation and mouth shape remain.
     """
     if len(face.landmarks) < 5 or face.eye_distance == 0:
         return None
@@ -246,7 +248,7 @@ def _pose(face: Face) -> NDArray[np.float64] | None:
 
 
 def _cosines(x: Tensor) -> NDArray[np.float64]:
-    """Cosines of the rows of (F, C) to each other, (F, F); 0 for a row of zeros, also to itself."""
+    """Return the pairwise cosines (F, F) of the rows of (F, C); 0 for a row of zeros, also with itself."""
     rows = x.detach().cpu().double().numpy()
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     unit = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
@@ -254,7 +256,7 @@ def _cosines(x: Tensor) -> NDArray[np.float64]:
 
 
 def _remark_on(i: int, name: str, choice: _Choice, mix: Mix) -> Remark:
-    """What becomes of one face."""
+    """Explain the decision about one face."""
     largest = max(choice.weights)
     total = sum(choice.weights[j] / largest for j in choice.chosen)
     weight = f"weight {choice.weights[i] / largest / total:.3g}"
@@ -276,10 +278,10 @@ def _remark_on(i: int, name: str, choice: _Choice, mix: Mix) -> Remark:
 
 
 def _doubtful(features: FaceFeatures, choice: _Choice, names: Sequence[str]) -> tuple[Remark, ...]:
-    """A warning where faces hardly agree, and none of them stands out.
+    """Return a warning if faces hardly agree but none is an outlier.
 
-    Two cannot outvote each other, and neither can two and two, so nobody is left out. The threshold is absolute for want of a
-    person to compare with: cosines of recognisers are near 0 for two people, and rarely below 0.2 for two photos of one.
+    One against one, or two against two, gives no majority, so no face is dropped. The threshold is absolute because there is no
+    reference person: cosines of recognisers are near 0 for two people, and rarely below 0.2 for two photos of one person.
     """
     used = [i for i, weight in enumerate(choice.weights) if weight > 0]
     if len(used) < 2 or choice.outliers:

@@ -1,4 +1,4 @@
-"""The places that prompts leave open, to be filled in for each person or photo."""
+"""Placeholders of prompts, filled in for each person or photo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OPEN = re.compile(r"<[A-Za-z][^<>]*>")
 
 
 def require_known(name: str, prompt: str, known: tuple[str, ...]) -> None:
-    """Refuse a prompt that leaves something open which nobody fills in."""
+    """Reject a prompt with an unknown placeholder."""
     for found in _OPEN.findall(prompt):
         if found not in known:
             raise ConfigError(

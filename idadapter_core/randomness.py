@@ -1,8 +1,8 @@
-"""Randomness as a function of what is drawn, not as a state that runs along.
+"""Stateless randomness: every draw is a function of its purpose.
 
-Everything random about a sample (noise, timestep, what is dropped, which photos are its references) is drawn from a generator
-seeded by the run's seed, the epoch and the sample. So a resumed run equals an unbroken one, and neither the number of loader
-workers nor the number of processes changes anything: there is no state to lose or to share.
+All random choices for a sample (noise, timestep, dropping, reference photos) come from a generator seeded with the run's seed, the
+epoch and the sample. So a resumed run equals an uninterrupted one, and the numbers of loader workers and processes have no effect:
+there is no state to lose or share.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from a list of numbers and names; another list gives another seed."""
+    """Derive a 63-bit seed from a list of numbers and names; different lists give different seeds."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator that belongs to these parts, for example `generator(seed, epoch, sample, "noise")`."""
+    """Return a CPU generator seeded with these parts, for example `generator(seed, epoch, sample, "noise")`."""
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order (count,) in which an epoch goes through its samples."""
+    """Return the order (count,) of the samples in an epoch."""
     return torch.randperm(count, generator=generator(seed, epoch, "order"))
 
 
 def positions(seed: int, start: int, stop: int, count: int) -> list[tuple[int, int]]:
-    """(epoch, sample) for each position from `start` up to `stop`."""
+    """Return (epoch, sample) for each position from `start` up to `stop`."""
     found = []
     for position in range(start, stop):
         epoch, offset = divmod(position, count)
@@ -39,5 +39,5 @@ def positions(seed: int, start: int, stop: int, count: int) -> list[tuple[int, i
     return found
 
 
-# A run asks again and again for parts of one epoch, whose order takes a tenth of a second for millions of samples.
+# A run reads one epoch in many parts, and computing the order of millions of samples takes a tenth of a second.
 _order = lru_cache(maxsize=2)(epoch_order)

@@ -1,4 +1,4 @@
-"""Which face network an adapter was trained with, as its file records it."""
+"""The recorded name of the face network that an adapter was trained with."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .files import file_digest
 
 
 def recorded_recognizer(path: Path | None, stages: bool, network: IResNet | None = None) -> str:
-    """What names a face network in the features of Extract Face Features; empty for none.
+    """Return the digest that identifies a face network in the features of Extract Face Features; empty for none.
 
-    A method that reads the embedding alone takes the recogniser of a face package: an .onnx file, named by its bytes. One that
-    reads the inner stages has a torch network, named by its weights, whatever file they come from.
+    A method that uses only the embedding takes the recogniser of a face package: an .onnx file, identified by its bytes. A method
+    that uses the inner stages has a torch network, identified by its weights, independent of their file.
 
     Args:
-        stages: whether the inner stages are read.
-        network: that of the file, where it is loaded already.
+        stages: whether the inner stages are used.
+        network: the network of the file, if it is already loaded.
     """
     if path is None:
         return ""

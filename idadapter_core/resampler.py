@@ -1,4 +1,4 @@
-"""Perceiver parts shared by the methods (perceiver resampler of arXiv 2204.14198; key names as in the published UniID files)."""
+"""Perceiver modules shared by the methods (perceiver resampler of arXiv 2204.14198; key names as in the published UniID files)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .attention import merge_heads, split_heads
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the tokens of a source and to themselves; no residual inside.
+    """Attention of latents over source tokens and the latents themselves, without a residual connection.
 
     Forward: source (B, S, width), latents (B, T, width), source_bias (S,) or None -> (B, T, width).
-    `source_bias` is added to the attention logits of the source tokens: the log of a token's weight.
+    `source_bias` is added to the attention logits of the source tokens: the log of each token's weight.
     """
 
     def __init__(self, width: int, head_width: int = 64, heads: int | None = None):
@@ -38,7 +38,7 @@ class PerceiverAttention(nn.Module):
 
 
 def feed_forward(width: int, multiple: int = 4) -> nn.Sequential:
-    """LayerNorm -> Linear -> GELU -> Linear, without biases in the linear layers."""
+    """Build LayerNorm -> Linear -> GELU -> Linear, without biases in the linear layers."""
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, multiple * width, bias=False),

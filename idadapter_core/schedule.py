@@ -1,4 +1,4 @@
-"""What acts when during one sampling run: the step a noise level belongs to, and the four scales of normalized rescaling."""
+"""Schedule of a sampling run: the step of a noise level, and the four scales of normalized rescaling."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ ROUNDING = 2**-8  # relative: a sigma and a level, each rounded to bf16
 
 
 def step_index(sigma: float, sigmas: Sequence[float]) -> int:
-    """The step (0-based) of a run that a model call at noise level `sigma` belongs to.
+    """Return the step (0-based) of a model call at noise level `sigma`.
 
     Args:
         sigmas: the run's noise levels, descending, one more than there are steps.
 
-    Calls between two levels, as second-order samplers make them, belong to the step that they started in. Where `sigmas` is
-    no descending schedule, the last step is assumed.
+    Calls between two levels (second-order samplers) belong to the step that they started in. If `sigmas` is not descending,
+    the last step is returned.
     """
     starts = sigmas[:-1]
     if not starts or sigmas[0] <= sigmas[-1]:
         return max(len(starts) - 1, 0)
-    # The tolerance absorbs the rounding of bf16 and fp16 sigmas, but never reaches the next level of a dense schedule.
+    # The tolerance absorbs the rounding of bf16 and fp16 sigmas without reaching the next level of a dense schedule.
     reached = 0
     for number, start in enumerate(starts):
         tolerance = sigma * ROUNDING
@@ -41,12 +41,12 @@ class RescaleSchedule:
     adapter_late: float = 1.2
     text_early: float = 0.5
     text_late: float = 1.8
-    early_fraction: float = 0.1667  # share of the run's steps
+    early_fraction: float = 0.1667  # fraction of the run's steps
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not abs(value) <= sys.float_info.max:  # a whole number may be too large for a float
+            if not abs(value) <= sys.float_info.max:  # an int can be too large for a float
                 raise InputError(f"{field.name} must be a finite number, got {value}")
         if not 0 <= self.early_fraction <= 1:
             raise InputError(f"early_fraction must be between 0 and 1, got {self.early_fraction}")
@@ -55,9 +55,9 @@ class RescaleSchedule:
         return step < round(self.early_fraction * steps)
 
     def adapter_scale(self, step: int, steps: int) -> float:
-        """s_a of that step."""
+        """Return s_a of a step."""
         return self.adapter_early if self.is_early(step, steps) else self.adapter_late
 
     def text_scale(self, step: int, steps: int) -> float:
-        """s_t of that step."""
+        """Return s_t of a step."""
         return self.text_early if self.is_early(step, steps) else self.text_late

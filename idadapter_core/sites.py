@@ -1,7 +1,7 @@
 """The cross-attention sites of a UNet, derived from its own keys.
 
-One site has four names: where ComfyUI reports it while sampling, its module in ComfyUI (ldm naming), its module in
-diffusers, and its number in adapter checkpoints. The last counts *all* attention processors in diffusers' order (down
+One site has four names: its position as ComfyUI reports it while sampling, its module in ComfyUI (ldm naming), its module in
+diffusers, and its number in adapter checkpoints. The number counts *all* attention processors in diffusers' order (down
 blocks, up blocks, then the middle block; self-attention before cross-attention), so cross-attention has odd numbers.
 """
 
@@ -48,10 +48,10 @@ class _Transformer:
 
 
 def attention_sites(keys: Iterable[str]) -> tuple[Site, ...]:
-    """The cross-attention sites of the UNet with these state-dict keys, in checkpoint order.
+    """Return the cross-attention sites of the UNet with these state-dict keys, in checkpoint order.
 
     Works for any width and depth of the Stable Diffusion UNet family, with ldm (ComfyUI) or diffusers names, with or without
-    a prefix such as "diffusion_model.". Raises MismatchError when the keys hold no such UNet.
+    a prefix such as "diffusion_model.". Raises MismatchError if the keys belong to no such UNet.
     """
     names = list(keys)
     found = _from_ldm(names) or _from_diffusers(names)
@@ -157,21 +157,21 @@ _TEXT_FAMILIES = {
 
 
 def family_name(count: int, context_width: int) -> str:
-    """What people call the UNet with this many sites and this text width; these numbers where it has no name."""
+    """Return the common name of the UNet with this many sites and this text width, or the numbers if it has none."""
     unknown = f"a UNet with {count} attention sites, text width {context_width}"
     return _FAMILIES.get((count, context_width), unknown)
 
 
 def is_known_family(count: int, context_width: int) -> bool:
-    """Whether people have a name for it."""
+    """Return whether the UNet has a common name (see `family_name`)."""
     return (count, context_width) in _FAMILIES
 
 
 def text_family_name(widths: Mapping[str, int]) -> str:
-    """What people call the models with these text encoders.
+    """Return the common name of the models with these text encoders, or the widths if they have none.
 
     Args:
-        widths: by name of the encoder; 0 for one that is no CLIP. Where the models have no name, these are named.
+        widths: width by encoder name; 0 for an encoder that is not CLIP.
     """
     known = _TEXT_FAMILIES.get(tuple(sorted(widths.items())))
     shown = ", ".join(f"{name} {width or '(no CLIP)'}" for name, width in widths.items())

@@ -1,4 +1,4 @@
-"""Reading TOML as people write it: with a byte order mark, in UTF-16, with Windows paths."""
+"""Lenient TOML reader: accepts byte order marks and UTF-16, and explains Windows paths in double quotes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BACKSLASHES = (
 )
 _LINE = re.compile(r"at line (\d+)")
 _WORD = re.compile(r"[^\s\"'=/\\.,]+")
-_IN_DOUBLE_QUOTES = re.compile(r'"[^"]*(?<!\\)\\(?!\\)')  # two of them are one that is meant
+_IN_DOUBLE_QUOTES = re.compile(r'"[^"]*(?<!\\)\\(?!\\)')  # a double backslash is intended
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+    """Read the tables of a TOML file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Raises:
-        ConfigError: no such file, another encoding, or broken TOML; names the line and what to write there.
+        ConfigError: no such file, another encoding, or broken TOML; names the line and the correct form.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; name the TOML file of the run.")
@@ -47,10 +47,10 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A value as TOML writes it; what is none is a text without quotes.
+    """Parse a TOML value; anything else is returned as an unquoted string.
 
     Raises:
-        ConfigError: a text in double quotes that cannot be read.
+        ConfigError: an invalid string in double quotes.
     """
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -86,7 +86,7 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _likeness(content: bytes) -> str:
-    """Which encoding a text seems to be in, with a word as it reads there. One letter is too little to tell."""
+    """Guess the encoding of a text and quote a word decoded with it. A single letter is not enough to guess."""
     for name, encoding, fits in _OTHERS:
         try:
             text = content.decode(encoding)
@@ -101,7 +101,7 @@ def _likeness(content: bytes) -> str:
 
 
 def _is_of(*scripts: str) -> Callable[[str], bool]:
-    """Whether a word has, beside ASCII, letters of these scripts alone."""
+    """Return a predicate: whether a word has no letters other than ASCII and those of these scripts."""
 
     def fits(word: str) -> bool:
         return all(unicodedata.name(c, "").startswith(scripts) for c in word if not c.isascii())
@@ -110,7 +110,7 @@ def _is_of(*scripts: str) -> Callable[[str], bool]:
 
 
 def _is_word_of(script: str) -> Callable[[str], bool]:
-    """As `_is_of`, of a script whose words have no Latin letters and no capitals within."""
+    """`_is_of` for a script whose words contain no Latin letters and no capitals after the first letter."""
     is_of = _is_of(script)
 
     def fits(word: str) -> bool:
@@ -121,7 +121,7 @@ def _is_word_of(script: str) -> Callable[[str], bool]:
     return fits
 
 
-# The stricter ones first: a script that the bytes of another encoding hardly give by chance.
+# Strictest first: scripts that bytes of another encoding rarely produce by chance.
 _OTHERS = (
     ("Windows-1251", "cp1251", _is_word_of("CYRILLIC")),
     ("Shift JIS (cp932)", "cp932", _is_of("HIRAGANA", "KATAKANA", "CJK", "IDEOGRAPHIC")),

@@ -1,6 +1,6 @@
-"""The plain data that travels between the parts of the package.
+"""Plain data types shared by the parts of the package.
 
-Frozen dataclasses compare by identity (`eq=False` where they hold tensors): a tensor has no single truth value.
+Frozen dataclasses that hold tensors compare by object identity (`eq=False`), because a tensor has no single truth value.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Face:
         tuple[float, float], ...
     ]  # left eye, right eye, nose, left and right mouth corner (as seen in the image)
     score: float  # detector confidence, 0..1
-    image_index: int = 0  # which photo of the batch
+    image_index: int = 0  # index of the photo in the batch
     image_size: tuple[int, int] = (0, 0)  # width, height of that photo
-    detection_size: int = 0  # side of the detector input that found it
-    sex: str | None = None  # "M", "F" or None where the package cannot tell
+    detection_size: int = 0  # side of the detector input in which it was found
+    sex: str | None = None  # "M", "F", or None if unknown
     age: int | None = None  # years
 
     @property
@@ -64,20 +64,20 @@ class Face:
 
 
 class ViewKey(NamedTuple):
-    """What made a part of the features: a network, and how it was shown the face."""
+    """Origin of a part of the features: a network, and the view of the face that it read."""
 
-    network: str  # digest of its weights; empty where it is not known
+    network: str  # digest of its weights; empty if unknown
     view: str  # a name in `faces.views.VIEWS`, or one of the two below
 
 
-ALIGNED, HEAD = "aligned", "head"  # what the recogniser and CLIP vision are always shown
+ALIGNED, HEAD = "aligned", "head"  # standard views of the recogniser and of CLIP vision
 
 
 @dataclass(frozen=True, eq=False)
 class FaceFeatures:
-    """F faces of one person: facts about photos, no adapter involved.
+    """Features of F faces of one person, independent of any adapter.
 
-    `embedding` and `stages` are of the view `ALIGNED`, `patch_tokens` and `class_embedding` of the view `HEAD`.
+    `embedding` and `stages` are from the view `ALIGNED`, `patch_tokens` and `class_embedding` from the view `HEAD`.
     """
 
     embedding: Tensor  # (F, 512) recogniser output, not normalised
@@ -89,7 +89,7 @@ class FaceFeatures:
     crops: Tensor | None = None  # (F, 3, 112, 112) RGB in [-1, 1]
     vision: str = ""  # digest of the CLIP vision model
     views: Mapping[ViewKey, Tensor] = field(default_factory=dict)
-    """Hidden states (F or 1, L, d) of CLIP vision, class token first, under the other views that a method reads."""
+    """Hidden states (F or 1, L, d) of CLIP vision, class token first, for the other views that methods read."""
 
     def __post_init__(self) -> None:
         if self.embedding.ndim != 2:
@@ -109,13 +109,13 @@ class FaceFeatures:
 
     @property
     def keys(self) -> tuple[ViewKey, ...]:
-        """What there is, by network and view."""
+        """The network and view of each part."""
         found = [ViewKey(self.recognizer, ALIGNED)]
         found += [ViewKey(self.vision, HEAD)] if self.patch_tokens is not None else []
         return (*found, *self.views)
 
     def states(self, view: str) -> Tensor:
-        """CLIP vision's hidden states (F or 1, L, d) under a view.
+        """Return CLIP vision's hidden states (F or 1, L, d) for a view.
 
         Raises:
             MismatchError: there are none.
@@ -136,7 +136,7 @@ class FaceFeatures:
         return "" if men == women else "man" if men > women else "woman"
 
     def pick(self, indices: list[int]) -> FaceFeatures:
-        """The features of the named faces, in that order; an index may repeat."""
+        """Return the features of the faces at these indices, in that order; an index may repeat."""
         return replace(
             self,
             embedding=self.embedding[indices],
@@ -151,12 +151,12 @@ class FaceFeatures:
 
 @dataclass(frozen=True)
 class Mix:
-    """How the faces of one person become one identity."""
+    """Settings for combining the faces of one person into one identity."""
 
     mode: str = "auto"
     references: int = 0  # 0: as many as the method uses
-    weights: tuple[float, ...] = ()  # empty: all alike; else one number >= 0 per face
-    outliers: str = "keep"  # "reject": without weights, faces that disagree with the others are left out
+    weights: tuple[float, ...] = ()  # one number >= 0 per face; empty: equal weights
+    outliers: str = "keep"  # "reject": without weights, drop faces that disagree with the others
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -175,7 +175,7 @@ class Mix:
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """What one adapter made of the features of one person."""
+    """The output of one adapter's encoder for the features of one person."""
 
     adapter_tokens: Tensor | None  # (1, T, D); None where the adapter has no adapter branch
     adapter_tokens_uncond: Tensor | None  # (1, T, D); None: the adapter is skipped on negative rows
@@ -185,6 +185,6 @@ class Identity:
     method: str = ""
     adapter: str = ""  # digest of the adapter's weights
     recognizer: str = ""  # digest of the recogniser behind the features
-    class_word: str = ""  # "man", "woman", or "" where the photos do not tell
+    class_word: str = ""  # "man", "woman", or "" if unknown
     adapter_bias: Tensor | None = None
-    """(1, T): log of how often each of the adapter_tokens counts in the attention; None where each counts once."""
+    """(1, T): log of how often each of the adapter_tokens counts in the attention; None: each counts once."""

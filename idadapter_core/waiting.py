@@ -1,7 +1,7 @@
-"""Waiting that can end: for data, for disks, for processes.
+"""Interruptible waiting for data, disks and processes.
 
-Python hears a signal between two of its own steps. While a thread waits inside the operating system (a disk that is gone, a pipe that
-nobody writes to), there are none. So what may take for ever is done in a thread of its own, and who waits for it looks up often.
+Python handles signals only between its own instructions, not while the main thread is blocked in the operating system (a lost disk,
+a pipe without a writer). So calls that may block forever run in a separate thread, and the caller polls for the result.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 TURN = 0.5
-"""Seconds from one look at signals to the next."""
+"""Polling interval in seconds."""
 PATIENCE = 1800.0
-"""Seconds without any data, or any answer of a disk, after which waiting ends."""
+"""Seconds without data or a response of the disk after which waiting ends."""
 SHARED_MEMORY = Path("/dev/shm")
-TERMINATED = 143  # exit code after SIGTERM, as of a program that the signal ended
+TERMINATED = 143  # usual exit code of a program ended by SIGTERM
 
 
 class Terminated(BaseException):
-    """SIGTERM was heard. As KeyboardInterrupt, no error: it passes all `except Exception`."""
+    """SIGTERM was received. Like KeyboardInterrupt it is not caught by `except Exception`."""
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` in the block, so that what is half done is cleared away. Outside the main thread: nothing changes."""
+    """Context manager in which SIGTERM raises `Terminated`, so that cleanup code runs. No effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -54,9 +54,9 @@ def terminable() -> Iterator[None]:
 
 
 class Aside:
-    """A thread that does one thing after the other, while the caller waits for it and can leave.
+    """A worker thread that runs one task at a time, while the caller waits and can give up.
 
-    The thread does not hold up the end of the program, whatever it is stuck in.
+    It is a daemon thread: a blocked task does not delay the end of the program.
     """
 
     def __init__(self, name: str) -> None:
@@ -68,11 +68,11 @@ class Aside:
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def do(self, work: Callable[[], T], look: Callable[[float], None]) -> T:
-        """What `work` returns or raises.
+        """Run `work` in the thread and return its result or raise its exception.
 
         Args:
-            look: is called every `TURN` seconds with the seconds waited so far; what it raises ends the waiting. The work goes on
-                then, and what comes of it is lost.
+            look: callback every `TURN` seconds with the seconds waited so far. If it raises, waiting ends; the work continues, and
+                its result is lost.
         """
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         began = time.monotonic()
@@ -84,11 +84,11 @@ class Aside:
 
     @property
     def is_busy(self) -> bool:
-        """Whether it is still at what somebody left who waited for it."""
+        """Return whether the thread still runs a task whose caller gave up."""
         return self._last is not None and not self._last.done()
 
     def close(self) -> None:
-        """The thread ends after what it is at."""
+        """End the thread after its current task."""
         self._tasks.put(None)
 
     def _work(self) -> None:
@@ -98,19 +98,19 @@ class Aside:
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
-            del task, future, work  # or the last result is kept until the next task comes
+            del task, future, work  # otherwise the last result stays alive until the next task
 
 
-_asides: weakref.WeakSet[Aside] = weakref.WeakSet()  # a thread holds its own
+_asides: weakref.WeakSet[Aside] = weakref.WeakSet()  # each thread keeps its own object alive
 
 
 def is_work_left() -> bool:
-    """Whether a thread aside is still at something that nobody waits for any more."""
+    """Return whether any worker thread still runs a task whose caller gave up."""
     return any(aside.is_busy for aside in _asides)
 
 
 def memory_advice() -> str:
-    """What to do where processes cannot hand data to each other in shared memory."""
+    """Return advice for processes that cannot exchange data because shared memory is full."""
     size = ""
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(SHARED_MEMORY)
@@ -124,17 +124,17 @@ def memory_advice() -> str:
 def reason_of_death(
     workers: Iterable[multiprocessing.process.BaseProcess], advice: Mapping[str, str] | None = None
 ) -> str:
-    """How a worker process died, in words; empty where none has, or all ended well.
+    """Describe how a worker process died; empty if none died, or all exited normally.
 
     Args:
-        advice: what to add, by the name of the signal that ended it.
+        advice: text to append, by the name of the signal that ended the process.
     """
     bad = [code for worker in workers if not worker.is_alive() and (code := worker.exitcode)]
     if not bad:
         return ""
     code = min(
         bad, key=lambda code: code == -signal.SIGTERM
-    )  # which the others may have got when the first had died
+    )  # others may have received it after the first one died
     if code > 0:
         return f"it ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -144,21 +144,21 @@ def reason_of_death(
 
 
 def ignore_signals() -> None:
-    """For a worker process: signals are for its parent, which ends its workers when it is time."""
+    """Ignore signals in a worker process; the parent handles them and ends its workers."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def kill_children(but: Sequence[multiprocessing.process.BaseProcess] = ()) -> None:
-    """End the worker processes of this one at once, whatever they are stuck in, but for some."""
+    """Kill the worker processes of this process, even blocked ones, except those in `but`."""
     for child in multiprocessing.active_children():
         if child not in but:
             child.kill()
 
 
 def exit_now(code: int) -> None:
-    """End this process without waiting for anything: no thread, no worker, no library that would say good-bye to others."""
+    """End this process immediately, without waiting for threads or workers and without exit handlers of libraries."""
     kill_children()
     os._exit(code)
 

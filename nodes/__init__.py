@@ -1,4 +1,4 @@
-"""The pack's nodes: thin wrappers that unpack their inputs, make one call and hand on the result."""
+"""The pack's nodes: thin wrappers that unpack their inputs, make one call and return the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading an adapter, and applying it to a model."""
+"""Nodes that load an adapter, apply it to a model and rescale it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCOPES = ("ID adapters", "every attention patch")
 
 
 def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
-    """An adapter whose encoder ComfyUI manages."""
+    """Load an adapter and put its encoder under ComfyUI's management."""
     progress = comfy.utils.ProgressBar(100)
 
     def step(share: float) -> None:
@@ -40,7 +40,7 @@ def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
     gates: Any = adapter.mechanisms.gated
     if gates is None:
         return LoadedAdapter(adapter, encoder)
-    gates.adapter_digest = adapter.digest  # copies for other devices are told by it
+    gates.adapter_digest = adapter.digest  # identifies copies for other devices
     return LoadedAdapter(adapter, encoder, manage(gates, _reload_gates, path, adapter.digest))
 
 
@@ -107,9 +107,52 @@ class LoadIDAdapter(io.ComfyNode):
 
 
 def _report(adapter: Adapter) -> list[Message]:
-    """What the files hold; its notes are warnings."""
+    """Describe the contents of the files; notes become warnings."""
     facts = [line for line in adapter.info.splitlines() if not line.startswith("Note: ")]
     return [*map(info, facts), *(warning(f"{adapter.name}: {note}") for note in adapter.notes)]
+
+
+def _apply_inputs() -> list[io.Input]:
+    """Inputs of Apply ID Adapter."""
+    return [
+        io.Model.Input(
+            "model",
+            tooltip="The model the adapter was made for, for example SDXL for the published UniID.",
+        ),
+        AdapterSocket.Input("adapter", tooltip="From Load ID Adapter."),
+        IdentitySocket.Input("identity", tooltip="From Mix Face Features or Load Identity."),
+        io.Float.Input(
+            "weight",
+            default=1.0,
+            min=-1.0,
+            max=3.0,
+            step=0.05,
+            tooltip="Strength of the identity. 0 is exactly the plain model. With Normalized Identity Rescaling it "
+            "multiplies the adapter scales. IDAdapter: its changed K/V weights follow it too.",
+        ),
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where in the sampling the identity begins to act.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Where it stops. A later window that starts here takes over without an overlap.",
+        ),
+        io.Mask.Input(
+            "attn_mask",
+            optional=True,
+            tooltip="Where in the picture the identity acts (white). Any size; a batch of masks goes with the batch of latents. "
+            "IDAdapter's changed K/V weights have no place or time and stay outside masks and percents.",
+        ),
+    ]
 
 
 class ApplyIDAdapter(io.ComfyNode):
@@ -125,45 +168,7 @@ class ApplyIDAdapter(io.ComfyNode):
                 "the identity, the negative ones its unconditional counterpart (UniID) or no adapter at all (IDAdapter)."
             ),
             search_aliases=["apply uniid", "faceid", "identity", "ipadapter face"],
-            inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model the adapter was made for, for example SDXL for the published UniID.",
-                ),
-                AdapterSocket.Input("adapter", tooltip="From Load ID Adapter."),
-                IdentitySocket.Input("identity", tooltip="From Mix Face Features or Load Identity."),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=-1.0,
-                    max=3.0,
-                    step=0.05,
-                    tooltip="Strength of the identity. 0 is exactly the plain model. With Normalized Identity Rescaling it "
-                    "multiplies the adapter scales. IDAdapter: its changed K/V weights follow it too.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Where in the sampling the identity begins to act.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Where it stops. A later window that starts here takes over without an overlap.",
-                ),
-                io.Mask.Input(
-                    "attn_mask",
-                    optional=True,
-                    tooltip="Where in the picture the identity acts (white). Any size; a batch of masks goes with the batch of latents. "
-                    "IDAdapter's changed K/V weights have no place or time and stay outside masks and percents.",
-                ),
-            ],
+            inputs=_apply_inputs(),
             hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
         )
@@ -192,7 +197,7 @@ class ApplyIDAdapter(io.ComfyNode):
 
 
 def _warnings(application: Application) -> list[Message]:
-    """What an application cannot do, as far as the node itself can tell."""
+    """Return the warnings about an application that the node can give before sampling."""
     texts = list(application.adapter.notes)
     if application.weight == 0:
         texts.append("weight is 0, so this identity does not act")
@@ -204,10 +209,10 @@ def _warnings(application: Application) -> list[Message]:
 
 
 def check_mask(mask: Tensor) -> Tensor:
-    """A MASK as (B, H, W) in 0..1.
+    """Return a MASK as (B, H, W) in 0..1.
 
     Raises:
-        InputError: another shape, or values that are not finite.
+        InputError: wrong shape, or values that are not finite.
     """
     if mask.ndim == 2:
         mask = mask[None]
@@ -218,14 +223,64 @@ def check_mask(mask: Tensor) -> Tensor:
     return mask.float().clamp(0, 1).cpu()
 
 
+def _rescale_inputs() -> list[io.Input]:
+    """Inputs of Normalized Identity Rescaling."""
+    defaults = RescaleSchedule()
+
+    def scale(name: str, value: float, tooltip: str) -> io.Float.Input:
+        return io.Float.Input(name, default=value, min=-1.0, max=5.0, step=0.05, tooltip=tooltip)
+
+    return [
+        io.Model.Input("model", tooltip="Before or after Apply ID Adapter: the order does not matter."),
+        io.Combo.Input(
+            "mode",
+            options=list(RESCALE_MODES),
+            default="normalized",
+            tooltip="normalized: what is added gets exactly the scale's length, so weights and fades inside other packs' nodes no "
+            "longer matter. limit: it gets at most that length and keeps its own below, so they do matter; the better choice "
+            "for `every attention patch`. off: everything acts as trained times its weight, text tokens at scale 1.",
+        ),
+        scale(
+            "adapter_early",
+            defaults.adapter_early,
+            "Adapter part in the early steps, as a multiple of the text's.",
+        ),
+        scale("adapter_late", defaults.adapter_late, "Adapter part in the later steps."),
+        scale(
+            "text_early",
+            defaults.text_early,
+            "Identity text tokens in the early steps, as a multiple of a well-known name's length.",
+        ),
+        scale("text_late", defaults.text_late, "Identity text tokens in the later steps."),
+        io.Float.Input(
+            "early_fraction",
+            default=defaults.early_fraction,
+            min=0.0,
+            max=1.0,
+            step=0.0001,
+            tooltip="Share of this sampler's steps that count as early: 0.1667 is 5 of 30.",
+        ),
+        io.Combo.Input(
+            "scope",
+            options=list(SCOPES),
+            default=SCOPES[0],
+            tooltip="every attention patch: what IPAdapter, InstantID or PuLID add in the model's cross-attention is "
+            "rescaled, too, inside their masks. Mode limit keeps their weight dials working. What changes the text's attention "
+            "itself (PLADIS, NAG) is left alone.",
+        ),
+        io.Boolean.Input(
+            "gated",
+            default=False,
+            optional=True,
+            tooltip="IDAdapter only, an extension of ours: what its gated layers add is set to a multiple of the length of the "
+            "layer's self-attention. Off: they act as trained, times the weight.",
+        ),
+    ]
+
+
 class NormalizedRescaling(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        defaults = RescaleSchedule()
-
-        def scale(name: str, value: float, tooltip: str) -> io.Float.Input:
-            return io.Float.Input(name, default=value, min=-1.0, max=5.0, step=0.05, tooltip=tooltip)
-
         return io.Schema(
             node_id="IDAdapterRescale",
             display_name=RESCALE,
@@ -236,54 +291,7 @@ class NormalizedRescaling(io.ComfyNode):
                 "IDAdapter does not need it; see `gated`."
             ),
             search_aliases=["uniid rescale", "prompt control", "identity strength schedule"],
-            inputs=[
-                io.Model.Input(
-                    "model", tooltip="Before or after Apply ID Adapter: the order does not matter."
-                ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(RESCALE_MODES),
-                    default="normalized",
-                    tooltip="normalized: what is added gets exactly the scale's length, so weights and fades inside other packs' nodes no "
-                    "longer matter. limit: it gets at most that length and keeps its own below, so they do matter; the better choice "
-                    "for `every attention patch`. off: everything acts as trained times its weight, text tokens at scale 1.",
-                ),
-                scale(
-                    "adapter_early",
-                    defaults.adapter_early,
-                    "Adapter part in the early steps, as a multiple of the text's.",
-                ),
-                scale("adapter_late", defaults.adapter_late, "Adapter part in the later steps."),
-                scale(
-                    "text_early",
-                    defaults.text_early,
-                    "Identity text tokens in the early steps, as a multiple of a well-known name's length.",
-                ),
-                scale("text_late", defaults.text_late, "Identity text tokens in the later steps."),
-                io.Float.Input(
-                    "early_fraction",
-                    default=defaults.early_fraction,
-                    min=0.0,
-                    max=1.0,
-                    step=0.0001,
-                    tooltip="Share of this sampler's steps that count as early: 0.1667 is 5 of 30.",
-                ),
-                io.Combo.Input(
-                    "scope",
-                    options=list(SCOPES),
-                    default=SCOPES[0],
-                    tooltip="every attention patch: what IPAdapter, InstantID or PuLID add in the model's cross-attention is "
-                    "rescaled, too, inside their masks. Mode limit keeps their weight dials working. What changes the text's attention "
-                    "itself (PLADIS, NAG) is left alone.",
-                ),
-                io.Boolean.Input(
-                    "gated",
-                    default=False,
-                    optional=True,
-                    tooltip="IDAdapter only, an extension of ours: what its gated layers add is set to a multiple of the length of the "
-                    "layer's self-attention. Off: they act as trained, times the weight.",
-                ),
-            ],
+            inputs=_rescale_inputs(),
             hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
         )

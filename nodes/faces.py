@@ -1,4 +1,4 @@
-"""From photos to face features."""
+"""Nodes that turn photos into face features."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ NO_PACKAGE = "(no package yet: put buffalo_l into models/insightface/models)"
 
 @dataclass(frozen=True, eq=False)
 class LoadedAnalyzer:
-    """What the FACE_ANALYZER socket carries: the detector, and the torch recogniser as ComfyUI manages it."""
+    """Value of the FACE_ANALYZER socket: the detector, and the torch recogniser under ComfyUI's management."""
 
     analyzer: FaceAnalyzer
-    recognizer: Any = None  # ModelPatcher of an IResNet, or None for the package's own
+    recognizer: Any = None  # ModelPatcher of an IResNet, or None for the recogniser of the package
     recognizer_digest: str = ""
 
     def get_models(self) -> list[Any]:
-        """For ComfyUI's memory accounting of cached node outputs."""
+        """Return the patcher, for ComfyUI's memory accounting of cached node outputs."""
         return [] if self.recognizer is None else [self.recognizer]
 
     def recognize(self, crops: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Embedding and stages of crops (F, 3, 112, 112), on the device ComfyUI chose."""
+        """Compute embedding and stages of crops (F, 3, 112, 112) on ComfyUI's compute device."""
         comfy.model_management.load_models_gpu([self.recognizer])
         result: tuple[Tensor, list[Tensor]] = self.recognizer.model(crops.to(self.recognizer.load_device))
         return result
 
 
 def load_recognizer(path: Path, progress: Callable[[], object] = lambda: None) -> tuple[Any, str]:
-    """A torch face network as a ModelPatcher, and its digest. `progress` is called when each of the two is there."""
+    """Load a torch face network. Return its ModelPatcher and digest; `progress` is called after each of the two."""
     network = load_iresnet(path)
     progress()
     name = digest(network)
@@ -125,6 +125,44 @@ class LoadFaceAnalyzer(io.ComfyNode):
         return f"{models} {paths.stamp_of(paths.RECOGNIZERS, recognizer)}"
 
 
+def _extract_inputs() -> list[io.Input]:
+    """Inputs of Extract Face Features."""
+    return [
+        io.Image.Input(
+            "image",
+            tooltip="One photo, or a batch of photos of one person (Batch Images, which crops every photo to the shape "
+            "of the first).",
+        ),
+        FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
+        io.ClipVision.Input(
+            "clip_vision",
+            optional=True,
+            tooltip="Only for adapters that also read CLIP vision features (the IDAdapter method). UniID does not: "
+            "leave it empty and save the time.",
+        ),
+        io.Combo.Input(
+            "select",
+            options=list(POLICIES),
+            default="largest",
+            tooltip="Which face counts where a photo shows several; the order in which `index` counts. "
+            "all takes every face of every photo, less those that lie mostly outside it.",
+        ),
+        io.Int.Input(
+            "index",
+            default=0,
+            min=0,
+            max=99,
+            tooltip="0 is the first face in the order of `select`, 1 the second … The preview shows the numbers.",
+        ),
+        io.Combo.Input(
+            "on_missing",
+            options=list(ON_MISSING),
+            default="error",
+            tooltip="A photo without that face: stop with an error, or leave the photo out and say so in the report.",
+        ),
+    ]
+
+
 class ExtractFaces(io.ComfyNode):
     @classmethod
     @keeps_report
@@ -138,40 +176,7 @@ class ExtractFaces(io.ComfyNode):
                 "person. Runs only when the photos or these settings change, never for a changed weight."
             ),
             search_aliases=["face embedding", "face crop", "id embedding", "insightface"],
-            inputs=[
-                io.Image.Input(
-                    "image",
-                    tooltip="One photo, or a batch of photos of one person (Batch Images, which crops every photo to the shape "
-                    "of the first).",
-                ),
-                FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
-                io.ClipVision.Input(
-                    "clip_vision",
-                    optional=True,
-                    tooltip="Only for adapters that also read CLIP vision features (the IDAdapter method). UniID does not: "
-                    "leave it empty and save the time.",
-                ),
-                io.Combo.Input(
-                    "select",
-                    options=list(POLICIES),
-                    default="largest",
-                    tooltip="Which face counts where a photo shows several; the order in which `index` counts. "
-                    "all takes every face of every photo, less those that lie mostly outside it.",
-                ),
-                io.Int.Input(
-                    "index",
-                    default=0,
-                    min=0,
-                    max=99,
-                    tooltip="0 is the first face in the order of `select`, 1 the second … The preview shows the numbers.",
-                ),
-                io.Combo.Input(
-                    "on_missing",
-                    options=list(ON_MISSING),
-                    default="error",
-                    tooltip="A photo without that face: stop with an error, or leave the photo out and say so in the report.",
-                ),
-            ],
+            inputs=_extract_inputs(),
             outputs=[
                 FaceFeaturesSocket.Output("faces", display_name="faces", tooltip="For Mix Face Features."),
                 io.Image.Output(
@@ -249,7 +254,7 @@ class ExtractFaces(io.ComfyNode):
 
 
 def _node_pictures(pictures: Sequence[Tensor], extraction: Extraction) -> list[Image]:
-    """The photos with boxes, small; of many, those that were left out come first."""
+    """Return small photos with face boxes. If there are too many to show, skipped photos have priority."""
     left_out = {i for i, chosen in enumerate(extraction.chosen) if not chosen}
     shown = worth_showing(len(pictures), left_out)
     return [

@@ -1,4 +1,4 @@
-"""From face features to an identity, and identities as files."""
+"""Nodes that turn face features into an identity, attach it, and save and load identities."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"[^\\/:*?\"<>|\x00-\x1f]+")
-LONGEST_NAME = 200  # bytes with the suffix; file systems allow 255, and a temporary name is longer
+LONGEST_NAME = 200  # bytes with the suffix; file systems allow 255, and the temporary name is longer
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 ROLES = ("positive", "negative")
 
@@ -111,7 +111,7 @@ class MixFeatures(io.ComfyNode):
         weights: str,
         outliers: str = "reject",
     ) -> io.NodeOutput:
-        # The adapter's own number is put in here, so that the report tells of the same choice.
+        # Fill in the adapter's own number here, so that the report describes the same choice.
         own_number = adapter.adapter.kind.references(adapter.adapter.config)
         mix = Mix(mode, references or own_number, parse_weights(weights), outliers)
         identity = adapter.encode(faces, mix)
@@ -125,7 +125,7 @@ class MixFeatures(io.ComfyNode):
 
 
 def _faces_of(faces: FaceFeatures, mix: Mix) -> list[Image]:
-    """The picture of a mix: the faces with their names, or nothing where the features hold no crops."""
+    """Return the picture of a mix, the faces with their names; empty if the features hold no crops."""
     if faces.crops is None:
         return []
     absent = left_out(faces, mix)
@@ -136,10 +136,10 @@ def _faces_of(faces: FaceFeatures, mix: Mix) -> list[Image]:
 
 
 def identity_file(name: str) -> str:
-    """The file name of a new identity.
+    """Return the file name of a new identity.
 
     Raises:
-        InputError: the name is empty, holds a path, or characters that some system forbids.
+        InputError: the name is empty, contains a path, or contains characters that some system forbids.
     """
     stem = name.strip().removesuffix(".safetensors").strip()
     too_long = len(f"{stem}.safetensors".encode()) > LONGEST_NAME
@@ -196,23 +196,21 @@ class SaveIdentity(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str | None, **_: Any) -> str:
-        if name is None:  # another node gives it, and nobody knows it before that ran
+        if name is None:  # comes from another node, unknown until that ran
             return ""
         return _saves.fingerprint(paths.folder_of(paths.IDENTITIES) / identity_file(name))
 
 
 class _Saves:
-    """Fingerprints for Save Identity: a missing file is always to be written, and one that is as the node left it is not.
+    """Fingerprints for Save Identity: a missing file is always written; a file unchanged since the node wrote it is not.
 
-    The fingerprint of a file that was missing stays valid for the file then written. Otherwise each new identity would be saved a
-    second time when its prompt is queued again, and with it all would run again that comes after the node.
+    The fingerprint of a missing file stays valid for the file written next. Otherwise queueing the prompt again would save each new
+    identity a second time and rerun all nodes after this one.
     """
 
     def __init__(self) -> None:
         self._begun: dict[Path, str] = {}
-        self._done: dict[
-            Path, tuple[str, str]
-        ] = {}  # the file's stamp after it was written, and the fingerprint
+        self._done: dict[Path, tuple[str, str]] = {}  # stamp of the written file, and the fingerprint
 
     def fingerprint(self, path: Path) -> str:
         if not path.exists():
@@ -262,7 +260,7 @@ class LoadIdentity(io.ComfyNode):
 
 
 def _describe(identity: Identity, file: str) -> Message:
-    """What an identity from a file is."""
+    """Describe an identity loaded from a file."""
     seen = f", seen as a {identity.class_word}" if identity.class_word else ""
     return info(f"{file}: an identity for {METHODS[identity.method].title}{seen}.")
 

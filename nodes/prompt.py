@@ -1,4 +1,4 @@
-"""The prompt with an identity in it."""
+"""The ID Prompt node: a prompt with an identity in it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class IDPrompt(io.ComfyNode):
 
 
 def _why(word: str, class_word: str, identity: Identity) -> str:
-    """The noun that was chosen, and by whom."""
+    """Name the class word and the source of the choice."""
     if class_word != AUTO:
         return f'Class word: "{word}", as chosen.'
     seen = (

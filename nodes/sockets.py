@@ -1,4 +1,4 @@
-"""The pack's own socket types, its menu category, and how lists of files appear in the nodes."""
+"""The pack's socket types, its menu category, and the options of its file lists."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ IdentitySocket = io.Custom("IDENTITY")
 
 
 def file_options(folder: str) -> list[str]:
-    """The files of a folder, or one entry that says where they belong."""
+    """Return the files of a folder, or a single entry naming the folder if it is empty."""
     return paths.files(folder) or [paths.folder_hint(folder)]

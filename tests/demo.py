@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tests.harness.comfy import REPOSITORY
-from tests.harness.server import ComfyServer, RunResult, ServerError, bring_tiny_checkpoints
+from tests.harness.runs import RunResult
+from tests.harness.server import ComfyServer, ServerError, bring_tiny_checkpoints
 from tests.harness.uniid_graph import add_text, uniid_graph
 from tests.harness.workflow import Graph, add_text_to_image
 from tests.tiny.checkpoints import CHECKPOINT_NAMES

@@ -1,4 +1,4 @@
-"""Measurements on one GPU: all that the documentation says of GPUs, in one command of at most 8 minutes.
+"""Benchmarks on one GPU: all GPU measurements of the documentation, in one command of at most 8 minutes.
 
-`parts` lists the measurements, `processes` runs each of them in a process of its own, `table` writes docs/benchmarks.md.
+`parts` lists the measurements, `processes` runs each in a separate process, `table` writes docs/benchmarks.md.
 """

@@ -1,11 +1,11 @@
-"""Measure on one GPU all that the documentation says of GPUs, in at most 8 minutes, with random weights of real sizes.
+"""Run all GPU benchmarks of the documentation on one GPU, in at most 8 minutes, with random weights of real sizes.
 
     python -m benchmarks.on_gpu output/on_gpu.json              # everything
     python -m benchmarks.on_gpu output/on_gpu.json --only steps waits
     python -m benchmarks.on_gpu --table output/on_gpu.json      # writes the tables of docs/benchmarks.md
-    python -m benchmarks.on_gpu trial.json --tiny               # tiny sizes, also on a CPU: tries the measurements themselves
+    python -m benchmarks.on_gpu trial.json --tiny               # tiny sizes, also on a CPU: tests the benchmarks themselves
 
-Each part runs in a process of its own with its own time limit, so one that fails loses nothing of the others. COMFYUI_PATH names the
+Each part runs in a separate process with its own time limit, so a failure does not affect the others. COMFYUI_PATH is the folder of
 ComfyUI; nothing is downloaded.
 """
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all parts")
     parser.add_argument("--table", type=Path, metavar="JSON", help="write the tables of a finished run")
     parser.add_argument("--page", type=Path, default=PAGE, help="where --table writes them")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # what the process of one part is started with
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # internal: runs one part in its own process
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
@@ -71,7 +71,7 @@ def _one(part: Part, options: argparse.Namespace) -> int:
     if options.tiny:
         import torch
 
-        torch.set_num_threads(1)  # waking a second one takes longer than tiny tensors
+        torch.set_num_threads(1)  # waking a second thread takes longer than computing tiny tensors
     return measure(part, TINY if options.tiny else REAL, options.lines)
 
 

@@ -1,6 +1,6 @@
-"""A face detector as costly as those of insightface's packages, with random weights: the layers of SCRFD-10G as an ONNX file.
+"""A face detector as expensive as those of insightface's packages: the layers of SCRFD-10G as an ONNX file, with random weights.
 
-It finds nothing. The published one is not needed to know how long a call takes.
+It finds no faces; the published weights are not needed to time a call.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 from tests.tiny.face_package import Graph
 
 STAGES = ((56, 3), (88, 4), (88, 2), (224, 3))
-"""Width and residual blocks of each stage; the last three are read at strides 8, 16 and 32."""
+"""Width and number of residual blocks of each stage; the outputs of the last three have strides 8, 16 and 32."""
 NECK, HEAD = 56, 80
 _ANCHORS = 2
 _OUTPUTS = (("scores", 1), ("boxes", 4), ("landmarks", 10))
 
 
 class _Network:
-    """Convolutions with random weights on a graph."""
+    """Builds a graph of convolutions with random weights."""
 
     def __init__(self) -> None:
         self.graph = Graph()
@@ -53,7 +53,7 @@ class _Network:
 
 
 def write_detector(path: Path, side: int = 640, divide: int = 1) -> Path:
-    """The detector for pictures (1, 3, side, side). `divide`: all widths are that much smaller, for trials."""
+    """Write the detector for images (1, 3, side, side). `divide`: divisor of all widths, for trials."""
     net = _Network()
     stages = [(width // divide, blocks) for width, blocks in STAGES]
     neck, head = NECK // divide, HEAD // divide
@@ -82,7 +82,7 @@ def write_detector(path: Path, side: int = 640, divide: int = 1) -> Path:
 
 
 def _pyramid(net: _Network, levels: list[tuple[str, int]], neck: int) -> list[str]:
-    """Features of all strides: from the top down, then from the bottom up."""
+    """Features of all strides: top-down, then bottom-up."""
     lateral = [net.conv(x, width, neck, side=1) for x, width in levels]
     for level in (1, 0):
         lateral[level] = net.graph.add("Add", lateral[level], net.up(lateral[level + 1]))

@@ -1,4 +1,4 @@
-"""How long the networks before the UNet take: detector, face network, CLIP vision, and each method's encoder."""
+"""Run time of the networks before the UNet: detector, face network, CLIP vision, and each method's encoder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _encoding(method: str, sizes: Sizes, photos: int) -> Callable[[], object]:
 
 
 def _vision(sizes: Sizes) -> tuple[Any, torch.dtype]:
-    """The network, and the precision in which it runs: fp16 on a GPU, as ComfyUI loads it."""
+    """The network and its precision: fp16 on a GPU, as ComfyUI loads it."""
     import transformers
 
     dtype = torch.float16 if device().type == "cuda" else torch.float32
@@ -59,7 +59,7 @@ def _vision(sizes: Sizes) -> tuple[Any, torch.dtype]:
 
 
 def _detectors(sizes: Sizes, tell: Callable[[str, str, Callable[[], object]], None]) -> None:
-    """On each provider that this onnxruntime has and that really runs it."""
+    """Measure the detector on each onnxruntime provider that really runs it."""
     import numpy as np
     import onnxruntime
 
@@ -73,7 +73,7 @@ def _detectors(sizes: Sizes, tell: Callable[[str, str, Callable[[], object]], No
             continue
         session = onnxruntime.InferenceSession(content, providers=[provider])
         if session.get_providers()[0] != provider:
-            continue  # its libraries are missing, and onnxruntime has taken another
+            continue  # libraries are missing, so onnxruntime has used another provider
         tell(
             f"detector of SCRFD-10G's size at {side} px",
             _PROVIDERS[provider],
@@ -82,7 +82,7 @@ def _detectors(sizes: Sizes, tell: Callable[[str, str, Callable[[], object]], No
 
 
 def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median of a call, after one that warms up."""
+    """Median seconds of a call, after one warm-up call."""
     times = []
     with torch.no_grad():
         for _ in range(repeats + 1):

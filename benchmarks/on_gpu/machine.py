@@ -1,4 +1,4 @@
-"""The process that measures: ComfyUI in it, as on a user's machine, and what the machine is."""
+"""The measuring process: imports ComfyUI as on a user's machine, and describes the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEGABYTE, GIGABYTE = 1e6, 1e9
 
 
 def start(dynamic: bool = False, cpu: bool = False) -> None:
-    """Import ComfyUI and the pack: on the GPU where there is one, with dynamic VRAM only if asked for.
+    """Import ComfyUI and the pack: on the GPU if there is one, with dynamic VRAM only if requested.
 
     Raises:
         RuntimeError: there is a GPU, and dynamic VRAM does not work on it.
@@ -33,11 +33,11 @@ def start(dynamic: bool = False, cpu: bool = False) -> None:
     if dynamic and has_gpu:
         _enable_dynamic_vram()
     load_pack()
-    logging.getLogger().setLevel(logging.ERROR)  # the notes of every run are known
+    logging.getLogger().setLevel(logging.ERROR)  # the messages repeated in every run
 
 
 def _enable_dynamic_vram() -> None:
-    """What ComfyUI's main.py does."""
+    """Repeat the setup of ComfyUI's main.py."""
     import comfy.memory_management
     import comfy.model_management as memory
     import comfy.model_patcher
@@ -61,7 +61,7 @@ def device() -> Any:
 
 
 def synchronise() -> None:
-    """Wait until the device has done everything."""
+    """Wait until the device is idle."""
     import torch
 
     if torch.cuda.is_available():
@@ -69,10 +69,10 @@ def synchronise() -> None:
 
 
 def machine(sizes: Sizes, report: Report) -> None:
-    """What everything was measured on.
+    """Report the machine and versions of all measurements.
 
     Raises:
-        RuntimeError: real sizes are asked for, and there is no CUDA device.
+        RuntimeError: real sizes without a CUDA device.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""The same pictures on CUDA and on the CPU: seeded weights and noise through ComfyUI on both.
+"""Compare images on CUDA and on the CPU: ComfyUI with the same seeded weights and noise on both.
 
-python -m benchmarks.on_gpu.parity OUT.safetensors [--tiny]         # the latents of this machine's CPU
+python -m benchmarks.on_gpu.parity OUT.safetensors [--tiny]         # writes the latents of this machine's CPU
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parity(sizes: Sizes, report: Report) -> None:
 
 
 def latents(sizes: Sizes) -> dict[str, Tensor]:
-    """What both methods draw on ComfyUI's device, by case, on the CPU: small models of each family, and SD1.5 at full width."""
+    """Latents of both methods on ComfyUI's device, by case, moved to the CPU: small models of each family, and full-width SD1.5."""
     from tests.nodes import idadapter_sampling, sampling
 
     found = {}
@@ -54,7 +54,7 @@ def latents(sizes: Sizes) -> dict[str, Tensor]:
 
 
 def _full_width() -> dict[str, Tensor]:
-    """SD1.5 at 256 px. Random layers of full width add up, so the identity is a weak one."""
+    """SD1.5 at 256 px. The effects of random full-width layers add up, so the identity is weak."""
     from ComfyUI_IDAdapter.idadapter_core import Mix
 
     from tests.nodes.sampling import node, noise, sample
@@ -75,7 +75,7 @@ def _full_width() -> dict[str, Tensor]:
 
 
 def _on_cpu(sizes: Sizes) -> dict[str, Tensor]:
-    """`latents` of the CPU, from a process of its own where ComfyUI's device is another here."""
+    """`latents` on the CPU, from a separate process if ComfyUI uses another device here."""
     from safetensors.torch import load_file
 
     if device().type == "cpu":
@@ -92,7 +92,7 @@ def _on_cpu(sizes: Sizes) -> dict[str, Tensor]:
 
 
 def _exactly() -> None:
-    """fp32 is fp32: no TF32 in products and convolutions."""
+    """Disable TF32, so that products and convolutions are exact fp32."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 

@@ -1,4 +1,4 @@
-"""What is measured, in which sizes, and how long each part may take. Imports nothing heavy."""
+"""The measurements, their sizes and time limits. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes a row of the part's table: column to value. Rows that were reported are kept, whatever happens afterwards."""
+"""Callback for one row of the part's table: column to value. Reported rows are kept, whatever happens afterwards."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Real sizes, or tiny ones that test the measurements themselves."""
+    """Real sizes, or tiny ones that test the benchmarks themselves."""
 
     tiny: bool
-    family: str  # of the UNet that is sampled: sd15 or sdxl
-    pixels: int  # side of the sampled pictures
-    half: bool  # UNet and adapters in bf16, else in fp32
-    subjects: int  # adapters beside the plain model
-    steps: int  # of a sampling that is timed
-    rounds: int  # how often each variant is timed, taking turns
-    repeats: int  # of a network's call
-    training: tuple[tuple[str, int], ...]  # families and resolutions of the training steps
-    batch: int  # of a training step
+    family: str  # of the sampled UNet: sd15 or sdxl
+    pixels: int  # side of the sampled images
+    half: bool  # UNet and adapters in bf16, otherwise in fp32
+    subjects: int  # number of adapters, besides the plain model
+    steps: int  # per timed sampling
+    rounds: int  # timed, interleaved rounds per variant
+    repeats: int  # calls per network
+    training: tuple[tuple[str, int], ...]  # family and resolution of each training step
+    batch: int  # per training step
 
 
 REAL = Sizes(False, "sdxl", 1024, True, 3, 10, 3, 20, (("sd15", 512), ("sdxl", 1024)), 4)
@@ -33,13 +33,13 @@ TINY = Sizes(True, "sd15", 64, False, 2, 3, 1, 1, (("sd15", 64),), 2)
 
 @dataclass(frozen=True)
 class Part:
-    """One table. `where` is module:function within this package, called with sizes and a report."""
+    """One table. `where` is module:function within this package, called with sizes and a report callback."""
 
     name: str
     title: str
     where: str
     limit: float  # seconds for the whole process
-    about: str = ""  # stands below the title in the documentation
+    about: str = ""  # shown below the title in the documentation
     dynamic: bool = False  # with ComfyUI's dynamic VRAM
 
     def run(self, sizes: Sizes, report: Report) -> None:
@@ -116,7 +116,7 @@ PARTS = (
 
 
 def named(names: list[str]) -> tuple[Part, ...]:
-    """The parts of these names, the machine first; all of them where none is named.
+    """The parts with these names, the machine first; all parts if no names are given.
 
     Raises:
         ValueError: there is no such part.

@@ -1,6 +1,6 @@
-"""Each part in a process of its own: a crash, a full memory or a hang costs that part alone, and each has a time limit.
+"""Run each part in a separate process with a time limit: a crash, out-of-memory or hang affects that part only.
 
-A process writes a line of JSON for every row as soon as it is measured. The results so far are on disk after every part.
+A process writes one line of JSON per row as soon as it is measured. Results so far are on disk after every part.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any
 
 from benchmarks.on_gpu.parts import MACHINE, Part, Report, Sizes
 
-_LAST_LINES = 12  # of what a process that broke has printed
+_LAST_LINES = 12  # of the output of a failed process
 Command = Callable[[Part, Path], Sequence[str]]
-"""The command line that measures a part and writes its lines into a file."""
+"""Makes the command line that measures a part and writes its lines to a file."""
 
 
 def run_all(
     parts: Sequence[Part], command: Command, output: Path, budget: float, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Measure parts one after the other; the results are also in `output`, a JSON file.
+    """Measure parts one after the other. The results are also written to `output`, a JSON file.
 
     Args:
-        budget: seconds for all of them. A part gets its own limit, or what is left.
+        budget: seconds for all parts. A part gets its own limit or the rest, whichever is shorter.
     """
     began = time.monotonic()
     results: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def run_all(
 
 
 def run_part(part: Part, command: Command, limit: float) -> dict[str, Any]:
-    """Status ("ok", "failed" or "timeout"), seconds, rows, and why it failed."""
+    """Run a part. Returns status ("ok", "failed" or "timeout"), seconds, rows, and the reason for a failure."""
     with tempfile.TemporaryDirectory() as name:
         lines, log = Path(name) / "lines.jsonl", Path(name) / "log"
         began = time.monotonic()
@@ -67,7 +67,7 @@ def run_part(part: Part, command: Command, limit: float) -> dict[str, Any]:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # it may start processes of its own, which end with it
+                start_new_session=True,  # so that processes started by it end with it
             )
             try:
                 code: int | None = process.wait(limit)
@@ -86,7 +86,7 @@ def run_part(part: Part, command: Command, limit: float) -> dict[str, Any]:
 
 
 def measure(part: Part, sizes: Sizes, lines: Path) -> int:
-    """What a part's process does: measure it, and write its rows, then how it ended. The exit code."""
+    """Entry point of a part's process: measure, write the rows, then the status. Returns the exit code."""
     with lines.open("a", encoding="utf-8") as stream:
 
         def write(entry: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def _read(lines: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"status": "failed", "rows": []}
     text = lines.read_text(encoding="utf-8") if lines.exists() else ""
     for line in text.splitlines():
-        with contextlib.suppress(ValueError):  # a line that was cut off
+        with contextlib.suppress(ValueError):  # a truncated line
             entry = json.loads(line)
             if "row" in entry:
                 found["rows"].append(entry["row"])
@@ -120,7 +120,7 @@ def _read(lines: Path) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it has started."""
+    """Kill a process and its children."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

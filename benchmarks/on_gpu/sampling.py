@@ -1,4 +1,4 @@
-"""Sampling in ComfyUI with and without an adapter: time per step, waiting for the device, memory."""
+"""Sampling in ComfyUI with and without an adapter: time per step, synchronisation with the device, memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.harness.memory import PeakMemory
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 _SCALARS = ("aten::_local_scalar_dense",)
-_PROFILED = 2  # steps between the shorter and the longer of two samplings
+_PROFILED = 2  # difference in steps between the two samplings of a profile
 _POLL = 0.002  # seconds
 
 
 @dataclass
 class Times:
-    """Seconds of a subject's samplings."""
+    """Sampling times of a subject, in seconds."""
 
-    steps: list[float] = field(default_factory=list)  # after the first one of each sampling
+    steps: list[float] = field(default_factory=list)  # steps after the first one of each sampling
     first: list[float] = field(default_factory=list)
 
     @property
@@ -37,7 +37,7 @@ class Times:
 
     @property
     def before(self) -> float:
-        """What the first step takes beyond another."""
+        """Additional time of the first step."""
         return statistics.median(self.first) - self.step
 
 
@@ -64,7 +64,7 @@ def compiled(sizes: Sizes, report: Report) -> None:
 
 
 def _times(found: list[Subject], sizes: Sizes) -> tuple[Times, dict[str, Times]]:
-    """Those of the plain model, and of all by name."""
+    """Times of the plain model, and of all subjects by name."""
     times = {subject.name: Times() for subject in found}
     for subject in found:
         sample(subject.model, sizes, steps=2)  # loads, compiles, warms up
@@ -113,7 +113,7 @@ def waits(sizes: Sizes, report: Report) -> None:
 
 
 def _counted(subject: Subject, sizes: Sizes, count: int) -> Counter[str]:
-    """How often each operator and each call of CUDA's runtime came by in a sampling."""
+    """Number of calls of each operator and each CUDA runtime function in a sampling."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]
@@ -154,9 +154,9 @@ def memory(sizes: Sizes, report: Report) -> None:
 
 
 class Peak:
-    """Peaks of memory during a block, in bytes: what PyTorch has allocated, and what is used of the device.
+    """Peak memory during a block, in bytes: allocated by PyTorch, and used on the device.
 
-    Without CUDA it is the process's resident memory beyond that at the start, where the system tells.
+    Without CUDA, the process's resident memory beyond that at the start, where the system reports it.
     """
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """The device's peak, which other allocators than PyTorch's count in; else that of the process."""
+        """The device's peak, which includes other allocators than PyTorch's; otherwise that of the process."""
         return self.allocated if self.device is None else self.device
 
     def __enter__(self) -> Peak:

@@ -1,4 +1,4 @@
-"""What is sampled: the plain MODEL, and clones of it with each method applied by the pack's own nodes."""
+"""The sampled models: the plain MODEL, and clones of it with each method applied by the pack's own nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.on_gpu.parts import Sizes
 from tests.harness.comfy import pack_nodes
 
 PLAIN = "plain"
-_SIZES = 6 * 256  # of SDXL's embedded picture sizes, beside the pooled text
+_SIZES = 6 * 256  # width of SDXL's size embeddings, in addition to the pooled text
 _APPLIED = (
     ("uniid", 1, "UniID"),
     ("idadapter", 1, "IDAdapter, one photo"),
@@ -27,7 +27,7 @@ _APPLIED = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A MODEL under the name that tables give it."""
+    """A MODEL with its name in tables."""
 
     name: str
     model: Any
@@ -44,7 +44,7 @@ def unet(sizes: Sizes) -> Any:
 
 @cache
 def adapter(method: str, sizes: Sizes) -> Any:
-    """What Load ID Adapter gives for random weights."""
+    """Output of Load ID Adapter, with random weights."""
     config = models.adapter_config(method, sizes.family)
     if sizes.tiny:
         from tests.tiny import idadapter, uniid
@@ -56,7 +56,7 @@ def adapter(method: str, sizes: Sizes) -> Any:
 
 
 def features(method: str, sizes: Sizes, photos: int) -> Any:
-    """Random features of photos that the adapter reads."""
+    """Random photo features for the adapter."""
     config = adapter(method, sizes).adapter.config
     if method == "uniid":
         return models.face_features(photos)
@@ -76,7 +76,7 @@ def node(node_id: str, *arguments: Any, **inputs: Any) -> Any:
 
 
 def subjects(sizes: Sizes) -> list[Subject]:
-    """The plain model first; each other one is made of it by nodes."""
+    """The plain model first; the others are made from it by nodes."""
     found = [Subject(PLAIN, unet(sizes))]
     for method, photos, name in _APPLIED[: sizes.subjects]:
         person = identity(method, sizes, photos)
@@ -99,7 +99,7 @@ def subjects(sizes: Sizes) -> list[Subject]:
 def sample(
     model: Any, sizes: Sizes, steps: int | None = None, callback: Callable[..., None] | None = None
 ) -> Tensor:
-    """Euler with CFG from an empty latent: `steps`, by default those of the sizes."""
+    """Sample with Euler and CFG from an empty latent. `steps` defaults to that of the sizes."""
     import comfy.sample
 
     generator = torch.Generator().manual_seed(0)
@@ -134,5 +134,5 @@ def _prompt(sizes: Sizes, generator: torch.Generator) -> list[list[Any]]:
 
 
 def in_turns(found: list[Subject], rounds: int) -> list[list[Subject]]:
-    """Each round has all subjects, in another order."""
+    """All subjects in each round, in a different order."""
     return [random.Random(number).sample(found, len(found)) for number in range(rounds)]

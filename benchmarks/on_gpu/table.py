@@ -1,4 +1,4 @@
-"""The results as a chapter of the documentation."""
+"""Format the results as a page of the documentation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BEGIN, END = "<!-- on_gpu: begin -->", "<!-- on_gpu: end -->"
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Every part with a title, its table, and why anything is missing from it."""
+    """Every part with title and table, and the reasons for missing rows."""
     blocks = []
     for part in PARTS:
         if (found := results.get(part.name)) is None:
@@ -29,7 +29,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with the columns of all rows, in the order in which they first appear."""
+    """A table with the columns of all rows, in order of first appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns)]
     lines += [[cell(row.get(name)) for name in columns] for row in rows]
@@ -37,7 +37,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cell(value: object) -> str:
-    """Three digits are enough for what was measured."""
+    """Format a value; measurements get three digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -50,10 +50,10 @@ def cell(value: object) -> str:
 
 
 def write_into(page: Path, results: Mapping[str, Any]) -> None:
-    """Put the tables between the two marks of a page.
+    """Put the tables between the two markers of a page.
 
     Raises:
-        ValueError: the results are those of a trial with tiny sizes, or the page has no marks.
+        ValueError: the results are from a trial with tiny sizes, or the page has no markers.
     """
     machine = results.get(MACHINE.name, {}).get("rows", [])
     if not machine or machine[0].get("sizes") != "real":

@@ -1,4 +1,4 @@
-"""A step of training at real size: IDAdapter on a frozen base, with L_id and without it."""
+"""A training step at real size: IDAdapter on a frozen base, with and without L_id."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tests.tiny.bases import TINY_KL, _text_config
 from tests.tiny.diffusers_unet import CONFIGS
 
 METHOD = "idadapter"
-_STEPS = 5  # with L_id, after one that warms up, and as many without
-_VISION = {True: (16, 9), False: (1024, 256)}  # width and patches of CLIP vision, by tiny
-# Of a picture of side 1: eyes, nose and corners of the mouth where CelebA-HQ has them.
+_STEPS = 5  # with L_id, after one warm-up step, and as many without
+_VISION = {True: (16, 9), False: (1024, 256)}  # width and patches of CLIP vision; key: tiny
+# In an image of side 1: eyes, nose and mouth corners at CelebA-HQ's positions.
 _FACE = ((0.37, 0.46), (0.63, 0.46), (0.5, 0.61), (0.39, 0.73), (0.61, 0.73))
 
 
@@ -79,7 +79,8 @@ def _measure(case: _Case, report: Report) -> None:
         synchronise()
         return time.perf_counter() - began, float(losses["counts"].float().mean())
 
-    for batch in (batches[0], batches[-1]):  # both ends of the noise levels: all kernels are chosen
+    # Lowest and highest noise levels, so that all kernels are selected.
+    for batch in (batches[0], batches[-1]):
         run(batch)
     with Peak() as peak:
         with_term = [run(batch) for batch in batches]
@@ -124,7 +125,7 @@ def _base(case: _Case) -> Base:
 
 
 def _text(case: _Case, dtype: torch.dtype) -> TextEncoders:
-    """With ComfyUI's tokenizer, which comes with it."""
+    """Text encoders with the tokenizer that ComfyUI ships."""
     import transformers
 
     path = comfyui_path()
@@ -148,7 +149,7 @@ def _text(case: _Case, dtype: torch.dtype) -> TextEncoders:
 
 
 def _adapter(case: _Case, base: Base) -> Any:
-    """With open gates: closed ones would give most parameters no gradient."""
+    """An adapter with open gates: closed ones would give most parameters no gradient."""
     settings = {"mixer_heads": 4} if case.sizes.tiny else {}
     wanted = Wanted(METHOD, base.text.widths, _VISION[case.sizes.tiny], "", "adapter", settings)
     config = fresh_config(base.unet, wanted)
@@ -157,7 +158,7 @@ def _adapter(case: _Case, base: Base) -> Any:
 
 
 def _batches(case: _Case) -> Sequence[Batch]:
-    """Their timesteps are spread over all noise levels, in another order; one sample in ten has no identity."""
+    """Batches with timesteps spread over all noise levels, in shuffled order; one sample in ten has no identity."""
     count = _STEPS * case.sizes.batch
     timesteps = (torch.arange(count) * 1000 // count)[
         torch.randperm(count, generator=torch.Generator().manual_seed(0))

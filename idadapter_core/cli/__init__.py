@@ -13,11 +13,11 @@ from .program import Parser
 
 @dataclass(frozen=True)
 class Command:
-    """One command: the module that has its `main`, and a line of help."""
+    """One command: the module with its `main`, and a line of help."""
 
     module: str
     summary: str
-    is_named: bool = False  # its `main` serves several commands and is told which one
+    is_named: bool = False  # its `main` serves several commands and needs the name
 
 
 COMMANDS = {
@@ -37,13 +37,13 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code of the command, 0 where the commands are listed, 2 where there is none of that name."""
+    """Entry point. Returns the command's exit code, 0 after listing the commands, 2 for an unknown command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     if not given or given[0] in ("-h", "--help"):
         parser.print_help()
         return 0
-    parser.parse_args(given[:1])  # ends the program where the command is unknown
+    parser.parse_args(given[:1])  # exits if the command is unknown
     name, rest = given[0], given[1:]
     command = COMMANDS[name]
     module = importlib.import_module(f".{command.module}", __package__)

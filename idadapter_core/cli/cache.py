@@ -19,7 +19,7 @@ TOLERANCE = 0.02  # relative, between devices and after fp16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 an error or entries that differ, 130 interrupted, 143 after SIGTERM."""
+    """Entry point. Returns the exit code: 0 done, 1 an error or differing entries, 130 interrupted, 143 after SIGTERM."""
     parser = Parser(
         prog="python -m idadapter_core cache",
         description="Build or verify the cache of a training run.",
@@ -50,9 +50,9 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError("data.cache is empty; name the folder of the cache there")
     require_files(config)
     watch = arrive(set())
-    if watch is not None:  # each computes its share without the others
+    if watch is not None:  # each process computes its share independently
         watch.close(is_settled=True)
-    # Without `cpu`, each of several processes on a machine without accelerators is taken for the only one.
+    # Without `cpu`, accelerate assumes a single process on a machine without accelerators.
     state = require("accelerate").PartialState(cpu=not has_accelerator())
     parts = load_parts(config, state.device)
     if options.command == "verify":

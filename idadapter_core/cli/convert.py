@@ -23,7 +23,7 @@ MAX_SEED = 2**64 - 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Entry point. Returns the exit code."""
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     output = _check(parser, options)
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path | None:
-    """The output file, where one is to be written. Options that contradict each other end the program with a message."""
+    """The output file, if one is to be written. Exits with a message if options contradict each other."""
     files: list[Path] = options.files
     if options.init is None:
         for name in ("references", "tokens", "unconditional", "seed"):
@@ -124,18 +124,18 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path
 
 
 def _presets() -> dict[str, Any]:
-    """Configs of the untrained adapters that can be written, by UNet family."""
+    """Configs of the available untrained adapters, by UNet family."""
     return {family: config for method in METHODS.values() for family, config in method.presets.items()}
 
 
 def _new_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a preset that were given."""
+    """The preset settings given as options."""
     given = {name: getattr(options, name) for name in ("references", "tokens", "unconditional")}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _counts(adapter: Adapter) -> str:
-    """A line with the parameters of each part; nothing for a method of one part."""
+    """A line with the parameters of each part; empty for a method with one part."""
     parts = adapter.kind.parameters(adapter.config).items()
     if not parts:
         return ""

@@ -37,13 +37,13 @@ LICENCE_NOTE = (
     "its code is MIT. Datasets have licences of their own."
 )
 TOO_MANY_BAD = 3
-MAX_WORKERS = 16  # each opens the face models for itself
+MAX_WORKERS = 16  # each process loads the face models
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 on an error, 3 where a scan found too many bad photos, 130 when interrupted, 143 after SIGTERM."""
+    """Entry point. Returns the exit code: 0 done, 1 an error, 3 too many bad photos, 130 interrupted, 143 after SIGTERM."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__.rpartition(".")[0]).setLevel(logging.INFO)
     options = _parser().parse_args(arguments)
@@ -106,7 +106,7 @@ def _scan(options: argparse.Namespace) -> int:
 
 
 def _report(index: Index, told: int, options: argparse.Namespace) -> int:
-    """Say what a scan found, but for so many notes; returns the exit code."""
+    """Print the result of a scan, without the first `told` notes. Returns the exit code."""
     _print_summary(index)
     for note in index.facts["notes"][told:]:
         print(note)
@@ -184,7 +184,7 @@ def _show(options: argparse.Namespace) -> int:
         for line in lines:
             print(line)
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads has seen enough, for example `head`
+    except BrokenPipeError:  # the reader has closed the pipe, for example `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -212,6 +212,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="scan|stats|dedupe|shards|show|convert-index")
 
+    _add_scan(commands)
+    told = commands.add_parser("stats", help="say what an index holds")
+    told.set_defaults(command=_stats)
+    told.add_argument("index", type=Path)
+    told.add_argument(
+        "--references", type=int, default=4, help="N photos of a person in a sample (default: %(default)s)"
+    )
+    _add_dedupe(commands)
+    packed = commands.add_parser("shards", help="copy the usable photos into webdataset shards")
+    packed.set_defaults(command=_shards)
+    packed.add_argument("index", type=Path)
+    packed.add_argument("folder", type=Path, help=f"gets the shards and {INDEX_NAME}")
+    packed.add_argument("--photos", type=int, default=1000, help="of a shard (default: %(default)s)")
+    _add_show_and_convert(commands)
+    return parser
+
+
+def _add_scan(commands: Any) -> None:
     new = commands.add_parser("scan", help="look at every photo and write the index")
     new.set_defaults(command=_scan)
     new.add_argument("source", help="folder, table, list or shards (patterns like 'a-{000..099}.tar' too)")
@@ -248,6 +266,11 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the photos that --captions and --identities must each have something for (default: %(default)s, they only say "
         "how many)",
     )
+    _add_running(new)
+    _add_split_and_limits(new)
+
+
+def _add_running(new: argparse.ArgumentParser) -> None:
     new.add_argument(
         "--provider",
         choices=("auto", *PROVIDERS),
@@ -263,6 +286,9 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--max-bad-share", type=float, default=0.05, help="above it the exit code is 3 (default: %(default)s)"
     )
+
+
+def _add_split_and_limits(new: argparse.ArgumentParser) -> None:
     new.add_argument(
         "--test-share",
         type=float,
@@ -289,13 +315,8 @@ def _parser() -> argparse.ArgumentParser:
             help=f"{_LIMITS[field.name]} (default: %(default)s)",
         )
 
-    told = commands.add_parser("stats", help="say what an index holds")
-    told.set_defaults(command=_stats)
-    told.add_argument("index", type=Path)
-    told.add_argument(
-        "--references", type=int, default=4, help="N photos of a person in a sample (default: %(default)s)"
-    )
 
+def _add_dedupe(commands: Any) -> None:
     single = commands.add_parser(
         "dedupe", help="mark photos and people that are there twice; writes a new index"
     )
@@ -317,15 +338,6 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument("--test-share", type=float, help="default: the scan's")
     single.add_argument("--seed", type=int, help="of the split (default: the scan's)")
     single.add_argument("--overwrite", action="store_true", help="replace an existing output")
-
-    packed = commands.add_parser("shards", help="copy the usable photos into webdataset shards")
-    packed.set_defaults(command=_shards)
-    packed.add_argument("index", type=Path)
-    packed.add_argument("folder", type=Path, help=f"gets the shards and {INDEX_NAME}")
-    packed.add_argument("--photos", type=int, default=1000, help="of a shard (default: %(default)s)")
-
-    _add_show_and_convert(commands)
-    return parser
 
 
 def _add_show_and_convert(commands: Any) -> None:
@@ -358,7 +370,7 @@ _LIMITS = {
 
 
 def _cores() -> int:
-    """Of this machine, for each of the processes that torchrun started on it."""
+    """Cores of this machine per process started on it by torchrun."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(cores // max(int(beside), 1), 1) if beside.isdecimal() else cores

@@ -21,7 +21,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Entry point. Returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command in ("build-head", "words"):
@@ -105,7 +105,7 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _build(options: argparse.Namespace) -> int:
-    # Their libraries (torch, opencv, onnx) are no business of who draws a sheet.
+    # Drawing a sheet does not need their libraries (torch, opencv, onnx).
     import torch
 
     from ..demo_world.build.make import STAGES
@@ -136,7 +136,7 @@ def _build_head(options: argparse.Namespace) -> int:
 
 
 def _words(options: argparse.Namespace) -> int:
-    from ..demo_world.build.words import write_words  # which needs transformers
+    from ..demo_world.build.words import write_words  # needs transformers
 
     write_words(options.tokenizer, options.output)
     return _wrote(options.output)

@@ -13,7 +13,7 @@ from .program import Parser, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 a requirement is not met, 2 an error, 130 interrupted, 143 after SIGTERM."""
+    """Entry point. Returns the exit code: 0 done, 1 a requirement is not met, 2 an error, 130 interrupted, 143 after SIGTERM."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     return run(
@@ -31,7 +31,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     overrides = [*options.set, *([f"preset.name={options.preset}"] if options.preset else [])]
     config = with_preset(read_evaluation(options.config, overrides))
     require_sound(config)
-    # All that can be wrong about the request shows before any model is loaded.
+    # Report all errors in the request before any model is loaded.
     requirements = [read_requirement(text, config) for text in options.require]
     require_files(config)
 

@@ -17,7 +17,7 @@ WEIGHTS = ("auto", "ema", "trained")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Entry point. Returns the exit code."""
     parser = Parser(
         prog="python -m idadapter_core export",
         description="Write a trained adapter as one file for Load ID Adapter (models/idadapter).",
@@ -59,7 +59,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def adapter_file(run: Path, weights: str = "auto", step: int | None = None) -> Path:
-    """The adapter's file in a run or a checkpoint.
+    """Find the adapter file in a run or a checkpoint.
 
     Raises:
         ConfigError: there is none.

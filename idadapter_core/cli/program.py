@@ -13,30 +13,28 @@ from typing import Any
 from ..errors import IDAdapterError
 from ..waiting import TERMINATED, Terminated, exit_now, is_work_left, terminable
 
-INTERRUPTED = 130  # the exit code after Ctrl+C, as shells have it
+INTERRUPTED = 130  # exit code after Ctrl+C, as in shells
 
 
 class Parser(argparse.ArgumentParser):
-    """Options are to be written out: what is short for one today may be short for two tomorrow."""
+    """Argument parser without abbreviations: an abbreviation may become ambiguous when options are added."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
 
 def start(main: Callable[[], int]) -> None:
-    """Run a program from the command line, and end with its exit code.
+    """Run a program from the command line, and exit with its code.
 
-    Python without its UTF-8 mode cannot even open files whose names have letters that the language of the shell lacks (LC_ALL=C has
-    ASCII alone). So the program starts once more, in UTF-8 mode, which later versions of Python have by themselves.
+    Without UTF-8 mode, Python cannot even open files whose names contain characters outside the locale's encoding (ASCII for LC_ALL=C).
+    The program is therefore restarted in UTF-8 mode, the default in later Python versions.
     """
     if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode and hasattr(sys, "orig_argv"):
         os.environ["PYTHONUTF8"] = "1"  # for its worker processes
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     code = main()
-    if (
-        is_work_left()
-    ):  # Python's own end breaks off threads in the middle of a library's work, which may end in a crash
+    if is_work_left():  # Python's normal exit interrupts threads inside libraries, which may crash
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         exit_now(code)
@@ -44,15 +42,16 @@ def start(main: Callable[[], int]) -> None:
 
 
 def run(work: Callable[[], int], *, error: int = 1, interrupted: str = "nothing was written") -> int:
-    """The exit code of a program: what `work` returns, `error` after a message, `INTERRUPTED` after Ctrl+C, or `TERMINATED` after
-    SIGTERM.
+    """Run `work` and return the exit code.
+
+    The code is the result of `work`, `error` after an error message, `INTERRUPTED` after Ctrl+C, or `TERMINATED` after SIGTERM.
 
     Args:
-        interrupted: what to tell who pressed Ctrl+C.
+        interrupted: message after Ctrl+C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # In a file, lines of both stay in their order. What the shell's language has no letter for is written as its number.
+            # Keep the lines of both streams in order in a file, and escape characters outside the locale's encoding.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         with terminable():
@@ -76,7 +75,7 @@ def run(work: Callable[[], int], *, error: int = 1, interrupted: str = "nothing 
 
 
 def require_new(parser: argparse.ArgumentParser, output: Path, suffix: str, overwrite: bool) -> None:
-    """End the program with a message where a file to write has another ending, or is there already."""
+    """Exit with a message if an output file has the wrong extension or already exists."""
     if output.suffix != suffix:
         parser.error(f"the output must end in {suffix}, got {output.name}")
     if output.exists() and not overwrite:

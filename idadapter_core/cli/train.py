@@ -16,7 +16,7 @@ from .program import Parser, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 an error, 143 stopped by a signal after a checkpoint, 130 interrupted."""
+    """Entry point. Returns the exit code: 0 done, 1 an error, 143 stopped by a signal after a checkpoint, 130 interrupted."""
     parser = Parser(
         prog="python -m idadapter_core train",
         description="Train an IDAdapter or a branch of UniID.",

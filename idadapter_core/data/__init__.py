@@ -1,4 +1,4 @@
-"""Data for training: from photos as people keep them to one index in which every photo has a status and a reason.
+"""Data preparation: turn folders, tables and shards of photos into an index in which every photo has a status and a reason.
 
-`python -m idadapter_core scan|stats|dedupe|shards|show|convert` is how it is used; `index.read_index` is what the trainer reads.
+Run it with `python -m idadapter_core scan|stats|dedupe|shards|show|convert`; the trainer reads the index with `index.read_index`.
 """

@@ -1,4 +1,4 @@
-"""Which text file belongs to which photo."""
+"""Match text files and photos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .texts import read_caption
 
 
 def folded(name: str) -> str:
-    """A name as it is compared where case does not count, nor whether an accent is a character of its own (macOS)."""
+    """Normalise a name for comparison: ignores case and whether accents are separate characters (macOS)."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -27,19 +27,19 @@ def stem_of(name: str) -> str:
 @dataclass(frozen=True)
 class _Text:
     name: str
-    stem: str  # without the ending of a text
-    ending: int  # its place in TEXT_SUFFIXES
+    stem: str  # without the extension
+    ending: int  # index into TEXT_SUFFIXES
 
     def rank(self, stem: str) -> tuple[bool, int, bool]:
-        """How well it fits a photo of this stem; less is better."""
+        """How well it fits a photo with this stem; less is better."""
         return self.stem != stem, self.ending, self.name != self.stem + TEXT_SUFFIXES[self.ending]
 
 
 class Captions:
-    """The text files of a folder: `photo.txt` or `photo.jpg.txt`, or `.caption`, in any case."""
+    """The caption files of a folder: `photo.txt` or `photo.jpg.txt`, or `.caption`, in any case."""
 
     def __init__(self, folder: Path, names: Iterable[str], encoding: str = "") -> None:
-        """names: of all files in the folder, photos too: a text with the exact name of one is for no other."""
+        """names: of all files in the folder, including photos: a text with the exact name of one photo belongs to no other."""
         self.folder = folder
         self.used: set[str] = set()
         self._encoding = encoding
@@ -61,11 +61,11 @@ class Captions:
         return sum(map(len, self._texts.values()))
 
     def names(self) -> list[str]:
-        """Of all text files."""
+        """Names of all text files."""
         return [text.name for texts in self._texts.values() for text in texts]
 
     def find(self, photo: str) -> str:
-        """The name of the text file of a photo, whose name this is; "" where there is none.
+        """The name of the text file of a photo, given the photo's name; "" if there is none.
 
         Raises:
             InputError: several fit equally well.
@@ -85,10 +85,10 @@ class Captions:
         return ""
 
     def read(self, photo: str) -> str:
-        """The caption of a photo, whose name this is; "" where there is none.
+        """The caption of a photo, given the photo's name; "" if there is none.
 
         Raises:
-            InputError: several files fit, or the one that does cannot be read.
+            InputError: several files fit, or the matching one cannot be read.
         """
         name = self.find(photo)
         if not name:
@@ -98,7 +98,7 @@ class Captions:
 
 
 class Listings:
-    """The names in folders, each listed once, for tables that name files in them."""
+    """The file names in folders, each folder listed once, for tables that name files in them."""
 
     def __init__(self, encoding: str) -> None:
         self._encoding = encoding
@@ -112,10 +112,10 @@ class Listings:
         return self._captions[folder]
 
     def find(self, root: Path, name: str) -> str:
-        """A file's name as it is on the disk: with other case, or with / for Windows' separators, where only that is there.
+        """The actual name of a file on disk, with another case or with / instead of \\ if only that exists.
 
         Raises:
-            InputError: there are several such files.
+            InputError: several files match.
         """
         for given in dict.fromkeys((name, name.replace("\\", "/"))):
             if os.path.lexists(root / given):

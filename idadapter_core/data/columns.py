@@ -1,4 +1,4 @@
-"""Rows by their columns: Arrow's record batches, in which an index is written and read, many rows at a time."""
+"""Rows as Arrow record batches, to read and write an index many rows at a time."""
 
 from __future__ import annotations
 
@@ -57,22 +57,20 @@ _PLAIN = ("width", "height", "faces", "offset", "size", "score", "face_fraction"
 
 
 def schema() -> Any:
-    """The columns, of Arrow's kinds."""
+    """The Arrow schema of an index."""
     pa = require("pyarrow")
-    kinds = {
-        "double": pa.float64(),
-        "list": pa.list_(pa.float64()),
-    }  # of a fixed size, older ones cannot read nulls
+    # Not fixed-size lists: older pyarrow cannot read nulls in them.
+    kinds = {"double": pa.float64(), "list": pa.list_(pa.float64())}
     return pa.schema(
         [pa.field(name, kinds.get(kind) or getattr(pa, kind)()) for name, kind in COLUMNS.items()]
     )
 
 
 def batch_of(rows: Sequence[Row], first: int) -> Any:
-    """Rows as an Arrow record batch.
+    """Convert rows to an Arrow record batch.
 
     Args:
-        first: the number that the first of them must have.
+        first: required number of the first row.
 
     Raises:
         ConfigError: names the row, the field and what is wrong with it.
@@ -110,25 +108,24 @@ def _fits(pa: Any, value: Any, kind: Any) -> bool:
 
 
 def require_sense(batch: Any, first: int) -> None:
-    """See that each row of a batch makes sense.
+    """Check that each row of a batch is valid.
 
     Raises:
-        ConfigError: names the first row that does not, and why.
+        ConfigError: names the first invalid row and the reason.
     """
-    for fine, say in itertools.chain(
-        _kinds(batch, first), _contradictions(batch)
-    ):  # each as the ones before are fine
+    # Each check relies on the ones before.
+    for fine, say in itertools.chain(_kinds(batch, first), _contradictions(batch)):
         is_fine = np.asarray(fine, bool)
         if not is_fine.all():
             place = int(np.argmin(is_fine))
             raise ConfigError(f"row {first + place}: {say(row_of(batch, place))}")
 
 
-Check = tuple[Any, Callable[[Row], str]]  # (rows,) whether each is fine, and what to say of one that is not
+Check = tuple[Any, Callable[[Row], str]]  # (rows,) whether each is valid, and the message for one that is not
 
 
 def _kinds(batch: Any, first: int) -> Iterator[Check]:
-    """Whether each value by itself is what it has to be."""
+    """Check each value by itself."""
     pa, pc = require("pyarrow"), require("pyarrow.compute")
 
     def must_be(name: str, kind: str) -> Callable[[Row], str]:
@@ -155,7 +152,7 @@ def _kinds(batch: Any, first: int) -> Iterator[Check]:
 
 
 def _contradictions(batch: Any) -> Iterator[Check]:
-    """Whether the values of each row fit together."""
+    """Check that the values of each row fit together."""
     pc = require("pyarrow.compute")
     is_ok = np.asarray(pc.equal(batch.column("status"), OK))
     has_reason = np.asarray(pc.not_equal(batch.column("reason"), ""))
@@ -172,7 +169,7 @@ def _needs(name: str, row: Row) -> str:
 
 
 def row_of(batch: Any, place: int) -> Row:
-    """One row of a batch, as it is, also where it makes no sense."""
+    """One row of a batch as stored, even if invalid."""
     (values,) = batch.slice(place, 1).to_pylist()
     points = values["landmarks"]
     if points is not None:
@@ -183,7 +180,7 @@ def row_of(batch: Any, place: int) -> Row:
 
 
 def _lists(column: Any, width: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """(rows, width) numbers of a column of lists, 0 where it is null, and (rows,) where it is not."""
+    """(rows, width) numbers of a column of lists, 0 for null, and (rows,) whether they are not null."""
     there = np.asarray(column.is_valid())
     values = np.zeros((len(column), width))
     values[there] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
@@ -191,7 +188,7 @@ def _lists(column: Any, width: int) -> tuple[NDArray[np.float64], NDArray[np.boo
 
 
 def hash_into(digest: Any, batch: Any) -> None:
-    """Take the values of a batch into a digest: the same for the same rows, whatever wrote them."""
+    """Add the values of a batch to a digest: equal for equal rows, whichever program wrote them."""
     pc = require("pyarrow.compute")
     for name, kind in COLUMNS.items():
         column = batch.column(name)
@@ -211,7 +208,7 @@ def hash_into(digest: Any, batch: Any) -> None:
 
 
 def _bytes(column: Any) -> NDArray[np.uint8]:
-    """The bytes of a column of texts, one after the other."""
+    """The concatenated bytes of a column of texts."""
     _, offsets, data = column.buffers()
     if data is None:
         return np.zeros(0, np.uint8)
@@ -220,7 +217,7 @@ def _bytes(column: Any) -> NDArray[np.uint8]:
 
 
 def packed(batch: Any, texts_before: int) -> tuple[NDArray[np.void], NDArray[np.uint8]]:
-    """The records of a batch, and their texts, which come after so many bytes."""
+    """The records of a batch and their texts; `texts_before` bytes of text precede them."""
     pa, pc = require("pyarrow"), require("pyarrow.compute")
     records = np.zeros(len(batch), RECORD)
     records["number"] = batch.column("number").to_numpy()
@@ -246,7 +243,7 @@ def packed(batch: Any, texts_before: int) -> tuple[NDArray[np.void], NDArray[np.
 
 
 def people_of(identities: Sequence[Any]) -> NDArray[np.uint32]:
-    """(rows,) place of the first row of the same person, from columns of identities."""
+    """(rows,) index of the first row of the same person, from columns of identities."""
     pa = require("pyarrow")
     if not identities:
         return np.zeros(0, np.uint32)
@@ -254,6 +251,6 @@ def people_of(identities: Sequence[Any]) -> NDArray[np.uint32]:
     codes = coded.indices.to_numpy()
     places = np.arange(len(codes), dtype=np.uint32)
     first = np.zeros(len(coded.dictionary), np.uint32)
-    first[codes[::-1]] = places[::-1]  # the last of equal places to be written stays
+    first[codes[::-1]] = places[::-1]  # reversed, so that the first place of a code is kept
     unknown = np.asarray(require("pyarrow.compute").equal(coded.dictionary, ""))
     return np.where(unknown[codes], places, first[codes]).astype(np.uint32)

@@ -1,4 +1,4 @@
-"""Indexes of both kinds: in JSON Lines, as they were before Parquet, and of today."""
+"""Convert and show indexes in JSON Lines, the format before Parquet."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .rows import STATUSES, Row
 
 
 def convert(source: Path, output: Path) -> Index:
-    """Write an index in JSON Lines as Parquet. It keeps its rows, its embeddings and its digest, so a run that was begun with it goes on.
+    """Convert an index from JSON Lines to Parquet. Rows, embeddings and digest stay the same, so a run begun with it can continue.
 
     Raises:
-        ConfigError: the old index or its embeddings are not whole, or the new one cannot be written.
+        ConfigError: the old index or its embeddings are incomplete, or the new one cannot be written.
     """
     if not is_lines(source):
         raise ConfigError(f"{source}: is no index in JSON Lines; only those need to be converted.")
@@ -28,10 +28,10 @@ def convert(source: Path, output: Path) -> Index:
 
 
 def shown(path: Path, status: str | None = None) -> tuple[Mapping[str, Any], Iterable[Row]]:
-    """The facts and the rows of an index of either kind, those of one status or all.
+    """The facts and the rows of an index in either format; all rows, or those with one status.
 
     Raises:
-        ConfigError: no index, or one that is damaged; in JSON Lines, also while the rows are read.
+        ConfigError: not an index, or damaged; for JSON Lines, also while the rows are read.
     """
     if is_lines(path):
         lines = Lines(path)

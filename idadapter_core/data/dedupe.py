@@ -1,4 +1,4 @@
-"""Photos that are there twice, and people who are there under two names."""
+"""Find duplicate photos, and people with two names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .rows import OK, PHASH, STATUSES, Edited, Rows
 from .split import SplitSettings, clusters, faces_of, split_rows
 
 NEAR = 4
-"""Perceptual hashes that differ in this many of their 64 bits, or fewer, are of the same photo."""
+"""Photos whose perceptual hashes differ in at most this many of 64 bits count as the same."""
 PEOPLE = ("quarantine", "merge")
 
 
@@ -29,17 +29,17 @@ def dedupe(
     threshold: float = 0.6,
     split: SplitSettings | None = None,
 ) -> Index:
-    """Write a new index in which every photo and every person is there once. Rows keep their numbers; none is removed.
+    """Write a new index with duplicates marked. Rows keep their numbers; none is removed.
 
     1. Photos with the same bytes: the first stays, the others become duplicates.
-    2. Photos of a person that look the same (perceptual hash): the first stays. Photos of nobody known are not compared.
-    3. People whose mean embeddings have a cosine above `threshold` are one: with "quarantine" only the one with most photos stays,
-       with "merge" the photos of all get its name (and go through step 2 again).
+    2. Photos of a person that look the same (perceptual hash): the first stays. Photos of unknown people are not compared.
+    3. People whose mean embeddings have a cosine above `threshold` count as one: "quarantine" keeps only the one with most photos;
+       "merge" gives all their photos that person's name (and repeats step 2).
 
-    Then the split is made anew, with the settings that the index has, or with other ones.
+    Then the split is made again, with the index's settings or the given ones.
 
     Raises:
-        ConfigError: the output cannot be written, or the settings make no sense.
+        ConfigError: the output cannot be written, or the settings are invalid.
     """
     if people not in PEOPLE:
         raise ConfigError(f"people must be one of {', '.join(PEOPLE)}, got {people!r}")
@@ -56,13 +56,13 @@ def dedupe(
 
 
 def settings_of(facts: Mapping[str, Any]) -> SplitSettings:
-    """The settings by which an index was split."""
+    """The split settings of an index."""
     names = ("share", "seed", "threshold")
     return SplitSettings(**{name: facts["split"][name] for name in names if name in facts.get("split", {})})
 
 
 def same_bytes(rows: Edited) -> None:
-    """Mark every usable row whose bytes an earlier one has, whoever it shows."""
+    """Mark usable rows whose bytes equal those of an earlier row, whoever it shows."""
     first: dict[bytes, int] = {}
     digests = rows.records["sha256"]
     for place in np.flatnonzero(rows.status == STATUSES.index(OK)).tolist():
@@ -71,7 +71,7 @@ def same_bytes(rows: Edited) -> None:
 
 
 def near_duplicates(rows: Edited) -> None:
-    """Mark every usable row that looks like an earlier photo of the same person."""
+    """Mark usable rows that look like an earlier photo of the same person."""
     everyone = Rows(rows)
     known = everyone.has_text("identity") & (rows.records["known"] & PHASH > 0)
     people = People(everyone.where(known & (rows.status == STATUSES.index(OK))))
@@ -88,8 +88,9 @@ def near_duplicates(rows: Edited) -> None:
 
 
 def same_people(rows: Edited, embeddings: Tensor, threshold: float, merge: bool) -> None:
-    """Merge people who are one by their mean embeddings, or set the smaller ones aside. The largest keeps its name; among
-    equals the first.
+    """Merge people whose mean embeddings match, or set the smaller ones aside.
+
+    The largest person keeps its name; among equals, the first.
     """
     faces = faces_of(Rows(rows), embeddings, unknown=False)
     places, sizes = faces.people.rows.places, faces.people.sizes.tolist()
@@ -98,7 +99,7 @@ def same_people(rows: Edited, embeddings: Tensor, threshold: float, merge: bool)
         for person in group:
             if person == keeper:
                 continue
-            # In a chain of likenesses the keeper itself may be less like than the one in between.
+            # In a chain of similar people, the keeper itself may be less similar than the link between.
             cosine = float(torch.dot(faces.means[person], faces.means[keeper]))
             like = int(places[faces.people.firsts[keeper]])
             reason = f"{faces.name(person)} is {faces.name(keeper)}, who has more photos or came first (cosine {cosine:.2f})"

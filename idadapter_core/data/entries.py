@@ -1,4 +1,4 @@
-"""Photos before they are looked at, and the fields by which tables and JSON files describe them."""
+"""Photos before scanning, and the fields that describe them in tables and JSON files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import InputError
 from .rows import CLASS_NOUNS
 from .texts import BLANK, caption_of
 
-# The names that fields of tables have: with kohya, Hugging Face, IP-Adapter, FaceID-6M and our own shards.
+# Field names in tables: those of kohya, Hugging Face, IP-Adapter, FaceID-6M and our own shards.
 FILE_KEYS = ("file", "file_name", "filename", "image_file", "image_path", "image", "path")
 CAPTION_KEYS = ("caption", "text", "caption_en", "additional_feature", "description")
 IDENTITY_KEYS = ("identity", "person")
@@ -29,22 +29,21 @@ _WOMEN = frozenset("woman women female females girl girls lady she her hers wife
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """A photo before it is looked at: its place, and all that was said about it."""
+    """A photo before scanning: its location and its description."""
 
     source: str  # as in `Row.source`
     identity: str = ""
     caption: str = ""
-    class_noun: str = ""  # "" where neither a label nor the caption tells
+    class_noun: str = ""  # "" if neither a label nor the caption tells
     offset: int = 0
     size: int = 0
-    problem: str = ""  # why it cannot be used, even with a good face
-    is_there: bool = (
-        True  # False: no such file, or a row about something else, such as a line that cannot be read
-    )
+    problem: str = ""  # reason why it cannot be used, even with a good face
+    # False: no such file, or the row is not about a photo, for example an unreadable line.
+    is_there: bool = True
 
 
 def noun_of_caption(caption: str) -> str:
-    """man or woman where the words of a caption speak of one of them only, else ""."""
+    """man or woman if a caption mentions only one of them, else ""."""
     words = set(re.findall(r"[a-z]+", caption.lower()))
     men, women = bool(words & _MEN), bool(words & _WOMEN)
     return "" if men == women else "man" if men else "woman"
@@ -55,10 +54,10 @@ def with_noun(photo: Photo) -> Photo:
 
 
 def parse_json(text: str) -> Any:
-    """JSON in which no key of an object is there twice with different values.
+    """Parse JSON, refusing an object with different values for the same key.
 
     Raises:
-        ValueError: no JSON, nested too deeply, or a key twice.
+        ValueError: not JSON, nested too deeply, or a key with two values.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -76,10 +75,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def with_plain_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry with the names of its fields as they are looked for: without spaces around them, in lower case.
+    """Normalise the keys of an entry: strip spaces, lower case.
 
     Raises:
-        InputError: two fields have one name then, and different values.
+        InputError: two keys become the same but have different values.
     """
     plain: dict[str, Any] = {}
     for key, value in entry.items():
@@ -96,10 +95,10 @@ def plain_key(name: str) -> str:
 
 
 def described(entry: Mapping[str, Any]) -> Photo:
-    """The facts about a photo in an entry (plain keys); the caller adds its place.
+    """The description of a photo from an entry (normalised keys), without its location.
 
     Raises:
-        InputError: names the field that is of a wrong kind.
+        InputError: names the field of the wrong type.
     """
     noun = value_of(entry, NOUN_KEYS, lenient=True).lower()
     if noun not in _NOUNS and not is_absent(entry.get("class_noun")):
@@ -115,10 +114,10 @@ def described(entry: Mapping[str, Any]) -> Photo:
 
 
 def value_of(entry: Mapping[str, Any], keys: Sequence[str], *, lenient: bool = False) -> str:
-    """The first of these fields that says something. Of a list of captions the first counts.
+    """The first of these fields that has a value. Of a list of captions, the first is used.
 
     Raises:
-        InputError: the only ones that say something are neither text nor a whole number (unless `lenient`).
+        InputError: no value is a text or a whole number (unless `lenient`).
     """
     wrong = ""
     for key in keys:
@@ -129,7 +128,7 @@ def value_of(entry: Mapping[str, Any], keys: Sequence[str], *, lenient: bool = F
             continue
         if (
             isinstance(value, float) and value.is_integer()
-        ):  # so pandas writes whole numbers of a column with gaps
+        ):  # how pandas writes whole numbers of a column with gaps
             value = int(value)
         if isinstance(value, str | int) and not isinstance(value, bool):
             return str(value).strip(BLANK)
@@ -140,7 +139,7 @@ def value_of(entry: Mapping[str, Any], keys: Sequence[str], *, lenient: bool = F
 
 
 def is_absent(value: object) -> bool:
-    """Whether a field says nothing: null, empty, or pandas' NaN."""
+    """Whether a value is missing: null, empty, or pandas' NaN."""
     return (
         value is None
         or (isinstance(value, float) and math.isnan(value))

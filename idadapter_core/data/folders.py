@@ -1,4 +1,4 @@
-"""Photos in folders: a folder per person, or one for all, with captions beside them."""
+"""Photos in folders: one folder per person or one for all, with captions next to the photos."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from .photos import unread_suffixes
 from .tables import read_entries
 
 PARTS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"))
-"""Names of folders that hold parts of a dataset, not a person."""
+"""Folder names that mean a part of a dataset, not a person."""
 _METADATA = ("metadata.jsonl", "metadata.csv")
-"""Tables of Hugging Face's imagefolder: they describe the photos that they name, in their folder and below."""
+"""Tables of Hugging Face's imagefolder: they describe photos in their folder and below."""
 
 
 @dataclass
 class Walk:
-    """The files below a folder. Hidden ones, and folders that cannot be listed or are there twice, are kept apart; the files of the
-    index to write are left out.
+    """Walks the files below a folder.
+
+    Hidden files, and folders that cannot be listed or were already visited, are collected separately; files of the index to write are
+    skipped.
     """
 
     root: Path
     output: Path | None = None
     hidden: list[str] = field(default_factory=list)
     linked: list[str] = field(default_factory=list)
-    closed: list[tuple[str, str]] = field(default_factory=list)  # folders that cannot be opened, and why
+    closed: list[tuple[str, str]] = field(default_factory=list)  # (folder that cannot be opened, reason)
 
     def __iter__(self) -> Iterator[tuple[str, list[str]]]:
-        """Each folder's path from the root ("" for itself) and the names of the files in it, sorted."""
+        """Yield each folder's path from the root ("" for the root) and the sorted names of its files."""
         seen: set[str] = set()
         own = _own_files(self.output)
         for place, folders, names in os.walk(self.root, onerror=self._closed, followlinks=True):
             inside = _posix(Path(place).relative_to(self.root))
-            if any(
-                part.startswith(".") for part in PurePosixPath(inside).parts
-            ):  # for its files to be counted
+            # Enter hidden folders, but not by links, so that their files are counted.
+            if any(part.startswith(".") for part in PurePosixPath(inside).parts):
                 folders[:] = [name for name in folders if not Path(place, name).is_symlink()]
                 self.hidden += [path_in(inside, name) for name in names]
                 continue
             real = os.path.realpath(place)
-            if real in seen:  # a link to a folder that was read already, perhaps one above it
+            if real in seen:  # a link to a visited folder, perhaps one above it
                 folders.clear()
                 self.linked.append(inside)
                 continue
@@ -65,7 +66,7 @@ class Walk:
         self.closed.append((place or ".", error.strerror or str(error)))
 
     def leave_rest(self, counter: Counter) -> list[Photo]:
-        """Count the files and folders that were kept apart. Returns a row for each folder that cannot be opened."""
+        """Count the files and folders collected separately. Returns a row per folder that cannot be opened."""
         for name in self.hidden:
             counter.leave(name, HIDDEN)
         for name in self.linked:
@@ -77,7 +78,7 @@ class Walk:
 
 
 def _own_files(output: Path | None) -> tuple[str, re.Pattern[str]] | None:
-    """The folder of an index, and the names that its files and its folder of findings have there: they are left by an earlier scan and are no part of the dataset."""
+    """The folder of an index, and a pattern of the names of its files and results folder there, to skip those of an earlier scan."""
     if output is None:
         return None
     name, stem = re.escape(output.name), re.escape(output.stem)
@@ -93,8 +94,9 @@ def _is_hidden_link(place: str, name: str) -> bool:
 def photos_in_folder(
     folder: Path, encoding: str, counter: Counter, output: Path | None
 ) -> tuple[list[Photo], list[Photo]]:
-    """All photos below a folder, by path, and a row for each thing that may be photos but cannot be read. Identities are those
-    that metadata tables tell.
+    """All photos below a folder, by path, and a row for each unreadable item that may hold photos.
+
+    Identities come from metadata tables only.
     """
     walk = Walk(folder, output)
     photos: list[Photo] = []
@@ -129,12 +131,12 @@ def _count_table(metadata: _Metadata, inside: str, name: str, counter: Counter) 
 
 
 def folder_of(photo: Photo) -> str:
-    """The folder that a photo lies in, seen from the root; "" for the root itself."""
+    """Folder of a photo, relative to the root; "" for the root."""
     return photo.source.rpartition("/")[0]
 
 
 def nested_people(folders: Collection[str]) -> str:
-    """A remark about folders of photos in a folder that has photos too; "" where there are none."""
+    """A remark about photo folders inside a folder that has photos, too; "" if there are none."""
     inner = sorted(
         f for f in folders if any(parent.as_posix() in folders for parent in PurePosixPath(f).parents)
     )
@@ -154,11 +156,11 @@ class _Metadata:
         self._encoding = encoding
         self._photos: dict[str, Photo] = {}
         self._by_case: dict[str, list[str]] = {}
-        self._rows: list[Photo] = []  # of lines that cannot be read
+        self._rows: list[Photo] = []  # for unreadable lines
         self._met: set[str] = set()
 
     def add(self, inside: str, name: str) -> bool:
-        """Read a table; False where it is one of another kind, which names no photos."""
+        """Read a table. Returns False if it is another kind of table, which names no photos."""
         path = self._root / inside / name
         try:
             entries = list(read_entries(path, "captions", self._encoding, needs_names=False))
@@ -200,23 +202,23 @@ class _Metadata:
             self._by_case.setdefault(folded(source), []).append(source)
 
     def _source(self, inside: str, named: str) -> str:
-        """The path from the root of a photo that a table in this folder names."""
+        """Path from the root of a photo named by a table in this folder."""
         root = os.path.abspath(self._root)  # noqa: PTH100, which would follow links
         path = os.path.normpath(os.path.join(root, inside, named))  # noqa: PTH118
         try:
             return Path(os.path.relpath(path, root)).as_posix()
-        except ValueError:  # on another drive of Windows
+        except ValueError:  # on another drive (Windows)
             return Path(path).as_posix()
 
     def described(self, photos: Sequence[Photo]) -> list[Photo]:
-        """The photos of the folder with the facts from the tables."""
+        """Add the facts from the tables to the photos of the folder."""
         sources = {photo.source for photo in photos}
         return [self._described(photo, sources) for photo in photos]
 
     def _described(self, photo: Photo, sources: Collection[str]) -> Photo:
         name = photo.source
         if name not in self._photos:
-            # In another case, unless that is the name of another photo.
+            # Ignore case, unless the name is exactly another photo's.
             same = [other for other in self._by_case.get(folded(name), ()) if other not in sources]
             if len(same) != 1:
                 return photo
@@ -225,7 +227,7 @@ class _Metadata:
         return replace(self._photos[name], source=photo.source)
 
     def unplaced(self) -> list[Photo]:
-        """The rows of lines that cannot be read, or name no photo of the folder."""
+        """Rows for lines that are unreadable, or name no photo of the folder."""
         absent = [
             replace(photo, problem=photo.problem or _absent(self._root, photo.source), is_there=False)
             for name, photo in self._photos.items()

@@ -1,8 +1,8 @@
-"""The index: every photo that was seen, with what is known of it, and whether it may be used.
+"""The index of a dataset: every photo seen, the facts known about it, and whether it can be used.
 
-On disk it is a Parquet file with a row for each photo (see `parquet`). The recogniser's embeddings of all rows are in a safetensors
-file beside it, and so is a map of the rows, which all processes of a machine share. The names of both carry a digest: so the files
-always belong together, and a new index replaces an old one in one step.
+On disk, it is a Parquet file with one row per photo (see `parquet`). Next to it are a safetensors file with the recogniser's
+embeddings of all rows, and a memory map of the rows shared by all processes of a machine. Both file names include a digest, so the
+files always belong together, and a new index replaces an old one in one step.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from .rows import BATCH, CLASS_NOUNS, FIELDS, OK, SPLITS, STATUSES, Packed, Row,
 from .texts import read_file
 
 IN_SHARD = "::"
-"""Between a shard's path and a sample's key in `Row.source`."""
+"""Separates a shard's path and a sample's key in `Row.source`."""
 CONVERTED = "converted_from"
-"""The fact that keeps the digest of the JSON Lines of which an index was made."""
+"""Fact that holds the digest of the JSON Lines index that this one was converted from."""
 _EMBEDDINGS = "embeddings"
 _USED = STATUSES.index(OK)
 _DIGITS = "?" * 16
@@ -51,34 +51,34 @@ _DIGITS = "?" * 16
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """An index on disk. Its rows are mapped from there (see `rows`); where others are given, they are packed in memory."""
+    """An index on disk. Its rows are memory-mapped (see `rows`); rows passed to the constructor are packed in memory."""
 
     path: Path
-    root: Path  # what relative sources start from
+    root: Path  # base folder of relative sources
     rows: Rows
     facts: Mapping[str, Any]  # version, recogniser's digest, limits, split, ...
-    digest: str  # 16 hex digits of the facts and the rows; of an index that was converted, those that it had before
+    digest: str  # 16 hex digits of the facts and the rows; a converted index keeps its earlier digest
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", as_rows(self.rows))
 
     def usable(self, split: str | None = None) -> Rows:
-        """The rows that are ok, of one split or of all."""
+        """The rows with status ok, of one split or of all."""
         chosen = self.rows.status == _USED
         return self.rows.where(chosen if split is None else chosen & (self.rows.split == SPLITS.index(split)))
 
     def counts(self) -> dict[str, int]:
-        """How many rows have each status, in the order of STATUSES, zeros included. They sum to the number of rows."""
+        """Number of rows per status, in the order of STATUSES, zeros included. They sum to the number of rows."""
         found = np.bincount(self.rows.status, minlength=len(STATUSES)).tolist()
         return dict(zip(STATUSES, found, strict=True))
 
     def bad_share(self) -> float:
-        """The share of rows that cannot be used, duplicates aside."""
+        """Share of unusable rows, not counting duplicates."""
         counts = self.counts()
         return 1 - (counts[OK] + counts["duplicate"]) / len(self.rows) if self.rows else 0.0
 
     def load(self, row: Row) -> Image:
-        """A row's photo (H, W, 3), RGB uint8, upright, transparency on white.
+        """Load a row's photo (H, W, 3), RGB uint8, upright, transparency on white.
 
         Raises:
             InputError: the file is missing, has changed since the scan, or cannot be decoded.
@@ -91,7 +91,7 @@ class Index:
             ) from error
 
     def read(self, row: Row) -> bytes:
-        """A row's photo as it is stored, one seek and one read even in a shard.
+        """Read a row's photo as stored. One seek and one read, even in a shard.
 
         Raises:
             InputError: the file is missing or has changed since the scan.
@@ -108,17 +108,18 @@ class Index:
         return content
 
     def embeddings(self) -> Tensor:
-        """What the scan's recogniser made of each row's face (rows, 512), fp32, not normalised; zeros where there is no face. Mapped
-        from the file, so it takes no memory, and must not be written to.
+        """The scan's face embeddings of all rows (rows, 512), fp32, not normalised; zeros for rows without a face.
+
+        Memory-mapped and read-only.
 
         Raises:
-            ConfigError: the file beside the index is missing or not the one that belongs to it.
+            ConfigError: the embeddings file is missing or does not belong to this index.
         """
         return read_embeddings(self.path, self.facts)
 
 
 def read_embeddings(path: Path, facts: Mapping[str, Any]) -> Tensor:
-    """The embeddings of an index with these facts, see `Index.embeddings`."""
+    """Open the embeddings of an index with these facts, see `Index.embeddings`."""
     beside = path.with_name(embeddings_name(path, str(facts[_EMBEDDINGS])))
     try:
         tensor = read_safetensors(beside, mapped=True)[0][_EMBEDDINGS]
@@ -136,7 +137,7 @@ def read_embeddings(path: Path, facts: Mapping[str, Any]) -> Tensor:
 
 
 def read_photo(root: Path, source: str, offset: int, size: int) -> bytes:
-    """The bytes of a photo, in a file of its own or within a shard. Raises OSError."""
+    """Read the bytes of a photo, from its own file or a shard. Raises OSError."""
     if not offset:
         return read_file(root / source)
     with (root / source.rpartition(IN_SHARD)[0]).open("rb") as shard:
@@ -148,7 +149,7 @@ def read_photo(root: Path, source: str, offset: int, size: int) -> bytes:
 
 
 def read_index(path: str | Path) -> Index:
-    """Open an index. Its rows were seen to make sense when it was written, and are again when its map is made anew.
+    """Open an index. Rows are validated when an index is written, and again when its map is rebuilt.
 
     Raises:
         ConfigError: names the file, the row and what is wrong with it; or pyarrow is not installed.
@@ -160,26 +161,27 @@ def read_index(path: str | Path) -> Index:
 
 def _opened(path: Path, head: Head, packed: Packed) -> Index:
     facts = dict(head.facts)
-    digest = str(facts.pop(CONVERTED, head.digest))  # not for what is made of this index
+    digest = str(facts.pop(CONVERTED, head.digest))  # must not be passed on to an index made from this one
     return Index(path, root_of(path, facts["root"]), Rows(packed), facts, digest)
 
 
 def write_index(
     path: str | Path, root: Path, rows: Iterable[Row], embeddings: Tensor, facts: Mapping[str, Any]
 ) -> Index:
-    """Write an index and what belongs beside it. Whatever interrupts it, an older index of that name stays whole. Neither rows nor
-    embeddings need be in memory: they are taken some at a time.
+    """Write an index, its embeddings and its map. If interrupted, an older index of that name stays intact.
+
+    Rows and embeddings are processed in batches and need not fit in memory.
 
     Args:
         path: .parquet
-        root: folder that relative sources start from. Stored relative to the index where one lies in the other's folder, so
-            that both can be moved together; else as an absolute path.
+        root: base folder of relative sources. Stored relative to the index if one is inside the other's folder, so that both can
+            be moved together; otherwise as an absolute path.
         rows: numbered from 0.
         embeddings: (rows, 512), zeros where there is no face.
-        facts: what else is known of all rows; plain values. Its `version`, `root`, `rows` and `embeddings` are those of this index.
+        facts: further plain values about the whole index. `version`, `root`, `rows` and `embeddings` are overwritten.
 
     Raises:
-        ConfigError: rows that make no sense, or a folder that cannot be written.
+        ConfigError: invalid rows, or a folder that cannot be written.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
@@ -212,7 +214,7 @@ def write_index(
 
 
 def draft_rows(path: Path, rows: Iterable[Row], count: int) -> Rows:
-    """As many rows, written to a file and mapped from there: those of an index that is still to be made. Raises OSError."""
+    """Write rows to a file and map them from there, for an index that is not written yet. Raises OSError."""
     head = write_parquet(
         path, _batches(rows, count), {"version": VERSION, "root": "", "rows": count, _EMBEDDINGS: ""}
     )
@@ -220,7 +222,7 @@ def draft_rows(path: Path, rows: Iterable[Row], count: int) -> Rows:
 
 
 def _batches(rows: Iterable[Row], count: int) -> Iterator[Any]:
-    """The rows for the file, as many as there must be."""
+    """Record batches of the rows; their number must be `count`."""
     first = 0
     for batch in in_batches(rows):
         if first + len(batch) <= count:
@@ -240,7 +242,7 @@ def _write_embeddings(path: Path, embeddings: Tensor) -> None:
 
 
 def _forget_others(path: Path, embeddings: str, digest: str) -> None:
-    """Delete what belonged to an older index of that name. Where somebody still reads it, Windows does not allow that."""
+    """Delete the files of an older index of that name. Windows does not allow it while they are open."""
     kept = {path.with_name(embeddings_name(path, embeddings)), map_path(path, digest)}
     for kind in ("safetensors", "map"):
         for old in path.parent.glob(f"{glob.escape(path.stem)}.{_DIGITS}.{kind}"):
@@ -250,7 +252,7 @@ def _forget_others(path: Path, embeddings: str, digest: str) -> None:
 
 
 def embeddings_name(path: Path, digest: str) -> str:
-    """The name of the embeddings' file of an index."""
+    """File name of an index's embeddings."""
     return f"{path.stem}.{digest}.safetensors"
 
 
@@ -262,12 +264,12 @@ def _stored_root(path: Path, root: Path) -> str:
 
 
 def root_of(path: Path, stored: str) -> Path:
-    """The folder that relative sources of an index start from."""
+    """Base folder of an index's relative sources."""
     return _absolute(path.absolute().parent / PurePosixPath(stored))
 
 
 def _absolute(path: Path) -> Path:
-    """Without `..`, but with links as they are: they are how people move datasets between disks."""
+    """Resolve `..` but not links: people use links to move datasets between disks."""
     return Path(os.path.normpath(path.absolute()))
 
 

@@ -1,4 +1,4 @@
-"""An account of every file that a scan was given: read as a photo, as a text, as a table, or not read."""
+"""Inventory of every file given to a scan: read as a photo, text or table, or not read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..files import some
 from .photos import PHOTO_SUFFIXES, unread_suffixes
 
 TEXT_SUFFIXES = (".txt", ".caption")
-"""Endings of a caption's file; where a photo has both, the first is read."""
+"""Extensions of caption files; if a photo has both, the first is read."""
 HIDDEN = "hidden"
 NAMELESS = "without an ending"
 LINKED = "folders that are there under another name"
@@ -48,24 +48,24 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Unread:
-    """Files of one kind that were not read."""
+    """Unread files of one kind."""
 
-    kind: str  # the ending, in lower case, or another thing that they have in common
+    kind: str  # lower-case extension, or another common property
     count: int
-    first: str  # path of one of them, the first by name
+    first: str  # path of the first by name
 
     @property
     def advice(self) -> str:
-        """The way to have them read; "" where there is none to give."""
+        """How to get them read; "" if there is no way."""
         return {**_ADVICE, **unread_suffixes()}.get(self.kind, "")
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """An account of the files in a folder, or in shards. The counts sum to all of them."""
+    """Inventory of the files in a folder or in shards. The counts sum to the number of files."""
 
     photos: int = 0
-    texts: int = 0  # captions, and facts about a sample
+    texts: int = 0  # captions, and sample descriptions
     tables: int = 0
     unread: tuple[Unread, ...] = ()
 
@@ -74,7 +74,7 @@ class Inventory:
         return self.photos + self.texts + self.tables + sum(kind.count for kind in self.unread)
 
     def facts(self) -> dict[str, Any]:
-        """Plain values, for an index."""
+        """Plain values for an index."""
         unread = {kind.kind: {"count": kind.count, "first": kind.first} for kind in self.unread}
         return {
             "files": self.files,
@@ -91,10 +91,10 @@ class Counter:
     def __init__(self) -> None:
         self.photos = self.texts = self.tables = 0
         self._unread: dict[str, tuple[int, str]] = {}
-        self._texts: dict[str, int] = {}  # not read so far, by name; a shard may hold a name twice
+        self._texts: dict[str, int] = {}  # unread so far, by name; a shard may hold a name twice
 
     def leave(self, name: str, kind: str = "") -> None:
-        """Count a file that is not read: under its ending, or under a kind that is named."""
+        """Count a file as unread, by its extension or by the given kind."""
         kind = kind or kind_of(name)
         if kind in TEXT_SUFFIXES:
             self._texts[name] = self._texts.get(name, 0) + 1
@@ -102,7 +102,7 @@ class Counter:
             self._unread[kind] = _with(self._unread.get(kind), name, 1)
 
     def take_texts(self, root: Path, paths: Collection[Path]) -> int:
-        """Leave these files no longer, as far as they were left as texts below the root; returns how many that were."""
+        """Remove files from the unread texts below the root. Returns the number of those that were there."""
         # A folder may have been read under the name of a link to it.
         left = {os.path.realpath(root / inside): inside for inside in {_folder(name) for name in self._texts}}
         places = {folder: left.get(os.path.realpath(folder)) for folder in {path.parent for path in paths}}
@@ -113,7 +113,7 @@ class Counter:
         return taken
 
     def inventory(self) -> Inventory:
-        # Kinds with a way to have them read come first, then the most numerous.
+        # Kinds with advice come first, then the most numerous.
         unread = dict(self._unread)
         for name, count in self._texts.items():
             unread[kind_of(name)] = _with(unread.get(kind_of(name)), name, count)
@@ -127,24 +127,24 @@ def _folder(name: str) -> str:
 
 
 def _with(before: tuple[int, str] | None, name: str, count: int) -> tuple[int, str]:
-    """A number of files and the first one by name, with some more."""
+    """Add files to a count and keep the first name."""
     return (count, name) if before is None else (before[0] + count, min(before[1], name))
 
 
 def path_in(inside: str, name: str) -> str:
-    """The path from the root of a file in a folder that has this path from the root; that of the root itself is ""."""
+    """Join a folder's path from the root ("" for the root) and a file name."""
     return f"{inside}/{name}" if inside else name
 
 
 def ending_of(name: str) -> str:
-    """A file's ending with its dot, in lower case; "" where it has none. `name` may be a path."""
+    """Lower-case extension of a name or path, with its dot; "" if there is none."""
     base = name.rpartition("/")[2]
     stem, dot, ending = base.rpartition(".")
     return (dot + ending).lower() if stem else ""
 
 
 def is_photo(name: str) -> bool:
-    """Whether a name is that of a photo that can be read here."""
+    """Whether a name has a photo extension that can be read here."""
     ending = ending_of(name)
     return ending in PHOTO_SUFFIXES and ending not in unread_suffixes()
 
@@ -154,7 +154,7 @@ def kind_of(name: str) -> str:
 
 
 def describe_inventory(facts: Mapping[str, Any]) -> str:
-    """An inventory's facts in words, with the ways to have unread files read; "" where nothing was counted."""
+    """Describe an inventory's facts, with advice for unread files; "" if nothing was counted."""
     if not facts.get("files"):
         return ""
     unread = dict(facts["not_read"])
@@ -166,7 +166,7 @@ def describe_inventory(facts: Mapping[str, Any]) -> str:
 
 
 def describe_unread(unread: Iterable[Unread]) -> str:
-    """On one line, for a message."""
+    """Describe unread files on one line, for a message."""
     return some(f"{kind.count} {kind.kind}{f' ({kind.advice})' * bool(kind.advice)}" for kind in unread)
 
 

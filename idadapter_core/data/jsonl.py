@@ -1,6 +1,6 @@
-"""An index in JSON Lines: how it was kept before it was Parquet, and how it is shown.
+"""Indexes in JSON Lines, the format before Parquet; also used to show an index.
 
-The first line holds facts about all of it, then comes one row a line.
+The first line holds the facts about the index; each following line is a row.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .rows import CLASS_NOUNS, FIELDS, OK, SPLITS, STATUSES, Row
 
 VERSION = 1
 WANTED = {"version": int, "root": str, "rows": int, "embeddings": str}
-"""The facts that every index has."""
+"""Facts that every index has."""
 
 
 def is_lines(path: Path) -> bool:
-    """Whether a file is of JSON Lines and not Parquet.
+    """Whether a file is JSON Lines, not Parquet.
 
     Raises:
         ConfigError: it cannot be read, or is empty.
@@ -40,14 +40,14 @@ def is_lines(path: Path) -> bool:
 
 
 def line_of(row: Row) -> str:
-    """A row as JSON, without the line's end."""
+    """A row as JSON, without newline."""
     return json.dumps(
         {name: getattr(row, name) for name in FIELDS}, ensure_ascii=False, separators=(",", ":")
     )
 
 
 class Lines:
-    """An index in JSON Lines, read strictly and line by line.
+    """An index in JSON Lines, validated line by line.
 
     Raises:
         ConfigError: names the file, the line and what is wrong with it; also while the rows are read.
@@ -179,7 +179,7 @@ def _row(where: str, line: bytes, number: int) -> Row:
 
 
 def _contradiction(row: Row, number: int) -> str:
-    """What does not fit together in a row; empty when all does."""
+    """Describe a contradiction in a row; empty if there is none."""
     if row.number != number:
         return f"number must be {number}, got {row.number}"
     if row.status != OK:

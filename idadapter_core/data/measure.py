@@ -1,4 +1,4 @@
-"""What is found out about one photo, and what is made of it: first facts, which cost time, then a verdict by limits."""
+"""Measure one photo and judge it: first facts, which are expensive, then a verdict by limits."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from .photos import decode_with_note
 from .rows import OK
 
 RIVAL = 0.5
-"""A second face of at least this share of the largest one's area makes a photo one of many faces."""
+"""A photo shows several people if the area of a second face is at least this share of the largest one's."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a photo needs to be of use. Each is an option of `scan`."""
+    """Requirements for a usable photo. Each is an option of `scan`."""
 
     min_side: int = 256  # shorter side of the photo, pixels
     min_face: int = 64  # shorter side of the face's box, pixels
-    min_fraction: float = 0.02  # share of the photo that the face's box covers
+    min_fraction: float = 0.02  # share of the photo covered by the face's box
     min_sharpness: float = 15.0  # variance of the Laplacian of the aligned crop
     max_yaw: float = 60.0  # degrees to either side
     max_pitch: float = 50.0  # degrees up or down
@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Measured:
-    """The facts of one photo, rounded, so that they are the same after a way through a file."""
+    """The facts of one photo, rounded, so that they survive a round trip through a file."""
 
     sha256: str = ""
     size: int = 0  # bytes
@@ -63,23 +63,23 @@ class Measured:
     pitch: float = 0.0
     sharpness: float = 0.0
     sex: str = ""  # M, F or ""
-    status: str = ""  # corrupt or no_face, where nothing else needs to be asked
+    status: str = ""  # corrupt or no_face if no further fact is needed
     reason: str = ""
-    note: str = ""  # a remark that scans count: what could not be made of the photo's colours
+    note: str = ""  # a remark that scans count: a problem with the photo's colours
 
 
 class Models:
-    """The opened networks that look at photos."""
+    """The loaded networks for measuring photos."""
 
     def __init__(self, package: Path, recognizer: Path | None, provider: str) -> None:
-        # One thread: many processes do this at once, and results must not depend on how many.
+        # One thread: many processes do this at once, and results must not depend on the number of threads.
         self.analyzer: FaceAnalyzer = open_analyzer(
             package, provider, recognition=recognizer is None, threads=1
         )
         self.recognizer: IResNet | None = None if recognizer is None else load_iresnet(recognizer)
 
     def facts(self) -> dict[str, Any]:
-        """What names these networks in an index. A recogniser is named as in features and adapters."""
+        """Identification of these networks in an index. Recognisers are named as in features and adapters."""
         files = self.analyzer.package.models
         return {
             "face_package": {task: file_digest(path) for task, path in sorted(files.items())},
@@ -104,7 +104,7 @@ class Models:
 
 
 def measure(photo: Photo, root: Path, models: Models) -> tuple[Measured, NDArray[np.float32] | None]:
-    """The facts of a photo, and the embedding of its largest face where there is one. A photo that cannot be read has facts too."""
+    """Measure a photo: its facts, and the embedding of its largest face, if any. An unreadable photo has facts, too."""
     if photo.problem:
         return Measured(status="corrupt", reason=photo.problem), None
     try:
@@ -117,7 +117,7 @@ def measure(photo: Photo, root: Path, models: Models) -> tuple[Measured, NDArray
     except InputError as error:
         return Measured(**known, status="corrupt", reason=str(error)), None
     known |= {"width": image.shape[1], "height": image.shape[0], "phash": _phash(image), "note": note}
-    # The face models take no smaller pictures; `judge` finds these too small anyway.
+    # The face models accept no smaller images; `judge` rejects these anyway.
     faces = order_faces(models.analyzer.detect(image), "largest") if min(image.shape[:2]) >= MIN_SIDE else []
     if not faces:
         return Measured(**known, status="no_face", reason="no face was found"), None
@@ -130,7 +130,7 @@ def measure(photo: Photo, root: Path, models: Models) -> tuple[Measured, NDArray
 
 
 def judge(facts: Measured, limits: Limits) -> tuple[str, str]:
-    """A photo's status and the reason for it; the first thing that is wrong counts."""
+    """A photo's status and the reason. The first failed requirement counts."""
     if facts.status == "corrupt":
         return facts.status, facts.reason
     side = min(facts.width, facts.height)
@@ -167,7 +167,7 @@ def judge(facts: Measured, limits: Limits) -> tuple[str, str]:
 
 
 def sharpness(crop: Image) -> float:
-    """Variance of the Laplacian of a crop (H, W, 3), RGB uint8, in grey levels: low where the picture is blurred."""
+    """Variance of the Laplacian of a crop (H, W, 3), RGB uint8, in grey levels: low for blurred images."""
     grey = crop.astype(np.float64) @ [0.299, 0.587, 0.114]
     middle = grey[1:-1, 1:-1]
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * middle

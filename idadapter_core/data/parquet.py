@@ -1,8 +1,8 @@
-"""The file of an index, Parquet, and the map made of it: its rows packed as `rows.Packed` has them.
+"""The Parquet file of an index, and its memory map with packed rows (`rows.Packed`).
 
-Parquet is what is kept, copied and read by other programs. But its columns have to be decoded, into memory of each process that
-reads it; so beside it lies the map, which no process has for itself. It is made with the index, and once more where it is missing
-or is not that of the file.
+Parquet is the format to keep, copy and read in other programs. But decoding its columns takes memory in every process, so training
+reads a map next to it that all processes share. The map is written with the index, and rebuilt if it is missing or belongs to another
+file.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # of the Parquet file; version 1 was JSON Lines
 SUFFIX = ".parquet"
-MAP_VERSION = "1"  # of the map; another one is made anew
-_KEY = "idadapter_index"  # of the facts, in the file's own metadata
+MAP_VERSION = "1"  # of the map; a map of another version is rebuilt
+_KEY = "idadapter_index"  # metadata key of the facts in the file
 _DIGEST = "digest"
 # ---------------------------------------------------------------------------------------------------- files
 
 
 @dataclass(frozen=True)
 class Head:
-    """What an index says of itself, without its rows."""
+    """Header of an index, without the rows."""
 
-    digest: str  # 16 hex digits, of the facts and the rows
-    facts: Mapping[str, Any]  # version, root, rows, embeddings, and what else is known of all of it
+    digest: str  # 16 hex digits of the facts and the rows
+    facts: Mapping[str, Any]  # version, root, rows, embeddings, and further facts about the whole index
 
 
 _WANTED = {"version": int, "root": str, "rows": int, "embeddings": str, _DIGEST: str}
 
 
 def write_parquet(path: Path, batches: Iterable[Any], facts: Mapping[str, Any]) -> Head:
-    """Write the file of an index. Raises OSError, or whatever making the batches raises.
+    """Write the Parquet file of an index. Raises OSError, or any error from making the batches.
 
     Args:
-        batches: of `batch_of`, each of `BATCH` rows but the last.
-        facts: plain values, among them those of `_WANTED` but the digest.
+        batches: of `batch_of`, `BATCH` rows each, the last may have fewer.
+        facts: plain values, including those of `_WANTED` except the digest.
     """
     pa, pq = require("pyarrow"), require("pyarrow.parquet")
     content = _content_digest(facts)
@@ -73,10 +73,10 @@ def _content_digest(facts: Mapping[str, Any]) -> Any:
 
 
 def read_head(path: Path) -> Head:
-    """What an index says of itself.
+    """Read the header of an index.
 
     Raises:
-        ConfigError: no index, or one of another version; names the file and says what to do.
+        ConfigError: not an index, or one of another version; names the file and the next step.
     """
     pa, pq = require("pyarrow"), require("pyarrow.parquet")
     if is_lines(path):
@@ -122,7 +122,7 @@ def _head(path: Path, found: Any) -> Head:
 
 
 def _difference(found: Any) -> str:
-    """Where the columns of a file are others than they should be."""
+    """Describe how the columns of a file differ from the schema."""
     for field in schema():
         if field.name not in found.names:
             return f"the column {field.name} is missing"
@@ -133,10 +133,10 @@ def _difference(found: Any) -> str:
 
 
 def batches_of(path: Path) -> Iterator[Any]:
-    """The rows of an index, `BATCH` at a time, as record batches that make sense.
+    """Read the rows of an index as validated record batches of `BATCH` rows.
 
     Raises:
-        ConfigError: the file is damaged, or was edited.
+        ConfigError: the file is damaged or was edited.
     """
     pa, pq = require("pyarrow"), require("pyarrow.parquet")
     first = 0
@@ -158,15 +158,15 @@ def batches_of(path: Path) -> Iterator[Any]:
 
 
 def map_path(path: Path, digest: str) -> Path:
-    """The map of an index with this digest."""
+    """Path of the map of an index with this digest."""
     return path.with_name(f"{path.stem}.{digest}.map")
 
 
 def mapped_rows(path: Path, head: Head, name: Path | None = None) -> Packed:
-    """The rows of an index, mapped from the file beside it, which is made where it is missing.
+    """Map the rows of an index from the file next to it, which is made if missing.
 
     Args:
-        name: that a new index will have, while it is still written under another one.
+        name: final name of a new index that is still being written under another one.
 
     Raises:
         ConfigError: the index is damaged, or the map cannot be written.
@@ -177,7 +177,7 @@ def mapped_rows(path: Path, head: Head, name: Path | None = None) -> Packed:
         try:
             with _only_one(target):
                 if not _is_of(target, stamp):
-                    if name is None:  # of an old index nobody expects that to take time
+                    if name is None:  # for an existing index, users do not expect this to take time
                         log.info("%s is missing and made anew, once for all processes", target)
                     write_map(path, target, head, stamp)
         except OSError as error:
@@ -192,7 +192,7 @@ def mapped_rows(path: Path, head: Head, name: Path | None = None) -> Packed:
 
 
 def _stamp(path: Path, head: Head) -> dict[str, str]:
-    """What a map records of its index. The end of a Parquet file tells sizes and ranges of all that is in it."""
+    """Identification of its index stored in a map. The end of a Parquet file has the sizes and ranges of all its content."""
     with path.open("rb") as file:
         file.seek(-8, os.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
@@ -209,7 +209,7 @@ def _is_of(target: Path, stamp: Mapping[str, str]) -> bool:
 
 
 def write_map(path: Path, target: Path, head: Head, stamp: Mapping[str, str]) -> None:
-    """Make the map of an index. Raises OSError, or ConfigError where the index is not what it says."""
+    """Write the map of an index. Raises OSError, or ConfigError if the index does not match its header."""
     content = _content_digest(head.facts)
     names: list[Any] = []
     texts = 0
@@ -240,10 +240,10 @@ def write_map(path: Path, target: Path, head: Head, stamp: Mapping[str, str]) ->
 
 @contextlib.contextmanager
 def _only_one(target: Path) -> Iterator[None]:
-    """One process of a machine at a time, as far as the system has such locks: the others wait for its end."""
+    """Context manager: one process of a machine at a time, if the system has such locks; the others wait for it."""
     try:
         import fcntl
-    except ImportError:  # Windows: each makes the map, the last one stays
+    except ImportError:  # Windows: each process makes the map, the last one stays
         yield
         return
     lock = target.with_name(f".{target.name}.lock")

@@ -1,4 +1,4 @@
-"""Whose photos belong together."""
+"""Group photos by person."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .rows import Row, Rows, as_rows
 
 
 class People(Sequence[Rows]):
-    """The rows of each person, in their order, people in the order of their first row.
+    """The rows of each person, in order; people in the order of their first row.
 
-    A photo of nobody known is a person of its own, whatever others are called. Held as arrays: 12 bytes a row and 4 a person.
+    A photo of an unknown person is a person of its own. Stored as arrays: 12 bytes per row and 4 per person.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -21,11 +21,11 @@ class People(Sequence[Rows]):
         codes = self.rows.person
         order, starts = _grouped(codes)
         firsts = order[starts]
-        if (firsts[1:] < firsts[:-1]).any():  # the first row by which a person is numbered is not among these
+        if (firsts[1:] < firsts[:-1]).any():  # the first row, which numbers a person, is not among these rows
             codes = np.empty_like(codes)
             codes[order] = np.repeat(firsts, np.diff(starts, append=len(codes)))
             order, starts = _grouped(codes)
-        self.order = order  # (rows,) positions in `rows`, person by person
+        self.order = order  # (rows,) positions in `rows`, by person
         self._starts = starts
         self._of: NDArray[np.uint32] | None = None
 
@@ -37,24 +37,24 @@ class People(Sequence[Rows]):
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(people,) how many rows each has."""
+        """(people,) number of rows of each person."""
         ends = np.append(self._starts[1:], len(self.rows)).astype(np.int64)
         return ends - self._starts
 
     def positions(self, person: int) -> NDArray[np.uint32]:
-        """Where a person's rows are in `rows`."""
+        """Positions of a person's rows in `rows`."""
         person = range(len(self))[person]
         end = self._starts[person + 1] if person + 1 < len(self) else len(self.rows)
         return self.order[self._starts[person] : end]
 
     @property
     def firsts(self) -> NDArray[np.uint32]:
-        """(people,) where in `rows` each one's first is."""
+        """(people,) position in `rows` of each person's first row."""
         return self.order[self._starts]
 
     @property
     def of(self) -> NDArray[np.uint32]:
-        """(rows,) whose each row is: the person's place in this sequence."""
+        """(rows,) person of each row, as an index into this sequence."""
         if self._of is None:
             self._of = np.empty(len(self.rows), np.uint32)
             self._of[self.order] = np.repeat(np.arange(len(self), dtype=np.uint32), self.sizes)
@@ -62,12 +62,12 @@ class People(Sequence[Rows]):
 
 
 def _grouped(codes: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Positions sorted by code, and where in them each code begins."""
+    """Positions sorted by code, and the start of each code in them."""
     order = np.argsort(codes, kind="stable").astype(np.uint32)
     codes = codes[order]
     return order, np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]][: len(codes)]).astype(np.uint32)
 
 
 def photos_beside_target(photos: int) -> int:
-    """By how many photos a person of so many is known while one of them is to be learned: by the others, or by the only one."""
+    """Number of reference photos of a person with this many photos, while one is the target: the others, or the only one."""
     return max(photos - 1, 1)

@@ -1,4 +1,4 @@
-"""Decoding photo files: upright, sRGB, whole or not at all."""
+"""Decode photo files: upright, sRGB, completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..faces.images import MAX_SIDE, Image
 
 MAX_PIXELS = 100_000_000
-"""Larger pictures are not decoded: a small file can claim to be one that fills the memory."""
+"""Larger images are not decoded: a small file can declare a size that fills the memory."""
 PHOTO_SUFFIXES = (
     *(
         ".jpg",
@@ -34,13 +34,13 @@ PHOTO_SUFFIXES = (
     ),
     *(".avif", ".heic", ".heif", ".hif"),
 )
-"""Endings that photos have; of a sample with several photos, the one with the first of them is taken."""
+"""File extensions of photos. If a sample has several photos, the one whose extension comes first is used."""
 HEIF_ADVICE = "run `pip install pillow-heif` with this Python to have them read, or export them as JPEG"
 AVIF_ADVICE = "this Pillow reads no AVIF: run `pip install --upgrade pillow`, or export them as PNG"
 SRGB_NOTE = "the colour profile cannot be used, so colours were taken for sRGB"
 
 _HEIF_SUFFIXES = (".heic", ".heif", ".hif")
-# Pillow reads about forty formats, some through programs of the system (EPS starts Ghostscript). These are the ones of photos.
+# Formats of photos only: Pillow reads about forty formats, some through external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
 _HEIF = re.compile(rb"....ftyp(he|mif|msf)", re.DOTALL)
 _AVIF = re.compile(rb"....ftyp(avif|avis)", re.DOTALL)
@@ -57,27 +57,27 @@ _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9A-Fa-f]+>")
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _MAX_DEEP = 65535
 _MODES_OF_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-_CLOSE = 2  # levels; a profile that changes no colour by more is sRGB
+_CLOSE = 2  # levels; a profile that changes no colour by more is treated as sRGB
 
 
 def decode(content: bytes) -> Image:
-    """A photo file's bytes as (H, W, 3), sRGB uint8, turned upright by its EXIF tag, with transparency laid on white.
+    """Decode a photo file to (H, W, 3), sRGB uint8, upright by its EXIF tag, with transparency on white.
 
-    Decoded twice: Pillow's checksums first, then every pixel. Only the first frame of an animation is read. Colours are taken
-    through the photo's own profile; where that is damaged or of another kind of picture, they count as sRGB.
+    Decoded twice: first Pillow's checksums, then every pixel. Only the first frame of an animation is read. Colours are converted with the
+    embedded profile; if that is damaged or for another kind of image, they are assumed to be sRGB.
 
     Raises:
-        InputError: no picture, one of a format that is not meant, a truncated or damaged one, or more than 100 million pixels.
-            The message is the same each time.
+        InputError: not an image, not an accepted format, truncated or damaged, or more than 100 million pixels. The message is the
+            same each time.
     """
     return decode_with_note(content)[0]
 
 
 def decode_with_note(content: bytes) -> tuple[Image, str]:
-    """As `decode`, and a remark about the photo's colours for who counts them; "" where there is none."""
+    """As `decode`, with a note about the photo's colours for counting; "" if there is none."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that Pillow finds suspicious, and of odd EXIF data
+            warnings.simplefilter("ignore")  # about sizes that Pillow finds suspicious, and odd EXIF data
             with _open(content) as picture:
                 _check_size(picture.size)
                 picture.verify()
@@ -90,20 +90,20 @@ def decode_with_note(content: bytes) -> tuple[Image, str]:
         raise InputError(f"more than {MAX_PIXELS // 10**6} million pixels are not decoded") from error
     except UnidentifiedImageError as error:
         raise InputError(_unknown(content)) from error
-    except Exception as error:  # whatever the damage leads to: SyntaxError, struct.error, IndexError, ...
+    except Exception as error:  # damage can raise anything: SyntaxError, struct.error, IndexError, ...
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise InputError(f"cannot be decoded: {_ADDRESS.sub('the file', reason)[:200]}") from error
 
 
 def suffix(content: bytes) -> str:
-    """The usual file name ending of a photo's format, for example "jpg"; by its content, whatever its name was."""
+    """The usual file extension of a photo's format, for example "jpg". Detected from the content, not from the name."""
     with _open(content) as picture:
         name = (picture.format or "").lower()
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif", "heif": "heic"}.get(name, name)
 
 
 def unread_suffixes() -> dict[str, str]:
-    """Those of PHOTO_SUFFIXES whose photos nothing here can read, each with the way to have them read."""
+    """Those of PHOTO_SUFFIXES that cannot be read here, each with a way to enable it."""
     unread: dict[str, str] = {}
     if not _registers_heif():
         unread |= dict.fromkeys(_HEIF_SUFFIXES, HEIF_ADVICE)
@@ -113,7 +113,7 @@ def unread_suffixes() -> dict[str, str]:
 
 
 def codecs() -> dict[str, bool]:
-    """Whether the formats that not every installation reads are read here. The findings of a scan depend on it."""
+    """Which optional formats can be read here. The results of a scan depend on it."""
     return {"avif": "AVIF" in _formats(), "heif": _registers_heif()}
 
 
@@ -131,7 +131,7 @@ def _formats() -> tuple[str, ...]:
 
 @functools.cache
 def _registers_heif() -> bool:
-    """Whether pillow-heif is there. It is no requirement: its codec has patents and a licence of its own."""
+    """Whether pillow-heif is installed. It is not a requirement: its codec has patents and its own licence."""
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except (ImportError, AttributeError, OSError):
@@ -140,7 +140,7 @@ def _registers_heif() -> bool:
 
 
 def _unknown(content: bytes) -> str:
-    """Why Pillow finds no picture in this, as far as the first bytes tell."""
+    """Why Pillow does not recognise the content as an image, judging by the first bytes."""
     for kind, name, start, advice in (
         ("heif", "a HEIC", _HEIF, HEIF_ADVICE),
         ("avif", "an AVIF", _AVIF, AVIF_ADVICE),
@@ -196,7 +196,7 @@ def _eight_bits(picture: Pillow.Image) -> Pillow.Image:
 
 
 def _srgb(picture: Pillow.Image, profile: bytes) -> tuple[Pillow.Image, str]:
-    """A picture of mode RGB, L, CMYK or LAB in sRGB, and the note about a profile that cannot be used."""
+    """Convert an image of mode RGB, L, CMYK or LAB to sRGB; also returns the note about an unusable profile."""
     if not profile and picture.mode != "LAB":
         return picture.convert("RGB"), ""
     transform, note = _transform(profile, picture.mode)
@@ -215,14 +215,14 @@ def _srgb(picture: Pillow.Image, profile: bytes) -> tuple[Pillow.Image, str]:
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> tuple[tuple[str, ImageCms.ImageCmsTransform] | None, str]:
-    """The mode that a profile speaks of and the way from there to sRGB; None where colours are sRGB, or must be taken for it."""
+    """The mode of a profile and the transform from there to sRGB. None if colours are sRGB or have to be assumed to be."""
     try:
         if profile:
             found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             source = _MODES_OF_SPACES.get(found.profile.xcolor_space.strip(), "")
         else:
             found, source = ImageCms.createProfile("LAB"), "LAB"  # type: ignore[assignment]
-        # A grey picture may have a profile for colours: it tells how light its levels are.
+        # A grey image may have a profile for colours: it defines the lightness of the levels.
         if source != mode and (source, mode) != ("RGB", "L"):
             return None, SRGB_NOTE
         how = ImageCms.buildTransform(found, ImageCms.createProfile("sRGB"), source, "RGB")
@@ -234,7 +234,7 @@ def _transform(profile: bytes, mode: str) -> tuple[tuple[str, ImageCms.ImageCmsT
 
 
 def _is_close(how: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a transform changes nothing but roundings: most photos say in their profile that they are sRGB."""
+    """Whether a transform changes nothing but rounding: most photos have an sRGB profile."""
     steps = np.linspace(0, 255, 16).astype(np.uint8)
     grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(64, 64, 3)
     changed = ImageCms.applyTransform(Pillow.fromarray(grid), how)

@@ -1,7 +1,7 @@
-"""What a scan has found so far, in a folder beside the index: a file for each process that looks at photos.
+"""Intermediate results of a scan, in a folder next to the index: one file per process.
 
-A kill in the middle of a line does not spoil a file. Each line is a photo. It counts as long as the photo's file has the same size
-and time of change, whichever process wrote it and however many there were then.
+Each line is a photo. A process killed in the middle of a line does not spoil the file. A result is valid while the photo's file has the
+same size and modification time, whichever process wrote it and however many there were.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from .ranks import ALONE, Ranks
 log = logging.getLogger(__name__)
 
 _SYNC_SECONDS = 1.0
-_FILE = 40  # bits for a place within a file; the file's number is above them
+_FILE = 40  # bits of a place within a file; the file's number is in the bits above
 
 Embedding = NDArray[np.float32]
 Finding = tuple[Measured, Embedding | None]
-_Key = tuple[str, int]  # source and offset: a damaged shard may hold one key twice
+_Key = tuple[str, int]  # source and offset: a damaged shard may hold a key twice
 
 
 def progress_path(output: Path) -> Path:
-    """The folder for what a scan has found so far."""
+    """The folder of a scan's intermediate results."""
     return output.with_name(f"{output.name}.progress")
 
 
 class Progress:
-    """What is known of some photos. Findings stay on the disk: in memory is where they are.
+    """Intermediate results for some photos. They stay on disk; only their places are in memory.
 
     Args:
-        photos: those that somebody must look at and this process must know of.
-        settings: what findings depend on; those of other settings do not count.
+        photos: photos to scan, by any process, that this process must know of.
+        settings: everything that results depend on; results with other settings are ignored.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Progress:
         self._settings = json.loads(json.dumps(settings))
         self._root = root
         self._number: dict[_Key, int] = {}
-        self._unique: list[Photo] = []  # one may be named twice
+        self._unique: list[Photo] = []  # a photo may be listed twice
         for photo in photos:
             if self._number.setdefault(_key(photo), len(self._number)) == len(self._unique):
                 self._unique.append(photo)
-        self._places = np.full(len(self._number), -1, np.int64)  # of each one's finding
+        self._places = np.full(len(self._number), -1, np.int64)  # of each photo's result
         self._readers: dict[Path, _Reader] = {}
         self._files: list[BinaryIO | None] = []
         self._names: list[Path] = []
@@ -94,7 +94,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # every line was flushed; what a full disk refused is not in it
+        with contextlib.suppress(OSError):  # all complete lines were already flushed
             self._file.close()
         self._close()
 
@@ -105,20 +105,20 @@ class Progress:
         self._files = [None] * len(self._files)
 
     def knows(self, photo: Photo) -> bool:
-        """Whether this photo was looked at, and has not changed since."""
+        """Whether this photo was scanned and has not changed since."""
         return bool(self._places[self._number[_key(photo)]] >= 0)
 
     @property
     def left(self) -> int:
-        """How many photos nobody has looked at."""
+        """Number of photos not scanned yet."""
         return int((self._places < 0).sum())
 
     def first_left(self) -> list[str]:
-        """The sources of some that nobody has looked at."""
+        """Sources of some photos not scanned yet."""
         return [self._unique[number].source for number in np.flatnonzero(self._places < 0)[:4]]
 
     def finding(self, photo: Photo) -> Finding:
-        """What was found in a photo that is known."""
+        """The result of a scanned photo."""
         number, offset = divmod(int(self._places[self._number[_key(photo)]]), 1 << _FILE)
         file = self._files[number]
         if file is None:
@@ -134,7 +134,7 @@ class Progress:
         return Measured(**facts), embedding
 
     def add(self, photo: Photo, finding: Finding) -> None:
-        """Write down what was found in a photo."""
+        """Save the result of a photo."""
         found, embedding = finding
         text = None if embedding is None else base64.b64encode(embedding.astype("<f4").tobytes()).decode()
         content = {
@@ -148,7 +148,7 @@ class Progress:
         self._places[self._number[_key(photo)]] = self._file_number(self._own) << _FILE | place
 
     def look(self) -> None:
-        """Take over what other processes have found, and those of earlier scans."""
+        """Read new results of other processes and of earlier scans."""
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             if path != self._own:
                 reader = self._readers.setdefault(path, _Reader(path, self._settings))
@@ -156,13 +156,13 @@ class Progress:
                     self._take(path, offset, entry)
 
     def forget(self) -> None:
-        """Delete all of it: the index is written."""
+        """Delete the folder, after the index is written."""
         self._file.close()
         self._close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _open_own(self) -> int:
-        """Take over what this process found in an earlier scan. Returns how many bytes of it are whole; 0: start anew."""
+        """Read this process's results of an earlier scan. Returns the number of intact bytes; 0: start from scratch."""
         reader = _Reader(self._own, self._settings)
         for offset, entry in reader.lines():
             self._take(self._own, offset, entry)
@@ -203,7 +203,7 @@ class Progress:
 
 
 class _Reader:
-    """Reads a file that grows, each whole line once."""
+    """Reads the complete lines of a growing file, each once."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._path, self._settings = path, settings
@@ -211,7 +211,7 @@ class _Reader:
         self.is_of_others = False
 
     def lines(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """The places and contents of lines that are new, without the first one; none while that one is of other settings."""
+        """Positions and contents of new lines except the first; nothing if the first line has other settings."""
         with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
             file.seek(self.read)
             for line in file:
@@ -227,12 +227,12 @@ class _Reader:
                         _require_finding(entry)
                         yield self.read, entry
                 except (ValueError, KeyError, TypeError):
-                    return  # what a lost power supply left
+                    return  # left by a power failure
                 self.read += len(line)
 
 
 def _require_finding(entry: Any) -> None:
-    """Raises ValueError, KeyError or TypeError for what is no finding."""
+    """Raise ValueError, KeyError or TypeError if an entry is not a result."""
     source, offset = entry["photo"]
     Measured(**entry["facts"])
     if not isinstance(source, str) or not isinstance(offset, int) or not isinstance(entry["stamp"], list):
@@ -245,7 +245,7 @@ def _key(photo: Photo) -> _Key:
 
 
 def _stamp(photo: Photo, root: Path) -> list[int]:
-    """Changes when the photo's file does: size and time of change, and its place in a shard."""
+    """Changes with the photo's file: size, modification time, and position in a shard."""
     path = root / (photo.source.rpartition(IN_SHARD)[0] if photo.offset else photo.source)
     try:
         facts = path.stat()

@@ -1,5 +1,7 @@
-"""Several processes, on one machine or many, that share a piece of work and see the same folder. No network is between them: each
-writes its part there, and the one of rank 0 puts the parts together."""
+"""Share work among processes, on one machine or many, through a common folder and without a network.
+
+Each process writes its part there, and rank 0 combines the parts.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ from ..errors import ConfigError, InputError
 from ..waiting import PATIENCE
 
 POLL = 0.5
-"""Seconds between two looks at what others have done."""
+"""Seconds between polls for the others' progress."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is."""
+    """Rank of this process and number of processes."""
 
     rank: int = 0
     world: int = 1
@@ -27,7 +29,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """The part of so many things that is this process's: the parts follow each other and are as even as can be."""
+        """This process's share of `count` items: consecutive and as even as possible."""
         return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def __str__(self) -> str:
@@ -38,10 +40,10 @@ ALONE = Ranks()
 
 
 def ranks_of(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """As torchrun and others tell it, in RANK and WORLD_SIZE.
+    """Rank and world size from RANK and WORLD_SIZE, as set by torchrun and others.
 
     Raises:
-        ConfigError: they make no sense.
+        ConfigError: their values are invalid.
     """
     given = {name: environ[name] for name in ("RANK", "WORLD_SIZE") if name in environ}
     if not given:
@@ -59,14 +61,14 @@ def ranks_of(environ: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def wait_for(left: Callable[[], int], say: Callable[[int], str], patience: float = PATIENCE) -> None:
-    """Wait until others have done everything.
+    """Wait until the other processes are done.
 
     Args:
-        left: looks at what they did, and says how many things they have still to do.
-        say: what is waited for, in words, of so many things.
+        left: returns how many items they still have to do.
+        say: describes the remaining items for messages, given their number.
 
     Raises:
-        InputError: nothing was done for `patience` seconds.
+        InputError: no progress for `patience` seconds.
     """
     before = left()
     since = time.monotonic()

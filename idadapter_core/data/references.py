@@ -1,4 +1,4 @@
-"""The photos by which a person is known: crops of them, variants, and the features that an adapter reads."""
+"""Reference photos of a person: crops, variants, and the features that an adapter reads."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _SEX = {"man": "M", "woman": "F"}
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo of a person: a row as it is (0), or one of its variants (1, 2, ...)."""
+    """A photo of a person: the row unchanged (0) or one of its variants (1, 2, ...)."""
 
     row: Row
     variant: int = 0
 
 
 def photo_pictures(image: Image, photo: Photo) -> tuple[Image, Image]:
-    """The aligned face (112, 112, 3) and the head (S, S, 3) of a photo, RGB uint8, as Extract Face Features makes them.
+    """Crop the aligned face (112, 112, 3) and the head (S, S, 3) from a photo, RGB uint8, as Extract Face Features does.
 
-    Variants depend on the photo alone, not on the run, so that runs can share a cache. One in which the face is turned out of the
-    picture by more than half is the photo as it is.
+    Variants depend only on the photo, not on the run, so that runs can share a cache. A variant that would rotate more than half of the
+    face out of the image is replaced by the unchanged photo.
 
     Args:
         image: the row's photo (H, W, 3), RGB uint8.
@@ -58,7 +58,7 @@ def photo_pictures(image: Image, photo: Photo) -> tuple[Image, Image]:
 
 
 def _cut_out(image: Image, points: NDArray[np.float64], row: Row) -> tuple[Image, Image]:
-    """The aligned face and the head at six points (6, 2): the landmarks and the middle of the row's box."""
+    """Crop the aligned face and the head at six points (6, 2): the landmarks and the middle of the row's box."""
     assert row.box is not None
     x1, y1, x2, y2 = row.box
     x, y = points[5].tolist()
@@ -73,7 +73,7 @@ def _cut_out(image: Image, points: NDArray[np.float64], row: Row) -> tuple[Image
 
 
 def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> dict[str, Tensor]:
-    """`crops` (3, 112, 112) in -1..1 and, for CLIP vision, `heads` (3, S, S) of a photo; `image` is the row's (H, W, 3)."""
+    """Tensors of a photo: `crops` (3, 112, 112) in -1..1 and, for CLIP vision, `heads` (3, S, S). `image` is the row's (H, W, 3)."""
     crop, head = photo_pictures(image, photo)
     tensors = {"crops": crops_to_tensor([crop])[0]}
     if preprocess is not None:
@@ -82,14 +82,15 @@ def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> 
 
 
 def variants_of(rows: Rows, references: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Every photo that `references_for` may choose for the people of these rows: positions among the rows, and numbers of variants.
-    First the rows as they are, then the variants person by person; with 0 references there are none.
+    """All photos that `references_for` may choose for the people of these rows, as positions and variant numbers.
+
+    First come the unchanged rows, then the variants by person. 0 references: no variants.
     """
     people = People(rows)
     sizes = people.sizes
     most = int(sizes.max(initial=0))
     last = [max(references - 1, 0) // photos_beside_target(size) for size in range(most + 1)]
-    counts = np.repeat(np.array(last)[sizes], sizes)  # of each row in `people.order`
+    counts = np.repeat(np.array(last)[sizes], sizes)  # of each row, in the order of `people.order`
     ends = np.cumsum(counts)
     numbers = np.arange(1, 1 + counts.sum()) - np.repeat(ends - counts, counts)
     positions = np.concatenate([np.arange(len(rows)), np.repeat(people.order, counts)])
@@ -97,14 +98,14 @@ def variants_of(rows: Rows, references: int) -> tuple[NDArray[np.uint32], NDArra
 
 
 def references_for(target: Row, person: Sequence[Row], count: int, random: torch.Generator) -> list[Photo]:
-    """N photos by which a person is known in a sample: others than the target, in random order.
+    """Draw N reference photos of a person, in random order, without the target.
 
-    Where there are too few, variants of them fill up; a person of one photo is known by that and its variants.
+    If there are too few, variants of them are added. A person with a single photo gets that photo and its variants.
     """
     rows = as_rows(person)
     others = np.flatnonzero(
         rows.column("number") != target.number
-    ).tolist()  # of many photos, few are looked up
+    ).tolist()  # only few of many photos are looked up
     order = torch.randperm(len(others) or 1, generator=random).tolist()
     chosen = [rows[others[place]] for place in order[:count]] if others else [target]
     return [Photo(chosen[n % len(order)], n // len(order)) for n in range(count)]
@@ -118,11 +119,11 @@ def features_of(
     device: torch.device | str,
     read: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> FaceFeatures:
-    """The features of rows of one person, as Extract Face Features gives them.
+    """The features of rows of one person, as computed by Extract Face Features.
 
     Args:
-        recognizer: the name on record.
-        read: calls what reads the photos, and gives what that returns.
+        recognizer: its name on record.
+        read: calls the function that reads the photos and returns its result.
     """
     photos = read(lambda: [index.load(row) for row in rows])
     pictures = [photo_pictures(photo, Photo(row)) for photo, row in zip(photos, rows, strict=True)]

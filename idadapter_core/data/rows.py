@@ -1,8 +1,8 @@
-"""The rows of an index, packed: each in a record of fixed size, with its texts in one long run of bytes.
+"""The rows of an index, packed: fixed-size records, and all texts in one array of bytes.
 
-Packed rows are a few arrays, so a file that holds them can be mapped into memory: every process and every loader worker of a
-machine reads the one copy that the operating system keeps, and opening six million rows costs what opening one does. A `Row` is
-made when it is asked for. Lists of rows (those that may be used, those of a person) are arrays of places.
+Packed rows are a few arrays, so a file of them can be memory-mapped: all processes and loader workers of a machine share the one copy
+in the page cache, and opening six million rows costs as much as opening one. `Row` objects are made on demand. Lists of rows (the
+usable ones, those of a person) are arrays of indices.
 """
 
 from __future__ import annotations
@@ -36,41 +36,39 @@ STATUSES = (
 SPLITS = ("train", "test", "")
 CLASS_NOUNS = ("man", "woman", "person")
 TEXTS = ("source", "identity", "caption", "reason")
-"""The fields whose length is free."""
+"""Fields of variable length."""
 BATCH = 1 << 16
-"""Rows that are packed, written or read together."""
+"""Number of rows packed, written or read together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A photo. What a scan could not find out has its default."""
+    """A photo. Facts that a scan could not find have their defaults."""
 
-    number: int  # its place in the index, from 0; never changes, so it names the sample
-    source: str  # posix path relative to the index's root (or an absolute one), or "shard.tar::key"
+    number: int  # position in the index, from 0; never changes, so it identifies the sample
+    source: str  # posix path relative to the index's root (or absolute), or "shard.tar::key"
     sha256: str = ""  # of the photo's bytes
     width: int = 0  # pixels, upright
     height: int = 0
-    identity: str = ""  # who it is; "" where nobody said
+    identity: str = ""  # the person; "" if unknown
     caption: str = ""
     class_noun: str = "person"  # man, woman or person
-    box: tuple[float, float, float, float] | None = (
-        None  # of the largest face: x1, y1, x2, y2 in upright pixels
-    )
-    landmarks: tuple[tuple[float, float], ...] | None = (
-        None  # (5, 2) eyes, nose, mouth corners, in upright pixels
-    )
+    # Of the largest face: x1, y1, x2, y2 in upright pixels.
+    box: tuple[float, float, float, float] | None = None
+    # (5, 2) eyes, nose, mouth corners, in upright pixels.
+    landmarks: tuple[tuple[float, float], ...] | None = None
     score: float = 0.0  # the detector's confidence, 0..1
-    faces: int = 0  # how many were found
-    face_fraction: float = 0.0  # share of the picture that the box covers
+    faces: int = 0  # number of faces found
+    face_fraction: float = 0.0  # share of the image covered by the box
     yaw: float = 0.0  # degrees; see faces.pose
     pitch: float = 0.0
     sharpness: float = 0.0  # variance of the Laplacian of the aligned crop
     phash: str = ""  # perceptual hash, 64 bits as 16 hex digits
-    split: str = ""  # train or test; "" for rows that are not used
+    split: str = ""  # train or test; "" for rows that are not usable
     status: str = OK
-    reason: str = ""  # why it is not ok
-    offset: int = 0  # where its bytes begin in the shard; 0: a file of its own
-    size: int = 0  # how many bytes it has
+    reason: str = ""  # reason for a status other than ok
+    offset: int = 0  # position of its bytes in the shard; 0: a separate file
+    size: int = 0  # number of bytes
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Row))
@@ -83,12 +81,12 @@ RECORD = np.dtype(
         ("faces", "<u4"),
         ("offset", "<u8"),
         ("size", "<u8"),
-        ("text", "<u8"),  # where the row's texts begin
-        ("lengths", "<u4", (len(TEXTS),)),  # bytes of each of them
-        ("class_noun", "u1"),  # place in CLASS_NOUNS, and so on
+        ("text", "<u8"),  # offset of the row's texts
+        ("lengths", "<u4", (len(TEXTS),)),  # bytes of each text
+        ("class_noun", "u1"),  # index into CLASS_NOUNS; the next fields likewise
         ("split", "u1"),
         ("status", "u1"),
-        ("known", "u1"),  # which of the next four are there: _SHA256 | ...
+        ("known", "u1"),  # flags for the next four fields: _SHA256 | ...
         ("sha256", "u1", (32,)),
         ("phash", "u1", (8,)),
         ("box", "<f8", (4,)),
@@ -100,24 +98,24 @@ RECORD = np.dtype(
         ("sharpness", "<f8"),
     ]
 )
-"""A row without its texts; nothing is aligned, so it is the same on every machine."""
+"""A row without its texts. Unaligned, so it is the same on every machine."""
 SHA256, PHASH, BOX, LANDMARKS = 1, 2, 4, 8
 _UNPACK = struct.Struct("<4I3Q4I4B32s8s4d10d5d").unpack_from
 
-# Lone surrogates (bytes of a file's name that are no UTF-8) cannot be stored as UTF-8: they become the last private character and
-# their number. So does that character itself.
+# Lone surrogates (bytes of a file name that is not UTF-8) cannot be encoded as UTF-8. They are escaped as the last private-use
+# character and their number; so is that character itself.
 _ESCAPE = "\U0010fffd"
 _ESCAPED = re.compile(f"{_ESCAPE}([0-9a-f]{{6}})")
 _TO_ESCAPE = re.compile(f"[\ud800-\udfff{_ESCAPE}]")
 
 
 def to_utf8(text: str) -> str:
-    """A text that UTF-8 can hold, whatever the name of a file was."""
+    """Escape a text so that UTF-8 can hold it, whatever bytes a file name has."""
     return _TO_ESCAPE.sub(lambda found: f"{_ESCAPE}{ord(found[0]):06x}", text)
 
 
 def from_utf8(text: str) -> str:
-    """The text of which `to_utf8` made this one."""
+    """Inverse of `to_utf8`."""
     return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text) if _ESCAPE in text else text
 
 
@@ -127,21 +125,22 @@ class Packed:
 
     records: NDArray[np.void]  # (rows,) RECORD
     texts: NDArray[np.uint8]  # (bytes,)
-    status: NDArray[np.uint8]  # (rows,) places in STATUSES; beside the records, so that counting reads little
-    split: NDArray[np.uint8]  # (rows,) places in SPLITS
-    person: NDArray[np.uint32]  # (rows,) place of the first row of the same person
-    path: Path | None = None  # of the file
+    # (rows,) indices into STATUSES; separate from the records, so that counting reads little.
+    status: NDArray[np.uint8]
+    split: NDArray[np.uint8]  # (rows,) indices into SPLITS
+    person: NDArray[np.uint32]  # (rows,) index of the person's first row
+    path: Path | None = None  # mapped file
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __reduce__(self) -> tuple[Callable[..., Packed], tuple[Any, ...]]:
-        if self.path is not None:  # a loader's worker that is not forked maps the file for itself
+        if self.path is not None:  # a loader worker that is not forked maps the file itself
             return open_map, (self.path,)
         return Packed, (self.records, self.texts, self.status, self.split, self.person)
 
     def row(self, place: int) -> Row:
-        """The row at a place, from 0."""
+        """The row at an index, from 0."""
         (
             number, width, height, faces, offset, size, text, n_source, n_identity, n_caption, n_reason, noun, split, status, known,
             sha256, phash, x1, y1, x2, y2, ax, ay, bx, by, cx, cy, dx, dy, ex, ey, score, fraction, yaw, pitch, sharpness,
@@ -178,16 +177,14 @@ class Packed:
 
 @dataclass(frozen=True, eq=False)
 class Edited(Packed):
-    """Packed rows with changes beside them, for those that a new index will have. Its arrays may be written to, but for records and
-    texts."""
+    """Packed rows with changes, for a new index. Its arrays are writable, except for records and texts."""
 
-    changes: dict[int, dict[str, Any]] = dataclasses.field(
-        default_factory=dict
-    )  # by place: other than the arrays tell
+    # By index: the fields that differ from the arrays.
+    changes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Rows) -> Edited:
-        """All rows of an index, not changed yet."""
+        """All rows of an index, without changes yet."""
         packed = rows.packed
         changes = dict(packed.changes) if isinstance(packed, Edited) else {}
         copies = (packed.status.copy(), packed.split.copy(), packed.person.copy())
@@ -197,13 +194,13 @@ class Edited(Packed):
         raise TypeError("rows that are being edited belong to one process")
 
     def refuse(self, place: int, status: str, reason: str) -> None:
-        """Give a row another status than ok."""
+        """Give a row a status other than ok."""
         self.status[place] = STATUSES.index(status)
         self.split[place] = SPLITS.index("")
         self.changes[place] = {**self.changes.get(place, {}), "reason": reason}
 
     def rename(self, place: int, identity: str, like: int) -> None:
-        """Give a row the identity that the row at `like` has."""
+        """Give a row the identity of the row at `like`."""
         self.person[place] = self.person[like]
         self.changes[place] = {**self.changes.get(place, {}), "identity": identity}
 
@@ -218,7 +215,7 @@ class Edited(Packed):
 
 
 def open_map(path: Path) -> Packed:
-    """Packed rows mapped from their file. Raises OSError or SafetensorError."""
+    """Map packed rows from a file. Raises OSError or SafetensorError."""
     tensors, _ = read_safetensors(path, mapped=True)
     arrays: dict[str, NDArray[Any]] = {name: tensor.numpy() for name, tensor in tensors.items()}
     return Packed(
@@ -232,9 +229,9 @@ def open_map(path: Path) -> Packed:
 
 
 class Rows(Sequence[Row]):
-    """Some of the packed rows, in an order. Takes 4 bytes for each, or nothing where it is all of them.
+    """A sequence of packed rows. Takes 4 bytes per row, or nothing for all rows.
 
-    Indexing makes the row anew each time; a slice is another `Rows`. Equal to any sequence of equal rows.
+    Indexing makes a new `Row` each time; a slice is another `Rows`. Equal to any sequence of equal rows.
     """
 
     def __init__(self, packed: Packed, places: NDArray[np.uint32] | None = None) -> None:
@@ -243,7 +240,7 @@ class Rows(Sequence[Row]):
 
     @property
     def places(self) -> NDArray[np.uint32]:
-        """(rows,) where they are among the packed ones."""
+        """(rows,) indices into the packed rows."""
         return np.arange(len(self.packed), dtype=np.uint32) if self._places is None else self._places
 
     def __len__(self) -> int:
@@ -256,7 +253,7 @@ class Rows(Sequence[Row]):
     def __getitem__(self, key: int | slice) -> Row | Rows:
         if isinstance(key, slice):
             return Rows(self.packed, self.places[key])
-        place = range(len(self))[key]  # which knows negative numbers and the end
+        place = range(len(self))[key]  # handles negative numbers and the end
         return self.packed.row(place if self._places is None else int(self._places[place]))
 
     def __iter__(self) -> Iterator[Row]:
@@ -265,7 +262,7 @@ class Rows(Sequence[Row]):
         )
 
     def _places_one_by_one(self) -> Iterator[int]:
-        """As numbers of Python, some at a time."""
+        """The indices as Python ints, converted in batches."""
         for start in range(0, len(self), BATCH):
             yield from self.places[start : start + BATCH].tolist()
 
@@ -281,37 +278,37 @@ class Rows(Sequence[Row]):
 
     @property
     def status(self) -> NDArray[np.uint8]:
-        """(rows,) places in STATUSES."""
+        """(rows,) indices into STATUSES."""
         return self._chosen(self.packed.status)
 
     @property
     def split(self) -> NDArray[np.uint8]:
-        """(rows,) places in SPLITS."""
+        """(rows,) indices into SPLITS."""
         return self._chosen(self.packed.split)
 
     @property
     def person(self) -> NDArray[np.uint32]:
-        """(rows,) the same number for the photos of one person; a photo of nobody known is a person of its own."""
+        """(rows,) person of each photo, equal for photos of one person. A photo of an unknown person counts as a person of its own."""
         return self._chosen(self.packed.person)
 
     def column(self, name: str) -> NDArray[Any]:
-        """(rows, ...) a field of the records."""
+        """(rows, ...) one field of the records."""
         return self._chosen(self.packed.records[name])
 
     def has_text(self, name: str) -> NDArray[np.bool_]:
-        """(rows,) whether a text (of TEXTS) is not empty."""
+        """(rows,) whether a text (one of TEXTS) is not empty."""
         lengths: NDArray[np.bool_] = self._chosen(self.packed.records["lengths"][:, TEXTS.index(name)]) > 0
         return lengths
 
     def where(self, chosen: NDArray[np.bool_]) -> Rows:
-        """Those at which an array (rows,) is true."""
+        """The rows selected by a boolean array (rows,)."""
         return Rows(
             self.packed,
             np.flatnonzero(chosen).astype(np.uint32) if self._places is None else self.places[chosen],
         )
 
     def at(self, positions: NDArray[np.integer[Any]]) -> Rows:
-        """Those at positions in this sequence, in that order."""
+        """The rows at positions in this sequence, in that order."""
         return Rows(self.packed, self.places[positions])
 
     def _chosen(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -319,12 +316,12 @@ class Rows(Sequence[Row]):
 
 
 def as_rows(rows: Sequence[Row]) -> Rows:
-    """Rows packed in memory, unless they are packed already."""
+    """Pack rows in memory, unless they are already packed."""
     return rows if isinstance(rows, Rows) else Rows(pack(rows))
 
 
 def pack(rows: Sequence[Row]) -> Packed:
-    """Rows as arrays in memory. For as many as were made one by one; indexes on disk are packed by their columns."""
+    """Pack rows in memory, for rows made one by one. Indexes on disk are packed by columns instead."""
     records = np.zeros(len(rows), RECORD)
     texts = bytearray()
     for place, row in enumerate(rows):
@@ -373,7 +370,7 @@ def pack(rows: Sequence[Row]) -> Packed:
 
 
 def in_batches(rows: Iterable[Row], size: int = BATCH) -> Iterator[list[Row]]:
-    """The same rows, so many at a time."""
+    """Split rows into lists of `size`."""
     batch: list[Row] = []
     for row in rows:
         batch.append(row)

@@ -1,8 +1,8 @@
-"""Looking at every photo of a dataset once: faces, quality, embeddings; from this the index.
+"""Scan a dataset: look at every photo once (faces, quality, embeddings) and write the index.
 
-What is expensive (decoding, faces, embeddings) is written to a folder beside the index as it is found, so a scan that was
-interrupted in any way goes on where it was. Several processes may share the photos, on one machine or many. Verdicts, mismatches and
-the split are made at the end by one of them, from all of it.
+The expensive results (decoding, faces, embeddings) are saved in a folder next to the index as they are found, so an interrupted scan
+continues where it was. Several processes, on one machine or many, may share the photos. One of them then makes the verdicts,
+mismatches and split from all results.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from .split import SplitSettings, split_rows
 log = logging.getLogger(__name__)
 
 MIN_PHOTOS = 3
-"""Of a person; with fewer, the median embedding says nothing."""
+"""Per person. With fewer photos, the median embedding is meaningless."""
 _PROGRESS_VERSION = 3
-_AHEAD = 4  # photos handed out to each worker before its results are back
+_AHEAD = 4  # photos queued per worker
 _NOUNS = {"M": "man", "F": "woman"}
 
 
 @dataclass(frozen=True)
 class Looker:
-    """What a process needs to look at photos."""
+    """Settings for opening the networks in a worker."""
 
     root: Path
     package: Path
@@ -75,21 +75,23 @@ def scan(
     world: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Index:
-    """Look at all photos of a source and write their index. Its bytes depend neither on `workers` and `world` nor on interruptions.
+    """Scan all photos of a source and write their index.
+
+    The index does not depend on `workers`, `world` or interruptions, down to the byte.
 
     Args:
-        output: the index, .parquet. While the scan runs, what is known so far is in a folder beside it; the same call goes on from there.
+        output: the index, .parquet. Results so far are in a folder next to it during the scan; the same call continues from there.
         package: folder of an insightface package (buffalo_l, antelopev2).
-        recognizer: a torch IResNet file that gives the embeddings in place of the package's own recogniser.
-        provider: of onnxruntime, see `faces.detector.open_analyzer`.
-        workers: processes that look at photos; 0: this one does.
-        world: how many processes share the photos. This is the one of rank 0; the others call `scan_share`, and are waited for.
-        progress: is told how many photos are done, of how many.
+        recognizer: a torch IResNet file for the embeddings, instead of the package's own recogniser.
+        provider: onnxruntime provider, see `faces.detector.open_analyzer`.
+        workers: number of worker processes; 0: this process does the work.
+        world: number of processes that share the photos. This one has rank 0 and waits for the others, which call `scan_share`.
+        progress: callback (done, total), in photos.
 
     Raises:
         FacePackageError, RecognizerError: the networks cannot be opened.
         ConfigError: the index cannot be written.
-        InputError: a worker process died, or the other processes do nothing.
+        InputError: a worker process died, or the other processes make no progress.
     """
     limits = limits or Limits()
     looker = Looker(source.root, package, recognizer, provider)
@@ -115,7 +117,7 @@ def scan_share(
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Look at one process's share of the photos, for the `scan` that rank 0 makes of them. Arguments and errors are those of `scan`."""
+    """Scan one process's share of the photos, for the `scan` run by rank 0. Arguments and errors as in `scan`."""
     looker = Looker(source.root, package, recognizer, provider)
     with _single_thread():
         models = looker.open()
@@ -129,7 +131,7 @@ def _open_progress(
     output: Path, models: Models, photos: Sequence[Photo], root: Path, ranks: Ranks
 ) -> Progress:
     settings = {"version": _PROGRESS_VERSION, "codecs": codecs(), **models.facts()}
-    # A photo whose text cannot be read is not looked at: the text may be mended when the same photo comes again.
+    # Skip photos whose text cannot be read: the text may be corrected before the next scan.
     return Progress(output, settings, [photo for photo in photos if not photo.problem], root, ranks)
 
 
@@ -142,7 +144,7 @@ def _look_at_share(
     workers: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Look at those photos of this process that are not known yet."""
+    """Look at those photos of this process's share that have no result yet."""
     share = ranks.share(len(source.photos))
     waiting = [
         photo
@@ -182,7 +184,7 @@ def _wait_for_others(
 def _write(
     source: Source, output: Path, known: Progress, models: Models, limits: Limits, split: SplitSettings
 ) -> Index:
-    """Make the index of what was found. At no time are all findings in memory."""
+    """Make the index from the results, without holding all of them in memory."""
     notes = _Notes()
     count = len(source.photos)
     vectors = known.folder / "embeddings.safetensors"
@@ -223,8 +225,10 @@ def _write(
 
 
 def find_mismatches(rows: Edited, embeddings: Tensor, least: float) -> None:
-    """Mark photos that do not show the person that they are said to show: those whose embedding's cosine to the median of the
-    person's photos is below `least`. People with fewer than three usable photos are left alone.
+    """Mark photos that do not show their stated person.
+
+    These have an embedding whose cosine to the median of the person's photos is below `least`. People with fewer than three usable
+    photos are skipped.
     """
     everyone = Rows(rows)
     people = People(everyone.where((rows.status == STATUSES.index(OK)) & everyone.has_text("identity")))
@@ -244,10 +248,10 @@ def find_mismatches(rows: Edited, embeddings: Tensor, least: float) -> None:
 
 
 class _Notes:
-    """What was remarked about photos, each remark once with their number."""
+    """Notes about photos: each distinct note once, with the number of photos."""
 
     def __init__(self) -> None:
-        self._remarked: dict[str, tuple[int, str]] = {}  # how many photos, and the first
+        self._remarked: dict[str, tuple[int, str]] = {}  # note: number of photos, and the first one
 
     def take(self, photo: Photo, found: Measured) -> None:
         if found.note:
@@ -286,14 +290,14 @@ def _row(number: int, photo: Photo, found: Measured, limits: Limits) -> Row:
 def _look(
     photos: Sequence[Photo], looker: Looker, models: Models, workers: int
 ) -> Iterator[tuple[Photo, Finding]]:
-    """Each photo with what was found, in any order."""
+    """Look at photos and yield each with its result, in any order."""
     if not workers:
         for photo in photos:
             yield photo, measure(photo, looker.root, models)
         return
     pool = ProcessPoolExecutor(
         workers,
-        # Not forked: the runtime's threads do not survive it.
+        # Not forked: the runtime's threads do not survive a fork.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(looker,),
@@ -307,7 +311,7 @@ def _look(
             for photo in queue:
                 with (
                     _interrupts_wait()
-                ):  # a process that is started here would heed them before `_start_worker` runs
+                ):  # a process started here would react to signals before `_start_worker` runs
                     pending[pool.submit(_look_at, photo)] = photo
                 if len(pending) >= workers * _AHEAD:
                     break
@@ -329,13 +333,13 @@ def _look(
             "again, with fewer --workers if memory ran out: it goes on from where it was."
         ) from error
     finally:
-        if pending:  # who leaves early waits for nobody: a worker may be stuck, and writes nothing
+        if pending:  # do not wait when leaving early: a worker may be stuck, and it writes nothing
             kill_children(others)
         pool.shutdown(cancel_futures=True)
 
 
 def _reason(workers: Sequence[multiprocessing.process.BaseProcess]) -> str:
-    """How one of them died. The pool may be asking for its exit code at this moment, which the system tells only once."""
+    """How one of the workers died. The pool may read the exit code at the same moment, and the system gives it only once."""
     for _ in range(100):
         if reason := reason_of_death(workers):
             return reason
@@ -349,7 +353,7 @@ def _some_of(pending: Mapping[Future[Finding], Photo]) -> str:
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl+C is heard at the end of the block. Processes that are started in it never hear it."""
+    """Context manager: delay Ctrl+C to the end of the block. Processes started in the block ignore it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -376,7 +380,7 @@ def _start_worker(looker: Looker) -> None:
 
 
 def _leave_with_parent() -> None:
-    """A killed parent closes no queues, and its workers would wait for ever."""
+    """A killed parent closes no queues; its workers would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -31,8 +31,9 @@ from .texts import decode_text, first_line
 def photos_in_shards(
     given: str, encoding: str, counter: Counter, output: Path | None
 ) -> tuple[Path, list[Photo]]:
-    """The photos of a shard, of all shards below a folder, or of those that a pattern stands for; first the folder that their
-    sources start from. Files beside the shards are counted as not read.
+    """List the photos of a shard, of all shards below a folder, or of those that match a pattern.
+
+    Returns the base folder of their sources and the photos. Files next to the shards are counted as unread.
 
     Raises:
         ConfigError: there is no shard, or one is compressed.
@@ -78,12 +79,12 @@ class _Reader:
         self._name = name
         self._encoding = encoding
         self._counter = counter
-        self._used: set[int] = set()  # places of members
+        self._used: set[int] = set()  # indices of used members
         self._seconds: set[int] = set()
         self._of_samples: set[int] = set()
 
     def photos(self) -> Iterator[Photo]:
-        """A photo of each sample, and one more row for the part of the shard that cannot be read."""
+        """One photo per sample, and one more row if part of the shard is unreadable."""
         found = read_shard(self._shard)
         for sample in found.samples:
             yield self._photo(sample)
@@ -97,7 +98,7 @@ class _Reader:
             yield Photo(self._name, problem=problem, is_there=False)
 
     def _kind(self, part: Part, problem: str) -> str:
-        """Why a member was not read."""
+        """Reason why a member was not read."""
         if is_hidden(part.name):
             return HIDDEN
         if part.place in self._seconds:
@@ -121,7 +122,7 @@ class _Reader:
             return replace(photo, problem=str(error))
 
     def _described(self, photo: Photo, kind: str, sample: Sample) -> Photo:
-        """The photo, of this kind, with the facts from the sample's other files. A text counts for more than the JSON's caption."""
+        """Add the facts from the sample's other files to a photo. A caption file takes precedence over the JSON's caption."""
         facts = _beside(kind, sample, (".json",))
         if facts is not None:
             photo = replace(self._facts(facts), source=photo.source, offset=photo.offset, size=photo.size)
@@ -152,13 +153,13 @@ class _Reader:
 
 
 def _beside(kind: str, sample: Sample, endings: Sequence[str]) -> Part | None:
-    """The file with the first of these endings, where there is one; as in folders, the photo's whole name before it goes first."""
+    """The file with the first of these extensions, if any. As in folders, the photo's full name as prefix is preferred."""
     names = [f"{kind}{ending}" for ending in endings] + [ending[1:] for ending in endings]
     return next((sample.parts[name] for name in names if name in sample.parts), None)
 
 
 def _endings() -> Iterator[str]:
-    """Of the photos that are read here, the ones to prefer first."""
+    """Readable photo extensions, the preferred ones first."""
     return (suffix[1:] for suffix in PHOTO_SUFFIXES if suffix not in unread_suffixes())
 
 

@@ -1,7 +1,7 @@
-"""The usable photos of an index as webdataset shards: few large files in place of millions of small ones.
+"""Write the usable photos of an index as webdataset shards: few large files instead of millions of small ones.
 
-The index beside the shards has the same rows with the same numbers; those that are usable point into the shards. So a training
-from shards is the same, sample by sample, as one from the photos. Any webdataset reader can read them, too.
+The new index next to the shards has the same rows with the same numbers; usable rows point into the shards. Training from shards
+therefore uses exactly the same samples as training from the photos. Any webdataset reader can read the shards, too.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def write_shards(
     world: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Index:
-    """Write shards of so many usable photos each, and an index of them. Broken off, the same call goes on with the next shard.
+    """Write shards of `photos` usable photos each, and an index of them. After an interruption, the same call continues.
 
-    A sample has `key.jpg` (or .png, ...: the original bytes), `key.json` (the row) and `key.txt` (the caption); the key is the
-    row's number. Rows that are not usable stay in the new index as a record, with the source they had; their photos are not there.
+    A sample has `key.jpg` (or .png, ...: the original bytes), `key.json` (the row) and `key.txt` (the caption); the key is the row's
+    number. Unusable rows stay in the new index as a record, with their old source; their photos are not in the shards.
 
     Args:
-        world: how many processes share the shards. This is the one of rank 0; the others call `write_share`, and are waited for.
-        progress: is told how many photos are done, of how many.
+        world: number of processes that share the work. This one has rank 0 and waits for the others, which call `write_share`.
+        progress: callback (done, total), in photos.
 
     Raises:
         ConfigError: the folder holds shards of another index or size, or cannot be written.
-        InputError: a photo is missing or has changed since the scan; or the other processes do nothing.
+        InputError: a photo is missing or has changed since the scan; or the other processes make no progress.
     """
     shards = _write_share(index, folder, photos, Ranks(0, world), progress)
     missing = set(range(shards.count)) - set(Ranks(0, world).share(shards.count))
@@ -69,12 +69,12 @@ def write_share(
     photos: int = 1000,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write one process's share of the shards. Arguments and errors are those of `write_shards`, which rank 0 calls."""
+    """Write one process's share of the shards. Arguments and errors as in `write_shards`, which rank 0 calls."""
     _write_share(index, folder, photos, ranks, progress)
 
 
 class _Shards:
-    """The shards of an index, as they are to be in a folder."""
+    """The planned shards of an index in a folder."""
 
     def __init__(self, index: Index, folder: Path, photos: int) -> None:
         self.usable = index.usable()
@@ -122,7 +122,7 @@ def _write_share(
 
 
 def _with_places(index: Index, shards: _Shards) -> Iterator[Row]:
-    """The rows of an index, the usable ones where they are in the shards."""
+    """The rows of an index; usable ones with their positions in the shards."""
     placed = itertools.chain.from_iterable(
         _placed(shards.path(number), shards.rows(number)) for number in range(shards.count)
     )
@@ -131,13 +131,13 @@ def _with_places(index: Index, shards: _Shards) -> Iterator[Row]:
 
 
 def _claim(folder: Path, record: dict[str, Any]) -> None:
-    """Say whose shards are in the folder; refuse one that has others."""
+    """Record which index the folder's shards belong to, or refuse a folder of another one."""
     path = folder / _RECORD
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         has_shards = any(entry.suffix.lower() == ".tar" for entry in folder.iterdir())
-        if has_shards and path.exists():  # another process has said it meanwhile, and begun
+        if has_shards and path.exists():  # another process has recorded it meanwhile, and begun
             _claim(folder, record)
             return
         if has_shards:
@@ -167,7 +167,7 @@ def _write_shard(index: Index, rows: Sequence[Row], path: Path) -> None:
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)  # no time and no owner: the same photos give the same bytes
+    info = tarfile.TarInfo(name)  # no time or owner: the same photos give the same bytes
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
 

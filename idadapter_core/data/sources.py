@@ -1,11 +1,11 @@
-"""Where photos come from: the ways in which people and published datasets lay them out on disk."""
+"""Lists the photos of a dataset, in the layouts that people and published datasets use."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,13 +38,13 @@ LAYOUTS = ("auto", "folders", "captions", "list", "ip-adapter", "webdataset")
 
 @dataclass(frozen=True)
 class Source:
-    """All photos of a dataset, in its own order: that of a table or list, else by path."""
+    """All photos of a dataset, in the order of its table or list, or else by path."""
 
     layout: str
     root: Path
     photos: tuple[Photo, ...]
-    files: Inventory = Inventory()  # of a folder or of shards; a table has its photos alone
-    notes: tuple[str, ...] = ()  # remarks that are no errors, in whole sentences
+    files: Inventory = Inventory()  # files of a folder or of shards; a table lists its photos only
+    notes: tuple[str, ...] = ()  # remarks that are not errors, as whole sentences
 
 
 def list_photos(
@@ -59,44 +59,35 @@ def list_photos(
     min_match: float = 0.0,
     output: Path | None = None,
 ) -> Source:
-    """Every photo of a dataset, with identity and caption where the layout tells them. No photo is opened.
+    """List the photos of a dataset, with identity and caption if the layout has them. No photo is opened.
 
-    - folders: photos of a person in a folder of their own, at any depth; the folder's path is the identity.
-    - captions: photos at any depth, whoever they show; or a table (.jsonl, .csv or .tsv) that names the photos.
-    - list: a text file with a path in each line (UniID).
+    - folders: one folder per person, at any depth; the folder's path is the identity.
+    - captions: photos at any depth, of any person; or a table (.jsonl, .csv or .tsv) that names the photos.
+    - list: a text file with one path per line (UniID).
     - ip-adapter: a JSON list of {"image_file", "text"}.
     - webdataset: .tar shards: all below a folder, one file, or a pattern with braces.
 
-    In folders, metadata.jsonl and metadata.csv tell about the photos that they name (Hugging Face's imagefolder). Without a caption
-    in the layout, the first line of the .txt or .caption file beside the photo is taken, as kohya's scripts have it.
+    In folders, metadata.jsonl and metadata.csv describe the photos that they name (Hugging Face's imagefolder). If the layout has no
+    caption, the first line of the .txt or .caption file next to the photo is used, as in kohya's scripts.
 
-    A photo whose caption or facts cannot be read has a `problem` that says so, and is of no use. Names fit in any case.
+    A photo whose caption or facts cannot be read gets a `problem` and is not used. Names match in any case.
 
     Args:
-        layout: one of LAYOUTS; auto tells them apart by what is there.
-        root: the folder that names in a table or list start from (default: where the table or list is).
-        captions: a folder of text files, one for each photo, of the photo's name (Multi-Modal CelebA-HQ).
+        layout: one of LAYOUTS; auto: detected from the files.
+        root: base folder of the names in a table or list (default: the folder of the table or list).
+        captions: a folder of text files, one per photo, with the photo's name (Multi-Modal CelebA-HQ).
         identities: a file with lines "image identity" (CelebA).
         numbered: the Nth line of a table, from 0, belongs to N.png, whatever path it names (FaceID-6M).
-        encoding: of texts and tables that are no UTF-8 and have no byte order mark.
-        output: the index to write. Its own files, from an earlier scan, are not counted where they lie in the folder.
-        min_match: the share of the photos that `captions` and `identities` must each have something for, 0..1.
+        encoding: of texts and tables that are not UTF-8 and have no byte order mark.
+        output: the index to write. Its own files, left by an earlier scan in the folder, are not counted.
+        min_match: share of the photos that `captions` and `identities` must each cover, 0..1.
 
     Raises:
-        ConfigError: nothing there, or not what the layout says.
+        ConfigError: nothing found, or the files do not fit the layout.
     """
     text = str(given)
-    if encoding:
-        check_encoding(encoding)
-    chosen = _layout(text) if layout == "auto" else layout
-    if chosen not in LAYOUTS:
-        raise ConfigError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    is_table = chosen in ("list", "ip-adapter") or _is_table(Path(text))
-    for option, is_given in (("--root", root is not None), ("--numbered", numbered)):
-        if is_given and (chosen == "webdataset" or not is_table):
-            raise ConfigError(
-                f"{option} belongs to a table or a list of photos; {text} is neither. Leave it out."
-            )
+    check_encoding(encoding or "utf-8")
+    chosen, is_table = _chosen_layout(text, layout, {"--root": root is not None, "--numbered": numbered})
     counter = Counter()
     if chosen == "webdataset":
         source = _from_shards(text, encoding, counter, output)
@@ -116,6 +107,24 @@ def list_photos(
     if captions is None and share.having:
         source = _with_note(source, f"{share}")
     return source
+
+
+def _chosen_layout(text: str, layout: str, of_tables: Mapping[str, bool]) -> tuple[str, bool]:
+    """Return the layout, and whether it is a table or list.
+
+    Args:
+        of_tables: options that only apply to tables and lists, and whether they are given.
+    """
+    chosen = _layout(text) if layout == "auto" else layout
+    if chosen not in LAYOUTS:
+        raise ConfigError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    is_table = chosen in ("list", "ip-adapter") or _is_table(Path(text))
+    for option, is_given in of_tables.items():
+        if is_given and (chosen == "webdataset" or not is_table):
+            raise ConfigError(
+                f"{option} belongs to a table or a list of photos; {text} is neither. Leave it out."
+            )
+    return chosen, is_table
 
 
 def _is_table(path: Path) -> bool:
@@ -145,7 +154,7 @@ def _layout(text: str) -> str:
     if not path.exists():
         raise ConfigError(f"{text}: no such folder and no such file. Check the path.")
     if _PACKED_TAR.search(path.name):
-        return "webdataset"  # which says what to do with it
+        return "webdataset"  # its reader explains what to do
     advice = "" if ending in TEXT_SUFFIXES else Unread(ending, 1, text).advice
     raise ConfigError(
         f"{text}: neither a folder nor a file of a known kind (.tar, {', '.join(TABLE_SUFFIXES)}, .json, .txt). "
@@ -158,7 +167,7 @@ def _layout(text: str) -> str:
 
 
 def _layout_of_folder(folder: Path) -> str:
-    """Shards where there is nothing else; "auto" where photos tell by how they lie."""
+    """Layout of a folder: "webdataset" if there are only shards; "auto" if the folders of the photos decide."""
     shards: list[str] = []
     photos = 0
     for inside, names in Walk(folder):
@@ -173,7 +182,7 @@ def _layout_of_folder(folder: Path) -> str:
 
 
 def _from_folder(folder: Path, layout: str, encoding: str, counter: Counter, output: Path | None) -> Source:
-    """The photos below a folder; for the layout auto, a folder per person where none lies outside of one."""
+    """List the photos below a folder. Layout auto means a folder per person if no photo lies outside of one."""
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder. The layout {layout} needs a folder of photos{', or a .jsonl or .csv table' * (layout == 'captions')}."
@@ -244,7 +253,7 @@ def _with_identities(source: Source, path: Path, encoding: str, least: float) ->
 
 
 def _split_line(path: Path, number: int, line: str, names: _Names) -> tuple[str, str]:
-    """The photo and the person in a line. Where names have spaces, the photos that there are tell the parts from each other."""
+    """Split a line into photo and person. If names contain spaces, the existing photos decide where to split."""
     gaps = [(gap.start(), gap.end()) for gap in re.finditer(r"\s+", line)]
     if not gaps:
         raise ConfigError(f'{path} line {number} must read "image identity", got {line!r:.100}')
@@ -272,14 +281,16 @@ def _with_captions(source: Source, folder: Path, encoding: str, least: float, co
 
 
 class _Texts:
-    """The text files below a folder, for photos that lie elsewhere: in folders of the same names as those of the photos, or, where
-    there are none of these, anywhere, as long as the name of the photo is enough to tell.
+    """The text files below a folder, for photos that lie elsewhere.
+
+    They are looked up in folders named like those of the photos or, if there are none, anywhere, as long as the photo's name is
+    unambiguous.
     """
 
     def __init__(self, folder: Path, encoding: str, homes: Iterable[str]) -> None:
         self._folders: dict[str, Captions] = {}
-        self._texts: dict[str, list[str]] = {}  # folders with texts for a folded name
-        self._owners: dict[tuple[str, str], str] = {}  # where the photo lies that a text was given to
+        self._texts: dict[str, list[str]] = {}  # folders with texts, by folded name
+        self._owners: dict[tuple[str, str], str] = {}  # folder of the photo that a text was given to
         for inside, names in Walk(folder):
             self._folders[inside] = Captions(folder / inside, names, encoding)
             for name in self._folders[inside].names():
@@ -290,7 +301,7 @@ class _Texts:
         self._mirrors = any(home and folded(home) in self._by_case for home in homes)
 
     def describe(self, photo: Photo, name: str) -> Photo:
-        """The photo with its caption, as it was where there is none."""
+        """Add the caption to a photo, if there is one."""
         if photo.problem:
             return photo
         try:
@@ -339,7 +350,7 @@ class _Texts:
 
 
 class _Names:
-    """Finds a photo by its name in a text: its path, or its name alone where there is one of it, in any case."""
+    """Finds photos by the names in a text: by path, or by file name if it is unique, in any case."""
 
     def __init__(self, source: Source) -> None:
         self._levels: list[dict[str, set[str]]] = [defaultdict(set) for _ in range(4)]
@@ -359,14 +370,13 @@ class _Names:
         return path, name, folded(path), folded(name)
 
     def find(self, table: Path, line: int, name: str) -> str:
-        """The source of the photo; "" where there is none.
+        """Return the source of the photo, or "" if there is none.
 
         Raises:
             ConfigError: several photos have this name.
         """
-        given = (
-            [name, stem_of(name)] if self._is_sharded and is_photo(name) else [name]
-        )  # keys have no endings
+        # Keys have no extensions.
+        given = [name, stem_of(name)] if self._is_sharded and is_photo(name) else [name]
         for called in given:
             for level, key in zip(self._levels, self._keys(called, called), strict=True):
                 found = level.get(key, ())
@@ -380,7 +390,7 @@ class _Names:
 
 
 class _Share:
-    """How many of the photos that there are have something, such as a caption. Rows about absent files and bad lines are no photos."""
+    """Counts the existing photos that have something, such as a caption. Rows about missing files and bad lines do not count."""
 
     def __init__(self, kind: str, photos: Iterable[Photo], has: Callable[[Photo], bool]) -> None:
         there = [photo for photo in photos if photo.is_there]
@@ -395,7 +405,7 @@ class _Share:
         return f"{text}; first without: {self._without[0]}" if self._without else text
 
     def check(self, option: str, least: float) -> None:
-        """Raises ConfigError where a smaller share than `least` has it."""
+        """Raise ConfigError if the share is smaller than `least`."""
         if self.having < least * self._total:
             raise ConfigError(
                 f"{option}: {self}. At least {least:.1%} are asked for by --min-match; correct the names, or lower it."

@@ -1,4 +1,4 @@
-"""Test people, chosen so that nobody of them is trained on: by what a recogniser says, not by the folder's name."""
+"""Split off test people, so that none of them is trained on: judged by a recogniser, not by folder names."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..errors import ConfigError
 from .people import People
 from .rows import OK, SPLITS, STATUSES, Edited, Row, Rows, as_rows
 
-_BLOCK = 4096  # people compared at a time: 64 MiB of cosines
+_BLOCK = 4096  # people compared at a time; 64 MiB of cosines
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """How test people are chosen."""
+    """Settings of the split into train and test."""
 
     share: float = 0.05  # of the usable photos
     seed: int = 0
-    threshold: float = 0.6  # people whose mean embeddings have a higher cosine are taken for one
+    threshold: float = 0.6  # people whose mean embeddings have a higher cosine count as one
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
@@ -38,7 +38,7 @@ class SplitSettings:
 
 @dataclass(frozen=True, eq=False)
 class Faces:
-    """Those whom the usable rows show: an identity each, or a photo where nobody said who it is."""
+    """The people in the usable rows: one per identity, or per photo of an unknown person."""
 
     people: People
     means: Tensor  # (people, 512) unit length
@@ -50,7 +50,7 @@ class Faces:
 
 
 def faces_of(rows: Rows, embeddings: Tensor, unknown: bool = True) -> Faces:
-    """The people of the usable rows, in the order of their first photo; `unknown`: with photos of nobody known.
+    """The people of the usable rows, in the order of their first photo; `unknown`: include photos of unknown people.
 
     Args:
         embeddings: (all rows, 512) of the rows' index.
@@ -73,9 +73,9 @@ def faces_of(rows: Rows, embeddings: Tensor, unknown: bool = True) -> Faces:
 
 
 def clusters(means: Tensor, threshold: float) -> list[list[int]]:
-    """People (P, 512), unit length, in groups that hang together by cosines above the threshold. Ordered by first member.
+    """Group people (P, 512), unit length, that are connected by cosines above the threshold. Ordered by first member.
 
-    A block of the matrix of cosines is made at a time, so memory grows with P, not with its square.
+    The matrix of cosines is computed in blocks, so memory grows with P, not with P squared.
     """
     labels = torch.arange(len(means))
     for row, column, cosines in _blocks(means):
@@ -95,13 +95,13 @@ def clusters(means: Tensor, threshold: float) -> list[list[int]]:
 def split_rows(
     rows: Sequence[Row], embeddings: Tensor, settings: SplitSettings
 ) -> tuple[Rows, dict[str, Any]]:
-    """Give every usable row its split, and facts for the index: settings, counts, and the largest cosine between the two sides.
+    """Assign every usable row to a split; also returns facts for the index: settings, counts, largest cosine between the splits.
 
-    Whole clusters go to test, in an order by seed and name, until the share is reached; so one that is there stays there when
-    photos are added. A cluster larger than the share is passed over where others suffice, and the last one always stays.
+    Whole clusters go to test, in an order given by seed and name, until the share is reached; a cluster stays in test when photos are
+    added. A cluster larger than the share is skipped if others suffice, and the last one always stays in train.
 
     Args:
-        rows: all of an index.
+        rows: all rows of an index.
     """
     given = as_rows(rows)
     faces = faces_of(given, embeddings)
@@ -144,7 +144,7 @@ def split_rows(
 
 
 def largest_cosine(first: Tensor, second: Tensor) -> float | None:
-    """The largest cosine between the rows of two matrices of unit vectors; None where one is empty."""
+    """Largest cosine between the rows of two matrices of unit vectors; None if one is empty."""
     if not len(first) or not len(second):
         return None
     first, second = first.to(_device()), second.to(_device())
@@ -156,7 +156,7 @@ def largest_cosine(first: Tensor, second: Tensor) -> float | None:
 
 
 def _blocks(means: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """First row, first column and values of each block of the matrix of cosines, up to its diagonal; nobody is like himself."""
+    """Blocks of the matrix of cosines up to its diagonal, as (first row, first column, values), without self-similarity."""
     means = means.to(_device())
     for row in range(0, len(means), _BLOCK):
         for column in range(0, row + 1, _BLOCK):
@@ -172,7 +172,7 @@ def _device() -> str:
 
 
 def describe_split(facts: dict[str, Any]) -> str:
-    """The split in words."""
+    """Describe the split in words."""
     lines = [
         f"test: {facts['test_photos']} photos of {facts['test_people']} of {facts['people']} people "
         f"({facts['clusters']} clusters at cosine {facts['threshold']})"

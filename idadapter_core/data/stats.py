@@ -1,4 +1,4 @@
-"""What an index holds, in words: the first thing to read after a scan."""
+"""Describe an index in words: the first thing to read after a scan."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .rows import CLASS_NOUNS, OK, STATUSES, Rows
 from .split import describe_split
 
 EXAMPLES = 10
-"""Photos named of each status that is not ok."""
+"""Number of example photos per status other than ok."""
 _PER_PERSON = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 10**9))
 _SIDES = ((0, 255), (256, 511), (512, 767), (768, 1023), (1024, 10**9))
 
 
 def describe(index: Index, references: int = 4) -> str:
-    """Counts, examples of what was refused, and what there is to train on with N references of a person."""
+    """Describe counts, examples of rejected photos, and the training data with N references per person."""
     usable = index.usable()
     captions = int(usable.has_text("caption").sum())
     parts = [
@@ -40,7 +40,7 @@ def describe(index: Index, references: int = 4) -> str:
 
 
 def bad_photos(index: Index) -> str:
-    """The first photos of each status but ok, with the reasons."""
+    """The first photos of each status other than ok, with the reasons."""
     blocks = []
     for status, count in index.counts().items():
         if status != OK and count:
@@ -51,7 +51,7 @@ def bad_photos(index: Index) -> str:
 
 
 def synthetic_references(usable: Rows, references: int) -> str:
-    """How many of N references training makes from others (flipped, turned, recoloured), for want of photos beside the target."""
+    """Describe how many of N references are synthetic (flipped, rotated, recoloured), because a person has too few photos."""
     sizes, people = np.unique(People(usable).sizes, return_counts=True)
     short = made = 0
     for photos, count in zip(sizes.tolist(), people.tolist(), strict=True):
@@ -85,7 +85,7 @@ def _people(usable: Rows) -> str:
 
 
 def _counts(nouns: NDArray[np.uint8]) -> dict[str, int]:
-    """How many rows have each noun, in the order in which they appear."""
+    """Number of rows per noun, in the order of appearance."""
     found, first, counts = np.unique(nouns, return_index=True, return_counts=True)
     return {CLASS_NOUNS[found[place]]: int(counts[place]) for place in np.argsort(first)}
 

@@ -1,4 +1,4 @@
-"""Tables and lists that name photos: csv, JSON Lines, a JSON list, or a path in each line."""
+"""Tables and lists of photos: csv, JSON Lines, a JSON list, or one path per line."""
 
 from __future__ import annotations
 
@@ -33,31 +33,28 @@ from .texts import BLANK, MAX_CAPTION, decode_lines, decode_text, read_file, und
 
 CSV_SUFFIXES = (".csv", ".tsv")
 TABLE_SUFFIXES = (".jsonl", *CSV_SUFFIXES)
-_MAX_LINES = (
-    1000  # of a row that the csv module refuses, which is read from its beginning again with each line
-)
+# Of a row that the csv module refuses: each further line means to parse the row again from its start.
+_MAX_LINES = 1000
 _DELIMITERS = ",;\t|"
 _KEYS = (*FILE_KEYS, *CAPTION_KEYS, *IDENTITY_KEYS, *NOUN_KEYS)
 
 Entry = Mapping[str, Any]
 Numbered = tuple[int, int, Entry | str]
-"""The entry's number from 0, the line in which it begins (for a JSON list, its number from 1), and the entry with plain keys, or
-a text that says why it cannot be read."""
+"""(entry number from 0, its first line or, in a JSON list, its number from 1, entry with normalised keys or an error text)."""
 
 
 def read_entries(
     path: Path, layout: str, encoding: str, *, numbered: bool = False, needs_names: bool = True
 ) -> Iterator[Numbered]:
-    """The entries of a table. Blank lines are none, but they count in the entries' numbers.
+    """Read the entries of a table. Blank lines yield nothing but count in the entries' numbers.
 
     Args:
-        layout: list for a path in each line; else the file's ending decides.
-        numbered: whether the entries belong to photos by their numbers: rows with nothing but empty fields are entries then, and no
-            column must name photos.
-        needs_names: whether a csv without a column that names photos is refused (unless numbered).
+        layout: "list": one path per line; otherwise the file extension decides.
+        numbered: entries belong to photos by number: rows with only empty fields count as entries, and no column must name photos.
+        needs_names: refuse a csv without a column that names photos (unless numbered).
 
     Raises:
-        ConfigError: the file is not of the kind that its ending says.
+        ConfigError: the content does not match the file extension.
     """
     content, encoding = _content(path, encoding)
     ending = path.suffix.lower()
@@ -74,7 +71,7 @@ def read_entries(
 
 
 def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text that are not empty, each with its number from 1. Raises ConfigError."""
+    """The non-empty lines of a text, with their numbers from 1. Raises ConfigError."""
     try:
         text = _whole_text(*_content(path, encoding))
     except InputError as error:
@@ -85,10 +82,10 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
 def named_photos(
     path: Path, root: Path, entries: Iterator[Numbered], numbered: bool, encoding: str
 ) -> Iterator[Photo]:
-    """The photo that each entry of a table names, with the caption beside it where the entry has none.
+    """The photo named by each entry of a table; a missing caption is read from the file next to the photo.
 
     Raises:
-        ConfigError: the first entry that can be read names no photo.
+        ConfigError: the first readable entry names no photo.
     """
     listings = Listings(encoding)
     has_names = False
@@ -112,7 +109,7 @@ def named_photos(
 
 
 def _is_name(name: str) -> bool:
-    """Whether a file can have this name."""
+    """Whether this is a possible file name."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeError:
@@ -145,7 +142,7 @@ def _nameless(path: Path, number: int, entry: Entry) -> str:
 
 
 def _content(path: Path, encoding: str) -> tuple[bytes, str]:
-    """The bytes of a table, and their encoding: the one that is named, or UTF-16 and the like without a mark; "" for another."""
+    """The bytes of a table, and their encoding: the named one, or UTF-16 and the like without a mark; "" otherwise."""
     try:
         content = read_file(path)
         return content, encoding or encoding_by_zeros(content)
@@ -154,7 +151,7 @@ def _content(path: Path, encoding: str) -> tuple[bytes, str]:
 
 
 def _whole_text(content: bytes, encoding: str) -> str:
-    """Raises InputError where one byte of it cannot be read."""
+    """Raises InputError if a byte cannot be decoded."""
     text = decode_text(content, encoding)
     if bad := undecoded(text):
         raise InputError(bad)
@@ -162,14 +159,14 @@ def _whole_text(content: bytes, encoding: str) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, each with its number from 0. Lines end at \\n alone: names and JSON may hold other breaks."""
+    """The non-empty lines, numbered from 0. Only \\n ends a line: names and JSON may contain other line breaks."""
     for number, line in enumerate(text.split("\n")):
         if stripped := line.strip(BLANK):
             yield number, stripped
 
 
 def _list_lines(content: bytes, encoding: str) -> Iterator[Numbered]:
-    # Names of files need be no UTF-8: such bytes are kept as they are.
+    # File names need not be UTF-8: other bytes are preserved.
     return ((number, number + 1, {"file": line}) for number, line in _lines(decode_lines(content, encoding)))
 
 
@@ -217,7 +214,7 @@ def _json_list(path: Path, text: str) -> Iterator[Numbered]:
 
 
 def _csv_rows(path: Path, text: str, numbered: bool, needs_names: bool) -> Iterator[Numbered]:
-    said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to tell the delimiter
+    said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's declaration of the delimiter
     body = text[said.end() :] if said else text
     skipped = int(said is not None)
     delimiter = said[1] if said else _delimiter(body)
@@ -255,7 +252,7 @@ def _headless(path: Path, fields: Sequence[str]) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """The one by which the first line has most of the fields that are known."""
+    """The delimiter that splits the first line into the most known fields."""
     line = next((line for line in text.splitlines() if line.strip()), "")
 
     def known(delimiter: str) -> int:
@@ -270,13 +267,13 @@ def _delimiter(text: str) -> str:
 def _parsed_csv(
     path: Path, text: str, delimiter: str, skipped: int, counted: bool
 ) -> Iterator[tuple[int, list[str] | str]]:
-    """The rows, each with the number of its first line, or why it cannot be read. A blank line is a row without fields.
+    """The rows, each with the number of its first line, or with the reason why it is unreadable. A blank line has no fields.
 
     Raises:
-        ConfigError: a row cannot be read, and it is unclear where it ends: it goes over several lines, or rows are counted.
+        ConfigError: an unreadable row has an unclear end: it spans several lines, or rows are counted.
     """
     line = skipped + 1
-    taken: list[str] = []  # the lines of a row
+    taken: list[str] = []  # lines of the current row
 
     def lines() -> Iterator[str]:
         for content in io.StringIO(text, newline=""):
@@ -286,7 +283,7 @@ def _parsed_csv(
     source = lines()
     reader = csv.reader(source, delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
-        before = csv.field_size_limit(len(text) + 1)  # of the whole process; `_of_row` has a limit of its own
+        before = csv.field_size_limit(len(text) + 1)  # global to the process; `_of_row` has its own limit
         line += len(taken)
         taken.clear()
         row: list[str] | str | None
@@ -311,8 +308,10 @@ def _unreadable(error: csv.Error) -> str:
 
 
 def _fields(row: str, delimiter: str) -> list[str] | None:
-    """The fields of a row that the csv module refuses: with spaces behind a quoted field or, where tabs divide, with quotes that do
-    not enclose the whole field and belong to it. Nothing where it is neither, None where the row goes on in the next line.
+    """Parse the fields of a row that the csv module refuses.
+
+    Accepts spaces after a quoted field and, with tabs as delimiters, quotes as part of a field. Returns an empty list if the row is
+    neither, None if it continues on the next line.
     """
     end = re.escape(delimiter)
     quoted = rf' *"([^"]*(?:""[^"]*)*)" *(?={end}|\Z)'

@@ -1,4 +1,4 @@
-"""Tar shards of webdataset: what is in them and where, so that a sample is read with one seek."""
+"""Tar shards of webdataset: list their content and positions, so that a sample is read with one seek."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .photos import PHOTO_SUFFIXES
 from .texts import require_file
 
 MAX_SHARDS = 1_000_000
-"""That a pattern may stand for."""
+"""Limit on the files that a pattern expands to."""
 _BLOCK = 512
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -31,7 +31,7 @@ _PACKED = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"PK", "zip"),
 )
-_LINKS = 40  # that are followed one after the other
+_LINKS = 40  # longest chain of links
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,24 @@ class Part:
     """A file in a tar."""
 
     name: str
-    offset: int  # where its bytes begin
+    offset: int  # start of its bytes
     size: int
-    place: int  # its number among the files of the tar, from 0
-    problem: str = ""  # why its bytes are not there to read
+    place: int  # index among the files of the tar, from 0
+    problem: str = ""  # reason why its bytes cannot be read
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The files of a tar that belong together: those with one name before the first dot, wherever they stand. Texts may have the whole
-    name of a photo before their ending (`a.jpg.txt`).
+    """Files of a tar with the same name up to the first dot, in any order.
 
-    Names with more dots belong together by the part before the last one where each such name has a photo (`a.01.jpg, a.01.txt, a.02.jpg`).
+    A text may have the photo's whole name before its extension (`a.jpg.txt`). Names with more dots are grouped by the part before the
+    last dot if each such group has a photo (`a.01.jpg, a.01.txt, a.02.jpg`).
     """
 
     key: str
-    parts: dict[str, Part] = field(
-        default_factory=dict
-    )  # by the rest of the name after the key and a dot, in lower case
-    problem: str = ""  # why its files cannot be told apart
+    # By the rest of the name after the key and a dot, in lower case.
+    parts: dict[str, Part] = field(default_factory=dict)
+    problem: str = ""  # reason why its files are ambiguous
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,16 @@ class Shard:
     """The content of a tar."""
 
     samples: list[Sample]
-    parts: list[Part]  # all whole files, hidden ones included
-    problem: str = ""  # the damage to the rest of it; "" where there is none
+    parts: list[Part]  # all intact files, including hidden ones
+    problem: str = ""  # damage to the rest of the tar; "" if there is none
 
 
 def read_shard(path: Path) -> Shard:
-    """The whole samples of a shard, in the order in which their names come first, and the damage to the rest of it.
+    """Read the intact samples of a shard, in the order of their first files, and the damage to the rest.
 
-    Names with a part that starts with a dot, such as those that macOS adds, belong to no sample. Links within the shard are
-    followed. Before a damage, the last sample counts as whole only where it has the same kinds of files as the one before it; in a
-    shard whose samples do not lie together, every sample must have the kinds of the first one.
+    Files with a path component that starts with a dot, such as those added by macOS, belong to no sample. Links within the shard are
+    followed. Before damage, the last sample counts as intact only if it has the same kinds of files as the one before; if the samples of
+    a shard are not contiguous, every sample must have the same kinds as the first.
     """
     parts, problem, broken = _parts(path)
     visible = [part for part in parts if not is_hidden(part.name)]
@@ -96,14 +95,14 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_part(path: Path, part: Part) -> bytes:
-    """The bytes of a file in a tar."""
+    """Read the bytes of a file in a tar."""
     with path.open("rb") as file:
         file.seek(part.offset)
         return file.read(part.size)
 
 
 def shards_of(pattern: str) -> list[Path]:
-    """The files that a name or pattern stands for. Folders and files whose own names have braces are taken as they are.
+    """The files that a name or pattern stands for. Existing folders and files whose names contain braces are taken literally.
 
     Raises:
         ConfigError: more than a million.
@@ -117,7 +116,7 @@ def shards_of(pattern: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{000..002}.tar` and `{x,y}.tar` written out, in order, as shells do it. Other braces stay.
+    """Expand `a-{000..002}.tar` and `{x,y}.tar`, in order, as shells do. Other braces are kept.
 
     Raises:
         ConfigError: more than a million names.
@@ -138,7 +137,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _choices(inside: str) -> Sequence[str]:
-    """The texts that braces stand for; none where they are part of a name."""
+    """The alternatives in braces; none if the braces are part of a name."""
     numbers = _RANGE.fullmatch(inside)
     if not numbers:
         return inside.split(",") if "," in inside else []
@@ -153,12 +152,12 @@ def _choices(inside: str) -> Sequence[str]:
 
 
 def _parts(path: Path) -> tuple[list[Part], str, str]:
-    """The whole files of a tar, the damage after them, and the name of the one that is cut off, where that is known.
+    """The intact files of a tar, the damage after them, and the name of the truncated file, if known.
 
-    A tar ends with a block of zeros. tarfile takes anything that is no header for the end, so the block is looked at here.
+    A tar ends with a block of zeros. tarfile treats every invalid header as the end, so the block is checked here.
     """
     found: list[Part] = []
-    links: list[tuple[int, str]] = []  # place in `found`, and the name that the link speaks of
+    links: list[tuple[int, str]] = []  # index in `found`, and the link's target name
     problem = broken = ""
     try:
         size = require_file(path)
@@ -191,7 +190,7 @@ def _parts(path: Path) -> tuple[list[Part], str, str]:
 
 
 def _end_problem(path: Path, end: int) -> str:
-    """The damage where tarfile sees the end of a tar: there must be zeros, and nothing else up to the end of the file."""
+    """Describe damage where tarfile sees the end of a tar: only zeros may follow, up to the end of the file."""
     with path.open("rb") as file:
         file.seek(end)
         block = file.read(_BLOCK)
@@ -217,7 +216,7 @@ def _part(name: str, info: tarfile.TarInfo, place: int) -> Part:
 
 
 def _target(name: str, info: tarfile.TarInfo) -> str:
-    """The member that a link speaks of: hard links by its name, symbolic ones as seen from their own folder."""
+    """Target of a link: hard links name the member, symbolic links are relative to their own folder."""
     if info.islnk():
         return _plain(info.linkname)
     if info.linkname.startswith("/"):
@@ -226,7 +225,7 @@ def _target(name: str, info: tarfile.TarInfo) -> str:
 
 
 def _linked(parts: list[Part], links: Sequence[tuple[int, str]]) -> list[Part]:
-    """Links with the place and size of the file that they speak of, where it is there."""
+    """Replace links by the position and size of their targets, if present."""
     resolved = list(parts)
     targets = dict(links)
     places: dict[str, list[int]] = {}
@@ -238,7 +237,7 @@ def _linked(parts: list[Part], links: Sequence[tuple[int, str]]) -> list[Part]:
             if at is None or at not in targets:
                 break
             same = places.get(targets[at], [])
-            # The file that was there when the link was packed, or the first one to come.
+            # The last one before the link, as when it was packed, or the first one after it.
             at = next((number for number in reversed(same) if number < at), same[0] if same else None)
         if at is not None and at not in targets:
             resolved[place] = replace(parts[at], name=parts[place].name, place=place)
@@ -251,9 +250,9 @@ def _plain(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a member of this name belongs to no sample."""
+    """Whether a member with this name belongs to no sample."""
     folder, _, base = name.rpartition("/")
-    # webdataset keeps notes about a shard in members called __name__.
+    # webdataset keeps metadata of a shard in members called __name__.
     return any(part.startswith(".") and part != ".." for part in name.split("/")) or bool(
         folder == "" and re.fullmatch(r"__.*__(\..*)?", base)
     )
@@ -272,7 +271,7 @@ _Members = list[tuple[str, Part]]  # each with the part of its name after the fi
 
 
 def _joined_by_case(groups: Mapping[str, _Members]) -> dict[str, _Members]:
-    """Files without a photo of their name go to the one sample whose name differs from theirs in case alone."""
+    """Add files without a photo to the only sample whose name differs from theirs by case alone."""
     photos: dict[str, list[str]] = {}
     for key, members in groups.items():
         if any(_ending(name) in _PHOTOS for name, _ in members):
@@ -285,13 +284,13 @@ def _joined_by_case(groups: Mapping[str, _Members]) -> dict[str, _Members]:
 
 
 def _samples(key: str, members: _Members) -> list[Sample]:
-    """The samples in the files of one name before the first dot: as a rule one."""
+    """The samples among files with the same name up to the first dot: usually one."""
     photos = {_stem(name) for name, _ in members if _ending(name) in _PHOTOS}
     texts = {_stem(name) for name, _ in members if _is_text(name)}
     if photos <= {""}:
         return _unique(key, members)
     if "" in photos:
-        # Beside `a.jpg`, `a.mask.png` is a picture of another kind; with a text of its own it is a sample of its own.
+        # `a.mask.png` next to `a.jpg` is another kind of image; with its own text, it is a separate sample.
         own = (photos & texts) - {""}
         return _unique(key, [m for m in members if _stem(m[0]) not in own]) + _apart(key, members, own)
     if "" in texts and len(photos) == 1 and not photos & texts:  # `a.image.jpg, a.txt`
@@ -311,7 +310,7 @@ def _samples(key: str, members: _Members) -> list[Sample]:
 
 
 def _apart(key: str, members: _Members, stems: Collection[str]) -> list[Sample]:
-    """A sample for each of these longer names."""
+    """One sample for each of these longer names."""
     samples = []
     for stem in sorted(stems):
         inner = [(_ending(name), part) for name, part in members if _stem(name) == stem]
@@ -320,7 +319,7 @@ def _apart(key: str, members: _Members, stems: Collection[str]) -> list[Sample]:
 
 
 def _unique(key: str, members: _Members) -> list[Sample]:
-    """The sample of these files; where a file is there more than once, one for each photo, with the reason why it is of no use."""
+    """The sample of these files. If a file occurs twice: one sample per photo, with a reason why it is unusable."""
     counts = Counter(name for name, _ in members if name in _PHOTOS or (_is_text(name) and not _stem(name)))
     twice = [part.name for name, part in members if counts[name] > 1]
     if not twice:
@@ -334,7 +333,7 @@ def _unique(key: str, members: _Members) -> list[Sample]:
 
 
 def _whole(samples: list[Sample], broken: str, is_sorted: bool) -> tuple[list[Sample], int]:
-    """The samples that a damage left whole, and how many it did not."""
+    """The samples unaffected by damage, and the number of affected ones."""
     key, ending = _split(broken)
     cut = {key, f"{key}.{_stem(ending)}"} if broken else set()
     if not is_sorted:
@@ -348,7 +347,7 @@ def _whole(samples: list[Sample], broken: str, is_sorted: bool) -> tuple[list[Sa
 
 
 def _ending(name: str) -> str:
-    """The last part of a name; of a text that is named like a photo, the photo's, too (jpg.txt)."""
+    """The extension of a name; for a text named after a photo, with the photo's (jpg.txt)."""
     stem, _, ending = name.rpartition(".")
     photo = stem.rpartition(".")[2]
     return f"{photo}.{ending}" if ending in _TEXTS and photo in _PHOTOS else ending

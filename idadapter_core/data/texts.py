@@ -1,4 +1,4 @@
-"""Reading texts that other people wrote: in an encoding that is known, or not at all."""
+"""Read other people's texts: in a known encoding, or not at all."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ..encodings import encoding_by_mark
 from ..errors import ConfigError, InputError
 
 MAX_CAPTION = 100_000
-"""Characters. CLIP reads 77 tokens; a longer text is no caption but a table or a log of that name."""
-_MAX_FILE = 16 * MAX_CAPTION  # bytes of a caption's file: several lines of four bytes a character
+"""Characters. CLIP reads 77 tokens; a longer text is not a caption but a misnamed table or log."""
+_MAX_FILE = 16 * MAX_CAPTION  # bytes of a caption file: several lines with four bytes per character
 _MARK = "\ufeff"
 _NAME_IT = (
     "name the right one with --encoding (utf-16-le for UTF-16 without a byte order mark), or save it as UTF-8"
 )
 _UNDECODED = re.compile("[\0\udc80-\udcff]")
-# Control characters that are no white space, the mark that decoders leave for bytes they cannot read, and code points that are no characters.
+# Control characters other than white space, the replacement character of decoders, and noncharacters.
 _SUSPECT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd\ufffe\uffff]")
 BLANK = " \t\r\n\v\f"
-"""White space that may stand around a file's name in a list; other kinds may belong to the name."""
+"""White space to strip from file names in a list; other kinds may belong to the name."""
 
 
 def check_encoding(name: str) -> None:
-    """Raises ConfigError where Python knows no encoding of texts by this name."""
+    """Raise ConfigError if Python has no text encoding of this name."""
     try:
         "".encode(name)
         b"".decode(name)
@@ -35,10 +35,10 @@ def check_encoding(name: str) -> None:
 
 
 def decode_text(content: bytes, encoding: str = "") -> str:
-    """The text of a file: by its byte order mark (UTF-8, 16, 32), else as UTF-8, else in the encoding that is named.
+    """Decode a file: by its byte order mark (UTF-8, 16, 32), else as UTF-8, else in the named encoding.
 
-    A named encoding reads texts that are no UTF-8, and ASCII, where encodings like ISO-2022-JP hide their escapes. But to a UTF-16 without
-    a mark, plain ASCII would be other letters, two in one.
+    A named encoding is also used for ASCII content, because encodings like ISO-2022-JP hide their escapes in it. UTF-16 without a mark is
+    an exception: it would read two ASCII letters as one.
 
     Raises:
         InputError: names the first byte that does not fit.
@@ -58,8 +58,9 @@ def decode_text(content: bytes, encoding: str = "") -> str:
 
 
 def decode_lines(content: bytes, encoding: str = "") -> str:
-    """As `decode_text`, but bytes that are no UTF-8 become surrogates, for `undecoded` to find: one bad line of a table is not
-    the end of it. Files with a mark and of a named encoding are read whole or not at all. Raises InputError.
+    """As `decode_text`, but bytes that are not UTF-8 become surrogates, to be reported by `undecoded` line by line.
+
+    Files with a byte order mark or in the named encoding are read completely or not at all. Raises InputError.
     """
     if encoding or encoding_by_mark(content) not in ("", "utf-8-sig"):
         return decode_text(content, encoding)
@@ -67,7 +68,7 @@ def decode_lines(content: bytes, encoding: str = "") -> str:
 
 
 def undecoded(text: str) -> str:
-    """The first byte of a text from `decode_lines` that is no UTF-8, or the first NUL, in words; "" where there is neither."""
+    """Describe the first byte of a text from `decode_lines` that is not UTF-8, or the first NUL; "" if there is neither."""
     found = _UNDECODED.search(text)
     if not found:
         return ""
@@ -78,14 +79,14 @@ def undecoded(text: str) -> str:
 
 
 def require_file(path: Path) -> int:
-    """The size of a file in bytes. Pipes and devices, which may never end, are refused before they are opened.
+    """Size of a file in bytes. Pipes and devices, which may never end, are refused without opening them.
 
     Raises:
-        OSError: it is no file, or absent, or the name cannot be that of a file.
+        OSError: not a file, missing, or not a possible file name.
     """
     try:
         facts = path.stat()
-    except ValueError as error:  # a NUL, or half a character
+    except ValueError as error:  # a NUL, or a lone surrogate
         raise OSError(0, f"no file can have this name: {error}") from error
     if stat.S_ISDIR(facts.st_mode):
         raise IsADirectoryError(0, "it is a folder")
@@ -95,10 +96,10 @@ def require_file(path: Path) -> int:
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:
-    """The bytes of a file; one of more than `most` bytes is refused.
+    """Read a file of at most `most` bytes.
 
     Raises:
-        OSError: as `require_file` does.
+        OSError: as `require_file`.
         InputError: more than `most` bytes.
     """
     size = require_file(path)
@@ -108,10 +109,10 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 
 
 def read_caption(path: Path, encoding: str = "") -> str:
-    """The caption in a text file: its first line that is not empty.
+    """Read a caption file: its first line that is not empty.
 
     Raises:
-        InputError: names the file and why it cannot be read.
+        InputError: names the file and the reason.
     """
     try:
         return first_line(decode_text(read_file(path, _MAX_FILE), encoding))
@@ -122,16 +123,17 @@ def read_caption(path: Path, encoding: str = "") -> str:
 
 
 def first_line(text: str) -> str:
-    """The first line that is not empty, as a caption. Raises InputError as `caption_of` does."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # U+2028 and the like may be in a line
+    """The first line that is not empty, as a caption. Raises InputError as `caption_of`."""
+    # Not splitlines: U+2028 and the like may occur in a line.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return caption_of(next((line for line in lines if line.strip()), ""))
 
 
 def caption_of(text: str) -> str:
-    """A caption on one line, without halves of characters, which scraped texts have and tokenizers refuse.
+    """A caption on one line, without lone surrogates, which scraped texts have and tokenizers refuse.
 
     Raises:
-        InputError: the text has characters that show that it was decoded wrongly, or is far too long.
+        InputError: the text contains characters that show a wrong decoding, or is far too long.
     """
     if len(text) > MAX_CAPTION:
         raise InputError(f"it has {len(text):,} characters, at most {MAX_CAPTION:,} are a caption")
@@ -139,7 +141,7 @@ def caption_of(text: str) -> str:
         raise InputError(
             f"it has the character U+{ord(found[0]):04X} at position {found.start()}, the sign of a wrong encoding; {_NAME_IT}"
         )
-    # A byte order mark inside of a text comes of files that were joined.
+    # A byte order mark inside a text comes from concatenated files.
     return " ".join(text.replace(_MARK, "").encode("utf-8", "replace").decode().split())
 
 
@@ -149,7 +151,7 @@ def _decode(content: bytes, encoding: str) -> str:
     except UnicodeDecodeError as error:
         name = _NAMES.get(encoding, encoding)
         raise InputError(_no_text(content[error.start], error.start, name)) from error
-    except UnicodeError as error:  # encodings that do not tell where
+    except UnicodeError as error:  # some encodings do not give the position
         raise InputError(f"it is no {encoding} ({error})") from error
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: how much a person is kept, how well prompts are followed, how varied pictures are. Needs the `train` extra."""
+"""Evaluation of identity preservation, prompt following and variety. Needs the `train` extra."""

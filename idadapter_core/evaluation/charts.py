@@ -1,7 +1,7 @@
-"""Charts as SVG inside HTML: no script, no files, readable in light and in dark.
+"""Charts as inline SVG: no script, no files, readable in light and dark mode.
 
-Colours come from the page's style sheet: the classes s0, s1, ... of series set `color`, and all else follows from classes like axis
-and grid. Every chart says in its label what it shows.
+Colours come from the page's style sheet: the series classes s0, s1, ... set `color`; classes like axis and grid style the rest. The
+label of every chart describes its content.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_THINNEST = 3.0  # bar, pixels
+_THINNEST = 3.0  # smallest height of a bar, pixels
 COLORS = 10  # classes s0 .. s9 in the style sheet
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 18, 14, 50
@@ -27,7 +27,7 @@ MARKERS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A point with its intervals and a few characters beside it."""
+    """A point with its intervals and a short label."""
 
     x: float
     y: float
@@ -38,7 +38,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one run. `number` chooses colour and marker."""
+    """Points of one run. `number` selects colour and marker."""
 
     name: str
     number: int
@@ -47,7 +47,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Bars:
-    """A run's value in each group; None where there is none."""
+    """A run's value in each group; None for missing values."""
 
     name: str
     number: int
@@ -56,7 +56,7 @@ class Bars:
 
 
 class _Axis:
-    """Values to pixels, with round numbers as ticks."""
+    """Maps values to pixels, with round numbers as ticks."""
 
     def __init__(
         self, values: Sequence[float], first: float, last: float, zero: bool = False, least: float = 0.0
@@ -65,7 +65,7 @@ class _Axis:
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)
         least = least or (0.1 if high - low < 1e-9 else 0.0)
-        if high - low < least:  # a difference that means nothing must not fill the chart
+        if high - low < least:  # a meaningless difference must not fill the chart
             more = (least - (high - low)) / 2
             low, high = low - more, high + more
         room = 0.05 * (high - low)
@@ -81,7 +81,7 @@ class _Axis:
         return round(self._first + (value - self.low) * self._scale, 1)
 
     def text(self, tick: float) -> str:
-        """A tick in words."""
+        """Label of a tick."""
         return f"{tick:.{self._digits}f}"
 
 
@@ -93,10 +93,10 @@ def _round_step(least: float) -> float:
 def scatter(
     series: Sequence[Series], x_title: str, y_title: str, label: str, least: tuple[float, float] = (0.1, 0.1)
 ) -> str:
-    """Points with their intervals, those of a series joined in their order.
+    """Scatter chart of points with intervals; the points of a series are joined in order.
 
     Args:
-        least: the smallest ranges of x and y that are shown.
+        least: smallest ranges of x and y to show.
     """
     points = [point for one in series for point in one.points]
     xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
@@ -104,7 +104,7 @@ def scatter(
     x = _Axis(xs, LEFT, WIDTH - RIGHT, least=least[0])
     y = _Axis(ys, HEIGHT - BOTTOM, TOP, least=least[1])
     parts = [*_frame(x, y, x_title, y_title)]
-    signs, labels = [], []  # over all lines
+    signs, labels = [], []  # drawn over all lines
     taken = [(x(p.x) - 5, y(p.y) - 5, 10.0, 10.0) for p in points]
     for one in series:
         color = color_of(one.number)
@@ -122,7 +122,7 @@ def scatter(
 
 
 def curves(series: Sequence[Series], x_title: str, y_title: str, label: str) -> str:
-    """Lines without markers."""
+    """Line chart without markers."""
     points = [point for one in series for point in one.points]
     x = _Axis([p.x for p in points], LEFT, WIDTH - RIGHT)
     y = _Axis([p.y for p in points], HEIGHT - BOTTOM, TOP)
@@ -134,7 +134,7 @@ def curves(series: Sequence[Series], x_title: str, y_title: str, label: str) -> 
 
 
 def bars(groups: Sequence[str], series: Sequence[Bars], y_title: str, label: str) -> str:
-    """Bars side by side for each group, with intervals."""
+    """Grouped bar chart with intervals."""
     found = [v for one in series for v in one.values if v is not None]
     found += [v for one in series for interval in one.intervals if interval for v in interval]
     width = max(WIDTH, LEFT + RIGHT + len(groups) * (len(series) * 12 + 16))
@@ -157,7 +157,7 @@ def bars(groups: Sequence[str], series: Sequence[Bars], y_title: str, label: str
                 )
                 continue
             top, bottom = sorted((y(value), zero))
-            if bottom - top < _THINNEST:  # a value of 0 is not the same as none
+            if bottom - top < _THINNEST:  # a value of 0 must look different from a missing one
                 top, bottom = zero - _THINNEST / 2, zero + _THINNEST / 2
             color = color_of(one.number)
             parts.append(
@@ -177,7 +177,7 @@ def histogram(
     x_title: str,
     label: str,
 ) -> str:
-    """Shares of values in bins: `filled` as areas, `outlined` as lines (name, class of the colour, values), and a line at the threshold."""
+    """Histogram: `filled` as areas, `outlined` as lines (name, colour class, values), and a line at the threshold."""
     everything = [v for _, _, values in (*filled, *outlined) for v in values]
     x = _Axis([*everything, *([threshold] if threshold is not None else [])], LEFT, WIDTH - RIGHT)
     count = 30
@@ -210,12 +210,12 @@ def histogram(
 
 
 def color_of(number: int) -> str:
-    """The class of a series' colour."""
+    """Colour class of a series."""
     return f"s{number % COLORS}"
 
 
 def legend(entries: Sequence[tuple[str, int | str, str]]) -> str:
-    """Names with their number or class of colour, and sign: marker, line, band or bar. Wraps like text."""
+    """Legend of names with their number or colour class, and sign: marker, line, band or bar. Wraps like text."""
     items = []
     for name, number, kind in entries:
         color = number if isinstance(number, str) else color_of(number)
@@ -285,8 +285,10 @@ def _intervals(point: Point, x: _Axis, y: _Axis, color: str) -> list[str]:
 
 
 def _beside(text: str, x: float, y: float, color: str, taken: list[tuple[float, float, float, float]]) -> str:
-    """A label at the first of eight places around a point where nothing is yet; none where all are taken (the legend and the
-    table have it)."""
+    """Label a point at the first free of eight places around it.
+
+    Returns "" if none is free: the legend and the table name the point, too.
+    """
     width, height = 6.3 * len(text) + 2, 13.0
     for left, top in (
         (x + 8, y - 14),

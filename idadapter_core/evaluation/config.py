@@ -1,4 +1,4 @@
-"""The configuration of an evaluation: TOML into dataclasses that check themselves, as for training."""
+"""Evaluation configuration, read from TOML into dataclasses that validate themselves."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..prompts import CLASS_WORD
 from ..stable_diffusion.config import PRECISIONS, BaseConfig, require_paths
 from .prompts import EXPRESSION, GROUPS, POSE, POSES, Prompt, built_in, expression_name
 
-BASE_MODEL, PASTE = "base model", "paste the reference"  # the anchors, which every evaluation has
+BASE_MODEL, PASTE = "base model", "paste the reference"  # anchors, part of every evaluation
 SPLITS = ("train", "test", "all")
 PARTS = ("both", "adapter", "text")  # of an adapter
 
 
 @dataclass(frozen=True)
 class PeopleConfig(Settings):
-    """Who is drawn."""
+    """The people to generate (`[data]`)."""
 
-    index: str = ""  # written by `python -m idadapter_core scan`
+    index: str = ""  # index file, written by `python -m idadapter_core scan`
     split: str = "test"
-    identities: int = 50  # people, drawn by the seed; 0: all that have enough photos
-    references: int = 4  # photos of each: what adapters are given, and what pictures are compared with
+    identities: int = 50  # number of people, chosen at random by the seed; 0: all who have enough photos
+    references: int = 4  # photos per person: input of the adapters and reference of the metrics
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -37,15 +37,16 @@ class PeopleConfig(Settings):
 
 @dataclass(frozen=True)
 class RunEntry(Settings):
-    """An adapter, how it is used, and at which scales: a row of the result for each scale."""
+    """An adapter and its settings (`[[runs]]`). Each scale is one row of the result."""
 
     name: str = ""
     path: str = ""
-    text_branch: str = ""  # UniID's second file; empty: none, or in the same file
-    scales: tuple[float, ...] = (1.0,)  # of the parts that act; IDAdapter's word is there at any scale
-    parts: str = "both"  # which act: both, adapter or text
+    text_branch: str = ""  # UniID's second file; empty: none, or both branches are in one file
+    # Strengths of the active parts. IDAdapter's identity word is present at every scale.
+    scales: tuple[float, ...] = (1.0,)
+    parts: str = "both"  # active parts: both, adapter or text
     rescale: bool = False  # UniID's normalized rescaling, with its published schedule
-    references: int = 0  # photos of the person that it is given; 0: data.references
+    references: int = 0  # reference photos per person for this adapter; 0: data.references
     log: str = ""  # folder of the training run, for gates and norm ratios in the report
 
     def __post_init__(self) -> None:
@@ -63,11 +64,12 @@ class RunEntry(Settings):
 
 @dataclass(frozen=True)
 class PromptEntry(Settings):
-    """A prompt of the user's own."""
+    """A user's prompt (`[[prompts]]`)."""
 
-    text: str = ""  # with <class word>
+    text: str = ""  # prompt, with <class word>
     group: str = "own"
-    asks: str = ""  # in the group expression a class, in the group pose one of POSES; else a note
+    # Expected result. Group expression: a class of the classifier; group pose: one of POSES; other groups: a free note.
+    asks: str = ""
 
     def __post_init__(self) -> None:
         if CLASS_WORD not in self.text:
@@ -82,15 +84,15 @@ class PromptEntry(Settings):
 
 @dataclass(frozen=True)
 class SamplingConfig(Settings):
-    """What is drawn, and how."""
+    """Prompts and sampler settings (`[sampling]`)."""
 
-    groups: tuple[str, ...] = GROUPS  # built-in prompts
+    groups: tuple[str, ...] = GROUPS  # groups of built-in prompts
     seeds: tuple[int, ...] = (0,)
     steps: int = 30
     cfg: float = 7.5
-    size: int = 512  # side of the square pictures, pixels
+    size: int = 512  # side of the square images, pixels
     negative: str = ""
-    precision: str = "no"  # bf16: the base in bfloat16
+    precision: str = "no"  # no: fp32; bf16: the base model in bfloat16
 
     def __post_init__(self) -> None:
         for group in self.groups:
@@ -111,27 +113,23 @@ class SamplingConfig(Settings):
 
 @dataclass(frozen=True)
 class MetricsConfig(Settings):
-    """The models that judge. What has no model is n/a in all results."""
+    """The models of the metrics (`[metrics]`). A metric without a model is n/a in all results."""
 
     faces: str = ""  # folder of an insightface package: detector and first recogniser
-    second: str = (
-        ""  # second recogniser, one that training never saw: another package's folder, or a torch IResNet
-    )
+    # Second recogniser, not used in training: another package's folder, or a torch IResNet file.
+    second: str = ""
     clip: str = ""  # folder of a transformers CLIPModel with its tokenizer, for CLIP-T and CLIP-I
 
 
 @dataclass(frozen=True)
 class ExpressionConfig(Settings):
-    """A classifier of facial expressions as an ONNX file of the user's; input (1, 3 or 1, size, size), output one score a class."""
+    """A user's ONNX classifier of facial expressions: input (1, 3 or 1, size, size), output one score per class."""
 
     path: str = ""
-    size: int = 224  # side of its input, pixels
-    classes: tuple[str, ...] = ()  # in the order of its scores
-    mean: tuple[float, ...] = (
-        0.485,
-        0.456,
-        0.406,
-    )  # of values in 0..1; one number for grey, three for colour
+    size: int = 224  # side of the input, pixels
+    classes: tuple[str, ...] = ()  # class names, in the order of the scores
+    # Normalisation of values in 0..1: one number for grey, three for colour.
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
@@ -149,23 +147,24 @@ class ExpressionConfig(Settings):
 
 @dataclass(frozen=True)
 class PresetConfig(Settings):
-    """Rows of a paper's ablation (`presets.PRESETS`), before those of [[runs]]."""
+    """The rows of a paper's ablation (`presets.PRESETS`), placed before those of [[runs]]."""
 
     name: str = ""
     scales: tuple[float, ...] = (1.0,)
-    adapters: Mapping[str, Any] = field(default_factory=dict)  # files, under the names the preset asks for
+    # Adapter files, by the names that the preset requires.
+    adapters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvaluationOutput(Settings):
-    """Where it goes."""
+    """The result folder (`[output]`)."""
 
     folder: str = "evaluation"
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Settings):
-    """A whole evaluation."""
+    """All settings of an evaluation."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
     data: PeopleConfig = field(default_factory=PeopleConfig)
@@ -184,23 +183,23 @@ class EvaluationConfig(Settings):
             )
 
     def all_prompts(self) -> tuple[Prompt, ...]:
-        """The built-in prompts that were chosen, then the user's own."""
+        """The chosen built-in prompts, then the user's."""
         own = [Prompt(entry.group, entry.text, entry.asks) for entry in self.prompts]
         return (*built_in(self.sampling.groups), *own)
 
 
 def read_evaluation(path: Path, overrides: Sequence[str] = ()) -> EvaluationConfig:
-    """The configuration in a TOML file, with `section.key=value` overrides on top (see `config.read_toml`).
+    """Read a configuration from a TOML file, with `section.key=value` overrides applied last (see `config.read_toml`).
 
     Raises:
-        ConfigError: no such file, broken TOML, an unknown key, a value of another type or outside its range.
+        ConfigError: no such file, broken TOML, an unknown key, a value of the wrong type or out of range.
     """
     with naming(path, overrides):
         return parse_config(EvaluationConfig, read_toml(path, overrides))
 
 
 def require_files(config: EvaluationConfig) -> None:
-    """Raise ConfigError where a file that is named is not there, or the results cannot be written: before models are loaded."""
+    """Raise ConfigError if a named file is missing or the results cannot be written. Called before models are loaded."""
     named = {
         "data.index": config.data.index,
         "metrics.faces": config.metrics.faces,
@@ -211,13 +210,13 @@ def require_files(config: EvaluationConfig) -> None:
     for run in config.runs:
         named |= {f"path of {run.name}": run.path, f"text_branch of {run.name}": run.text_branch}
         named |= {f"log of {run.name}": run.log}
-    # The base's face package is for a detector in L_id; pictures are judged with that of metrics.faces.
+    # The base's face package serves a detector in L_id only; the metrics use metrics.faces.
     require_paths(config.base, ["face_package"], named)
     writable("output.folder", config.output.folder)
 
 
 def require_sound(config: EvaluationConfig) -> None:
-    """Raise ConfigError where sections that are each fine do not fit together."""
+    """Raise ConfigError if sections contradict each other."""
     if not config.data.index:
         raise ConfigError("data.index is empty; name the index that `python -m idadapter_core scan` wrote")
     prompts = config.all_prompts()

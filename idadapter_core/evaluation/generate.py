@@ -1,4 +1,4 @@
-"""Pictures of people by a base model and its adapters: what an evaluation needs of them, and how the trainer's pipeline gives it."""
+"""Generate images of people with a base model and its adapters: the interface, and its implementation with the trainer's pipeline."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .config import EvaluationConfig, RunEntry, SamplingConfig
 from .people import Person, Photo
 from .prompts import Prompt
 
-VERSION = 1  # of how pictures are drawn; another one draws all of them again
+VERSION = 1  # of image generation; increase it to generate all images again
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What one picture shows and how it is made."""
+    """Specification of one image."""
 
     run: RunEntry | None  # None: the base model alone
     scale: float
@@ -39,27 +39,27 @@ class Drawing:
 
     @property
     def references(self) -> tuple[Photo, ...]:
-        """The photos that the adapter is given."""
+        """The adapter's reference photos."""
         if self.run is None:
             return ()
         return self.person.references[: self.run.references or None]
 
 
 class Generator(Protocol):
-    """What draws."""
+    """Interface of an image generator."""
 
     def recipe(self, drawing: Drawing) -> dict[str, Any]:
-        """All that the picture depends on, in plain values."""
+        """Everything that the image depends on, as plain values."""
 
     def generate(self, drawing: Drawing) -> Image:
-        """The picture (H, W, 3), RGB uint8."""
+        """Generate the image (H, W, 3), RGB uint8."""
 
     def recognizer(self, run: RunEntry) -> str:
-        """The digest of the face recogniser that the run's adapter was trained with; empty where it is not recorded."""
+        """Digest of the face recogniser that the run's adapter was trained with; empty if not recorded."""
 
 
 def recipe_of(drawing: Drawing, sampling: SamplingConfig, digests: dict[str, str]) -> dict[str, Any]:
-    """The recipe of a drawing. `digests` names all models that take part."""
+    """The recipe of a drawing. `digests` names all models involved."""
     facts: dict[str, Any] = {
         "version": VERSION,
         "models": digests,
@@ -82,14 +82,14 @@ def recipe_of(drawing: Drawing, sampling: SamplingConfig, digests: dict[str, str
 
 
 class PipelineGenerator:
-    """The trainer's own pipeline. One adapter at a time is in the UNet, and one identity is kept, so ask for the pictures of one
-    run after the other, and in a run of one person after the other."""
+    """Generates with the trainer's pipeline.
+
+    It holds one adapter in the UNet and one identity at a time, so request the images grouped by run, and within a run by person.
+    """
 
     def __init__(self, config: EvaluationConfig, index: Index) -> None:
-        """
-        Raises:
-            IDAdapterError: a file is missing or unusable, or a run asks for what its adapter has not.
-        """
+        """Raises:
+        IDAdapterError: a file is missing or unusable, or a run uses a feature that its adapter does not have."""
         self._sampling = config.sampling
         self._index = index
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,7 +163,7 @@ class PipelineGenerator:
 
 
 def _load_adapters(runs: tuple[RunEntry, ...]) -> dict[str, Adapter]:
-    """By the runs' names; runs that name the same files share one."""
+    """Load adapters by run name; runs with the same files share one."""
     loaded: dict[tuple[str, str], Adapter] = {}
     for run in runs:
         key = (run.path, run.text_branch)
@@ -198,7 +198,7 @@ def _text_acts(drawing: Drawing, adapter: Adapter) -> bool:
 
 def _acting(drawing: Drawing, adapter: Adapter) -> Acting:
     assert drawing.run is not None
-    # An identity word is in the prompt or not, and the scale is that of what acts in the UNet.
+    # An identity word is in the prompt or not; the scale then applies only in the UNet.
     text_scale = 1.0 if adapter.mechanisms.text == "word" else drawing.scale
     return Acting(
         adapter=0.0 if drawing.run.parts == "text" else drawing.scale,

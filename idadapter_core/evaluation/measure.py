@@ -1,4 +1,4 @@
-"""Pictures against people, prompts and the base model's pictures: one row of numbers for each."""
+"""Compare images with people, prompts and the base model's images: one row of numbers per image."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ _MOST_PHOTOS = 1000
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A picture and what was measured. None: there is no such value, since a model is missing, nothing was asked or no face found
-    (`det_ok` tells which)."""
+    """An image and its measurements. None: no value, because a model is missing, nothing was asked or no face was found (see `det_ok`)."""
 
     run: str
     scale: float | None
-    references: int | None  # photos of the person that the adapter was given
+    references: int | None  # number of reference photos given to the adapter
     identity: str
     class_word: str
     group: str
@@ -45,20 +44,21 @@ class ImageRow:
     id_cos_max: float | None
     id_cos_2: float | None  # second recogniser
     id_cos_2_max: float | None
-    verified: float | None  # share of the reference photos with which the first recogniser says "the same"
+    # Share of the reference photos that the first recogniser verifies as the same person.
+    verified: float | None
     verified_2: float | None
     yaw: float | None  # degrees
     pitch: float | None
     d_yaw: float | None  # absolute difference to the first reference photo
     d_pitch: float | None
     expr: str | None
-    expr_changed: bool | None  # another one than in the first reference photo
+    expr_changed: bool | None  # differs from the first reference photo
     asked_expr_hit: bool | None  # without a face: not hit
     asked_pose_hit: bool | None
     clip_t: float | None
     clip_t_gain: float | None  # over the base model's picture of the same prompt and seed
     clip_i: float | None  # mean over the person's reference photos
-    outside: float | None  # mean absolute difference (0..1) to the base model's picture, outside the faces
+    outside: float | None  # mean absolute difference (0..1) to the base model's image, outside the faces
     copy_geo: float | None
     seconds: float | None
 
@@ -68,7 +68,7 @@ COLUMNS = tuple(entry.name for entry in fields(ImageRow))
 
 @dataclass(frozen=True, eq=False)
 class SeenPerson:
-    """A person and what was seen in the photos."""
+    """A person and the observations of the photos."""
 
     person: Person
     references: tuple[Look, ...]
@@ -77,7 +77,7 @@ class SeenPerson:
 
 @dataclass(frozen=True, eq=False)
 class Bands:
-    """What a recogniser says of real photos: cosines of pairs of one person, and of pairs of two."""
+    """A recogniser's cosines of real photos: pairs of one person, and pairs of two people."""
 
     genuine: Sequence[float]
     impostors: Sequence[float]
@@ -86,7 +86,7 @@ class Bands:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A picture to be measured: what was drawn, and what it is compared with."""
+    """An image to measure, with its specification and everything to compare it with."""
 
     run: str
     scale: float | None
@@ -96,14 +96,14 @@ class Subject:
     picture: str
     seconds: float | None
     text: Vector | None = None  # CLIP's embedding of the prompt
-    base: Look | None = None  # the base model's picture of the same prompt and seed
+    base: Look | None = None  # the base model's image of the same prompt and seed
     outside: float | None = None
 
 
 def bands(people: Sequence[SeenPerson], part: str = "embedding") -> Bands | None:
-    """Cosines of pairs of the people's photos; `part`: embedding or second. None where there are no embeddings.
+    """Cosines of pairs of the people's photos; `part`: embedding or second. None without embeddings.
 
-    All pairs of one person, and of two people those among 1000 photos at most, half a million pairs.
+    Uses all pairs of one person, and pairs of two people among at most 1000 photos (half a million pairs).
     """
     photos: list[tuple[int, Vector]] = []
     genuine: list[float] = []
@@ -124,7 +124,7 @@ def bands(people: Sequence[SeenPerson], part: str = "embedding") -> Bands | None
 def measure(
     subject: Subject, look: Look, seen: SeenPerson, first: Bands | None, second: Bands | None
 ) -> ImageRow:
-    """The row of a picture, of which `look` was seen."""
+    """Compute the row of an image from `look`, its observation."""
     reference = seen.references[0]
     prompt = subject.prompt
     mean, highest, verified = _cosines(look.embedding, [r.embedding for r in seen.references], first)
@@ -178,14 +178,14 @@ def measure(
 
 
 def _pose_is_hit(prompt: Prompt, pose: tuple[float, float] | None, seen: SeenPerson) -> bool:
-    """Five landmarks give a pitch that carries a constant of the person, so it is taken relative to the person's photos."""
+    """Compares the pitch with the person's photos: from five landmarks, it has an offset specific to the person."""
     known = [found[1] for found in map(_pose, seen.references) if found]
     usual = float(np.mean(known)) if known else 0.0
     return pose is not None and asked_pose_is_hit(prompt.asks, pose[0], pose[1] - usual)
 
 
 def outside_faces(image: Image, base: Image, looks: Sequence[Look]) -> float | None:
-    """Mean absolute difference, 0..1, of two pictures (H, W, 3) outside the faces' boxes; None where nothing lies outside."""
+    """Mean absolute difference, 0..1, of two images (H, W, 3) outside the faces' boxes; None if nothing lies outside."""
     kept = np.ones(image.shape[:2], bool)
     for look in looks:
         if look.box is not None:
@@ -198,7 +198,7 @@ def outside_faces(image: Image, base: Image, looks: Sequence[Look]) -> float | N
 
 
 def to_csv(rows: Sequence[ImageRow]) -> str:
-    """per_image.csv: a line of `COLUMNS`, then a line for each row; truth as 0 and 1, what there is not as n/a."""
+    """Render per_image.csv: a header of `COLUMNS`, then one line per row. Booleans are 0 and 1, missing values n/a."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

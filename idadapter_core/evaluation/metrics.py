@@ -1,4 +1,4 @@
-"""The metrics of a row of the result, each a mean over pictures, and what can be required of them."""
+"""Metrics of a result row, each a mean over images, and requirements on them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ SECOND, CLIP, EXPRESSIONS = "metrics.second", "metrics.clip", "expression.path" 
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean over pictures. Pictures for which `value` is None do not count."""
+    """A mean over images. Images for which `value` is None do not count."""
 
     name: str
     title: str
     section: str
     value: Callable[[ImageRow], float | None]
     meaning: str
-    needs: str = ""  # the setting that names its model; empty: always there
+    needs: str = ""  # setting of its model; empty: always available
     unit: str = ""  # %, ° or s
 
     def number(self, value: float) -> str:
-        """A value in words, without the unit."""
+        """Format a value without its unit."""
         digits = {"%": 1, "": 3}.get(self.unit, 2)
-        rounded = round(100 * value if self.unit == "%" else value, digits) + 0.0  # -0.0 is 0.0
+        # Adding 0.0 turns -0.0 into 0.0.
+        rounded = round(100 * value if self.unit == "%" else value, digits) + 0.0
         return f"{rounded:.{digits}f}"
 
     def show(self, value: float) -> str:
-        """A value in words."""
+        """Format a value with its unit."""
         return f"{self.number(value)}{self.unit}"
 
 
@@ -213,7 +214,7 @@ BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 def available(config: EvaluationConfig, verifies: tuple[bool, bool]) -> tuple[Metric, ...]:
-    """The metrics that can be measured. `verifies`: whether each recogniser has a threshold."""
+    """The measurable metrics. `verifies`: whether each recogniser has a threshold."""
     return tuple(
         metric
         for metric in METRICS
@@ -224,7 +225,7 @@ def available(config: EvaluationConfig, verifies: tuple[bool, bool]) -> tuple[Me
 
 
 def aggregate(rows: Sequence[ImageRow], metrics: Sequence[Metric]) -> dict[str, Estimate | None]:
-    """Every metric's mean over the rows, with its interval over people; None where it is not one of `metrics` or has no value."""
+    """Mean of every metric over the rows, with its interval over people; None if it is not one of `metrics` or has no value."""
     people = [row.identity for row in rows]
     return {
         metric.name: estimate([metric.value(row) for row in rows], people) if metric in metrics else None
@@ -243,7 +244,7 @@ def _missing(metric: Metric, config: EvaluationConfig) -> bool:
 
 
 class Result(Protocol):
-    """A row of the result (`summary.SummaryRow`)."""
+    """Interface of a result row (`summary.SummaryRow`)."""
 
     @property
     def run(self) -> str: ...
@@ -255,7 +256,7 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class Requirement:
-    """What the result must reach: `metric>=value`, for all adapters at all scales, or `run/metric>=value` for those of one run."""
+    """A required value: `metric>=value` for all adapters at all scales, or `run/metric>=value` for those of one run."""
 
     text: str
     run: str  # empty: all adapters
@@ -264,7 +265,7 @@ class Requirement:
     value: float
 
     def failures(self, rows: Sequence[Result]) -> list[str]:
-        """A line for each row of an adapter that does not reach it. A metric without a value reaches nothing."""
+        """One line for each adapter row that fails. A metric without a value fails."""
         compare = {">=": operator.ge, "<=": operator.le}[self.comparison]
         lines = []
         for row in rows:
@@ -279,10 +280,10 @@ _REQUIREMENT = re.compile(r"(?:(?P<run>.+)/)?(?P<metric>\w+)\s*(?P<comparison>>=
 
 
 def read_requirement(text: str, config: EvaluationConfig) -> Requirement:
-    """A requirement from the command line.
+    """Parse a requirement from the command line.
 
     Raises:
-        ConfigError: not of that form, an unknown metric or run, or a metric whose model is not configured.
+        ConfigError: wrong form, an unknown metric or run, or a metric whose model is not configured.
     """
     match = _REQUIREMENT.fullmatch(text.strip())
     try:

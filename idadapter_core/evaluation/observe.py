@@ -1,6 +1,6 @@
-"""What the judging models see in a picture: its faces, whom they show, the expression, and what the picture is of.
+"""Observe an image with the evaluation models: faces, their identity, the expression, CLIP's embedding.
 
-A picture is looked at once; all comparisons with other pictures and with prompts are arithmetic on what was seen.
+Each image is observed once; all comparisons with other images and prompts are arithmetic on the observations.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .config import EvaluationConfig, ExpressionConfig
 from .prompts import expression_name
 from .storage import key_of
 
-VERSION = 2  # of what is seen; another one looks at all pictures again
-HEAD = 1.2  # side of the crop that the expression is read from, over that of the face's box
+VERSION = 2  # of the observations; increase it to observe all images again
+HEAD = 1.2  # side of the crop for the expression, relative to the face's box
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 Vector = NDArray[np.float32]
@@ -40,26 +40,26 @@ Embed = Callable[[Image], Vector]
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What was seen in one picture. Of several faces the largest counts."""
+    """The observation of one image. Of several faces, the largest counts."""
 
     width: int
     height: int
-    faces: int  # how many
+    faces: int  # number of faces
     box: tuple[float, ...] | None = None  # x1, y1, x2, y2
     landmarks: tuple[tuple[float, float], ...] | None = None
-    embedding: Vector | None = None  # (512,), of length 1; None where no face could be recognised
-    second: Vector | None = None  # the same from the second recogniser
-    clip: Vector | None = None  # CLIP's embedding of the picture, of length 1
+    embedding: Vector | None = None  # (512,), unit length; None if no face could be recognised
+    second: Vector | None = None  # likewise, from the second recogniser
+    clip: Vector | None = None  # CLIP's embedding of the image, unit length
     expression: str | None = None
 
     @property
     def has_face(self) -> bool:
-        """A face was found and could be recognised."""
+        """Whether a face was found and recognised."""
         return self.embedding is not None
 
     @property
     def face_fraction(self) -> float | None:
-        """Share of the picture in the face's box."""
+        """Share of the image covered by the face's box."""
         if self.box is None:
             return None
         x1, y1, x2, y2 = self.box
@@ -68,7 +68,7 @@ class Look:
         return max(width, 0) * max(height, 0) / (self.width * self.height)
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """For a file; what there is not is left out."""
+        """Arrays for a file, without missing values."""
         found: dict[str, Any] = {"size": np.array([self.width, self.height, self.faces])}
         for name in ("box", "landmarks", "embedding", "second", "clip", "expression"):
             if (value := getattr(self, name)) is not None:
@@ -77,7 +77,7 @@ class Look:
 
     @staticmethod
     def of(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Look:
-        """From what `arrays` gave."""
+        """Inverse of `arrays`."""
         width, height, faces = (int(value) for value in arrays["size"])
         box = arrays.get("box")
         points = arrays.get("landmarks")
@@ -96,7 +96,7 @@ class Look:
 
 
 class Observer:
-    """The models that judge, opened."""
+    """The loaded evaluation models."""
 
     def __init__(self, config: EvaluationConfig, provider: str = "auto") -> None:
         """
@@ -124,7 +124,7 @@ class Observer:
         self.key = key_of({"version": VERSION, **self.digests})
 
     def look(self, image: Image) -> Look:
-        """What is in a picture (H, W, 3), RGB uint8."""
+        """Observe an image (H, W, 3), RGB uint8."""
         height, width = image.shape[:2]
         faces = order_faces(self.analyzer.detect(image), "largest")
         seen: dict[str, Any] = {} if self.clip is None else {"clip": self.clip.of_picture(image)}
@@ -136,7 +136,7 @@ class Observer:
         try:
             crop = align_face(image, face.landmarks)
         except FaceError:
-            return {}  # too much of it lies outside the picture
+            return {}  # too much of it lies outside the image
         return {
             "embedding": _unit(self.analyzer.embed(crop)),
             "second": None if self._second is None else _unit(self._second(crop)),
@@ -149,7 +149,7 @@ def _unit(vector: Vector) -> Vector:
 
 
 def _open_recognizer(path: Path, provider: str) -> tuple[Embed, str]:
-    """What turns an aligned crop (112, 112, 3) into an embedding (512,), and its digest."""
+    """A function from an aligned crop (112, 112, 3) to its embedding (512,), and the recogniser's digest."""
     if path.is_dir():
         analyzer: FaceAnalyzer = open_analyzer(path, provider, recognition=True)
         return analyzer.embed, analyzer.recognizer_digest
@@ -165,7 +165,7 @@ def _open_recognizer(path: Path, provider: str) -> tuple[Embed, str]:
 
 
 class ClipJudge:
-    """A CLIP model that tells how well pictures and texts fit."""
+    """A CLIP model to score how well images and texts match."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file():
@@ -175,7 +175,7 @@ class ClipJudge:
             )
         try:
             model: Any = load_folder(from_library("transformers", "CLIPModel"), folder)
-        except CheckpointError as error:  # a tower that is not there would judge by random numbers
+        except CheckpointError as error:  # a missing tower would score with random weights
             raise ConfigError(f"metrics.clip: {error}") from error
         try:
             tokenizers = from_library("transformers", "AutoTokenizer")
@@ -191,7 +191,7 @@ class ClipJudge:
 
     @torch.no_grad()
     def of_picture(self, image: Image) -> Vector:
-        """The embedding (d,), of length 1, of a picture (H, W, 3), RGB uint8, in CLIP's way: the middle square, bicubic."""
+        """The embedding (d,), unit length, of an image (H, W, 3), RGB uint8, preprocessed as in CLIP: centre crop, bicubic."""
         height, width = image.shape[:2]
         scale = self._side / min(height, width)
         size = (max(round(width * scale), self._side), max(round(height * scale), self._side))
@@ -204,7 +204,7 @@ class ClipJudge:
 
     @torch.no_grad()
     def of_text(self, text: str) -> Vector:
-        """The embedding (d,), of length 1, of a text; what is too long for the model is cut off."""
+        """The embedding (d,), unit length, of a text, truncated to the model's length."""
         tokens = self._tokenizer([text], truncation=True, max_length=self._length, return_tensors="pt")
         inputs = {name: tokens[name].to(_device()) for name in ("input_ids", "attention_mask")}
         pooled = self._model.text_model(**inputs).pooler_output
@@ -225,7 +225,7 @@ class Expressions:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime's errors share no base class but this one
+        except Exception as error:  # onnxruntime's errors have no narrower base class
             raise ConfigError(
                 f"expression.path: {path} cannot be opened as an ONNX model: {error}"
             ) from error
@@ -244,10 +244,11 @@ class Expressions:
             )
         facts = [config.size, list(config.classes), list(config.mean), list(config.std)]
         self.digest = key_of({"file": file_digest(path), "settings": facts})
-        self._scores(np.zeros((config.size, config.size, 3), np.uint8))  # so that what does not fit shows now
+        # To fail early if the model does not fit.
+        self._scores(np.zeros((config.size, config.size, 3), np.uint8))
 
     def of_face(self, image: Image, face: Face) -> str:
-        """The expression of a face in a picture (H, W, 3), RGB uint8."""
+        """The expression of a face in an image (H, W, 3), RGB uint8."""
         return self._classes[int(self._scores(square_crop(image, face, HEAD)).argmax())]
 
     def _scores(self, head: Image) -> NDArray[np.float32]:
@@ -265,7 +266,7 @@ class Expressions:
                 f"expression.path: {config.path} does not take a picture of expression.size {config.size}: {error}"
             ) from error
         scores = np.asarray(scores, np.float32).reshape(-1)
-        # Some models add valence and arousal behind their classes.
+        # Some models append valence and arousal to the class scores.
         if len(scores) < len(self._classes):
             raise ConfigError(
                 f"expression.classes names {len(self._classes)} classes, but {config.path} gives {len(scores)} scores"

@@ -1,4 +1,4 @@
-"""Whom an evaluation draws, and from which photos."""
+"""Choose the people of an evaluation and their photos."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ class Photo:
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody to draw."""
+    """A person to generate."""
 
     name: str
     class_word: str  # man, woman or person
     references: tuple[Photo, ...]
-    other: Photo | None  # a photo that no adapter is shown, where there is one
+    other: Photo | None  # a photo that no adapter receives, if there is one
 
 
 def choose_people(
     index: Index, settings: PeopleConfig, has_face: Callable[[Photo], bool]
 ) -> tuple[Person, ...]:
-    """The people of an index to draw, each with `settings.references` photos. Rows without an identity are a person each.
+    """Choose people from an index, each with `settings.references` photos. A row without identity is a person of its own.
 
-    Who and which photos is a function of the seed: asking for more people adds to those there were.
+    People and photos depend on the seed only: requesting more people keeps the earlier ones.
 
     Args:
-        has_face: whether the judging models find the face in a photo; photos without are left out.
+        has_face: whether the evaluation models find the face in a photo; other photos are skipped.
 
     Raises:
         ConfigError: nobody in that split has enough photos.
@@ -59,7 +59,7 @@ def choose_people(
     numbers, is_known = usable.column("number"), usable.has_text("identity")
     firsts = everyone.firsts.tolist()
     known = {usable[first].identity: place for place, first in enumerate(firsts) if is_known[first]}
-    rows = dict(known)  # by name, the person's place among all
+    rows = dict(known)  # by name: the person's position among all
     for place, first in enumerate(firsts):
         if not is_known[first]:
             unknown = f"row {numbers[first]}"
@@ -70,17 +70,8 @@ def choose_people(
         person = everyone[rows[name]]
         if len(person) < wanted:
             continue
-        photos: list[Photo] = []
-        for row in _shuffled(person, settings.seed, name):
-            photo = Photo(row, partial(index.load, row))
-            if has_face(photo):
-                photos.append(photo)
-            else:
-                log.warning(
-                    "%s: left out, the face package of the metrics recognises no face in it", row.source
-                )
-            if len(photos) > wanted:  # the references and one more
-                break
+        shuffled = [Photo(row, partial(index.load, row)) for row in _shuffled(person, settings.seed, name)]
+        photos = _with_face(shuffled, has_face, wanted + 1)  # the references and one more
         if len(photos) < wanted:
             continue
         word, _ = Counter(row.class_noun or "person" for row in person).most_common(1)[0]
@@ -102,6 +93,21 @@ def choose_people(
             settings.identities,
         )
     return tuple(people)
+
+
+def _with_face(photos: Iterable[Photo], has_face: Callable[[Photo], bool], count: int) -> list[Photo]:
+    """The first photos, up to `count`, in which the evaluation models find the face."""
+    found: list[Photo] = []
+    for photo in photos:
+        if has_face(photo):
+            found.append(photo)
+        else:
+            log.warning(
+                "%s: left out, the face package of the metrics recognises no face in it", photo.row.source
+            )
+        if len(found) == count:
+            break
+    return found
 
 
 def _shuffled(entries: Iterable[T], seed: int, what: str) -> list[T]:

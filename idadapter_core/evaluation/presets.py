@@ -1,4 +1,4 @@
-"""The rows of the papers' ablations, and the figures that were published for them."""
+"""The papers' ablations and their published values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..config import nearest
 from ..errors import ConfigError
 from .config import EvaluationConfig, PresetConfig, RunEntry
 
-Figures = Mapping[str, float]  # by the metrics' names
+Figures = Mapping[str, float]  # by metric name
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Preset:
 
     title: str
     source: str
-    adapters: Mapping[str, str]  # the files it can use, and what each is; the first is needed
+    adapters: Mapping[str, str]  # the files it can use, with descriptions; the first is required
     runs: Callable[[Mapping[str, str], PresetConfig], tuple[RunEntry, ...]]
-    published: Mapping[str, Figures] = field(default_factory=dict)  # by the runs' names
+    published: Mapping[str, Figures] = field(default_factory=dict)  # by run name
 
 
 def with_preset(config: EvaluationConfig) -> EvaluationConfig:
-    """The configuration with the runs of its preset before its own.
+    """Add the runs of the preset before the configuration's own.
 
     Raises:
         ConfigError: an unknown preset, or its adapters are missing or have other names.

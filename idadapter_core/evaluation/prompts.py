@@ -1,4 +1,4 @@
-"""What is asked for: prompts in groups, each with the attribute that it asks for."""
+"""Evaluation prompts in groups, each with the attribute that it asks for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from ..prompts import CLASS_WORD
 
 EXPRESSION, POSE = "expression", "pose"  # the groups whose attribute is measured
-POSES = ("front", "side", "left", "right", "up", "down")  # left and right as seen in the picture
+POSES = ("front", "side", "left", "right", "up", "down")  # left and right as seen in the image
 
-# Names of one expression in the label lists of published classifiers.
+# Names of the same expression in the label lists of published classifiers.
 _EXPRESSION_NAMES = {
     "anger": ("angry",),
     "contempt": ("contemptuous",),
@@ -26,29 +26,29 @@ _CANONICAL = {other: name for name, others in _EXPRESSION_NAMES.items() for othe
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with `CLASS_WORD` in it. `asks`: an expression or one of `POSES` in the groups of that name, else a note."""
+    """A prompt that contains `CLASS_WORD`. `asks`: in the groups expression and pose, an expression or one of `POSES`; else a note."""
 
     group: str
     text: str
     asks: str = ""
 
     def words(self, class_word: str) -> str:
-        """The prompt for a person of this noun."""
+        """The prompt for a person with this noun."""
         return self.text.replace(CLASS_WORD, class_word)
 
 
 def expression_name(name: str) -> str:
-    """One name for the same expression in any classifier's list: "Happy", "joy" and "Happiness" are "happiness"."""
+    """Normalise an expression name of any classifier: "Happy", "joy" and "Happiness" become "happiness"."""
     plain = name.strip().lower()
     return _CANONICAL.get(plain, plain)
 
 
 def asked_pose_is_hit(asks: str, yaw: float, pitch: float) -> bool:
-    """Whether a head's pose is the one asked for.
+    """Whether a head pose matches the requested one.
 
     Args:
-        yaw: degrees, above 0 where the nose points to the right of the picture (`faces.pose`).
-        pitch: degrees over the person's usual one, above 0 where the nose points up.
+        yaw: degrees, positive if the nose points to the right of the image (`faces.pose`).
+        pitch: degrees relative to the person's usual pitch, positive if the nose points up.
 
     The thresholds are ours: a yaw within 12 degrees is frontal, beyond 12 turned, beyond 25 a side view.
     """

@@ -1,6 +1,6 @@
-"""report.html: the whole result in one file that needs no network and no script.
+"""report.html: the whole result in one file, without network or scripts.
 
-This module gathers what the page shows; `report.html.jinja` and `report.css` say how.
+This module collects the content; `report.html.jinja` and `report.css` define the layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .summary import Summary, SummaryRow, main_row, published_metrics, published
 THUMBNAIL = 128  # pixels
 _TEMPLATE = "report.html.jinja"
 _LONGEST_LABEL = 20  # characters
-SHOWN = 3  # pictures of each kind in a grid
+SHOWN = 3  # images of each kind in a grid
 _GENUINE, _IMPOSTOR = "genuine", "impostor"  # colours of the bands of real photos
 _FRONTS = (
     (
@@ -50,15 +50,15 @@ Read = Callable[[ImageRow], Image]
 
 @dataclass(frozen=True)
 class Pictures:
-    """Where the report gets pictures from; each (H, W, 3), RGB uint8."""
+    """Sources of the report's images, each (H, W, 3), RGB uint8."""
 
     of_row: Read
     reference: Read  # the first reference photo of a row's person
-    base: Read  # the base model's picture of a row's prompt and seed
+    base: Read  # the base model's image of a row's prompt and seed
 
 
 class Cell(NamedTuple):
-    """A value in a table, and a few words under it."""
+    """A table value and a short note under it."""
 
     text: str
     small: str = ""
@@ -66,7 +66,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table: the titles of its columns, the first being that of the rows' names; names and cells."""
+    """A table: column titles, the first one for the row names; row names and cells."""
 
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell]]]
@@ -74,7 +74,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its legend and its numbers; or the reason why there is none."""
+    """A chart with its legend and numbers; or the reason why there is none."""
 
     chart: str = ""  # SVG
     legend: str = ""  # HTML
@@ -84,14 +84,14 @@ class Figure:
 
 
 class Published(NamedTuple):
-    """A paper's figures beside ours."""
+    """A paper's values next to ours."""
 
     metrics: Sequence[Metric]
     rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
 
 def to_html(summary: Summary, config: EvaluationConfig, pictures: Pictures) -> str:
-    """The report as one HTML document."""
+    """Render the report as one HTML document."""
     jinja2 = require("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -159,7 +159,7 @@ def _front(summary: Summary, across: Metric) -> Figure:
 
 
 def _point_label(row: SummaryRow, summary: Summary) -> str:
-    """The scale where a run has several, else its name if there is room for it."""
+    """The scale if a run has several; otherwise its name, if there is room."""
     if sum(other.run == row.run for other in summary.rows) > 1:
         return f"{row.scale:g}"
     return row.run if len(row.run) <= _LONGEST_LABEL else ""
@@ -248,7 +248,7 @@ def _histogram(
 
 
 def _training(config: EvaluationConfig) -> list[tuple[str, list[Figure]]]:
-    """Gates and norm ratios over training, where runs name the folders of their logs."""
+    """Gates and norm ratios over training, for runs with a log folder."""
     found = []
     for run in config.runs:
         lines = read_log(Path(run.log)) if run.log else []
@@ -273,7 +273,7 @@ def _ratio_chart(lines: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _spread(values: Sequence[tuple[float, Sequence[float | None]]], title: str) -> list[Figure]:
-    """Smallest, median and largest magnitude over the blocks, by training step. A log has None for what was not finite."""
+    """Smallest, median and largest magnitude over the blocks, by training step. None in a log stands for a non-finite value."""
     known = [(step, [abs(v) for v in found if v is not None]) for step, found in values]
     known = [(step, found) for step, found in known if found]
     if len(known) < 2:
@@ -298,7 +298,7 @@ def _spread(values: Sequence[tuple[float, Sequence[float | None]]], title: str) 
 
 
 def _grids(summary: Summary, pictures: Pictures) -> list[tuple[str, list[tuple[str, list[dict[str, Any]]]]]]:
-    """For each adapter its title, and kinds of pictures with the pictures of each."""
+    """Title of each adapter, with its kinds of images and the images of each."""
     grids = []
     for row in summary.adapters():
         if row is not main_row(summary, row.run):
@@ -318,7 +318,7 @@ def _grids(summary: Summary, pictures: Pictures) -> list[tuple[str, list[tuple[s
 
 
 def _cell(row: ImageRow, pictures: Pictures) -> dict[str, Any]:
-    """A reference photo, the base model's picture and the adapter's, with their captions."""
+    """A reference photo, the base model's image and the adapter's, with captions."""
     prompt = row.prompt.replace("<class word>", row.class_word)
     cosine = "no face" if row.id_cos is None else f"cos {row.id_cos:.3f}"
     images = (
@@ -368,7 +368,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 
 def _image(image: Image, text: str) -> dict[str, Any]:
-    """A thumbnail as a data URI, and its text for who does not see it."""
+    """A thumbnail as a data URI, with its alternative text."""
     picture = PILImage.fromarray(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), PILImage.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -1,6 +1,6 @@
-"""An evaluation from start to end: people, pictures, numbers, files.
+"""Run an evaluation: choose people, generate images, measure them, write the results.
 
-<output.folder>/pictures/, seen/        what was generated and what was seen in it: a second run goes on from there
+<output.folder>/pictures/, seen/        generated images and their observations, reused by a second run
 <output.folder>/config.toml, per_image.csv, summary.json, summary.md, report.html
 """
 
@@ -35,14 +35,14 @@ log = logging.getLogger(__name__)
 def evaluate(
     config: EvaluationConfig, index: Index, generator: Generator, observer: Observer
 ) -> tuple[Summary, int]:
-    """Draw, look, measure, and write all files. What was drawn or seen before, with the same settings, is taken from the disk.
+    """Generate, observe and measure images, and write all files. Images and observations with the same settings are read from disk.
 
     Returns:
-        the result, and how many pictures were generated now.
+        the result, and the number of newly generated images.
 
     Raises:
         ConfigError: nobody in the index has enough photos.
-        IDAdapterError: what the models raise, and CheckpointError where files cannot be written.
+        IDAdapterError: errors of the models, and CheckpointError if files cannot be written.
     """
     return _Evaluation(config, index, generator, observer).run()
 
@@ -110,7 +110,7 @@ class _Evaluation:
         return self._look(picture.key, picture.read), picture
 
     def _base(self, prompt: Prompt, person: Person, seed: int) -> tuple[Look, Picture]:
-        """The base model knows nobody: people of one noun share its pictures."""
+        """The base model knows no identities: people with the same noun share its images."""
         key = (prompt.words(person.class_word), seed)
         if key not in self.base:
             self.base[key] = self._draw(Drawing(None, 0.0, person, prompt, seed))
@@ -250,5 +250,5 @@ def _named(path: str, digest: str) -> str:
 
 
 def _progress(people: tuple[SeenPerson, ...], name: str) -> Any:
-    # Where nobody looks on, a bar would fill the log of the machine.
+    # Without a terminal, a progress bar would fill the log.
     return require("tqdm").tqdm(people, desc=name, unit="person", disable=None)

@@ -1,4 +1,4 @@
-"""Means with intervals over people, and the threshold at which a recogniser verifies."""
+"""Means with intervals over people, and a recogniser's verification threshold."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ FAR = 1e-3  # false acceptance rate of verification
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over pictures. The interval holds 95 % of the means of samples drawn from the people, with replacement."""
+    """A mean over images, with the 95 % bootstrap interval over people (drawn with replacement)."""
 
     mean: float
-    low: float | None  # None where fewer than two people have a value: nothing is known about others
+    low: float | None  # None if fewer than two people have a value: it says nothing about others
     high: float | None
-    n: int  # pictures
+    n: int  # number of images
 
 
 def estimate(values: Sequence[float | None], people: Sequence[str], seed: int = 0) -> Estimate | None:
-    """The mean of the values that there are, with its interval; None where there is none.
+    """Mean of the existing values, with its interval; None without values.
 
-    Pictures of one person are alike, so whole people are drawn, not pictures (a cluster bootstrap).
+    Images of one person are similar, so whole people are resampled, not images (a cluster bootstrap).
 
     Args:
-        people: whom each of the values belongs to.
-        seed: of the draws.
+        people: the person of each value.
+        seed: of the resampling.
     """
     sums: dict[str, list[float]] = {}
     for value, person in zip(values, people, strict=True):
@@ -49,7 +49,7 @@ def estimate(values: Sequence[float | None], people: Sequence[str], seed: int = 
 
 
 def threshold_at(impostors: Sequence[float] | NDArray[np.floating], far: float = FAR) -> float | None:
-    """The cosine above which at most a share `far` of pairs of different people lie; None with fewer than 1 / far pairs."""
+    """The cosine exceeded by at most a share `far` of pairs of different people; None with fewer than 1 / far pairs."""
     if len(impostors) * far < 1:
         return None
     ordered = np.sort(np.asarray(impostors, np.float64))[::-1]
@@ -59,8 +59,9 @@ def threshold_at(impostors: Sequence[float] | NDArray[np.floating], far: float =
 def copy_of(
     generated: NDArray[np.floating], reference: NDArray[np.floating], other: NDArray[np.floating]
 ) -> float | None:
-    """(theta(gen, other) - theta(gen, ref)) / theta(other, ref) of embeddings (512,) of length 1: 1 is the reference itself, -1 the
-    other photo of the same person, 0 as near to one as to the other (WithAnyone, MultiID-Bench). None where the photos are alike.
+    """(theta(gen, other) - theta(gen, ref)) / theta(other, ref) of embeddings (512,), unit length (WithAnyone, MultiID-Bench).
+
+    1 is the reference itself, -1 the other photo of the same person, 0 equally near to both. None if the two photos are equal.
     """
     apart = _angle(other, reference)
     return None if apart < 1e-3 else (_angle(generated, other) - _angle(generated, reference)) / apart

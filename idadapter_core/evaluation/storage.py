@@ -1,4 +1,4 @@
-"""What an evaluation keeps on the disk: files that are whole or not there, under names that say what they depend on."""
+"""Stored results of an evaluation: files that are complete or absent, named by a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -19,43 +19,42 @@ from ..faces.images import Image
 from ..files import write_file
 
 log = logging.getLogger(__name__)
-_UNREADABLE = (OSError, ValueError, SyntaxError, KeyError)  # what Pillow and NumPy say of damaged files
+_UNREADABLE = (OSError, ValueError, SyntaxError, KeyError)  # errors of Pillow and NumPy for damaged files
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
-    """A name for plain values: 24 hex digits, others as soon as one value differs."""
+    """Hash plain values to 24 hex digits."""
     text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def read_picture(path: Path) -> Image:
-    """A picture that an evaluation wrote (H, W, 3), RGB uint8. Raises what `_UNREADABLE` lists."""
+    """Read an image that an evaluation wrote (H, W, 3), RGB uint8. Raises the errors in `_UNREADABLE`."""
     with _open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def _open(path: Path) -> PILImage.Image:
-    return PILImage.open(
-        path, formats=("PNG",)
-    )  # no other format is written, and Pillow has programs start for some
+    # No other format is written, and Pillow runs external programs for some.
+    return PILImage.open(path, formats=("PNG",))
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A generated picture on the disk."""
+    """A generated image on disk."""
 
     key: str
     path: Path
-    seconds: float  # that it took to generate
+    seconds: float  # generation time
     is_new: bool  # generated in this process
 
     def read(self) -> Image:
-        """(H, W, 3), RGB uint8."""
+        """Read the image (H, W, 3), RGB uint8."""
         return read_picture(self.path)
 
 
 class Pictures:
-    """Generated pictures of a folder, each under the hash of all that it depends on. A picture is generated once."""
+    """A folder of generated images, each named by the hash of its recipe. An image is generated once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,11 +62,12 @@ class Pictures:
     def get(
         self, recipe: Mapping[str, Any], generate: Callable[[], Image], clock: Callable[[], float]
     ) -> Picture:
-        """The picture of a recipe; `generate` gives it (H, W, 3), RGB uint8, where there is no whole file of it.
+        """Return the image of a recipe, generating it if there is no intact file.
 
         Args:
-            recipe: plain values, all that the picture depends on. They are written into the PNG as text, under "recipe".
-            clock: seconds, to tell how long it took.
+            recipe: plain values, all that the image depends on. Stored in the PNG as text, under "recipe".
+            generate: makes the image (H, W, 3), RGB uint8.
+            clock: returns the time in seconds, to measure the generation time.
         """
         key = key_of(recipe)
         path = self.folder / key[:2] / f"{key}.png"
@@ -87,12 +87,12 @@ class Pictures:
 
 
 def _seconds_of(path: Path) -> float | None:
-    """How long the picture took, as its file says; None where there is no whole file."""
+    """Generation time stored in the file; None if there is no intact file."""
     if not path.is_file():
         return None
     try:
         with _open(path) as image:
-            image.load()  # a cut file shows only when it is read
+            image.load()  # a truncated file is only noticed when read
             return float(image.info["seconds"])
     except _UNREADABLE as error:
         log.warning("%s is damaged (%s) and is generated again", path, error)
@@ -100,7 +100,7 @@ def _seconds_of(path: Path) -> float | None:
 
 
 class Arrays:
-    """Small sets of arrays, what was seen in a picture, under the hash of all that they depend on."""
+    """A folder of small sets of arrays (observations of images), each named by the hash of everything it depends on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -108,7 +108,7 @@ class Arrays:
     def get(
         self, key: str, make: Callable[[], Mapping[str, np.ndarray[Any, Any]]]
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays of a key; `make` gives them where there is no whole file of them."""
+        """Return the arrays of a key, calling `make` if there is no intact file."""
         path = self.folder / key[:2] / f"{key}.npz"
         if path.is_file():
             try:

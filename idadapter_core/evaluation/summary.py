@@ -1,4 +1,4 @@
-"""The result of an evaluation in rows: one for each run and scale, and one for each anchor."""
+"""Summary of an evaluation: one row per run and scale, and one per anchor."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from .statistics import FAR, Estimate
 
 @dataclass(frozen=True, eq=False)
 class SummaryRow:
-    """The pictures of a run at a scale, together."""
+    """The images of a run at one scale."""
 
     run: str
     scale: float | None  # None: an anchor
     pictures: tuple[ImageRow, ...]
     metrics: Mapping[str, Estimate | None]
-    published: Figures  # what a paper has for it
+    published: Figures  # the paper's values, if any
 
     @property
     def misses(self) -> int:
-        """Pictures without a face that could be recognised."""
+        """Number of images without a recognisable face."""
         return sum(not row.det_ok for row in self.pictures)
 
     @property
     def title(self) -> str:
-        """The run, and its scale if it is no anchor."""
+        """The run, with its scale unless it is an anchor."""
         return self.run if self.scale is None else f"{self.run}, scale {self.scale:g}"
 
     def show(self, metric: Metric) -> str:
-        """The mean of a metric in words, or n/a."""
+        """Format the mean of a metric, or n/a."""
         found = self.metrics[metric.name]
         return NOT_AVAILABLE if found is None else metric.show(found.mean)
 
     def show_interval(self, metric: Metric) -> str:
-        """Its interval in words; empty where there is none."""
+        """Format the interval of a metric; empty if there is none."""
         found = self.metrics[metric.name]
         if found is None or found.low is None or found.high is None:
             return ""
@@ -52,7 +52,7 @@ class SummaryRow:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """A whole result."""
+    """The result of an evaluation."""
 
     rows: tuple[SummaryRow, ...]
     groups: tuple[str, ...]  # of prompts, in order
@@ -69,7 +69,7 @@ class Summary:
         return aggregate([picture for picture in row.pictures if picture.group == group], self.available)
 
     def adapters(self) -> list[SummaryRow]:
-        """The rows that are no anchors."""
+        """The rows other than anchors."""
         return [row for row in self.rows if row.scale is not None]
 
 
@@ -83,7 +83,7 @@ def summarise(
     notes: Sequence[str],
     facts: Mapping[str, Any],
 ) -> Summary:
-    """The result of all pictures, in the order in which runs and scales first appear."""
+    """Summarise all images. Rows are in the order in which runs and scales first appear."""
     preset = PRESETS.get(config.preset.name)
     together: dict[tuple[str, float | None], list[ImageRow]] = {}
     for row in rows:
@@ -111,7 +111,7 @@ def summarise(
 
 
 def to_json(summary: Summary) -> str:
-    """summary.json. What there is not is null."""
+    """Render summary.json. Missing values are null."""
 
     def plain(metrics: Mapping[str, Estimate | None]) -> dict[str, Any]:
         return {name: None if e is None else dataclasses.asdict(e) for name, e in metrics.items()}
@@ -141,7 +141,7 @@ def to_json(summary: Summary) -> str:
 
 
 def describe_bands(bands: Bands) -> dict[str, Any]:
-    """A recogniser's cosines of real photos, in numbers."""
+    """Statistics of a recogniser's cosines of real photos."""
 
     def of(values: Sequence[float]) -> dict[str, Any] | None:
         if not values:
@@ -157,7 +157,7 @@ def describe_bands(bands: Bands) -> dict[str, Any]:
 
 
 def to_markdown(summary: Summary) -> str:
-    """summary.md: a table for each section of metrics, with intervals; the paper's figures; and what the metrics mean."""
+    """Render summary.md: one table per section of metrics, with intervals; the paper's values; and explanations of the metrics."""
     pictures = sum(len(row.pictures) for row in summary.rows)
     lines = [
         "# Evaluation",
@@ -195,13 +195,13 @@ def _markdown_table(summary: Summary, metrics: Sequence[Metric]) -> list[str]:
 
 
 def published_metrics(summary: Summary) -> list[Metric]:
-    """The metrics for which a paper has figures."""
+    """The metrics for which the paper has values."""
     names = {name for row in (summary.preset.published if summary.preset else {}).values() for name in row}
     return [metric for metric in METRICS if metric.name in names]
 
 
 def published_rows(summary: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Each row of the paper's table: its name, and for each of `published_metrics` our value and the paper's."""
+    """Rows of the paper's table: the name and, for each of `published_metrics`, our value and the paper's."""
     assert summary.preset is not None
     measured = {row.run: row for row in reversed(summary.adapters())}
     lines = []
@@ -227,7 +227,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def main_row(summary: Summary, run: str) -> SummaryRow:
-    """The row of a run by which it is shown where there is room for one: the scale nearest to 1; an anchor's only row."""
+    """The row that represents a run where there is room for only one: the scale nearest to 1, or an anchor's only row."""
     rows = [row for row in summary.rows if row.run == run]
     return min(rows, key=lambda row: abs((row.scale if row.scale is not None else 1.0) - 1.0))
 

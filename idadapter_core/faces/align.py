@@ -1,4 +1,4 @@
-"""Face alignment: the 112 x 112 crop that ArcFace-style networks were trained on."""
+"""Face alignment: the 112 x 112 crop used by ArcFace-style networks."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ..errors import FaceError, FacePackageError, InputError
 from ..types import Face
 from .images import Image
 
-# Where insightface puts eyes, nose and mouth corners in a 112 px crop (insightface/utils/face_align.py, `arcface_dst`).
+# insightface's positions of eyes, nose and mouth corners in a 112 px crop (insightface/utils/face_align.py, `arcface_dst`).
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
     dtype=np.float64,
 )
 TEMPLATE_SIZE = 112
 MIN_EYE_DISTANCE = 4.0  # pixels; closer eyes give an arbitrary rotation and a blurred crop
-MIN_INSIDE = 0.5  # share of the crop that must lie in the photo
+MIN_INSIDE = 0.5  # fraction of the crop that must lie in the photo
 
 Landmarks = Sequence[Sequence[float]] | NDArray[np.floating]
 
 
 def similarity_transform(landmarks: Landmarks) -> NDArray[np.float64]:
-    """The rotation, scale and shift (2, 3) that maps five landmarks (5, 2), in pixels, best onto the template.
+    """Fit the rotation, scale and shift (2, 3) that best maps five landmarks (5, 2), in pixels, onto the template.
 
-    Least squares over proper similarities; with points as complex numbers that is one division. Equal to Umeyama's
+    Least squares over proper similarities, which is one division with points as complex numbers. Equal to Umeyama's
     method as used by insightface.
 
-    Raises FaceError for landmarks that are not finite or whose eyes are closer than 4 px.
+    Raises FaceError for landmarks that are not finite or eyes closer than 4 px.
     """
     points = np.asarray(landmarks, dtype=np.float64)
     if points.shape != (5, 2):
@@ -55,9 +55,9 @@ def align_face(
 ) -> NDArray[np.uint8]:
     """Warp a photo (H, W, 3), RGB uint8, to the aligned crop (size, size, 3), RGB uint8.
 
-    Pixel for pixel what insightface's `norm_crop` gives: bilinear, black outside the photo.
+    Pixel-identical to insightface's `norm_crop`: bilinear, black outside the photo.
 
-    Raises FaceError for unusable landmarks (see `similarity_transform`) and when more than half of the crop lies
+    Raises FaceError for unusable landmarks (see `similarity_transform`) and if more than half of the crop lies
     outside the photo.
     """
     try:
@@ -87,9 +87,9 @@ def _share_inside(matrix: NDArray[np.float64], height: int, width: int) -> float
 
 
 def square_crop(image: Image, face: Face, scale: float = 1.5) -> Image:
-    """The head around a face (S, S, 3), RGB uint8: a square of `scale` times the larger side of the face's box, at its centre.
+    """Cut out the head around a face (S, S, 3), RGB uint8: a square of `scale` times the larger side of the face's box, centred on it.
 
-    Where the square reaches beyond the photo, the photo's edge is repeated. Upright as in the photo: not turned or warped.
+    Beyond the photo its edge pixels are repeated. The crop keeps the photo's orientation: it is not rotated or warped.
     """
     height, width = image.shape[:2]
     side = max(round(scale * max(face.width, face.height)), 1)

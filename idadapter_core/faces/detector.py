@@ -1,4 +1,4 @@
-"""Finding faces with insightface (2.x and 0.7.3). The only file that imports it and onnxruntime, at first use."""
+"""Face detection with insightface (2.x and 0.7.3). Only this file imports it and onnxruntime, on first use."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ from numpy.typing import NDArray
 from ..errors import FaceError, FacePackageError, InputError
 from ..files import file_digest
 from ..types import Face
-from .align import MIN_EYE_DISTANCE
 from .images import Image, to_bgr_uint8
 from .packages import DETECTION, GENDER_AGE, RECOGNITION, WANTED_FILES, Package, read_package
+from .windows import SeenFace, bordered, is_cut, likeness, tile_starts
 
 log = logging.getLogger(__name__)
 
-# A face that fills the photo is missed at 640 and found at a smaller size; a small one needs the large size.
+# The detector misses a face that fills the photo at 640 but finds it at a smaller size; a small face needs the large size.
 DETECTION_SIZES = (640, 512, 448, 384, 320, 256, 192, 128)
-# Last resort for a close-up cut by the photo's edge: a border of this share on each side.
+# Last resort for a close-up cut by the photo's edge: a border of this fraction on each side.
 PADDINGS = (0.25, 0.5)
 PADDED_SIZES = (640, 320)
 DETECTION_THRESHOLD = 0.5
-_LONGEST_PADDED = 1280  # larger photos are shrunk before a border is added; the detector reads 640 px at most
-# After that, small faces in large photos: sizes that show more of the photo's pixels, then the photo in tiles.
+# After that, small faces in large photos: detector sizes that keep more of the photo's pixels, then the photo in tiles.
 LARGE_SIZES = (1024, 1280)
-_TILE = 1024  # pixels, at least
-_TILES_ACROSS = 4  # of the photo's longer side, without their overlap: tiles of very large photos are shrunk
-_OVERLAP = 0.25  # of a tile: a face that one cuts is whole in its neighbour
-# A photo in tiles is many photos, and each may show something that looks like a face.
+_TILE = 1024  # minimum side in pixels
+_TILES_ACROSS = 4  # maximum tiles along the longer side, without overlap; larger tiles are downscaled
+# Stricter than for a whole photo, because each tile adds a chance of a false detection.
 TILE_THRESHOLD = 0.6
 _SAME_FACE = 0.4  # intersection over union of two boxes
 
@@ -63,62 +61,24 @@ class _Libraries(NamedTuple):
     Face: Any
 
 
-@dataclass(frozen=True, eq=False)
-class _RawFace:
-    box: NDArray[np.floating]  # (4,) x1, y1, x2, y2
-    landmarks: NDArray[np.floating]  # (5, 2)
-    score: float
-
-    @property
-    def height(self) -> float:
-        return float(self.box[3] - self.box[1])
-
-    @property
-    def is_usable(self) -> bool:
-        return self._is_sane and self._eye_distance >= MIN_EYE_DISTANCE
-
-    @property
-    def is_tiny(self) -> bool:
-        """A face, but of too few pixels."""
-        return self._is_sane and self._eye_distance < MIN_EYE_DISTANCE
-
-    @property
-    def _is_sane(self) -> bool:
-        if not (np.isfinite(self.box).all() and np.isfinite(self.landmarks).all()):
-            return False
-        x1, y1, x2, y2 = self.box
-        return bool(x2 > x1 and y2 > y1)
-
-    @property
-    def _eye_distance(self) -> float:
-        return float(np.linalg.norm(self.landmarks[1] - self.landmarks[0]))
-
-    def moved(self, by: tuple[float, float], scale: float) -> _RawFace:
-        """The face where its picture is moved, then enlarged."""
-        x, y = by
-        return _RawFace((self.box + [x, y, x, y]) * scale, (self.landmarks + [x, y]) * scale, self.score)
-
-
 class _Attempt(NamedTuple):
-    kind: str  # "at 640 to 128 px": what attempts of this kind are called together
-    step: str  # "at 512 px"
+    kind: str  # name of all attempts of this kind: "at 640 to 128 px"
+    step: str  # name of this attempt: "at 512 px"
     size: int  # of the detector's input
-    faces: list[_RawFace]  # also those that cannot be used
+    faces: list[SeenFace]  # including unusable ones
 
 
 @dataclass(frozen=True)
 class Search:
-    """What looking for faces in one photo gave."""
+    """The result of searching one photo for faces."""
 
     faces: tuple[Face, ...]  # usable, best score first
-    step: str  # how they were found, "at 640 px in tiles of 1024 px"; without faces all that was tried
-    too_small: float = (
-        0.0  # height in pixels of the largest face that has too few of them, where no other was found
-    )
+    step: str  # successful attempt, "at 640 px in tiles of 1024 px"; without faces, all attempts
+    too_small: float = 0.0  # height in pixels of the largest face that is too small, if no other was found
 
 
 class FaceAnalyzer:
-    """The opened models of one package. Made by `open_analyzer`."""
+    """The opened models of one package, created by `open_analyzer`."""
 
     def __init__(
         self, package: Package, libraries: _Libraries, providers: Sequence[str], threads: int = 0
@@ -142,26 +102,26 @@ class FaceAnalyzer:
 
     @property
     def provider(self) -> str:
-        """The execution provider that the detector's session really runs on."""
+        """The execution provider actually used by the detector's session."""
         return str(self._model(DETECTION).session.get_providers()[0])
 
     @cached_property
     def recognizer_digest(self) -> str:
-        """What names the package's recogniser in features and adapters."""
+        """Id of the package's recogniser in features and adapters."""
         return file_digest(self._path(RECOGNITION))
 
     def detect(
         self, image: Image, image_index: int = 0, check: Callable[[], None] = lambda: None
     ) -> list[Face]:
-        """All usable faces of a photo (H, W, 3), RGB uint8, best score first; empty when there are none. See `search`."""
+        """Return all usable faces of a photo (H, W, 3), RGB uint8, best score first; empty if there are none. See `search`."""
         return list(self.search(image, image_index, check).faces)
 
     def search(self, image: Image, image_index: int = 0, check: Callable[[], None] = lambda: None) -> Search:
-        """The usable faces of a photo (H, W, 3), RGB uint8, and how they were found.
+        """Search a photo (H, W, 3), RGB uint8, for usable faces.
 
-        Tries the detector at several sizes, 640 px first and then smaller, then with a border around the photo; for a photo that
-        is larger than that at larger sizes, and at last in tiles. The first attempt that has a usable face decides. `check` is
-        called before each attempt; what it raises ends the search.
+        The detector runs at several sizes, 640 px first and then smaller, then with a border around the photo; a photo larger
+        than that is then tried at larger sizes and finally in tiles. The first attempt with a usable face wins. `check` is
+        called before each attempt and may raise to stop the search.
         """
         bgr = to_bgr_uint8(image)
         tried: list[str] = []
@@ -176,12 +136,12 @@ class FaceAnalyzer:
         return Search((), ", ".join(dict.fromkeys(tried)), too_small)
 
     def embed(self, crop: Image) -> NDArray[np.float32]:
-        """The package recogniser's embedding (512,), not normalised, of an aligned crop (112, 112, 3), RGB uint8."""
+        """Compute the package recogniser's embedding (512,), not normalised, of an aligned crop (112, 112, 3), RGB uint8."""
         embedding = self._model(RECOGNITION).get_feat(to_bgr_uint8(crop))
         return np.asarray(embedding, dtype=np.float32).reshape(-1)
 
     def require_recognition(self) -> None:
-        """Open the package's recogniser now. Raises FacePackageError where the package has none."""
+        """Open the package's recogniser now. Raises FacePackageError if the package has none."""
         self._model(RECOGNITION)
 
     def _path(self, task: str) -> Path:
@@ -202,13 +162,13 @@ class FaceAnalyzer:
         return self._opened[task]
 
     def _attempts(self, bgr: NDArray[np.uint8], check: Callable[[], None]) -> Iterator[_Attempt]:
-        """One attempt after the other, with the faces in the photo's coordinates."""
+        """Run and yield the attempts one by one, with faces in the photo's coordinates."""
         sizes = f"at {_range(self._sizes)}"
         for size in self._sizes:
             check()
             yield _Attempt(sizes, f"at {max(size)} px", max(size), self._detect_at(bgr, size))
         for share in PADDINGS:
-            padded, scale, (x, y) = _pad(bgr, share)
+            padded, scale, (x, y) = bordered(bgr, share)
             for size in self._padded_sizes:
                 check()
                 seen = self._detect_at(padded, size)
@@ -232,52 +192,50 @@ class FaceAnalyzer:
 
     def _detect_in_tiles(
         self, bgr: NDArray[np.uint8], side: int, size: tuple[int, int], check: Callable[[], None]
-    ) -> list[_RawFace]:
-        """Faces that one tile shows whole and a closer look confirms, best score first, each once."""
+    ) -> list[SeenFace]:
+        """Return the faces that lie entirely in a tile and are confirmed by `_is_confirmed`, best score first, without duplicates."""
         height, width = bgr.shape[:2]
-        candidates: list[_RawFace] = []
-        for top in _starts(height, side):
-            for left in _starts(width, side):
+        candidates: list[SeenFace] = []
+        for top in tile_starts(height, side):
+            for left in tile_starts(width, side):
                 check()
                 tile = np.ascontiguousarray(bgr[top : top + side, left : left + side])
                 for face in self._detect_at(tile, size):
                     moved = face.moved((left, top), 1.0)
-                    if face.score >= TILE_THRESHOLD and not _is_cut(
-                        moved, (left, top, side), (width, height)
-                    ):
+                    if face.score >= TILE_THRESHOLD and not is_cut(moved, (left, top, side), (width, height)):
                         candidates.append(moved)
-        kept: list[_RawFace] = []
+        kept: list[SeenFace] = []
         for face in sorted(candidates, key=lambda face: -face.score):
-            if all(_likeness(face, other) < _SAME_FACE for other in kept):
+            if all(likeness(face, other) < _SAME_FACE for other in kept):
                 check()
                 if self._is_confirmed(bgr, face, size):
                     kept.append(face)
         return kept
 
-    def _is_confirmed(self, bgr: NDArray[np.uint8], face: _RawFace, size: tuple[int, int]) -> bool:
-        """Whether the detector sees the same face when it looks at its surroundings alone, at another scale."""
+    def _is_confirmed(self, bgr: NDArray[np.uint8], face: SeenFace, size: tuple[int, int]) -> bool:
+        """Return whether the detector also finds the face in a crop around it, at another scale."""
         x1, y1, x2, y2 = face.box
         reach = 2 * max(x2 - x1, y2 - y1)
         left, top = (max(round(float(c - reach)), 0) for c in ((x1 + x2) / 2, (y1 + y2) / 2))
         right, bottom = (round(float(c + reach)) + 1 for c in ((x1 + x2) / 2, (y1 + y2) / 2))
         part = np.ascontiguousarray(bgr[top:bottom, left:right])
         return any(
-            other.score >= TILE_THRESHOLD and _likeness(face, other.moved((left, top), 1.0)) >= _SAME_FACE
+            other.score >= TILE_THRESHOLD and likeness(face, other.moved((left, top), 1.0)) >= _SAME_FACE
             for at in ((size[0] // 2, size[1] // 2), size)
             for other in self._detect_at(part, at if len(self._sizes) > 1 else size)
         )
 
-    def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[_RawFace]:
+    def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[SeenFace]:
         height, width = bgr.shape[:2]
         if min(size[0] * height // width, size[1] * width // height) < 1:
-            return []  # a very long photo would be resized to no pixels at all
+            return []  # a very long photo would be resized to 0 pixels
         boxes, landmarks = self._model(DETECTION).detect(bgr, input_size=size, max_num=0, metric="default")
         return [
-            _RawFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
+            SeenFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
         ]
 
-    def _face(self, bgr: NDArray[np.uint8], raw: _RawFace, image_index: int, size: int) -> Face:
-        # insightface's own faces cannot be copied and answer None to any attribute: none leaves this function.
+    def _face(self, bgr: NDArray[np.uint8], raw: SeenFace, image_index: int, size: int) -> Face:
+        # insightface's face objects cannot be copied and return None for any attribute, so they stay inside this function.
         face = self._libraries.Face(
             bbox=raw.box.astype(np.float32), kps=raw.landmarks.astype(np.float32), det_score=raw.score
         )
@@ -301,11 +259,11 @@ def open_analyzer(
 ) -> FaceAnalyzer:
     """Open the detector of a package folder, its sex and age model if there is one, and on request its recogniser.
 
-    `provider` is "auto" (CUDA where torch and onnxruntime both have it, else the CPU) or a key of `PROVIDERS`. `threads` is
-    how many of the CPU's a model may use, 0 for the runtime's choice. Nothing is downloaded. The log says which provider the
-    opened detector really runs on.
+    `provider` is "auto" (CUDA if torch and onnxruntime both have it, else the CPU) or a key of `PROVIDERS`. `threads` is the
+    number of CPU threads per model, 0 for the runtime's default. Nothing is downloaded. The provider actually used by the
+    detector is logged.
 
-    Raises FacePackageError when insightface, its runtime, the provider or a model is missing or unusable.
+    Raises FacePackageError if insightface, its runtime, the provider or a model is missing or unusable.
     """
     libraries = _import_libraries()
     providers = choose_providers(provider, libraries.onnxruntime.get_available_providers())
@@ -319,9 +277,9 @@ def open_analyzer(
 
 
 def choose_providers(provider: str, available: Sequence[str]) -> list[str]:
-    """onnxruntime's names for a provider choice, the CPU last as fallback.
+    """Return onnxruntime's provider names for a choice, with the CPU last as fallback.
 
-    `available` is what onnxruntime was built with; that is no proof of a GPU, so "auto" also asks torch.
+    `available` lists the providers that onnxruntime was built with. That does not prove a GPU exists, so "auto" also checks torch.
     """
     cpu = PROVIDERS["cpu"]
     if provider == "auto":
@@ -340,10 +298,10 @@ def choose_providers(provider: str, available: Sequence[str]) -> list[str]:
 
 
 def order_faces(faces: Sequence[Face], policy: str) -> list[Face]:
-    """Faces of one photo in the order that `index` counts in. Ties are settled from left to right, then top down.
+    """Sort the faces of one photo in the order used by `index`. Ties are broken from left to right, then top to bottom.
 
     largest: by box area; central: by distance to the photo's centre; left to right and all: by the box's centre;
-    by score: the detector's confidence first.
+    by score: highest detector confidence first.
     """
     if policy not in POLICIES:
         raise InputError(f"select must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -351,9 +309,9 @@ def order_faces(faces: Sequence[Face], policy: str) -> list[Face]:
 
 
 def select_faces(faces: Sequence[Face], policy: str = "largest", index: int = 0) -> list[Face]:
-    """The face at `index` (from 0) in the order of the policy; with "all", every face and no index.
+    """Return the face at `index` (from 0) in the order of the policy; with "all", every face, without an index.
 
-    Raises FaceError when there are fewer faces.
+    Raises FaceError if there are fewer faces.
     """
     ordered = order_faces(faces, policy)
     if policy == "all":
@@ -385,7 +343,7 @@ def _import_libraries() -> _Libraries:
         from insightface.app.common import Face as InsightFace
         from insightface.model_zoo import get_model
 
-        # Uninstalling one of two flavours leaves a hollow folder: it imports, but has no content.
+        # Uninstalling one of two onnxruntime flavours leaves an empty package that can still be imported.
         onnxruntime.InferenceSession  # noqa: B018
     except (ImportError, AttributeError) as error:
         raise FacePackageError(
@@ -403,9 +361,9 @@ def _open_model(
 ) -> Any:
     options = libraries.onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Spinning worker threads of several sessions starve each other and torch.
+    # Without this, spinning worker threads of several sessions starve each other and torch.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors only: published models give pages of harmless warnings
+    options.log_severity_level = 3  # errors only: published models cause pages of harmless warnings
     manifest = {"model_task": task} if package.has_manifest else {}
     try:
         model = libraries.get_model(
@@ -415,7 +373,7 @@ def _open_model(
             static_shape_sessions=False,  # one session for all sizes instead of one copy of the model for each
             **manifest,
         )
-    except Exception as error:  # onnxruntime's errors share no base class but this one
+    except Exception as error:  # onnxruntime's errors have no other common base class
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise FacePackageError(
             f"{path} cannot be opened as a {task} model: {reason}. Delete it and get the package again."
@@ -432,44 +390,3 @@ def _range(sizes: Sequence[tuple[int, int]]) -> str:
     """ "640 to 128 px"."""
     first, last = max(sizes[0]), max(sizes[-1])
     return f"{first} px" if first == last else f"{first} to {last} px"
-
-
-def _starts(length: int, side: int) -> list[int]:
-    """Where tiles begin along a side of the photo, so that the last ends with it."""
-    if length <= side:
-        return [0]
-    count = 1 + -(-(length - side) // round(side * (1 - _OVERLAP)))
-    return [round(number * (length - side) / (count - 1)) for number in range(count)]
-
-
-def _is_cut(face: _RawFace, tile: tuple[int, int, int], photo: tuple[int, int]) -> bool:
-    """Whether the edge of a tile (left, top, side) cuts a face, and not the edge of the photo (width, height)."""
-    (left, top, side), (width, height) = tile, photo
-    x1, y1, x2, y2 = face.box
-    cut = (
-        (left > 0 and x1 <= left),
-        (top > 0 and y1 <= top),
-        (left + side < width and x2 >= left + side),
-        (top + side < height and y2 >= top + side),
-    )
-    return any(cut)
-
-
-def _likeness(one: _RawFace, other: _RawFace) -> float:
-    """Intersection over union of two faces' boxes; 0 where one is no box."""
-    low, high = np.maximum(one.box[:2], other.box[:2]), np.minimum(one.box[2:], other.box[2:])
-    shared = float(np.prod(np.clip(high - low, 0, None)))
-    union = float(np.prod(one.box[2:] - one.box[:2]) + np.prod(other.box[2:] - other.box[:2])) - shared
-    return shared / union if union > 0 and np.isfinite(union) else 0.0
-
-
-def _pad(bgr: NDArray[np.uint8], share: float) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
-    """The photo, shrunk if it is large, in a black border; with the scale and the border's width and height."""
-    import cv2
-
-    scale = min(1.0, _LONGEST_PADDED / max(bgr.shape[:2]))
-    if scale < 1:
-        bgr = np.asarray(cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8)
-    x, y = round(bgr.shape[1] * share), round(bgr.shape[0] * share)
-    padded = cv2.copyMakeBorder(bgr, y, y, x, x, cv2.BORDER_CONSTANT, value=(0, 0, 0))
-    return np.asarray(padded, np.uint8), scale, (x, y)

@@ -1,4 +1,4 @@
-"""A few photos of a person become more, by changes that leave the person alone."""
+"""Augmentation of a few photos of a person by changes that preserve the identity."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import InputError
 from .images import Image, check_image
 
 MAX_ROTATION = 45.0  # degrees; beyond it detectors lose the face
-MAX_COLOUR = 0.9  # of the original; at 1 a photo can turn black
-ROTATION = 10.0  # degrees, the usual amount
-COLOUR = 0.15  # of the original, the usual amount
+MAX_COLOUR = 0.9  # fraction of the original; at 1 a photo can turn black
+ROTATION = 10.0  # degrees, the default
+COLOUR = 0.15  # fraction of the original, the default
 _MIRRORED_ORDER = [1, 0, 2, 4, 3]  # insightface's five landmarks in a mirrored photo
-_MARGIN = 2  # pixels that bicubic interpolation looks past the border
+_MARGIN = 2  # pixels that bicubic interpolation reads beyond the border
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
@@ -32,20 +32,20 @@ def enrich(
     rotation: float = ROTATION,
     colour: float = COLOUR,
 ) -> list[Image]:
-    """max(K, count) photos from K photos (H, W, 3), RGB uint8: the photos themselves, then variants of them in turn.
+    """Extend K photos (H, W, 3), RGB uint8, to max(K, count): the photos themselves, then variants of them in turn.
 
-    A variant has its photo's size. It is mirrored in half of the cases (`flip`), turned by up to `rotation` degrees either way,
-    with the picture mirrored at its borders, and its brightness, contrast and saturation are each changed by up to the share
-    `colour`. Variant number v depends on its photo, `seed` and v only: asking for more leaves the first ones as they are, and
-    what is switched off does not change how the rest turns out.
+    A variant has the size of its photo. It is flipped with probability 1/2 (`flip`), rotated by up to `rotation` degrees either
+    way, with the photo reflected at its borders, and its brightness, contrast and saturation each change by up to the fraction
+    `colour`. Variant v depends only on its photo, `seed` and v: a larger count keeps the first variants, and switching one change
+    off does not affect the others.
 
-    The photos may differ in size, and are not changed: those that are uint8 RGB already are the very arrays given.
+    The photos may differ in size and are not modified; uint8 RGB arrays are returned as the same objects.
 
-    Source: IDAdapter (arXiv 2403.13535) learns from several photos of each person and enriches the few at hand by flips,
-    rotations and colour changes. The amounts are ours.
+    Source: IDAdapter (arXiv 2403.13535) learns from several photos of each person and augments them by flips, rotations and
+    colour changes. The amounts are ours.
 
     Raises:
-        InputError: no photos, one that is no image, or a value out of its range: count at least 1, seed at least 0, rotation
+        InputError: no photos, one that is not an image, or a value out of range: count at least 1, seed at least 0, rotation
             0..45, colour 0..0.9.
     """
     if not images:
@@ -74,12 +74,12 @@ def enrich(
 def variant(
     photo: Image, points: NDArray[np.floating], seed: int, number: int
 ) -> tuple[Image, NDArray[np.float64]]:
-    """A variant of a photo (H, W, 3), RGB uint8, with the usual amounts of change, and where points of it (P, 2) are then.
+    """Return a variant of a photo (H, W, 3), RGB uint8, with the default amounts of change, and the new positions of points (P, 2).
 
     Args:
-        points: pixels, centres at whole numbers. The first five are a face's landmarks in insightface's order, of which left
-            and right change places in a mirrored photo; further ones only move.
-        number: variants of different numbers differ.
+        points: in pixels, with pixel centres at integers. The first five are a face's landmarks in insightface's order, whose
+            left and right are swapped in a flipped photo; further points only move.
+        number: number of the variant; each number gives another variant.
     """
     change = _draw(np.random.default_rng([seed, number]), True, ROTATION, COLOUR)
     height, width = photo.shape[:2]
@@ -100,7 +100,7 @@ class _Change(NamedTuple):
 
 
 def _draw(random: np.random.Generator, flip: bool, rotation: float, colour: float) -> _Change:
-    # All is drawn in any case, so that one switch does not change what the others do.
+    # Always draw every value, so that switching one change off does not affect the others.
     mirrored = random.random() < 0.5
     angle = random.uniform(-1, 1) * rotation
     factors = 1 + random.uniform(-1, 1, len(_ENHANCERS)) * colour
@@ -117,10 +117,10 @@ def _apply(photo: Image, change: _Change) -> Image:
 
 
 def _turn(photo: Image, angle: float) -> Image:
-    """Turned counter-clockwise about the centre, at the same size; corners show the picture mirrored at its border."""
+    """Rotate counter-clockwise about the centre at the same size; corners are filled by reflection at the border."""
     height, width = photo.shape[:2]
     sine, cosine = abs(math.sin(math.radians(angle))), abs(math.cos(math.radians(angle)))
-    # Half of what the turned frame is larger than the photo, on either side.
+    # Padding on each side: half of the excess of the rotated frame over the photo.
     across = max(0, math.ceil((width * cosine + height * sine - width) / 2)) + _MARGIN
     down = max(0, math.ceil((height * cosine + width * sine - height) / 2)) + _MARGIN
     wide = np.pad(photo, ((down, down), (across, across), (0, 0)), mode="symmetric")

@@ -1,4 +1,4 @@
-"""From photos of a person to `FaceFeatures`: find, choose, align and recognise."""
+"""Extracts `FaceFeatures` from photos of a person: detection, selection, alignment and recognition."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ SMALL_BOX = 64  # pixels
 WIDE, LARGE = (
     1.6,
     1024,
-)  # sides of a photo to each other, and pixels of the longer one: from here on a face may be small in it
+)  # aspect ratio of a photo, and pixels of its longer side, above which a face may be small in it
 SMALL_EYE_DISTANCE = 20  # pixels
-_CHUNK = 16  # crops per call of the recogniser
+_CHUNK = 16  # crops per recogniser call
 
 Recognizer = Callable[[Tensor], tuple[Tensor, Sequence[Tensor]]]
 
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """Features and how they came about. `found` and `chosen` have one entry per photo."""
+    """Features and a report on their extraction. `found` and `chosen` have one entry per photo."""
 
     features: FaceFeatures
     report: str
-    remarks: tuple[Remark, ...]  # the same, a sentence or two for each photo and warning
-    found: tuple[tuple[Face, ...], ...]  # every face of each photo, in the order that `index` counts in
-    chosen: tuple[tuple[Face, ...], ...]  # the faces of `features`; empty for a photo that was left out
+    remarks: tuple[Remark, ...]  # the report as one or two sentences per photo and warning
+    found: tuple[tuple[Face, ...], ...]  # every face of each photo, in the order used by `index`
+    chosen: tuple[tuple[Face, ...], ...]  # the faces of `features`; empty for a skipped photo
 
 
 def extract_features(
@@ -54,91 +54,125 @@ def extract_features(
     progress: Callable[[], None] = lambda: None,
     check: Callable[[], None] = lambda: None,
 ) -> Extraction:
-    """Features of the chosen face of each photo (or of all faces with select="all").
+    """Extract features of the selected face of each photo (or of all faces with select="all").
 
     `images`: photos of any sizes, in any form `check_image` takes. `select` and `index`: see `select_faces`.
     `recognizer` maps crops (F, 3, 112, 112), RGB in [-1, 1], float32, to the embedding (F, 512) and four stages;
-    `recognizer_digest` names its weights. Without it the package's own recogniser gives the embedding, and there
-    are no stages. `on_missing="skip"` leaves out photos without the wanted face. With select="all", a face that cannot
-    be cut out is left out as long as the photo has another one. `origins` holds the file behind each photo, for messages, or
-    nothing.
+    `recognizer_digest` is the digest of its weights. Without `recognizer` the package's own recogniser computes the
+    embedding, and there are no stages. `on_missing="skip"` skips photos without the requested face. With select="all", a
+    face that cannot be cut out is skipped if the photo has another one. `origins`: the files behind the photos, for messages.
 
-    `progress` is called after each photo; `check` before each detection attempt and each call of the recogniser, to end
-    the work by raising.
+    `progress` is called after each photo; `check` is called before each detection attempt and each recogniser call and may
+    raise to stop the work.
 
     The features are float32 on the CPU. Raises NoFaceFoundError or FaceError naming the photo, InputError for
-    photos that are no images, NoFaceFoundError when every photo was skipped.
+    photos that are not images, NoFaceFoundError if every photo was skipped.
     """
+    _require_valid(images, select, on_missing)
+    if recognizer is None:
+        analyzer.require_recognition()
+
+    outcomes: list[_Outcome] = []
+    for position, given in enumerate(images):
+        image = check_image(given, position, len(images))
+        photo = _Photo(image, position, len(images), origins[position] if origins else None)
+        outcomes.append(_look(photo, analyzer, select, index, on_missing, check))
+        progress()
+
+    report = "\n".join(line for outcome in outcomes for line in outcome.account.lines())
+    crops = [crop for outcome in outcomes for crop in outcome.crops]
+    if not crops:
+        raise NoFaceFoundError(f"no photo shows a usable face.\n{report}")
+    crop_tensor = crops_to_tensor(crops)
+    if recognizer is None:
+        embedding, stages = _embed(analyzer, crops, check), tuple[Tensor, ...]()
+        recognizer_digest = analyzer.recognizer_digest
+    else:
+        embedding, stages = _recognize(recognizer, crop_tensor, check)
+    _require_finite(embedding)
+    features = FaceFeatures(
+        embedding=embedding,
+        stages=stages,
+        faces=tuple(face for outcome in outcomes for face in outcome.chosen),
+        recognizer=recognizer_digest,
+        crops=crop_tensor,
+    )
+    remarks = tuple(remark for outcome in outcomes for remark in outcome.account.remarks())
+    found = tuple(outcome.found for outcome in outcomes)
+    chosen = tuple(outcome.chosen for outcome in outcomes)
+    return Extraction(features, report, remarks, found, chosen)
+
+
+def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
+    """Convert aligned crops (112, 112, 3), RGB uint8, to the recogniser's input (F, 3, 112, 112), float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    return (stacked.float() / 127.5 - 1).contiguous()
+
+
+def _require_valid(images: Sequence[Image | Tensor], select: str, on_missing: str) -> None:
     if on_missing not in ON_MISSING:
         raise InputError(f"on_missing must be one of {', '.join(ON_MISSING)}, got {on_missing!r}")
     if not images:
         raise InputError("no images were given; connect at least one photo of the person")
-    order_faces([], select)
-    if recognizer is None:
-        analyzer.require_recognition()
-
-    found: list[tuple[Face, ...]] = []
-    chosen: list[tuple[Face, ...]] = []
-    crops: list[Image] = []
-    accounts: list[_Account] = []
-    for position, given in enumerate(images):
-        image = check_image(given, position, len(images))
-        origin = origins[position] if origins else None
-        name = image_name(image, position, len(images), origin)
-        scale = 1.0 if origin is None else origin.scale_to(image)
-        search = analyzer.search(image, position, check)
-        faces = order_faces(search.faces, select)
-        found.append(tuple(faces))
-        try:
-            picked, new_crops, left_out = _pick(image, search, faces, select, index, scale)
-        except FaceError as error:
-            reason = f"{error}{_crop_hint(image, position, len(images), origin) if not faces else ''}"
-            if on_missing == "error":
-                hint = "; or set on_missing to skip, to leave this photo out" if len(images) > 1 else ""
-                raise type(error)(f"{name}: {reason}{hint}") from error
-            chosen.append(())
-            accounts.append(_Account(name, skipped=reason))
-        else:
-            chosen.append(tuple(picked))
-            crops += new_crops
-            accounts.append(_describe(name, search.step, faces, picked, left_out, scale))
-        progress()
-
-    report = "\n".join(line for account in accounts for line in account.lines())
-    if not crops:
-        raise NoFaceFoundError(f"no photo shows a usable face.\n{report}")
-    remarks = tuple(remark for account in accounts for remark in account.remarks())
-    crop_tensor = crops_to_tensor(crops)
-    if recognizer is None:
-        embedding = _embed(analyzer, crops, check)
-        stages: tuple[Tensor, ...] = ()
-        recognizer_digest = analyzer.recognizer_digest
-    else:
-        embedding, stages = _recognize(recognizer, crop_tensor, check)
-    if not torch.isfinite(embedding).all():
-        raise RecognizerError(
-            "the face recogniser gave values that are not finite; run it in float32, or get its file again"
-        )
-    features = FaceFeatures(
-        embedding=embedding,
-        stages=stages,
-        faces=tuple(face for faces in chosen for face in faces),
-        recognizer=recognizer_digest,
-        crops=crop_tensor,
-    )
-    return Extraction(features, report, remarks, tuple(found), tuple(chosen))
+    order_faces([], select)  # raises for an unknown policy
 
 
-def crops_to_tensor(crops: Sequence[Image]) -> Tensor:
-    """Aligned crops (112, 112, 3), RGB uint8, as the recogniser's input (F, 3, 112, 112), float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-    return (stacked.float() / 127.5 - 1).contiguous()
+@dataclass(frozen=True, eq=False)
+class _Photo:
+    """One of the `count` given photos; `position` counts from 0."""
+
+    image: Image
+    position: int
+    count: int
+    origin: Origin | None
+
+    @property
+    def name(self) -> str:
+        return image_name(self.image, self.position, self.count, self.origin)
+
+    @property
+    def scale(self) -> float:
+        """Pixels of the photo per pixel of the user's file."""
+        return 1.0 if self.origin is None else self.origin.scale_to(self.image)
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """The faces of one photo, and its report; a skipped photo has no chosen faces."""
+
+    account: _Account
+    found: tuple[Face, ...]  # in the order used by `index`
+    chosen: tuple[Face, ...] = ()
+    crops: tuple[Image, ...] = ()
+
+
+def _look(
+    photo: _Photo,
+    analyzer: FaceAnalyzer,
+    select: str,
+    index: int,
+    on_missing: str,
+    check: Callable[[], None],
+) -> _Outcome:
+    """Find, select and cut out the faces of one photo. Raises the errors of `extract_features`."""
+    search = analyzer.search(photo.image, photo.position, check)
+    faces = order_faces(search.faces, select)
+    try:
+        picked, crops, left_out = _pick(photo.image, search, faces, select, index, photo.scale)
+    except FaceError as error:
+        reason = f"{error}{'' if faces else _crop_hint(photo)}"
+        if on_missing == "error":
+            hint = "; or set on_missing to skip, to leave this photo out" if photo.count > 1 else ""
+            raise type(error)(f"{photo.name}: {reason}{hint}") from error
+        return _Outcome(_Account(photo.name, skipped=reason), tuple(faces))
+    account = _describe(photo.name, search.step, faces, picked, left_out, photo.scale)
+    return _Outcome(account, tuple(faces), tuple(picked), tuple(crops))
 
 
 def _pick(
     image: Image, search: Search, faces: Sequence[Face], select: str, index: int, scale: float
 ) -> tuple[list[Face], list[Image], list[str]]:
-    """The chosen faces that can be cut out, their crops, and why others cannot (only where all were asked for)."""
+    """Return the selected faces that can be cut out, their crops, and the reasons for the others (only with select="all")."""
     if not faces:
         raise NoFaceFoundError(_not_found(image, search, scale))
     picked: list[Face] = []
@@ -159,7 +193,7 @@ def _pick(
 
 
 def _not_found(image: Image, search: Search, scale: float) -> str:
-    """`scale`: pixels of the photo per pixel of the user's file."""
+    """Explain that no face was found. `scale`: pixels of the photo per pixel of the user's file."""
     height, width = image.shape[:2]
     if search.too_small:
         return (
@@ -191,7 +225,7 @@ def _recognize(
     for start in range(0, len(crops), _CHUNK):
         check()
         part, maps = recognizer(crops[start : start + _CHUNK])
-        if start == 0:  # room for all at once: joining parts in the end would need it twice
+        if start == 0:  # allocate once: concatenating parts at the end would need twice the memory
             embedding, *others = (torch.empty(len(crops), *t.shape[1:]) for t in (part, *maps))
             stages = tuple(others)
         for whole, piece in zip((embedding, *stages), (part, *maps), strict=True):
@@ -199,9 +233,17 @@ def _recognize(
     return embedding, stages
 
 
-def _crop_hint(image: Image, position: int, count: int, origin: Origin | None) -> str:
-    """What joining photos to a batch may have done to one without a face: nothing, a crop for certain, or a possible one."""
-    if count == 1 or position == 0 or (origin is not None and not origin.is_cropped(image)):
+def _require_finite(embedding: Tensor) -> None:
+    if not torch.isfinite(embedding).all():
+        raise RecognizerError(
+            "the face recogniser gave values that are not finite; run it in float32, or get its file again"
+        )
+
+
+def _crop_hint(photo: _Photo) -> str:
+    """Explain how batching may have cropped a photo without a face: certainly, possibly, or not at all (empty)."""
+    origin = photo.origin
+    if photo.count == 1 or photo.position == 0 or (origin is not None and not origin.is_cropped(photo.image)):
         return ""
     has_been = "may have been" if origin is None else "was"
     return (
@@ -212,16 +254,16 @@ def _crop_hint(image: Image, position: int, count: int, origin: Origin | None) -
 
 @dataclass(frozen=True)
 class _Account:
-    """What became of one photo."""
+    """Report on one photo."""
 
     name: str
     head: str = ""
     faces: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    skipped: str = ""  # why the photo was left out
+    skipped: str = ""  # reason for skipping the photo
 
     def lines(self) -> list[str]:
-        """For the report."""
+        """Return the lines of the report."""
         if self.skipped:
             return [f"{self.name}: skipped, {self.skipped}"]
         warnings = [f"  warning: {warning}" for warning in self.warnings]

@@ -1,4 +1,4 @@
-"""Photos as the face stack wants them: (H, W, 3) uint8 RGB."""
+"""Photos in the format of the face code: (H, W, 3) uint8 RGB."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Image = NDArray[np.uint8]  # (H, W, 3), RGB, 0..255
 
 MIN_SIDE = 32
 MAX_SIDE = 32766  # OpenCV's warp addresses pixels with 16-bit integers
-_MAX_FLOAT = 16.0  # beyond any highlight: the image is in 0..255, and clamping would leave a white one
-_STRIP = 64  # rows converted at a time: a large float image never has a second full-size float copy
+_MAX_FLOAT = 16.0  # above any highlight: the image must be in 0..255, and clamping would turn it white
+_STRIP = 64  # rows converted at a time, to avoid a second full-size float copy of a large image
 
 
 def check_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> Image:
-    """Turn one photo, (H, W, C) with 1, 3 or 4 channels, into (H, W, 3) uint8 RGB.
+    """Convert one photo, (H, W, C) with 1, 3 or 4 channels, to (H, W, 3) uint8 RGB.
 
-    uint8 is taken as 0..255, floating point as 0..1 (values outside are clamped). Grey is repeated to three channels.
-    A fourth channel is opacity: the photo is laid on white, so that pixels hidden by it stay hidden.
+    uint8 is in 0..255, floating point in 0..1 (values outside are clamped). Grey is repeated to three channels.
+    A fourth channel is alpha: the photo is composited over white, so that transparent pixels stay hidden.
 
-    `index` (from 0) and `count` name the photo in errors. Raises InputError for another shape or type, a side below
+    `index` (from 0) and `count` identify the photo in errors. Raises InputError for any other shape or type, a side below
     32 px, and NaN or infinite values.
     """
     image = require_image(image, index, count)
@@ -46,7 +46,7 @@ def check_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> I
 
 
 def require_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> np.ndarray:
-    """A photo as an array, if `check_image` can use it; a tensor on the CPU is not copied. Raises InputError as that does."""
+    """Return a photo as an array if `check_image` accepts it, else raise its InputError. A CPU tensor is not copied."""
     name = f"image {index + 1} of {count}"
     if isinstance(image, Tensor):
         image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
@@ -67,7 +67,7 @@ def require_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) ->
 
 
 def to_bgr_uint8(image: Image) -> NDArray[np.uint8]:
-    """The only way from our RGB photos (H, W, 3) to the BGR that insightface reads."""
+    """Convert an RGB photo (H, W, 3) to the BGR of insightface. No other code does this conversion."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"expected an RGB image (H, W, 3) of uint8, got {image.shape} of {image.dtype}")
     return np.ascontiguousarray(image[..., ::-1])
@@ -75,28 +75,28 @@ def to_bgr_uint8(image: Image) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Origin:
-    """The user's file behind a photo, where the host knows it. Sizes are in pixels, as the file is seen upright."""
+    """The user's file behind a photo, if the host knows it. Sizes are in pixels after EXIF rotation."""
 
     file: str
     width: int
     height: int
 
     def scale_to(self, image: Image) -> float:
-        """Pixels of the photo (H, W, 3) per pixel of the file. What was cut off to get the photo's shape changes nothing."""
+        """Return pixels of the photo (H, W, 3) per pixel of the file, independent of any cropping to the photo's shape."""
         height, width = image.shape[:2]
         return max(float(width / self.width), float(height / self.height))
 
     def is_cropped(self, image: Image) -> bool:
-        """Whether a part of the file is missing in the photo (H, W, 3). Rounding, by up to a pixel, is no crop."""
+        """Return whether a part of the file is missing in the photo (H, W, 3). Rounding by up to a pixel does not count."""
         scale = self.scale_to(image)
         height, width = image.shape[:2]
         return bool(self.width * scale - width > 1 or self.height * scale - height > 1)
 
 
 def image_name(image: Image, index: int, count: int, origin: Origin | None = None) -> str:
-    """How messages name a photo: "image 2 of 4 (768x1024)", width first.
+    """Return the name of a photo for messages: "image 2 of 4 (768x1024)", width first.
 
-    With its origin: "image 2 of 4 (anna.jpg, 3000x4000)", and how it was changed on its way here, if it was.
+    With its origin: "image 2 of 4 (anna.jpg, 3000x4000)", followed by any scaling or cropping.
     """
     height, width = image.shape[:2]
     facts = f"{width}x{height}"

@@ -1,4 +1,4 @@
-"""IResNet, the face recognition network whose inner feature maps UniID reads.
+"""IResNet, a face recognition network. UniID uses its inner feature maps.
 
 Architecture and key names: insightface's arcface_torch (`backbones/iresnet.py`), MIT.
 """
@@ -60,9 +60,9 @@ def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
 
 
 class IResNet(nn.Module):
-    """A frozen recogniser: (B, 3, 112, 112) crops, RGB in [-1, 1], to an embedding and four feature maps.
+    """A frozen recogniser that maps crops (B, 3, 112, 112), RGB in [-1, 1], to an embedding and four feature maps.
 
-    `layers` are the numbers of blocks of the four stages; IResNet-100 has (3, 13, 30, 3). `widths` are the channels of the
+    `layers` are the block counts of the four stages; IResNet-100 has (3, 13, 30, 3). `widths` are the channels of the
     stages; published networks have (64, 128, 256, 512).
     The network stays in eval mode: its batch statistics are part of the published weights.
     """
@@ -87,7 +87,7 @@ class IResNet(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> IResNet:
-        """Stay in eval mode, whatever a surrounding module asks for."""
+        """Stay in eval mode, even if a parent module is set to training."""
         super().train(False)
         return self
 
@@ -112,14 +112,14 @@ class IResNet(nn.Module):
 def load_iresnet(
     path: str | Path, layers: Sequence[int] | None = None, *, any_layers: bool = False
 ) -> IResNet:
-    """Read a recogniser from a pickle (weights only), .safetensors or .onnx, in float32, eval mode, frozen.
+    """Load a recogniser from a pickle (weights only), .safetensors or .onnx, in float32, eval mode, frozen.
 
-    `layers`: the block counts the file must have. By default those of IResNet-100, the network UniID was
-    trained on, because another IResNet has the same output shapes and would give meaningless features without an
-    error. A .safetensors file written by `save_iresnet` declares its own counts and widths, which are then accepted.
-    `any_layers`: take the counts and widths that the file has, where no trained adapter depends on them.
+    `layers`: the required block counts. By default those of IResNet-100, the network UniID was trained with, because
+    another IResNet has the same output shapes and would give meaningless features without an error. A .safetensors file
+    written by `save_iresnet` declares its own counts and widths, which are then accepted.
+    `any_layers`: accept any counts and widths, for use without a trained adapter that depends on them.
 
-    Raises RecognizerError when the file cannot be read, is no IResNet, or is another one.
+    Raises RecognizerError if the file cannot be read, is not an IResNet, or is another IResNet.
     """
     path = Path(path)
     state, declared = _read(path)
@@ -168,12 +168,12 @@ def save_iresnet(net: IResNet, path: str | Path, dtype: torch.dtype = torch.floa
 
 
 def digest(net: nn.Module) -> str:
-    """Name a network by its weights: the same for every file format and storage precision that loads equally."""
+    """Return a digest of a network's weights, the same for every file format and storage precision with equal loaded values."""
     return state_digest({name: t for name, t in net.state_dict().items() if t.is_floating_point()})
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], tuple[int, ...] | None]:
-    """The state dict of a file, and the block counts it declares about itself (our own files only)."""
+    """Read the state dict of a file, and the block counts that it declares (our own files only)."""
     if not path.is_file():
         raise RecognizerError(f"face recogniser not found: {path}")
     suffix = path.suffix.lower()
@@ -209,7 +209,7 @@ def _block_counts(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
 
 
 def _stage_widths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Channels of the four stages; the usual ones where the file does not tell, which the check of its keys then reports."""
+    """Return the channels of the four stages, or the usual ones if keys are missing, which the later key check reports."""
     weights = [state.get(f"layer{stage}.0.conv2.weight") for stage in (1, 2, 3, 4)]
     widths = [
         usual if weight is None or not weight.ndim else weight.shape[0]

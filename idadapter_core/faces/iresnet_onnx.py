@@ -1,7 +1,7 @@
-"""Turn an exported IResNet (ONNX) back into weights for our torch module.
+"""Converts an exported IResNet (ONNX) back to weights for our torch module.
 
-An exporter folds every convolution + batch norm pair into one convolution with a bias. The fold cannot be undone
-number by number, but an identity batch norm that carries only the bias computes the same.
+Exporters fold every convolution + batch norm pair into one convolution with a bias. The original numbers are lost, but an
+identity batch norm that only adds the bias computes the same.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from ..errors import RecognizerError
 
-BATCH_NORM_EPSILON = 1e-5  # torch's default, which our module uses
+BATCH_NORM_EPSILON = 1e-5  # torch's default, as in our module
 
 _PASS_THROUGH = ("Identity", "Dropout", "Flatten", "Reshape")
 
 
 def iresnet_state_dict_from_onnx(path: str | Path) -> dict[str, Tensor]:
-    """The state dict (float32) of an `IResNet` that computes what the ONNX file computes.
+    """Return the state dict (float32) of an `IResNet` that is equivalent to the ONNX file.
 
-    The numbers of blocks follow from the graph; the caller decides whether they are the right ones.
-    Raises RecognizerError when the file is no ONNX model or its graph is not an IResNet.
+    The block counts follow from the graph; the caller checks them.
+    Raises RecognizerError if the file is not an ONNX model or its graph is not an IResNet.
     """
     path = Path(path)
     try:
@@ -47,7 +47,7 @@ def iresnet_state_dict_from_onnx(path: str | Path) -> dict[str, Tensor]:
 
 
 class _Walk:
-    """Follows the graph from the input to the embedding and collects weights under the module's names."""
+    """Follows the graph from the input to the embedding and collects weights under the names of our module."""
 
     def __init__(self, name: str, graph: Any) -> None:
         from onnx import numpy_helper
@@ -101,7 +101,7 @@ class _Walk:
         return str(addition.output[0])
 
     def head(self, at: str) -> None:
-        """[Flatten] → fully connected → batch norm; newer exporters fold the batch norm into the weights."""
+        """Read [Flatten] → fully connected → batch norm. Newer exporters fold the batch norm into the weights."""
         following = self.consumers[at]
         while following and following[0].op_type in _PASS_THROUGH:
             following = self.consumers[following[0].output[0]]

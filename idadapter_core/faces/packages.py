@@ -1,4 +1,4 @@
-"""Packages of insightface models on disk: where they are and what their files do. Opens no model."""
+"""Finds packages of insightface models on disk and the task of each file, without opening any model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Package:
-    """The models of one folder by task. With a manifest (insightface 2) the library must open them by task."""
+    """The models of one folder by task. With a manifest (insightface 2) the library has to open them by task."""
 
     folder: Path
     models: Mapping[str, Path]
@@ -35,10 +35,10 @@ class Package:
 
 
 def find_packages(roots: Sequence[Path]) -> dict[str, Path]:
-    """Package name to the folder that holds its models, for every package below `<root>/models` or `<root>`.
+    """Map package names to model folders, for every package below `<root>/models` or `<root>`.
 
-    The first root wins. Packages unpacked one level too deep (`antelopev2/antelopev2`) are found, folders without
-    models ignored.
+    The first root wins. Packages unpacked one level too deep (`antelopev2/antelopev2`) are found; folders without
+    models are ignored.
     """
     packages: dict[str, Path] = {}
     for root in roots:
@@ -52,7 +52,7 @@ def find_packages(roots: Sequence[Path]) -> dict[str, Path]:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """Folders below a folder that may hold packages; none where it is missing or may not be read."""
+    """List the subfolders that may hold packages; empty if the folder is missing or not readable."""
     try:
         return sorted(path for path in parent.iterdir() if path.is_dir() and path.name != "models")
     except (FileNotFoundError, NotADirectoryError):
@@ -63,7 +63,7 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def resolve_package(name: str, roots: Sequence[Path]) -> Path:
-    """The folder of a package, or FacePackageError that says where it was looked for and how to get it."""
+    """Return the folder of a package. Raises FacePackageError with the searched folders and how to get the package."""
     packages = find_packages(roots)
     if name not in packages:
         searched = ", ".join(str(path) for root in roots for path in (root / "models" / name, root / name))
@@ -76,7 +76,7 @@ def resolve_package(name: str, roots: Sequence[Path]) -> Path:
 
 
 def read_package(folder: Path) -> Package:
-    """Sort the models of a folder by task, from their inputs and outputs alone, as insightface does.
+    """Determine the tasks of the models in a folder from their inputs and outputs alone, as insightface does.
 
     Raises FacePackageError for a missing, empty or damaged package and for one without a face detector.
     """
@@ -112,7 +112,7 @@ def read_package(folder: Path) -> Package:
 
 
 def package_files(folder: Path) -> list[Path]:
-    """The files of a package that decide what it does; none where the folder is missing or may not be read."""
+    """Return the files that determine the behaviour of a package; empty if the folder is missing or not readable."""
     try:
         return sorted(path for path in folder.iterdir() if path.suffix == ".onnx" or path.name == _MANIFEST)
     except OSError:
@@ -120,20 +120,20 @@ def package_files(folder: Path) -> list[Path]:
 
 
 def model_task(path: Path) -> str | None:
-    """What this ONNX file is for, by the shapes insightface goes by; None for a model of no use here.
+    """Return the task of an ONNX file, based on the same shapes as in insightface; None for a model not used here.
 
-    Raises FacePackageError when the file is no complete ONNX model.
+    Raises FacePackageError if the file is not a complete ONNX model.
     """
     inputs, outputs = read_signature(path)
     if len(outputs) >= 5:
-        # Detectors with 6 or 10 outputs give boxes without landmarks.
+        # Detectors with 6 or 10 outputs have no landmarks.
         return DETECTION if len(outputs) in (9, 15) else None
     if not inputs or not outputs or len(inputs[0]) != 4:
         return None
     height, width = inputs[0][2:]
     last = outputs[0][-1] if outputs[0] else None
     if (height, width) == (192, 192):
-        return None  # dense landmarks, whose square input looks like a recogniser's
+        return None  # dense landmarks model, with a square input like a recogniser's
     if (height, width) == (96, 96):
         return GENDER_AGE if last == 3 else None
     is_recognizer = (
@@ -146,9 +146,9 @@ Shape = tuple[int | None, ...]
 
 
 def read_signature(path: Path) -> tuple[list[Shape], list[Shape]]:
-    """The shapes of a model's inputs and outputs (None for a free dimension), without reading its weights.
+    """Read the shapes of a model's inputs and outputs (None for a dynamic dimension), without its weights.
 
-    Walks the protobuf fields of the file and skips over tensors: a few kilobytes of a file of 250 MB are read.
+    Walks the protobuf fields of the file and skips tensors, so only a few kilobytes of a 250 MB file are read.
     """
     inputs: list[tuple[str, Shape]] = []
     outputs: list[tuple[str, Shape]] = []
@@ -173,7 +173,7 @@ def read_signature(path: Path) -> tuple[list[Shape], list[Shape]]:
             f"{path} ({path.stat().st_size:,} bytes) is not a complete ONNX model: truncated, damaged or something else. "
             f"Delete it and get the package again. {WHERE_FROM}"
         ) from error
-    # Old exporters list weights among the inputs.
+    # Old exporters also list weights as inputs.
     return [shape for name, shape in inputs if name not in weights], [shape for _, shape in outputs]
 
 
@@ -186,7 +186,7 @@ _TYPE_TENSOR, _TENSOR_SHAPE, _SHAPE_DIM, _DIM_VALUE = 1, 2, 1, 1
 
 
 class _DamagedError(ValueError):
-    """The bytes are not a protobuf message of the expected form."""
+    """The bytes are not a protobuf message of the expected structure."""
 
 
 def _varint(file: BinaryIO) -> int:
@@ -202,9 +202,9 @@ def _varint(file: BinaryIO) -> int:
 
 
 def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int]]:
-    """Field number and byte count of each sub-message or text until `end`; for an integer field, its value.
+    """Yield (field number, byte count) of each sub-message or string until `end`; for an integer field, its value.
 
-    The caller may read the content; whatever it leaves is skipped.
+    The caller may read the content; unread bytes are skipped.
     """
     while file.tell() < end:
         key = _varint(file)
@@ -262,7 +262,7 @@ def _has_models(folder: Path) -> bool:
 
 
 def _manifest_tasks(folder: Path) -> dict[str, Path]:
-    """Tasks of a version 2 manifest; empty where there is none (older ones carry no tasks)."""
+    """Read the tasks of a version 2 manifest; empty if there is none (older manifests have no tasks)."""
     path = folder / _MANIFEST
     if not path.is_file():
         return {}

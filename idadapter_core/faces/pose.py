@@ -1,4 +1,4 @@
-"""How a head is turned, from the five landmarks of a detector alone. No model file is needed.
+"""Head pose from the five landmarks of a detector alone, without a model file.
 
 A small 3D face is fitted to the landmarks by least squares under a scaled orthographic camera: rotation, scale and shift.
 """
@@ -14,7 +14,7 @@ from ..errors import FaceError, InputError
 from .align import TEMPLATE, Landmarks
 
 _NOSE_DEPTH = 0.5
-"""How far the nose tip stands out before the eyes, in eye distances: about 32 of 63 mm on an adult."""
+"""Distance of the nose tip in front of the eyes, in eye distances: about 32 of 63 mm on an adult."""
 _MOUTH_DEPTH = 0.1
 _STEPS = 20
 
@@ -23,7 +23,7 @@ _STEPS = 20
 class Pose:
     """Angles of a head in degrees: 0 for a face that looks at the camera as in ArcFace's template of aligned crops.
 
-    The signs are those of insightface's `face.pose`, and so is the order: first pitch, then yaw, then roll.
+    Signs and order of rotation (pitch, then yaw, then roll) are those of insightface's `face.pose`.
     """
 
     yaw: float  # above 0: the nose points to the right of the image
@@ -32,7 +32,7 @@ class Pose:
 
 
 def rotation(pose: Pose) -> NDArray[np.float64]:
-    """The rotation matrix (3, 3) of a pose. Axes: x to the right of the image, y down, z towards the camera."""
+    """Return the rotation matrix (3, 3) of a pose. Axes: x to the right of the image, y down, z towards the camera."""
     yaw, pitch, roll = np.deg2rad([pose.yaw, pose.pitch, pose.roll])
     about_x = np.array(
         [[1, 0, 0], [0, np.cos(pitch), -np.sin(pitch)], [0, np.sin(pitch), np.cos(pitch)]], dtype=np.float64
@@ -43,13 +43,12 @@ def rotation(pose: Pose) -> NDArray[np.float64]:
 
 
 def estimate_pose(landmarks: Landmarks) -> Pose:
-    """The pose of a face with five landmarks (5, 2), in pixels: eyes, nose, mouth corners, left before right in the image.
+    """Estimate the pose of a face from five landmarks (5, 2), in pixels: eyes, nose, mouth corners, left before right in the image.
 
-    Exact where the face has the model's shape and is seen from afar. On photos: landmarks that are off by 2 % of the eye distance
-    (standard deviation, along each axis) change yaw by 1.5, pitch by 2 and roll by 1.5 degrees on average; a nose that is a
-    fifth longer than the model's adds 3 degrees to yaws of 20 to 40. Pitch also carries a constant offset of the person,
-    which can be 20 degrees (how high the nose sits between eyes and mouth), so compare pitches of one person rather than read
-    them alone.
+    Exact for a distant face with the model's shape. In photos, landmark errors of 2 % of the eye distance (standard deviation,
+    along each axis) change yaw by 1.5, pitch by 2 and roll by 1.5 degrees on average; a nose a fifth longer than the model's adds
+    3 degrees to yaws of 20 to 40. Pitch also has a constant offset per person of up to 20 degrees (the height of the nose between
+    eyes and mouth), so only compare pitches of the same person.
 
     Raises:
         FaceError: landmarks that are not finite, or all in one place.
@@ -67,7 +66,7 @@ def estimate_pose(landmarks: Landmarks) -> Pose:
 
 
 def model() -> NDArray[np.float64]:
-    """The 3D face (5, 3) in eye distances: ArcFace's template made symmetric, with depths. Axes as in `rotation`."""
+    """Return the 3D face (5, 3) in eye distances: ArcFace's template made symmetric, with depths. Axes as in `rotation`."""
     mirrored = (TEMPLATE * [-1, 1])[[1, 0, 2, 4, 3]]
     flat = (TEMPLATE - TEMPLATE.mean(axis=0) + mirrored - mirrored.mean(axis=0)) / 2
     flat /= flat[1, 0] - flat[0, 0]
@@ -75,10 +74,10 @@ def model() -> NDArray[np.float64]:
 
 
 def _fit(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rotation (3, 3) whose scaled first two rows map the model best onto centred points (5, 2).
+    """Fit the rotation (3, 3) whose scaled first two rows best map the model onto centred points (5, 2).
 
-    An affine fit gives the start. Then the unseen depths of the points are filled in from the last rotation, and rotation and
-    scale are solved for in closed form (Procrustes). Each step lowers the squared error of the seen coordinates.
+    Starts from an affine fit. Each step fills in the unknown depths of the points from the last rotation and solves for rotation
+    and scale in closed form (Procrustes), which lowers the squared error of the known coordinates.
     """
     shape = model()
     shape -= shape.mean(axis=0)

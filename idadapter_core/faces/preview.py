@@ -1,4 +1,4 @@
-"""Pictures of what the detector found, and of what became of it."""
+"""Preview pictures of detected faces and of the faces used for an identity."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .images import Image
 CHOSEN_COLOR = (40, 220, 80)
 OTHER_COLOR = (255, 180, 40)
 LEFT_OUT_COLOR = (235, 40, 40)
-MOST_SHOWN = 8  # pictures in a node; a video has hundreds of frames
+MOST_SHOWN = 8  # maximum pictures in a node; a video has hundreds of frames
 LONGEST_SIDE = 768  # pixels of a picture in a node
-_EMPHASIS = 1.8  # a node is about a third of a picture wide: lines and numbers are drawn this much larger
+_EMPHASIS = 1.8  # enlarges lines and numbers, because a node is about a third of a picture wide
 _TILE = LONGEST_SIDE // 3
 _GROUND = (48, 48, 48)
 
-FEW = 16  # photos: so many are given out as large as they are
-GIVEN_PIXELS = 2**24  # of all pictures of a larger batch
-LEAST_SHARE = 1 / 4  # of a photo's sides: smaller pictures would show nothing
+FEW = 16  # batches of up to this many photos are output at full size
+GIVEN_PIXELS = 2**24  # total output pixels of a larger batch
+LEAST_SHARE = 1 / 4  # minimum scale of a photo's sides; smaller pictures would be unreadable
 
 
 def preview_size(count: int, height: int, width: int) -> tuple[int, int]:
-    """(height, width) of pictures of `count` photos: the photos' own, or smaller for a video, whose photos fill the memory."""
+    """Return (height, width) of pictures of `count` photos: the photos' size, or less for a video, to save memory."""
     if count <= FEW:
         return height, width
     share = min(1.0, max(LEAST_SHARE, math.sqrt(GIVEN_PIXELS / (count * height * width))))
@@ -42,14 +42,13 @@ def draw_preview(
     emphasis: float = 1.0,
     size: tuple[int, int] | None = None,
 ) -> Image:
-    """A copy of the photo (H, W, 3), RGB uint8, with a box, number and score for each face.
+    """Draw a copy of the photo (H, W, 3), RGB uint8, with a box, number and score for each face.
 
-    The numbers are the positions in `found`: pass the faces in selection order, and they are the values of `index`.
-    Chosen faces have a thick green box and a filled label, the others a thin orange one. `emphasis` multiplies the size of
-    labels and the width of lines.
+    The numbers are positions in `found`: with faces in selection order, they are the values of `index`. Chosen faces have a
+    thick green box and a filled label, the others a thin orange one. `emphasis` scales labels and line widths.
 
     Args:
-        size: (height, width) to draw it at, of the photo's shape; None is the photo's own.
+        size: (height, width) of the result, with the photo's aspect ratio; None: the photo's own size.
     """
     picture = PILImage.fromarray(image)
     if size is not None and size != image.shape[:2]:
@@ -77,8 +76,7 @@ def draw_preview(
 
 
 def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], name: str = "") -> Image:
-    """As `draw_preview`, of a copy whose longer side is at most 768 px. A photo without a chosen face was left out: it gets a
-    red frame, with `name` in it."""
+    """`draw_preview` on a copy whose longer side is at most 768 px. A skipped photo (no chosen face) gets a red frame with `name`."""
     height, width = image.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     size = (max(round(height * scale), 1), max(round(width * scale), 1))
@@ -87,7 +85,7 @@ def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], n
 
 
 def crop_sheet(crops: Tensor, captions: Sequence[str], left_out: Collection[int]) -> Image:
-    """All the faces in one picture, up to three in a row, each with a caption: those of `left_out` in a red frame, others in green.
+    """Arrange all faces in one picture, up to three per row, each with a caption: those in `left_out` framed red, others green.
 
     `crops`: recogniser inputs (F, 3, H, W), RGB in [-1, 1], at least one.
     """
@@ -104,16 +102,16 @@ def crop_sheet(crops: Tensor, captions: Sequence[str], left_out: Collection[int]
 
 
 def worth_showing(count: int, first: Collection[int]) -> list[int]:
-    """Which of `count` pictures a node shows, in their order: all, or 8 of them, those of `first` before others."""
+    """Select the pictures (of `count`) that a node shows, in order: all, or 8 of them with those in `first` preferred."""
     by_rank = sorted(range(count), key=lambda i: (i not in first, i))
     return sorted(by_rank[:MOST_SHOWN])
 
 
 def face_mask(faces: Sequence[Face], height: int, width: int, size: tuple[int, int] | None = None) -> Tensor:
-    """A mask, float32: 1 inside the box of any of the faces of a photo (height, width), 0 elsewhere.
+    """Draw a float32 mask: 1 inside the box of any face of a photo (height, width), 0 elsewhere.
 
     Args:
-        size: (height, width) of the mask; None is the photo's own. A box covers one pixel at least.
+        size: (height, width) of the mask; None: the photo's own size. A box covers at least one pixel.
     """
     rows, columns = size or (height, width)
     mask = torch.zeros(rows, columns)
@@ -131,7 +129,7 @@ def _span(start: float, end: float) -> tuple[int, int]:
 
 
 def _framed(image: Image, caption: str, color: tuple[int, int, int]) -> Image:
-    """A copy of a picture (H, W, 3) with a frame inside its edge and a caption in the lower left corner."""
+    """Copy a picture (H, W, 3) and draw a frame inside its edge and a caption in the lower left corner."""
     picture = PILImage.fromarray(image)
     draw = ImageDraw.Draw(picture)
     short_side = min(picture.size)

@@ -1,4 +1,4 @@
-"""How faces are shown to CLIP vision. A method that needs another way adds it here and names it in its `needs`."""
+"""Views of faces for CLIP vision. A method that needs another view adds it here and names it in its `needs`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .images import Image
 
 @dataclass(frozen=True)
 class View:
-    """One way."""
+    """One view: a name and a crop function."""
 
     name: str
     cut: Callable[[Image, Face], Image] | None
-    """(photo (H, W, 3), face) -> picture (S, S, 3), both RGB uint8; None: no picture at all, pixel values of exactly 0."""
+    """(photo (H, W, 3), face) -> picture (S, S, 3), both RGB uint8; None: pixel values of exactly 0 instead of a picture."""
 
 
 VIEWS = {

@@ -1,4 +1,4 @@
-"""Tokens with keys and values of their own beside the text's, in each cross-attention of the UNet (IP-Adapter, arXiv 2308.06721)."""
+"""Decoupled cross-attention: identity tokens with K and V projections of their own at each site (IP-Adapter, arXiv 2308.06721)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class SiteProjections(nn.Module):
     """K and V projections of the identity tokens, one pair per cross-attention site, numbered as in checkpoints.
 
     Args:
-        token_width: of the identity tokens, which is the context width of the UNet.
-        site_widths: channels of each site, in checkpoint order; empty where nothing acts in cross-attention.
+        token_width: width of the identity tokens, equal to the context width of the UNet.
+        site_widths: channels of each site, in checkpoint order; empty for an adapter without decoupled attention.
     """
 
     def __init__(self, token_width: int, site_widths: Sequence[int]):
@@ -37,21 +37,21 @@ class SiteProjections(nn.Module):
 
     @classmethod
     def around(cls, token_width: int, pairs: Mapping[int, KeyValueProjection]) -> SiteProjections:
-        """Projections that another module owns, by the checkpoint number of their site."""
+        """Wrap projections owned by another module, given by the checkpoint number of their site."""
         found = cls(token_width, ())
         found.adapter_modules.update({str(number): pair for number, pair in pairs.items()})
         return found
 
     def pair(self, index: int) -> KeyValueProjection:
-        """The projections of the site with that checkpoint number."""
+        """Return the projections of the site with checkpoint number `index`."""
         found = self.adapter_modules[str(index)]
         assert isinstance(found, KeyValueProjection)
         return found
 
     def project(self, index: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """K_id and V_id (G, T, width) of the site with that checkpoint number, for tokens (G, T, token width).
+        """Project tokens (G, T, token width) to K_id and V_id (G, T, width) of the site with checkpoint number `index`.
 
-        Runs on the device of the tokens in fp32; the weights stay where they are and are only passed through.
+        Computed in fp32 on the tokens' device. Weights are copied there for the call; the originals stay on their device.
         """
         tokens = tokens.float()
         pair = self.pair(index)

@@ -1,4 +1,4 @@
-"""Changes of the UNet's own weights that come with an adapter: of any linear layer in a transformer block, full or of low rank."""
+"""Weight deltas of an adapter for any linear layer in the UNet's transformer blocks, full or low-rank."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 class Place(NamedTuple):
     """A linear layer inside the transformer block of a cross-attention site."""
 
-    site: int  # its number in checkpoints
+    site: int  # number in checkpoints
     layer: str  # path inside the block: "attn1.to_q", "attn2.to_v", "attn2.to_out.0"
 
 
 @dataclass(frozen=True, eq=False)
 class FullDelta:
-    """W + strength * weight. The layer is the owner of the weight, which is read from it each time."""
+    """W + strength * weight. The layer owns the weight, which is read from it on each use."""
 
     layer: nn.Linear  # in -> out, without bias
 
@@ -29,11 +29,11 @@ class FullDelta:
         return self.layer.weight
 
     def changes(self) -> bool:
-        """Whether it changes anything."""
+        """Return whether the delta is not zero."""
         return bool(self.weight.any())
 
     def apply(self, x: Tensor) -> Tensor:
-        """What it adds to the layer's output for an input x (..., in), in the dtype of x."""
+        """Return the addition to the layer's output for an input x (..., in), in the dtype of x."""
         return F.linear(x, self.weight)
 
 
@@ -57,15 +57,15 @@ class LowRankDelta:
 
     @property
     def weight(self) -> Tensor:
-        """Of which hosts ask the dtype and the device."""
+        """A weight with the dtype and device of the delta, for hosts."""
         return self.up
 
     def changes(self) -> bool:
-        """Whether it changes anything."""
+        """Return whether the delta is not zero."""
         return self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
 
     def apply(self, x: Tensor) -> Tensor:
-        """What it adds to the layer's output for an input x (..., in), in the dtype of x."""
+        """Return the addition to the layer's output for an input x (..., in), in the dtype of x."""
         added = F.linear(F.linear(x, self.down), self.up)
         return added if self.scale == 1 else added * self.scale
 
@@ -75,5 +75,5 @@ Deltas = Mapping[Place, Delta]
 
 
 def that_change(deltas: Deltas) -> dict[Place, Delta]:
-    """Those of the layers whose training changed them."""
+    """Return the deltas that are not zero."""
     return {place: delta for place, delta in deltas.items() if delta.changes()}

@@ -1,6 +1,6 @@
-"""Self-attention with the identity's tokens between a block's self-attention and its cross-attention, behind gates that start at 0.
+"""Gated self-attention over identity tokens between a block's self-attention and cross-attention, with gates that start at 0.
 
-The layers have the shape of GLIGEN's gated self-attention (arXiv 2301.07093).
+The layers have the shapes of GLIGEN's gated self-attention (arXiv 2301.07093).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class GateIdentity:
-    """One identity at one gated adapter."""
+    """Keys and values of one identity at one gated adapter."""
 
     keys: Tensor  # (1 or B, T, C), from `GatedAdapter.project`
     values: Tensor  # (1 or B, T, C)
@@ -31,8 +31,8 @@ class GateIdentity:
 class GatedAdapter(nn.Module):
     """One adapter between self-attention and cross-attention: Eq. 7, then a gated feed-forward.
 
-    Both gates are tanh of a scalar that starts at 0, so a fresh adapter is exactly the identity. `operations` names where the
-    layers come from: `torch.nn`, or a host's versions of them that manage memory and precision.
+    Both gates are tanh of a scalar that starts at 0, so a new adapter is exactly the identity function. `operations` provides the
+    layers: `torch.nn`, or a host's version of it that manages memory and precision.
     """
 
     def __init__(self, token_width: int, width: int, heads: int, operations: Any = nn):
@@ -49,12 +49,12 @@ class GatedAdapter(nn.Module):
         self.gate_feed_forward = nn.Parameter(torch.zeros(()))
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, T, width) of E_r (B, T, token width). They do not depend on the image: once per run is enough."""
+        """Project E_r (B, T, token width) to keys and values (B, T, width). Once per run is enough: the image plays no part."""
         projected = self.to_qkv(self.norm1(self.linear(tokens)))
         width = projected.shape[-1] // 3
         keys, values = (
             projected[..., width:].clone().chunk(2, dim=-1)
-        )  # does not keep the queries' share alive
+        )  # the clone lets the memory of the queries be freed
         return keys, values
 
     def forward(
@@ -66,22 +66,21 @@ class GatedAdapter(nn.Module):
         attention: Attention | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        """y + beta * tanh(gamma) * S([y, E_r]), and the same with a feed-forward: (B, N, C) -> (B, N, C).
+        """y + beta * tanh(gamma) * S([y, E_r]), then a feed-forward gated in the same way: (B, N, C) -> (B, N, C).
 
-        Several identities add up: the attention of each with its own strength, the feed-forward with the sum of them. So
-        one identity twice at half strength equals it once.
+        Several identities are summed: the attention of each with its own strength, the feed-forward with the sum of the strengths.
+        So one identity given twice at half strength equals giving it once.
 
         Args:
             x: y, after the block's self-attention; overwritten if `inplace`.
-            gates: tanh of the two gates where they are known on the host; a part whose gate is 0 is skipped. None reads the
-                parameters.
+            gates: tanh of the two gates as host-side floats; a part whose gate is 0 is skipped. None reads the parameters.
             attention: see `attention.gated_self_attention`.
         """
         attend, feed = self._gates(gates)
         if _acts(attend):
             for mixed, strength in self._attend(x, identities, attention):
                 x = add_residual(x, mixed, _factor(strength, attend, x), inplace)
-                inplace = not x.requires_grad  # from here on it is ours
+                inplace = not x.requires_grad  # x is a new tensor now
         if _acts(feed):
             x = add_residual(x, self._feed(x), _factor(_total(identities), feed, x), inplace)
         return x
@@ -94,7 +93,7 @@ class GatedAdapter(nn.Module):
         gates: tuple[float, float] | None = None,
         attention: Attention | None = None,
     ) -> Tensor:
-        """What `forward` adds to x, (B, N, C). Subtracting x from its result would lose a small residual in the rounding of x."""
+        """Return the residual (B, N, C) that `forward` adds to x, without the rounding error of forward(x) - x."""
         attend, feed = self._gates(gates)
         added = torch.zeros_like(x)
         if _acts(attend):
@@ -112,7 +111,7 @@ class GatedAdapter(nn.Module):
     def _attend(
         self, x: Tensor, identities: Sequence[GateIdentity], attention: Attention | None
     ) -> Iterator[tuple[Tensor, float | Tensor]]:
-        """What each identity adds by attention, and its strength. All of them see x as it is now."""
+        """Yield the attention output and the strength of each identity. All of them attend to the same x."""
         query, keys, values = self.to_qkv(self.norm1(x)).chunk(3, dim=-1)
         for identity in identities:
             mixed = gated_self_attention(
@@ -148,13 +147,13 @@ def _factor(strength: float | Tensor, gate: float | Tensor, x: Tensor) -> float 
 
 
 class GatedLayers(nn.ModuleDict):
-    """The gated adapters by site number, with a name that hosts can show.
+    """The gated adapters by site number, as a class of its own because hosts show its name.
 
     Args:
-        token_width: of the identity tokens.
+        token_width: width of the identity tokens.
         site_widths: channels of each site, in checkpoint order.
         site_heads: attention heads of each site.
-        operations: where the layers come from: `torch.nn`, or a host's versions of them.
+        operations: module that provides the layers: `torch.nn`, or a host's version of it.
     """
 
     def __init__(
@@ -169,13 +168,13 @@ class GatedLayers(nn.ModuleDict):
         self.token_width = token_width
 
     def at(self, index: int) -> GatedAdapter:
-        """The adapter of the site with that checkpoint number."""
+        """Return the adapter of the site with checkpoint number `index`."""
         found = self[str(index)]
         assert isinstance(found, GatedAdapter)
         return found
 
     def openings(self) -> dict[int, tuple[float, float]]:
-        """tanh of both gates of each site, on the host: what is 0 costs nothing."""
+        """Return tanh of both gates of each site as floats, so that closed parts can be skipped."""
         values: dict[int, tuple[float, float]] = {}
         for number in self:
             gate = self.at(int(number))

@@ -1,4 +1,4 @@
-"""Identity in the prompt: tokens among the text encoder's output states, or a word of the prompt with an input embedding of its own."""
+"""Identity in the prompt: tokens among the text encoder's output states, or a word whose input embedding is replaced."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 
 TextKind = Literal["states", "word"]
-"""How an identity's `text_tokens` act: as states in the text encoder's output, or as input embeddings of the identity word."""
+"""Kind of an identity's `text_tokens`: states in the text encoder's output, or input embeddings of the identity word."""
 
 ENCODERS = (
     "l",
     "g",
     "h",
-)  # text encoders by ComfyUI's names, in the order in which their states are concatenated
+)  # text encoders by ComfyUI's names, in the order of their concatenated states
 IDENTIFIER = "sks"  # the word of the prompt whose input embedding the identity replaces
 
 
 @cache
 def reference_names() -> tuple[str, ...]:
-    """Well-known names, whose text states set the length of identity tokens."""
+    """Return well-known names. The norms of their text states are the reference for identity tokens."""
     lines = Path(__file__).with_name("reference_names.txt").read_text(encoding="utf-8").splitlines()
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
 def normalize_text_tokens(text_tokens: Mapping[str, Tensor], reference_norms: Mapping[str, Tensor]) -> Tensor:
-    """Identity text tokens at the length a text encoder gives well-known names: (B, n, sum of widths), scale s_t = 1.
+    """Scale identity text tokens to the norms of well-known names: (B, n, sum of widths), scale s_t = 1.
 
     Args:
         text_tokens: per encoder (B, n, width), as in `Identity.text_tokens`.
@@ -47,11 +47,11 @@ def normalize_text_tokens(text_tokens: Mapping[str, Tensor], reference_norms: Ma
 
 
 def identity_clause(class_word: str) -> str:
-    """What a prompt says of the person so that the identity word is in it."""
+    """Return the clause that brings the identity word into a prompt: "woman is sks"."""
     return f"{class_word} is {IDENTIFIER}"
 
 
 def with_identity_clause(text: str, class_word: str) -> str:
-    """The prompt with the clause at its end, as in training."""
+    """Append the identity clause to a prompt, as in training."""
     stripped = text.rstrip(" \t\r\n,.;")
     return f"{stripped}, {identity_clause(class_word)}" if stripped else identity_clause(class_word)

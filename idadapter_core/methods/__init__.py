@@ -1,4 +1,4 @@
-"""The methods by name. To add one: a folder beside these, and its line here (docs/adding_a_method.md)."""
+"""The methods by name. To add a method, create a package next to these and list it here (docs/adding_a_method.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METHODS: dict[str, Method] = {
 
 
 def views_read() -> tuple[View, ...]:
-    """The views of CLIP vision, beside the head, that any method reads: features hold all of them, since they know no adapter."""
+    """Return all views for CLIP vision, besides the head, that any method reads. Features hold them all, for every adapter."""
     names = {name: None for method in METHODS.values() for name in method.needs(method.config()).views}
     return tuple(VIEWS[name] for name in names)
 

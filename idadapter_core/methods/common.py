@@ -1,4 +1,4 @@
-"""What methods share when they make new adapters."""
+"""Shared helpers of the methods for new adapters."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import nn
 
 
 def head_width(*widths: int) -> int:
-    """Width of an attention head: 64, or less where the widths are no multiples of that."""
+    """Return the width of an attention head: 64, or the largest smaller power of two that divides all widths."""
     return next(size for size in (64, 32, 16, 8, 4, 2, 1) if all(width % size == 0 for width in widths))
 
 
 @torch.no_grad()
 def draw_usual(module: nn.Module, generator: torch.Generator) -> None:
-    """PyTorch's usual random weights for the linear layers and norms of a module, in their order.
+    """Initialise the linear layers and norms of a module, in order, with PyTorch's default distributions.
 
-    Values are drawn in fp32 and rounded to the dtype of the parameters, one parameter after the other.
+    Values are drawn in fp32, one parameter after the other, and rounded to the dtype of the parameters.
     """
     for layer in module.modules():
         if isinstance(layer, nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""What a method is: mechanisms that act in the UNet, an encoder that makes identities for them, file layouts, a training recipe."""
+"""Definition of a method: UNet mechanisms, an encoder that makes identities for them, file layouts, and a training recipe."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..types import FaceFeatures, Identity, Mix
 
 @dataclass(frozen=True)
 class Around:
-    """What a new adapter is made for.
+    """The base model and settings that a new adapter is made for.
 
     text_widths: width of each text encoder of the base, by ComfyUI's names (l, g, h).
-    vision: width and number of patches of the CLIP vision model, where one is named.
-    branch: which one of the method's branches is trained (`Recipe.branches`).
-    settings: of the method's config, as the user wants them.
+    vision: width and number of patches of the CLIP vision model, if one is configured.
+    branch: the branch of the method to train (`Recipe.branches`).
+    settings: the user's settings for the method's config.
     """
 
     context_width: int
@@ -34,9 +34,9 @@ class Around:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Features of B samples of a training.
+    """Features of a training batch of B samples.
 
-    embedding: (B, N + 1, 512), of N references and then of the target; (B, 1, 512) where the target is the only reference.
+    embedding: (B, N + 1, 512), N references followed by the target; (B, 1, 512) if the target is its own reference.
     stages: four maps (B, C, side, side) of the target; patch_tokens: (B, N, P, d); class_embedding: (B, N, d).
     identity: (B,) bool; False where the identity is dropped.
     """
@@ -50,9 +50,9 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What an encoder made of B samples, with gradients.
+    """Output of an encoder for B samples, with gradients.
 
-    tokens: (B, T, D) for what acts in the UNet; None where nothing does.
+    tokens: (B, T, D) for the UNet; None if the adapter has no tokens there.
     rows: (B,) bool, False where the adapter is skipped; None: it acts in all rows.
     text: per text encoder (B, n, width), as in `Identity.text_tokens`.
     """
@@ -64,33 +64,33 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is trained."""
+    """Training recipe of a method."""
 
-    prompt: str  # of samples, where the run names none; may leave open what `prompts` fills in
-    known_by_target: bool  # a person is known by the target itself, not by N other photos
+    prompt: str  # default prompt of sample images; may contain the placeholders of `prompts`
+    known_by_target: bool  # the target photo is its own reference, instead of N other photos
     sizes: Callable[[Around], tuple[dict[str, Any], dict[str, Any]]]
-    """Settings of a new config that the surroundings decide, and others that suit them. Raises ConfigError where they cannot be."""
+    """Settings of a new config that the base fixes, and default sizes that suit it. Raises ConfigError for an impossible config."""
     encode: Callable[[Any, Any, Seen], Encoded]  # (encoder, config, features)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of a run by section, as published, where they differ from the trainer's."""
+    """Published run settings by section, as far as they differ from the trainer's defaults."""
     branches: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """Parts of an adapter that are trained in runs of their own, each with its defaults beside those above; empty: all at once."""
+    """Parts of an adapter that are trained in separate runs, each with defaults in addition to those above; empty: one run."""
     branch_of: Callable[[Any, str], Any] = lambda config, branch: config
-    """(config, branch) -> the config of that branch alone. Raises MismatchError where an adapter has none."""
+    """(config, branch) -> the config of that branch alone. Raises MismatchError if the adapter lacks the branch."""
     start: Callable[[Any, Mapping[int, tuple[Tensor, Tensor]]], None] | None = None
-    """(layers, to_k and to_v weights of the UNet's cross-attention by site): changes fresh layers in place."""
-    some_idle: bool = False  # a batch may leave parts of it without a gradient
+    """(layers, to_k and to_v weights of the UNet's cross-attention by site): initialises new layers in place."""
+    some_idle: bool = False  # in some batches a part of the parameters gets no gradient
 
 
 class Config(Protocol):
-    """The sizes of one adapter: a frozen dataclass of texts, whole numbers and tuples of them, written into its file."""
+    """Sizes of one adapter: a frozen dataclass of strings, integers and tuples of them, stored in its file."""
 
     recognizer: str
-    """Digest of the face network it was trained with; empty: not recorded."""
+    """Digest of the face network used in training; empty: not recorded."""
     context_width: int
     site_widths: tuple[int, ...]
     unseen: Any
-    """Names of the settings that change an identity, or its use, and show in no weight."""
+    """Names of the settings that affect an identity, or its use, but no weight."""
 
     @property
     def has_text_branch(self) -> bool: ...
@@ -101,85 +101,87 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an adapter reads of a face, and which text encoders it was made for."""
+    """Face features and text encoders that an adapter requires."""
 
-    stages: bool = False  # the inner maps of a torch recogniser, beside its embedding
-    shallow_side: int = 0  # side at which the first three of them are read; 0: their own
-    vision: tuple[int, int] | None = None  # CLIP vision: its width and its number of patches
-    views: tuple[str, ...] = ()  # of CLIP vision, beside the head (`faces.views.VIEWS`)
-    text_widths: Mapping[str, int] = field(default_factory=dict)  # by ComfyUI's names; those it must have
-    all_text_encoders: bool = False  # the model may have no others
+    stages: bool = False  # inner maps of a torch recogniser, in addition to its embedding
+    shallow_side: int = 0  # side that the first three maps are resized to; 0: unchanged
+    vision: tuple[int, int] | None = None  # CLIP vision: width and number of patches
+    views: tuple[str, ...] = ()  # views for CLIP vision besides the head (`faces.views.VIEWS`)
+    text_widths: Mapping[str, int] = field(default_factory=dict)  # required text encoders, by ComfyUI's names
+    all_text_encoders: bool = False  # the model must not have other text encoders
 
 
 State = dict[str, Tensor]
 UNCONDITIONAL = (
     "skip",
     "zeros",
-)  # what adapters may do on negative prompts: nothing, or the tokens of zeroed features
+)  # options on negative prompts: skip the adapter, or use the tokens of zeroed features
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A published layout of a method's weights, told by keys and shapes."""
+    """A published layout of a method's weights, recognised by keys and shapes."""
 
     find: Callable[[Mapping[str, Tensor], str], State]
-    """(state, source) -> the method's weights under the names of its own files; empty where the file holds none."""
+    """(state, source) -> the method's weights under the names of its own files; empty if the file has none."""
     config: Callable[[State, str], Any]
-    """(weights, source) -> their sizes."""
+    """(weights, source) -> config with their sizes."""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """Files that people take for adapters."""
+    """A kind of file that users mistake for an adapter."""
 
-    pattern: str  # of a key that only this kind has
+    pattern: str  # matches a key that only this kind has
     kind: str
     advice: str
 
 
 @dataclass(frozen=True)
 class Files:
-    """How a method's weights lie in files."""
+    """File layouts of a method's weights."""
 
-    layers_prefix: str  # what stands before the names of the layers' weights
-    layers_head: str  # what the names of all layers' weights begin with
+    layers_prefix: str  # prefix of the layers' weights in files; the encoder's weights have none
+    layers_head: str  # beginning of the names of all layers' weights, and of no encoder weight
     layouts: tuple[Layout, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     join: Callable[..., tuple[State, Any]] | None = None
-    """Two files of one adapter; None where one file holds everything (see `adapter.load_adapter`)."""
+    """Joins two files of one adapter; None if one file holds everything (see `adapter.load_adapter`)."""
     keep: Callable[[str, Any], bool] = lambda key, config: True
     """Whether a weight belongs to an adapter of this config."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method. Everything that differs between methods is in here, and nothing outside `methods` asks for one by name."""
+    """One method. It holds everything that differs between methods; code outside `methods` never checks for a method by name."""
 
     name: str  # in files and settings
-    title: str  # for people
-    config: type[Any]
-    presets: Mapping[str, Any]  # configs of untrained adapters by UNet family; empty: none are written
-    needs: Callable[[Any], Needs]
-    mechanisms: Callable[[Any, Any], Mechanisms]  # (config, layers): the parts it has
-    encoder: Callable[[Any], nn.Module]  # makes identities
-    layers: Callable[[Any, Any], nn.Module]  # acts in the UNet; (config, where its layers come from)
+    title: str  # display name in messages and lists
+    config: type[Any]  # see `Config`; the defaults are the published sizes
+    presets: Mapping[str, Any]  # configs by UNet family, for `convert --init`; {}: none
+    needs: Callable[[Any], Needs]  # (config) -> inputs that the adapter reads
+    mechanisms: Callable[[Any, Any], Mechanisms]  # (config, layers) -> mechanisms of the adapter
+    encoder: Callable[[Any], nn.Module]  # (config) -> module that runs once per identity
+    layers: Callable[[Any, Any], nn.Module]
+    """(config, operations) -> the layers that act in the UNet. `operations` is `torch.nn` or a host's version of it, for layers
+    that run at each step (`GatedLayers`); other layers ignore it."""
     initialise: Callable[
         [Any, Any, Any, int], None
-    ]  # (encoder, layers, config, seed): the start of a training
+    ]  # (encoder, layers, config, seed): initialises the weights for training
     require: Callable[[FaceFeatures, Any], None]
-    """Raises MismatchError where features lack what an adapter reads."""
+    """Raises MismatchError if features lack an input of the adapter."""
     encode: Callable[[Any, Any, FaceFeatures, Mix], Identity]  # (encoder, config, features, mix)
     files: Files
-    text: TextKind | None  # how its `text_tokens` act, where an adapter has any
-    describe: Callable[[Any], list[str]]  # an adapter of these sizes, in lines
-    notes: Callable[[Any, Mechanisms], tuple[str, ...]]  # what a user should know before using it
+    text: TextKind | None  # kind of its `text_tokens`, if an adapter has any
+    describe: Callable[[Any], list[str]]  # (config) -> description in lines
+    notes: Callable[[Any, Mechanisms], tuple[str, ...]]  # (config, mechanisms) -> hints for the user
     parameters: Callable[
         [Any], Mapping[str, int]
     ]  # trained parameters of each part; empty for a method of one part
-    references: Callable[[Any], int]  # photos of a person that it is given at most; 0: any number
+    references: Callable[[Any], int]  # maximum photos per person in Mix Face Features; 0: all
     made_to_be_rescaled: bool
-    """Trained for identity alone, so that only rescaling at inference leaves the prompt a say."""
-    recipe: Recipe | None  # how it is trained; None: not by this package
+    """Trained for identity alone, so it follows the prompt only with rescaling at inference."""
+    recipe: Recipe | None  # training recipe; None: cannot be trained with this package
 
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""Stable Diffusion outside ComfyUI: base models, the networks beside them, adapters inside the UNet, pictures."""
+"""Stable Diffusion outside ComfyUI: base models, face and vision networks, adapter injection, and image generation."""

@@ -1,6 +1,7 @@
 """Base models outside ComfyUI: the frozen UNet, text encoders, VAE and noise schedule of SD1.5, SD2.1 and SDXL.
 
-They come from a diffusers folder or a single-file checkpoint on disk, and compute what ComfyUI computes with the same weights.
+They are loaded from a diffusers folder or a single-file checkpoint on disk, and give the same results as ComfyUI with the same
+weights.
 """
 
 from __future__ import annotations
@@ -27,41 +28,41 @@ from .vae import Autoencoder, load_autoencoder
 
 log = logging.getLogger(__name__)
 
-# Text encoders by family, in the order in which their states are concatenated: name and subfolder.
+# Text encoders by family, in the order of their concatenated states: name and subfolder.
 _TEXT_ENCODERS = {
     "sd15": {"l": "text_encoder"},
     "sd21": {"h": "text_encoder"},
     "sdxl": {"l": "text_encoder", "g": "text_encoder_2"},
 }
-_SIZE_IDS = 6  # SDXL is told original size, crop and target size
+_SIZE_IDS = 6  # SDXL's size conditioning: original size, crop and target size
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A base model: everything around the adapter, frozen, in evaluation mode."""
+    """A base model: all networks around the adapter, frozen and in evaluation mode."""
 
     family: str  # sd15, sd21 or sdxl
-    unet: Any  # diffusers' UNet2DConditionModel, in the dtype that was asked for
+    unet: Any  # diffusers' UNet2DConditionModel, in the requested dtype
     vae: Autoencoder  # fp32
     text: TextEncoders  # in the UNet's dtype
     schedule: NoiseSchedule
-    digest: str  # of all weights, the same for one model from a folder and from a file, in fp32 and in bf16
+    digest: str  # of all weights; does not depend on folder or file, fp32 or bf16
 
 
 def load_base(
     config: BaseConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Base:
-    """The base model that a configuration names.
+    """Load the base model of a configuration.
 
     Args:
-        config: `path` is a diffusers folder or a checkpoint file. `config` and `tokenizer` complete a file.
-        device: of all parts.
-        dtype: of the UNet and the text encoders. The VAE is always in fp32.
+        config: `path` is a diffusers folder or a checkpoint file. `config` and `tokenizer` supplement a file.
+        device: device of all parts.
+        dtype: dtype of the UNet and the text encoders. The VAE is always in fp32.
 
     Raises:
-        ConfigError: no such file, a part is missing, or the model is of another family or a kind that is not supported.
-        CheckpointError: a file cannot be read or does not hold what it should.
-        MismatchError: the model is no Stable Diffusion at all.
+        ConfigError: no such file, a missing part, another model family, or an unsupported kind of model.
+        CheckpointError: a file cannot be read or has the wrong contents.
+        MismatchError: the model is not Stable Diffusion.
     """
     if not config.path:
         raise ConfigError(
@@ -114,7 +115,7 @@ def _require_no_configs(config: BaseConfig) -> None:
 
 
 class _Folder:
-    """A diffusers folder. Offers what `SingleFile` does."""
+    """A diffusers folder, with the same interface as `SingleFile`."""
 
     def __init__(self, path: Path, family: str, dtype: torch.dtype):
         self.path = path
@@ -136,7 +137,7 @@ class _Folder:
 
     @property
     def kl_config(self) -> dict[str, Any]:
-        """For a VAE in a file of its own: as large as the folder's, where that has one."""
+        """Return the configuration for a VAE in a separate file: that of the folder's VAE, if it has one."""
         path = self.path / "vae" / "config.json"
         config = read_json(path) if path.is_file() else {}
         return config if config.get("_class_name") == "AutoencoderKL" else KL
@@ -146,7 +147,7 @@ class _Folder:
 
 
 def unet_family(state: Mapping[str, Tensor]) -> str:
-    """sd15, sd21 or sdxl: what the weights of a UNet of that architecture belong to, at any width, with ldm or diffusers names."""
+    """Return sd15, sd21 or sdxl from a UNet's weights, at any width, with ldm or diffusers names."""
     if any(name.startswith(("label_emb.", "add_embedding.")) for name in state):
         return "sdxl"
     linear = any(name.endswith(".proj_in.weight") and value.ndim == 2 for name, value in state.items())
@@ -189,7 +190,7 @@ def _require_text(unet: Any, text: TextEncoders, path: Path) -> None:
 
 
 def _tokenizer(config: BaseConfig, path: Path, text_folder: str) -> Any:
-    """The tokenizer of a text encoder: `base.tokenizer`, else that of the folder."""
+    """Load the tokenizer of a text encoder from `base.tokenizer`, else from the folder."""
     name = text_folder.replace("text_encoder", "tokenizer")
     folders = [Path(folder).expanduser() / name for folder in (config.config, str(path)) if folder]
     if config.tokenizer:
@@ -207,15 +208,15 @@ def _tokenizer(config: BaseConfig, path: Path, text_folder: str) -> Any:
 
 
 def noise_schedule(scheduler: Mapping[str, Any], prediction_type: str, name: str) -> NoiseSchedule:
-    """The noise schedule of a diffusers scheduler configuration.
+    """Build the noise schedule of a diffusers scheduler configuration.
 
     Args:
-        scheduler: the configuration; `beta_start`, `beta_end` and `num_train_timesteps` may be missing where they are as usual.
-        prediction_type: epsilon, v_prediction, or auto for what the configuration says.
-        name: of the model, for messages.
+        scheduler: the configuration; `beta_start`, `beta_end` and `num_train_timesteps` default to the usual values.
+        prediction_type: epsilon, v_prediction, or auto for the value in the configuration.
+        name: name of the model, for messages.
 
     Raises:
-        ConfigError: another schedule than Stable Diffusion's, or one that does not go with the prediction.
+        ConfigError: the schedule is not Stable Diffusion's, or does not suit the prediction type.
     """
     kind = scheduler.get("beta_schedule")
     if kind != "scaled_linear" or scheduler.get("trained_betas") is not None:
@@ -232,7 +233,7 @@ def noise_schedule(scheduler: Mapping[str, Any], prediction_type: str, name: str
         "" if prediction_type == "auto" else f" (set in base.prediction_type; the model says {told})",
     )
     predicts = told if prediction_type == "auto" else prediction_type
-    # Made with v first: the schedule may still have to lose what signal its last step holds.
+    # Built as v-prediction first, because alpha-bar may still have to be rescaled to zero terminal SNR.
     schedule = scaled_linear(
         "v_prediction",
         scheduler.get("num_train_timesteps", 1000),
@@ -246,14 +247,14 @@ def noise_schedule(scheduler: Mapping[str, Any], prediction_type: str, name: str
 
 
 def _without_signal_at_the_end(alphas: Tensor) -> Tensor:
-    """alpha-bar rescaled to zero terminal SNR (arXiv 2305.08891, Algorithm 1)."""
+    """Rescale alpha-bar to zero terminal SNR (arXiv 2305.08891, Algorithm 1)."""
     root = alphas.double().sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return root.square().float()
 
 
 def _digest(unet: nn.Module, text: TextEncoders, vae: Autoencoder, schedule: NoiseSchedule) -> str:
-    """Of all that decides what a prediction means: weights, tokenizers, noise levels and what is predicted."""
+    """Digest of everything that predictions depend on: weights, tokenizers, noise levels and prediction type."""
     parts = [weights_digest(unet.state_dict()), vae.digest]
     parts += [
         f"{name} {weights_digest(published_names(model, 'text_model'))} {_words_digest(text.tokenizers[name])}"
@@ -267,6 +268,6 @@ def _digest(unet: nn.Module, text: TextEncoders, vae: Autoencoder, schedule: Noi
 
 
 def _words_digest(tokenizer: Any) -> str:
-    """Of what a tokenizer makes of words: its vocabulary, and how some texts are divided."""
+    """Digest of a tokenizer's behaviour: its vocabulary, and the tokens of some sample texts."""
     made = sorted(tokenizer.get_vocab().items()), [tokenizer(text)["input_ids"] for text in reference_names()]
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Which base model, and which frozen networks beside it: paths on disk."""
+"""Paths of the base model and of the frozen networks used with it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _PATHS = ("path", "config", "tokenizer", "vae", "vision", "recognizer", "face_pa
 
 @dataclass(frozen=True)
 class BaseConfig(Settings):
-    """The frozen models around the adapter. Paths on disk; nothing is fetched. A resumed run knows the models by their digests."""
+    """The frozen models (`[base]`): local paths; nothing is downloaded. A resumed run recognises the models by their digests."""
 
     path: MayChange[str] = ""  # Stable Diffusion: a diffusers folder or a single-file checkpoint
     family: str = "sd15"  # sd15, sd21 or sdxl
-    prediction_type: str = "auto"  # epsilon or v_prediction; auto: as the folder's scheduler says, or as ComfyUI tells it from a file
-    config: MayChange[str] = (
-        ""  # for a single file of other sizes than published: a folder with diffusers configurations
-    )
+    # epsilon, v_prediction or auto. auto: from the folder's scheduler config; for a single file, detected as ComfyUI does.
+    prediction_type: str = "auto"
+    # For a single file whose model sizes differ from the published ones: a folder of diffusers configurations.
+    config: MayChange[str] = ""
     tokenizer: MayChange[str] = ""  # for a single file: a folder with CLIP's vocab.json and merges.txt
-    vae: MayChange[str] = ""  # another VAE; empty: the base's own
-    vision: MayChange[str] = ""  # CLIP vision for IDAdapter: a folder of transformers, or a file of weights
+    vae: MayChange[str] = ""  # another VAE; empty: the base model's own
+    vision: MayChange[str] = ""  # CLIP vision for IDAdapter: a transformers folder or a weights file
     recognizer: MayChange[str] = ""  # face network: a torch IResNet (.pth, .safetensors, .onnx)
     face_package: MayChange[str] = ""  # folder of an insightface package; only for a detector in L_id
     renamed: ClassVar = {"prediction": "prediction_type"}
@@ -37,14 +37,14 @@ class BaseConfig(Settings):
 
 
 def require_paths(base: BaseConfig, without: Sequence[str], others: Mapping[str, str]) -> None:
-    """See that all files and folders are there before the first of them is read. What is empty is not looked at.
+    """Check that all files and folders exist, before any of them is read. Empty paths are skipped.
 
     Args:
         without: paths of `base` that are not needed.
-        others: further settings and what they name.
+        others: further settings and their paths.
 
     Raises:
-        ConfigError: one of them is not there.
+        ConfigError: one of them does not exist.
     """
     of_base = {f"base.{name}": getattr(base, name) for name in _PATHS if name not in without}
     for name, value in {**of_base, **others}.items():

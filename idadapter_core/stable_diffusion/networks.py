@@ -1,4 +1,4 @@
-"""The frozen networks that look at photos: face recogniser, CLIP vision, face detector."""
+"""The frozen networks that read photos: face recogniser, CLIP vision, face detector."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .vision import VisionEncoder, load_vision
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """What is frozen beside the base models."""
+    """The frozen networks besides the base model."""
 
     recognizer: IResNet
-    vision: VisionEncoder | None = None  # for methods that read it
-    detector: FaceAnalyzer | None = None  # for L_id by the detector
+    vision: VisionEncoder | None = None  # for methods that use it
+    detector: FaceAnalyzer | None = None  # for L_id with a detector
 
 
 def load_networks(base: BaseConfig, needs: Needs, needs_detector: bool) -> tuple[Networks, str]:
-    """The networks that look at faces, and the recogniser's recorded name.
+    """Load the networks that read faces. Return them and the recogniser's recorded name.
 
     Raises:
-        ConfigError: one that the method needs is not named.
+        ConfigError: the path of a network that the method needs is not set.
     """
     if not base.recognizer:
         raise ConfigError(
@@ -63,7 +63,7 @@ def load_networks(base: BaseConfig, needs: Needs, needs_detector: bool) -> tuple
 
 @torch.no_grad()
 def see(vision: VisionEncoder, heads: Tensor) -> dict[str, Tensor]:
-    """`patch_tokens` (F, P, d) and `class_embedding` (F, d) of heads (F, 3, S, S)."""
+    """Compute `patch_tokens` (F, P, d) and `class_embedding` (F, d) of heads (F, 3, S, S)."""
     patches, classes = vision(heads)
     return {"patch_tokens": patches.float(), "class_embedding": classes.float()}
 
@@ -74,7 +74,7 @@ def see_views(
     photos: Sequence[tuple[Image, Face]],
     device: torch.device | str,
 ) -> dict[ViewKey, Tensor]:
-    """CLIP vision's states of faces (photo and face each) under other views than the head, on the CPU."""
+    """Compute CLIP vision's states of faces, given as (photo, face) pairs, in other views than the head, on the CPU."""
     found: dict[ViewKey, Tensor] = {}
     for view in views:
         if view.cut is None:

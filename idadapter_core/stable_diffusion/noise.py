@@ -1,4 +1,4 @@
-"""The diffusion process that the base models were trained with: noise levels, targets, and the clean image that a prediction means."""
+"""The diffusion process of the base models: noise levels, training targets, and the clean image implied by a prediction."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-LATENT_LIMIT = 10.0  # of a predicted clean latent: about three times what images have
+LATENT_LIMIT = 10.0  # for predicted clean latents: about three times the values of real images
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """alpha-bar of each training timestep, and what the UNet predicts."""
+    """alpha-bar of each training timestep, and the prediction type of the UNet."""
 
-    alphas_cumprod: Tensor  # (T,) alpha-bar, fp32, falling
+    alphas_cumprod: Tensor  # (T,) alpha-bar, fp32, decreasing
     prediction_type: str  # "epsilon" or "v_prediction"
 
     def __post_init__(self) -> None:
@@ -35,26 +35,26 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha-bar) and sqrt(1 - alpha-bar) for timesteps (B,), shaped to multiply `like` (B, ...)."""
+        """Return sqrt(alpha-bar) and sqrt(1 - alpha-bar) for timesteps (B,), shaped to multiply `like` (B, ...)."""
         alpha = self.alphas_cumprod.to(like.device)[timesteps].float().reshape(-1, *([1] * (like.ndim - 1)))
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t (B, C, H, W) of clean latents."""
+        """Return x_t (B, C, H, W) for clean latents."""
         signal, spread = self.at(timesteps, clean)
         return signal * clean + spread * noise
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should predict."""
+        """Return the training target of the UNet."""
         if self.prediction_type == "epsilon":
             return noise
         signal, spread = self.at(timesteps, clean)
         return signal * noise - spread * clean
 
     def clean(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
-        """x0_hat, the clean latents that a prediction means, held within what images have.
+        """Return x0_hat, the clean latents implied by a prediction, clamped to LATENT_LIMIT.
 
-        With epsilon the prediction's error is divided by sqrt(alpha-bar), so it explodes at high noise; v needs no division.
+        With epsilon the error of the prediction is divided by sqrt(alpha-bar), so it explodes at high noise; v needs no division.
         """
         signal, spread = self.at(timesteps, noisy)
         if self.prediction_type == "epsilon":
@@ -68,13 +68,13 @@ class NoiseSchedule:
             return torch.ones_like(alpha)
         snr = alpha / (1 - alpha)
         weight = snr.clamp(max=gamma)
-        # min(snr, gamma) / (snr + 1) for v stays finite where there is no signal at all.
+        # For v, min(snr, gamma) / (snr + 1) stays finite at zero SNR.
         return weight / (snr + 1 if self.prediction_type == "v_prediction" else snr)
 
 
 def scaled_linear(
     prediction_type: str, steps: int = 1000, start: float = 0.00085, end: float = 0.012
 ) -> NoiseSchedule:
-    """The schedule of Stable Diffusion 1, 2 and XL."""
+    """Return the schedule of Stable Diffusion 1, 2 and XL."""
     betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     return NoiseSchedule((1 - betas).cumprod(0).float(), prediction_type)

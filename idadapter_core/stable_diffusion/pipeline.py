@@ -1,6 +1,6 @@
-"""Pictures outside ComfyUI: a base model, an adapter, an identity, a prompt. What the trainer shows and evaluation measures.
+"""Image generation outside ComfyUI from a base model, an adapter, an identity and a prompt, for training samples and evaluation.
 
-The same seed gives the picture that ComfyUI gives with KSampler (euler, simple) and the nodes of this pack.
+The same seed gives the same image as ComfyUI with KSampler (euler, simple) and the nodes of this pack.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ BeforeStep = Callable[[int, int], Conditioning | None]
 
 @dataclass(frozen=True)
 class Acting:
-    """How an identity acts in a picture."""
+    """Strengths of an identity in an image."""
 
     adapter: float = 1.0  # as `weight` of Apply ID Adapter; 0: not in the UNet
     text: float = (
-        1.0  # as `token_weight` of ID Prompt; 0: not in the prompt. An identity word is there (1) or not (0)
+        1.0  # as `token_weight` of ID Prompt; 0: not in the prompt. For an identity word only 0 or 1
     )
-    rescale: RescaleSchedule | None = None  # normalized rescaling, with scales of its own in place of both
+    rescale: RescaleSchedule | None = None  # normalized rescaling, whose scales replace both strengths
 
 
 class Pipeline:
-    """A base model with an adapter in it.
+    """A base model with an injected adapter.
 
     Args:
-        adapter: its layers are moved to the base's device; None draws with the base alone.
-        injected: the adapter's injection, where it is in the UNet already.
-        look: called before each step of the sampler; what it raises ends the drawing.
+        adapter: its layers are moved to the base's device; None generates with the base alone.
+        injected: the adapter's injection, if it is already in the UNet.
+        look: callback before each sampler step; it may raise to stop the generation.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Pipeline:
                 self.injected = inject(base.unet, adapter)
 
     def close(self) -> None:
-        """Leave the UNet as it was."""
+        """Eject the adapter and leave the UNet unchanged."""
         if self._owns and self.injected is not None:
             self.injected.eject()
 
@@ -84,19 +84,19 @@ class Pipeline:
         negative: str = "",
         acting: Acting | None = None,
     ) -> Tensor:
-        """A picture (3, height, width), RGB in 0..1.
+        """Generate an image (3, height, width), RGB in 0..1.
 
         Args:
-            prompt: may hold `<class word>`. An identity word is added to it where it is missing.
-            identity: made by this adapter; None: nobody, and the adapter does nothing at all.
+            prompt: may contain `<class word>`. A missing identity word is appended.
+            identity: an identity from this adapter; None: no identity, and the adapter has no effect.
 
         Raises:
-            InputError: an identity without an adapter, or a way of acting that the method has not.
-            MismatchError: the identity is of another adapter.
+            InputError: an identity without an adapter, or `acting` settings that the method does not support.
+            MismatchError: the identity was made with another adapter.
         """
         acting = acting or Acting()
         negatives = None if cfg == 1 else self.base.text.encode([negative])
-        rows = torch.tensor([True] if negatives is None else [False, True])  # as `sample` calls the UNet
+        rows = torch.tensor([True] if negatives is None else [False, True])  # row order of `sample`
         before_step: BeforeStep = _nothing
         if identity is None:
             positive = self.base.text.encode([prompt.replace(CLASS_WORD, "person")])
@@ -135,9 +135,9 @@ class Pipeline:
     def _with_identity(
         self, adapter: Adapter, text: str, identity: Identity, acting: Acting, rows: Tensor
     ) -> tuple[Conditioning, BeforeStep]:
-        """The first conditioning, and what is set before each step.
+        """Return the first conditioning and the callback for each step.
 
-        Rows of negative prompts have the identity's unconditional tokens, or are left alone where it has none.
+        Rows of negative prompts get the identity's unconditional tokens or, if it has none, no tokens.
         """
         kind, schedule = adapter.mechanisms.text, acting.rescale
         can_rescale = adapter.mechanisms.decoupled is not None or kind == "states"
@@ -169,13 +169,13 @@ def _nothing(step: int, steps: int) -> None:
 
 
 def to_levels(picture: Tensor, precision: str = "no", setting: str = "train.mixed_precision") -> Image:
-    """A picture (3, H, W) in 0..1 as (H, W, 3) uint8.
+    """Convert an image (3, H, W) in 0..1 to (H, W, 3) uint8.
 
     Args:
-        precision: that it was drawn in, as the configuration has it under `setting`.
+        precision: precision of the generation, the value of `setting` in the configuration.
 
     Raises:
-        InputError: it has values that are not finite.
+        InputError: the image has values that are not finite.
     """
     pixels = picture.detach().float().movedim(0, -1)
     if not torch.isfinite(pixels).all():

@@ -1,4 +1,4 @@
-"""Networks of diffusers and transformers from files on disk, frozen. Nothing is ever fetched."""
+"""Loads frozen networks of diffusers and transformers from files on disk. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..files import key_problems, own_weights, some
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
-_DIGEST_VALUES = 4096  # of each tensor
+_DIGEST_VALUES = 4096  # values read per tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        ConfigError: no such file, or no JSON object.
+        ConfigError: no such file, or not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_folder(kind: Any, folder: Path, **options: Any) -> nn.Module:
-    """A network of diffusers or transformers from its folder: config.json and weights, also a variant such as fp16 alone.
+    """Load a network of diffusers or transformers from its folder: config.json and weights, or only a variant such as fp16.
 
     Raises:
         CheckpointError: files are missing, cannot be read, or do not hold the whole network.
@@ -54,19 +54,19 @@ def load_folder(kind: Any, folder: Path, **options: Any) -> nn.Module:
             "(diffusion_pytorch_model, model or pytorch_model, .safetensors or .bin); nothing is downloaded."
         )
     variant = None if None in variants else "fp16" if "fp16" in variants else min(map(str, variants))
-    # What a folder holds beside this network, such as a projection, does not matter.
+    # Extra weights in the folder, such as a projection, are ignored.
     return _whole(
         kind, folder, ("missing",), pretrained=str(folder), variant=variant, local_files_only=True, **options
     )
 
 
 def build_clip(kind: Any, config: Any, state: Mapping[str, Tensor], name: str) -> nn.Module:
-    """A CLIP network of transformers from a configuration and weights under their published names.
+    """Build a CLIP network of transformers from a configuration and weights under their published names.
 
-    Its classes name their own weights differently from release to release; transformers itself knows how.
+    The weight names inside its classes differ between releases; transformers converts the published names itself.
 
     Raises:
-        CheckpointError: the weights are not those of this configuration.
+        CheckpointError: the weights do not match the configuration.
     """
     wrong = ("missing", "unexpected")
     return _whole(kind, name, wrong, pretrained=None, config=config, state_dict=dict(state))
@@ -79,10 +79,10 @@ def build_diffusers(
     name: str,
     convert: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] | None = None,
 ) -> nn.Module:
-    """A network of diffusers from a configuration and weights under its names, or under others that `convert` knows.
+    """Build a network of diffusers from a configuration and weights under its names, or under names that `convert` translates.
 
     Raises:
-        CheckpointError: the weights are not those of this configuration.
+        CheckpointError: the weights do not match the configuration.
     """
     with torch.device("meta"):
         network: Any = kind.from_config(dict(config))
@@ -102,7 +102,7 @@ def _whole(
     kind: Any, name: object, wrong: Sequence[str], *, pretrained: str | None, **options: Any
 ) -> nn.Module:
     network: nn.Module
-    if kind.__module__.startswith("transformers"):  # which prints a table and raises without a reason
+    if kind.__module__.startswith("transformers"):  # prints a table, and its error gives no reason
         options["ignore_mismatched_sizes"] = True
         wrong = (*wrong, "mismatched")
     try:
@@ -110,7 +110,7 @@ def _whole(
             network, info = kind.from_pretrained(pretrained, output_loading_info=True, **options)
     except (
         Exception
-    ) as error:  # whatever the two libraries raise for damage: OSError, ValueError, RuntimeError, KeyError …
+    ) as error:  # damaged files raise many types: OSError, ValueError, RuntimeError, KeyError …
         reason = first_line(error)
         other = "" if pretrained else ", or name the configuration of a model of other sizes in base.config"
         raise CheckpointError(
@@ -128,7 +128,7 @@ def _whole(
 
 
 def _in_words(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
-    """A weight's name; of one that does not fit its shapes, too."""
+    """Describe a weight by name, with both shapes if they do not match."""
     if isinstance(key, str):
         return key
     name, found, expected = key
@@ -137,7 +137,7 @@ def _in_words(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers draws a bar for each network that it loads, and prints a table of weights that do not fit: we say which."""
+    """Silence transformers' progress bars and its table of mismatched weights, which our errors name instead."""
     logs = require("transformers").utils.logging
     was_on, verbosity = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()
@@ -151,23 +151,23 @@ def _quietly() -> Iterator[None]:
 
 
 def freeze(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """The network itself, ready for use: no gradients to its weights, evaluation mode, and independent of its files."""
-    # nn.Module's own `to`: that of diffusers warns of layers to keep in fp32, of which these models have none.
+    """Freeze a network in place and return it: no gradients, evaluation mode, on the device, and independent of its files."""
+    # nn.Module's own `to`: that of diffusers warns about layers to keep in fp32, which these models do not have.
     frozen = nn.Module.to(network.requires_grad_(False).eval(), device=device, dtype=dtype)
     own_weights(frozen)
     return frozen
 
 
 def from_library(module: str, name: str) -> Any:
-    """A class or function of diffusers or transformers.
+    """Import a class or function of diffusers or transformers.
 
     Raises:
-        ConfigError: the library is not installed, or cannot import what it needs.
+        ConfigError: the library is not installed, or cannot import one of its dependencies.
     """
     library = require(module)
     try:
         return getattr(library, name)
-    except (ImportError, RuntimeError) as error:  # imported only now
+    except (ImportError, RuntimeError) as error:  # lazy imports fail here
         first: BaseException = error
         while cause := first.__cause__ or first.__context__:
             first = cause
@@ -178,22 +178,22 @@ def from_library(module: str, name: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's words, or its kind where it has none."""
+    """Return the first line of an error's message, or its type if it has none."""
     return str(error).strip().split("\n")[0][:300].rstrip(".") or type(error).__name__
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """First 16 hex digits of a SHA-256 over the names, the shapes and up to 4096 evenly spaced values of each tensor.
+    """Return the first 16 hex digits of a SHA-256 over the names, the shapes and up to 4096 evenly spaced values of each tensor.
 
-    Reading all values of a base model would take most of a minute, and two models that anybody trained differ everywhere. Values
-    are rounded to bfloat16 first, so a model has one digest whether it was loaded in float32 or in bfloat16.
+    Reading all values of a base model would take most of a minute, and two different trained models differ everywhere. Values are
+    rounded to bfloat16 first, so the digest is the same whether a model was loaded in float32 or in bfloat16.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
         values = state[name].detach().flatten()
         stride = (
             values.numel() // _DIGEST_VALUES | 1
-        )  # odd, so that it does not pick the same columns of each row
+        )  # odd, so that it does not select the same columns in each row
         picked = values[::stride].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(f"{name}{tuple(state[name].shape)}".encode())
         digest.update(picked.numpy().tobytes())
@@ -201,5 +201,5 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def published_names(network: nn.Module, tower: str) -> dict[str, Tensor]:
-    """The weights of a CLIP network of transformers, without the prefix that some releases give to them."""
+    """Return the weights of a CLIP network of transformers, without the prefix that some releases add."""
     return {name.removeprefix(f"{tower}."): value for name, value in network.state_dict().items()}

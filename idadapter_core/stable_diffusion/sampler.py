@@ -1,4 +1,4 @@
-"""Pictures from a base model, as ComfyUI's KSampler draws them with the sampler "euler" and the schedule "simple"."""
+"""Sampling from a base model, equivalent to ComfyUI's KSampler with the sampler "euler" and the scheduler "simple"."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .base import Base
 from .noise import NoiseSchedule
 from .text import Conditioning
 
-_LEAST_SIGNAL = 4.8973451890853435e-08  # alpha-bar that stands for none at all, as in ComfyUI
+_LEAST_SIGNAL = 4.8973451890853435e-08  # alpha-bar used for zero signal, as in ComfyUI
 
 
 def simple_schedule(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor]:
-    """Timesteps (steps,) and noise levels sigma (steps + 1,), fp32, of ComfyUI's "simple": every n-th training timestep from the
-    last one on, then 0.
+    """Return timesteps (steps,) and noise levels sigma (steps + 1,), fp32, of ComfyUI's "simple": every n-th training timestep,
+    starting from the last, then 0.
 
     Raises:
-        InputError: more steps than the model has timesteps, or none.
+        InputError: no steps, or more than the model has timesteps.
     """
     if not 1 <= steps <= schedule.steps:
         raise InputError(f"steps must be between 1 and {schedule.steps}, got {steps}")
@@ -33,9 +33,9 @@ def simple_schedule(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor
 
 
 def positive_rows(negative: Conditioning | None, cfg: float) -> Tensor:
-    """Which rows of the UNet's calls `sample` makes are positive, (rows,) bool.
+    """Return the mask (rows,) bool of the positive rows in the UNet calls of `sample`.
 
-    Two rows, the negative and then the positive prompt; one, the positive, where there is no negative or cfg is 1.
+    There are two rows, negative then positive, or only the positive row if there is no negative prompt or cfg is 1.
     """
     return torch.tensor([True] if negative is None or cfg == 1 else [False, True])
 
@@ -53,22 +53,22 @@ def sample(
     height: int,
     before_step: Callable[[int, int], Conditioning | None] | None = None,
 ) -> Tensor:
-    """One picture's latents (1, C, height / 8, width / 8) in the UNet's units, fp32 on its device, for `Base.vae.decode`.
+    """Sample the latents of one image (1, C, height / 8, width / 8) in the UNet's units, fp32 on its device, for `Base.vae.decode`.
 
-    The UNet is called once a step, with the rows of `positive_rows`: row 0 is the negative prompt and row 1 the positive, or the
+    The UNet is called once per step with the rows of `positive_rows`: row 0 is the negative prompt and row 1 the positive, or the
     positive alone.
 
     Args:
-        positive: of one prompt.
-        negative: of one prompt; None: no guidance, whatever `cfg` is.
-        seed: of the noise, drawn on the CPU, so that it is ComfyUI's.
-        cfg: guidance scale; 1 leaves the negative prompt out.
-        width, height: of the picture in pixels, multiples of 8. SDXL is told them as original and target size.
-        before_step: called with the number of each step, from 0, and the number of steps, before the UNet is. Where it gives a
-            conditioning, that is the positive one of this step.
+        positive: conditioning of one prompt.
+        negative: conditioning of one prompt; None: no guidance, for any `cfg`.
+        seed: seed of the noise, which is drawn on the CPU to match ComfyUI.
+        cfg: guidance scale; 1 omits the negative prompt.
+        width, height: size of the image in pixels, multiples of 8. Also SDXL's original and target size.
+        before_step: callback (step, steps) before each UNet call; steps count from 0. A conditioning it returns replaces the positive
+            one for this step.
 
     Raises:
-        InputError: sizes that are no multiples of 8, more than one prompt, or a number of steps that does not exist.
+        InputError: sizes that are not multiples of 8, more than one prompt, or an invalid number of steps.
     """
     factor = base.vae.factor
     if min(width, height) < factor or width % factor or height % factor:
@@ -101,8 +101,8 @@ def sample(
 
 
 def _conditions(prompts: list[Conditioning], width: int, height: int, unet: Any) -> dict[str, Any]:
-    """What the UNet reads of one prompt for each row. SDXL also reads the pooled text and (height, width, top, left, height,
-    width)."""
+    """Return the UNet's conditioning arguments for one prompt per row. SDXL also gets the pooled text and (height, width, top, left,
+    height, width)."""
     if any(prompt.states.shape[0] != 1 for prompt in prompts):
         raise InputError(
             f"expected the states of one prompt, got {[prompt.states.shape[0] for prompt in prompts]} rows"

@@ -1,7 +1,7 @@
-"""Base models from single-file checkpoints, as ComfyUI and most sites have them.
+"""Loads base models from single-file checkpoints, as used by ComfyUI and most sites.
 
-A file holds weights only. What they belong to is written here for the published sizes; for any other size, a folder with
-diffusers' configurations says it (`base.config`). Names are converted by diffusers.
+A file holds weights only. The configurations of the published sizes are defined here; other sizes need a folder with diffusers
+configurations (`base.config`). diffusers converts the names.
 """
 
 from __future__ import annotations
@@ -75,20 +75,20 @@ _OPEN_CLIP_PREFIXES = {
     "g": ("conditioner.embedders.1.model.",),
 }
 
-# ComfyUI tells SD2.1's two models apart by the spread of this tensor, which is above 0.09 in the one that predicts v.
+# ComfyUI distinguishes SD2.1's two models by the spread of this tensor, which is above 0.09 in the v-prediction model.
 _V_TELLTALE = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_SPREAD = 0.09
 
 
 class SingleFile:
-    """A checkpoint file, read, and what is known about its family."""
+    """A loaded checkpoint file, with the configurations of its family."""
 
     def __init__(self, path: Path, family: str, configs: Path | None):
         """
         Args:
-            path: .safetensors, or a pickle that holds tensors only.
+            path: .safetensors, or a pickle with tensors only.
             family: sd15, sd21 or sdxl.
-            configs: folder with diffusers configurations (unet/config.json and so on), which come before the published sizes.
+            configs: folder with diffusers configurations (unet/config.json and so on), which override the published sizes.
 
         Raises:
             CheckpointError: the file cannot be read, or holds no UNet.
@@ -112,7 +112,7 @@ class SingleFile:
         return build_diffusers(kind, config, weights, self.path.name, convert)
 
     def text_encoder(self, name: str, folder: str) -> nn.Module:
-        """The text encoder l, h or g; `folder` is its name in diffusers folders."""
+        """Build the text encoder l, h or g; `folder` is its name in diffusers folders."""
         config = from_library("transformers", "CLIPTextConfig").from_dict(
             self._config(f"{folder}/config.json", TEXT_ENCODERS[name])
         )
@@ -138,7 +138,7 @@ class SingleFile:
         return self._config("vae/config.json", KL)
 
     def scheduler(self) -> dict[str, Any]:
-        """diffusers' configuration of the noise schedule: that of `configs`, else what the file tells as ComfyUI reads it."""
+        """Return diffusers' scheduler configuration: from `configs`, else detected in the file as ComfyUI does."""
         if self.configs is not None and (self.configs / "scheduler/scheduler_config.json").is_file():
             return read_json(self.configs / "scheduler/scheduler_config.json")
         if "edm_mean" in self.state or "edm_vpred.sigma_max" in self.state:
@@ -165,9 +165,9 @@ class SingleFile:
 
 
 def _is_read(key: str, encoder: str, layers: int) -> bool:
-    """Whether a weight has a place in transformers' text model."""
+    """Return whether transformers' text model has this weight."""
     if key.endswith("position_ids") or (key == "text_projection.weight" and encoder != "g"):
         return False
     _, _, rest = key.partition("encoder.layers.")
-    # diffusers keeps SD2.1's text encoder without its last layer, which is never read.
+    # diffusers' text encoder for SD2.1 omits the last layer, which is never used.
     return encoder != "h" or not rest or int(rest.partition(".")[0]) < layers

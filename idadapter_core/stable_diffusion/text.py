@@ -1,6 +1,6 @@
-"""Prompts through the frozen text encoders of a base model, as ComfyUI encodes them.
+"""Encodes prompts with the frozen text encoders of a base model, in the same way as ComfyUI.
 
-Which layer counts and how rows are padded belongs to the family of the base model:
+The output layer and the padding depend on the family of the base model:
 
 | family | encoder       | states                                        | padding   |
 |--------|---------------|-----------------------------------------------|-----------|
@@ -9,9 +9,9 @@ Which layer counts and how rows are padded belongs to the family of the base mod
 | SDXL   | l, CLIP-L     | last layer but one, no norm                   | end token |
 |        | g, OpenCLIP-G | last layer but one, no norm; pooled: the end token's last state, projected | token 0 |
 
-SD2.1's encoder is used as diffusers publishes it, without the layer that is never read, so its last layer is the right one.
+SD2.1's encoder is used as published for diffusers, without the unused last layer, so its own last layer is the last but one.
 
-Prompts are plain text: parentheses and numbers are read as such, while ComfyUI takes `(a cat:1.2)` for a weight.
+Prompts are plain text: parentheses and numbers have no special meaning, while ComfyUI reads `(a cat:1.2)` as a weight.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from torch import Tensor, nn
 from ..errors import ConfigError, InputError, MismatchError
 from ..mechanisms.text import IDENTIFIER, reference_names
 
-LENGTH = 77  # positions, with the begin and the end token
+LENGTH = 77  # positions, including the begin and end tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What the UNet reads of prompts."""
+    """Encoded prompts for the UNet."""
 
-    states: Tensor  # (B, 77, D); SDXL: those of l and of g side by side
+    states: Tensor  # (B, 77, D); SDXL: those of l and g, concatenated
     pooled: Tensor | None = None  # (B, P); SDXL only
 
 
 class TextEncoders(nn.Module):
-    """The text encoders of a base model, with their tokenizers."""
+    """The text encoders and tokenizers of a base model."""
 
     def __init__(self, family: str, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]):
         """
         Args:
             family: sd15, sd21 or sdxl.
-            models: transformers' CLIPTextModel by encoder ("l", "g", "h"), in the order in which their states are
-                concatenated; for g a CLIPTextModelWithProjection.
+            models: transformers' CLIPTextModel by encoder ("l", "g", "h"), in the order of their concatenated states; for g a
+                CLIPTextModelWithProjection.
             tokenizers: transformers' CLIPTokenizer for each of them.
         """
         super().__init__()
@@ -57,20 +57,19 @@ class TextEncoders(nn.Module):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Width of each encoder, in the order in which their states are concatenated."""
+        """Width of each encoder, in the order of the concatenated states."""
         return {name: self._embedding(name).embedding_dim for name in self.models}
 
     def encode(self, prompts: Sequence[str], word: Mapping[str, Tensor] | None = None) -> Conditioning:
-        """The states of prompts, in the encoders' dtype and on their device.
+        """Encode prompts, in the encoders' dtype and on their device.
 
         Args:
             prompts: B texts.
-            word: the identity's embeddings for each encoder, (1 or B, n, width). Wherever the identifier stands as a word of
-                its own, the encoder reads them instead of the word's own embedding, n of them in a row. Gradients reach them.
-                Without it the identifier is a word like any other.
+            word: the identity's embeddings for each encoder, (1 or B, n, width). Each identifier that is a separate word is replaced
+                by these n embeddings. Gradients flow to them. Without `word` the identifier is an ordinary word.
 
         Raises:
-            InputError: a prompt is too long for the 77 positions, or has no identifier where `word` is given.
+            InputError: a prompt is too long for the 77 positions, or `word` is given and a prompt has no identifier.
             MismatchError: `word` is for other encoders.
         """
         if word is not None:
@@ -88,31 +87,32 @@ class TextEncoders(nn.Module):
         return Conditioning(torch.cat(states, dim=-1), pooled)
 
     def has_identifier(self, prompt: str) -> bool:
-        """Whether the identifier stands in the prompt as a word of its own, whose place an identity can take."""
+        """Return whether the prompt contains the identifier as a separate word, which an identity can replace."""
         name = next(iter(self.models))
         _, numbers = self._with_word(name, self._ids(name, prompt), 1)
         return any(number >= 0 for number in numbers)
 
     def length(self, prompt: str) -> int:
-        """How many tokens a prompt is, begin and end aside; the most that an encoder makes of it."""
+        """Count the tokens of a prompt, without begin and end: the largest count of any encoder."""
         return max(len(self._ids(name, prompt)) for name in self.models)
 
     def shortened(self, prompt: str, spare: int = 0) -> str:
-        """A prompt as it is, or as many of its first words as leave place for `spare` tokens more."""
+        """Shorten a prompt to the leading words that leave room for `spare` tokens. A shorter prompt is unchanged."""
         room = LENGTH - 2 - spare
         if self.length(prompt) <= room:
             return prompt
         words, space = prompt.split(), " "
-        if self.length(words[0]) > room:  # a script without spaces
+        if self.length(words[0]) > room:  # a script without spaces between words
             words, space = list(prompt), ""
         ends = range(1, len(words) + 1)
         fitting = bisect_right(ends, room, key=lambda end: self.length(space.join(words[:end])))
         return space.join(words[:fitting])
 
     def reference_norms(self, count: int) -> dict[str, Tensor]:
-        """Length of the text states at positions 1..count for a well-known name: (count,) fp32 on the CPU, per encoder.
+        """Return the norms of the text states at positions 1..count for a well-known name: (count,) fp32 on the CPU, per encoder.
 
-        The reference of identity tokens (UniID): the mean input embedding of first, second, … tokens over the names, encoded between BOS and EOS.
+        They are the reference length of identity tokens (UniID). The input is the mean embedding of the first, second, … tokens of
+        the names, encoded between BOS and EOS.
         """
         if count not in self._reference_norms:
             self._reference_norms[count] = {name: self._measure_norms(name, count) for name in self.models}
@@ -128,9 +128,7 @@ class TextEncoders(nn.Module):
             means.append(
                 embedding.weight[torch.tensor(at_position, device=embedding.weight.device)].float().mean(0)
             )
-        means += means[-1:] * (
-            count - len(means)
-        )  # positions that no name reaches are like the last that one does
+        means += means[-1:] * (count - len(means))  # positions beyond the longest name repeat its last vector
         begin, end = self._ends(name)
         row = [begin, *[end] * count, end]
         tokens = torch.tensor([self._pad(name, row)], device=embedding.weight.device)
@@ -145,10 +143,10 @@ class TextEncoders(nn.Module):
     def _run(
         self, name: str, tokens: Tensor, places: Tensor, replacement: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """States (B, 77, width) and, of the encoder g, the pooled states (B, P), of token ids (B, 77).
+        """Encode token ids (B, 77) to states (B, 77, width) and, for the encoder g, pooled states (B, P).
 
-        Where `places` (B, 77) is true, the encoder reads `replacement` (B, 77, width) instead of the tokens' embeddings. A hook
-        puts them there, because the networks of transformers 5 take token ids only.
+        Where `places` (B, 77) is true, `replacement` (B, 77, width) replaces the token embeddings. A hook inserts them, because the
+        networks of transformers 5 accept token ids only.
         """
         model: Any = self.models[name]
 
@@ -173,7 +171,7 @@ class TextEncoders(nn.Module):
         return output.hidden_states[-2], pooled
 
     def _tokenize(self, name: str, prompts: Sequence[str], count: int | None) -> tuple[Tensor, Tensor]:
-        """Token ids (B, 77), and which of the word's `count` embeddings comes in place of each, (B, 77), -1 for none."""
+        """Return token ids (B, 77), and for each the index (B, 77) of the word embedding that replaces it, -1 for none."""
         begin, end = self._ends(name)
         tokens, numbers = [], []
         for prompt in prompts:
@@ -195,9 +193,9 @@ class TextEncoders(nn.Module):
         return torch.tensor(tokens, device=device), torch.tensor(numbers, device=device)
 
     def _with_word(self, name: str, ids: Sequence[int], count: int) -> tuple[list[int], list[int]]:
-        """The ids with `count` identifiers for each, and for each id the number of its embedding, -1 for none.
+        """Repeat each identifier `count` times. Return the ids, and for each the index of its embedding, -1 for none.
 
-        The end of a longer word has the same token and is no identifier.
+        The end of a longer word can have the same token, but is not an identifier.
         """
         identifier = self._identifier(name)
         pieces = self.tokenizers[name].convert_ids_to_tokens(list(ids))

@@ -15,19 +15,19 @@ from ..files import read_tensors
 from .pretrained import build_diffusers, freeze, from_library, load_folder, read_json, weights_digest
 
 SCALING = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}
-"""What the latents of an AutoencoderKL are multiplied with for the UNet of a family."""
+"""Factor from the latents of an AutoencoderKL to the UNet's units, by family."""
 
 
 class Autoencoder(nn.Module):
-    """Pictures to the latents that the UNet sees, and back."""
+    """Encodes images to latents in the UNet's units, and decodes them."""
 
-    factor = 8  # pixels of a latent
+    factor = 8  # pixels per latent, along each side
 
     def __init__(self, network: nn.Module, gain: float, offset: float = 0.0):
         """
         Args:
             network: diffusers' AutoencoderKL or AutoencoderTiny.
-            gain: with `offset`, from the UNet's latents to the network's: latents * gain + offset.
+            gain: with `offset`, maps the UNet's latents to the network's: latents * gain + offset.
         """
         super().__init__()
         self.network = freeze(network, "cpu", torch.float32)
@@ -39,12 +39,12 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation (B, 8, h, w) of the latents of images (B, 3, H, W), RGB in -1..1, in the UNet's units.
+        """Encode images (B, 3, H, W), RGB in -1..1, to the mean and standard deviation (B, 8, h, w) of latents in the UNet's units.
 
-        A latent is drawn as mean + deviation * noise. TAESD knows no deviation, so its is 0.
+        A latent is drawn as mean + deviation * noise. For TAESD the deviation is 0.
 
         Raises:
-            InputError: another shape, or a side that is no multiple of 8.
+            InputError: wrong shape, or a side that is not a multiple of 8.
         """
         if images.ndim != 4 or images.shape[1] != 3 or any(side % self.factor for side in images.shape[2:]):
             raise InputError(
@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
         return torch.cat([(mean - self.offset) / self.gain, deviation / self.gain], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), RGB, about -1..1 and not clamped, of latents (B, C, h, w) in the UNet's units. Gradients reach
+        """Decode latents (B, C, h, w) in the UNet's units to images (B, 3, H, W), RGB, about -1..1 and not clamped. Gradients flow to
         the latents."""
         network: Any = self.network
         # bfloat16 is too coarse for the decoder, and SDXL's overflows in float16.
@@ -70,12 +70,12 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(path: Path, family: str, kl_config: Mapping[str, Any]) -> Autoencoder:
-    """An autoencoder from a diffusers folder (its own, or that of a whole model) or from a file.
+    """Load an autoencoder from a diffusers folder (its own, or that of a whole model) or from a file.
 
     Args:
-        path: where it is.
-        family: sd15, sd21 or sdxl, whose latents it makes.
-        kl_config: diffusers' configuration of an AutoencoderKL; read for files, which have none.
+        path: the folder or file.
+        family: the family of its latents: sd15, sd21 or sdxl.
+        kl_config: diffusers' configuration of an AutoencoderKL; only used for files, which do not contain one.
 
     Raises:
         ConfigError: no such file, or another kind of autoencoder.
@@ -104,11 +104,11 @@ def _from_folder(folder: Path, family: str) -> Autoencoder:
 def autoencoder_from_state(
     state: Mapping[str, Tensor], name: str, family: str, kl_config: Mapping[str, Any]
 ) -> Autoencoder:
-    """An autoencoder from the weights of a file, without a prefix: KL with the names of the first Stable Diffusion or of
+    """Build an autoencoder from the weights of a file, without a prefix: KL with the names of the original Stable Diffusion or of
     diffusers, or TAESD with ComfyUI's names.
 
     Raises:
-        CheckpointError: they are none of these, or of other sizes than `kl_config`.
+        CheckpointError: unknown names, or sizes that do not match `kl_config`.
     """
     if "taesd_decoder.1.weight" in state:
         return _tiny(state, name, family)
@@ -134,13 +134,13 @@ def _kl(network: nn.Module, config: Mapping[str, Any], family: str, name: str) -
 
 
 def _tiny(state: Mapping[str, Tensor], name: str, family: str) -> Autoencoder:
-    """ComfyUI's TAESD takes latents divided by the family's scaling, and has two numbers of its own to undo that."""
+    """Build a TAESD. ComfyUI feeds it latents divided by the family's scaling, which two numbers in the file undo."""
     renamed = {}
     for key, value in state.items():
         part, _, rest = key.partition(".")
         if part == "taesd_encoder":
             renamed[f"encoder.layers.{rest}"] = value
-        elif part == "taesd_decoder":  # its first layer, without weights, is no layer in diffusers
+        elif part == "taesd_decoder":  # diffusers has no counterpart of its first layer, which has no weights
             number, _, rest = rest.partition(".")
             renamed[f"decoder.layers.{int(number) - 1}.{rest}"] = value
     channels = {"latent_channels": state["taesd_decoder.1.weight"].shape[1]}

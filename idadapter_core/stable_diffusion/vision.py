@@ -1,4 +1,4 @@
-"""The frozen CLIP vision model that IDAdapter's patch tokens come from, as ComfyUI runs it."""
+"""The frozen CLIP vision model for IDAdapter's patch tokens, run in the same way as in ComfyUI."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .pretrained import (
     weights_digest,
 )
 
-# Weights tell all sizes of the published models but these: heads and activation by width (ViT-L/14, ViT-H/14, ViT-bigG/14).
+# Sizes of the published models that the weights do not show: heads and activation by width (ViT-L/14, ViT-H/14, ViT-bigG/14).
 _PUBLISHED = {1024: (16, "quick_gelu"), 1280: (16, "gelu"), 1664: (16, "gelu")}
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -33,7 +33,7 @@ _TOWER = "vision_model"
 
 
 class VisionEncoder(nn.Module):
-    """CLIP vision. Gives the features that `IDAdapterConfig.vision_width` and `vision_patches` speak of."""
+    """CLIP vision model. `IDAdapterConfig.vision_width` and `vision_patches` describe its features."""
 
     def __init__(self, model: Any):
         """
@@ -46,20 +46,20 @@ class VisionEncoder(nn.Module):
         self.side: int = model.config.image_size
         self.patches = (self.side // model.config.patch_size) ** 2
         self.digest = weights_digest(published_names(model, _TOWER))
-        # Without the network, so that workers of a loader can have it.
+        # Does not reference the network, so that it can be passed to data loader workers.
         self.preprocess = partial(preprocess, side=self.side)
         self.eval()
 
     @torch.no_grad()
     def states(self, pixels: Tensor) -> Tensor:
-        """Hidden states (F, P + 1, d) of the last layer but one, class token first, of preprocessed pictures (F, 3, side, side)."""
+        """Encode preprocessed pictures (F, 3, side, side) to hidden states (F, P + 1, d) of the last layer but one, class token first."""
         output = self.model(pixel_values=pixels, output_hidden_states=True)
         found: Tensor = output.hidden_states[-2]
         return found
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of preprocessed pictures (F, 3, side, side).
+        """Encode preprocessed pictures (F, 3, side, side) to hidden states.
 
         Returns:
             patch tokens (F, P, d) of the last layer but one, without the class token;
@@ -71,7 +71,7 @@ class VisionEncoder(nn.Module):
 
 
 def preprocess(heads: Sequence[Image], side: int) -> Tensor:
-    """What the network reads of square pictures (S, S, 3), RGB uint8, of any sizes: (F, 3, side, side), fp32 on the CPU.
+    """Preprocess square pictures (S, S, 3), RGB uint8, of any sizes, for the network: (F, 3, side, side), fp32 on the CPU.
 
     Raises:
         InputError: a picture is not square.
@@ -81,7 +81,7 @@ def preprocess(heads: Sequence[Image], side: int) -> Tensor:
     for head in heads:
         if head.shape[0] != head.shape[1]:
             raise InputError(f"expected a square picture of a head, got {head.shape[1]}x{head.shape[0]}")
-        # The layout in memory is that of ComfyUI's images, too: the resizing kernel goes by it.
+        # Same memory layout as ComfyUI's images, because the resizing kernel depends on it.
         picture = (torch.from_numpy(head)[None].float() / 255).movedim(-1, 1)
         if picture.shape[2] != side:
             picture = F.interpolate(picture, size=(side, side), mode="bicubic", antialias=True)
@@ -92,16 +92,16 @@ def preprocess(heads: Sequence[Image], side: int) -> Tensor:
 def load_vision(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> VisionEncoder:
-    """CLIP vision from disk, frozen.
+    """Load a frozen CLIP vision model from disk.
 
     Args:
-        path: a folder of transformers, or one file of weights under their published names. For a file of other sizes than ViT-L/14,
-            ViT-H/14 and ViT-bigG/14, a config.json beside it says them.
-        device, dtype: of the network.
+        path: a transformers folder, or one file of weights under their published names. Sizes other than ViT-L/14, ViT-H/14 and
+            ViT-bigG/14 need a config.json next to the file.
+        device, dtype: device and dtype of the network.
 
     Raises:
-        ConfigError: no such file, or sizes that nothing tells.
-        CheckpointError: it cannot be read, or is no CLIP vision model.
+        ConfigError: no such file, or unknown sizes.
+        CheckpointError: it cannot be read, or is not a CLIP vision model.
     """
     path = Path(path).expanduser()
     kind = from_library("transformers", "CLIPVisionModel")
@@ -118,7 +118,7 @@ def load_vision(
 
 
 def _from_file(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration and weights, without what else a CLIP file holds (the text tower, the projection)."""
+    """Read the configuration and the weights, without other parts of a CLIP file (the text tower, the projection)."""
     state = {
         name: value
         for name, value in read_tensors(path, mapped=True)[0].items()
@@ -139,10 +139,10 @@ def _from_file(path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def published_sizes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """transformers' configuration of a published CLIP vision model, from the shapes of its weights.
+    """Derive transformers' configuration of a published CLIP vision model from the shapes of its weights.
 
     Raises:
-        ConfigError: its width is none of the published ones.
+        ConfigError: the width is not one of the published widths.
     """
     patch = state[f"{_TOWER}.embeddings.patch_embedding.weight"]
     positions = state[f"{_TOWER}.embeddings.position_embedding.weight"]

@@ -1,1 +1,1 @@
-"""Training: what runs when somebody makes weights of their own. Needs the `train` extra of the package."""
+"""Training of adapters. Needs the `train` extra of the package."""

@@ -1,4 +1,4 @@
-"""The adapter that is trained: made for a base model or read from a file, its parameters, and back to what a file holds."""
+"""The adapter to train: create it for a base model or read it from a file, get its parameters, and save it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..stable_diffusion.inject import fitting_blocks, transformer_blocks
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run asks of its adapter, and what there is around it.
+    """Requirements of a run on its adapter, and the models around it.
 
     text_widths: width of each text encoder of the base, by ComfyUI's names (l, g, h).
-    vision: width and number of patches of the CLIP vision model, where one is named.
-    recognizer: what the adapter's file records of the face network.
-    branch: which one of the method's branches is trained (`Recipe.branches`).
-    settings: of the method's config, over all other values.
+    vision: width and number of patches of the CLIP vision model, if one is named.
+    recognizer: record of the face network for the adapter's file.
+    branch: the branch to train (`Recipe.branches`).
+    settings: overrides of the method's config.
     """
 
     method: str
@@ -37,11 +37,11 @@ class Wanted:
 
 
 def fresh_adapter(unet: Any, wanted: Wanted, seed: int) -> Adapter:
-    """The start of a training: an adapter that leaves the base model's UNet exactly as it is, in fp32.
+    """Make a new adapter, in fp32, that does not change the output of the base model's UNet.
 
     A method may start from the UNet's own weights (`Recipe.start`).
 
-    Args and errors: see `fresh_config`. `seed` decides all random weights.
+    Args and errors: see `fresh_config`. `seed` determines all random weights.
     """
     config = fresh_config(unet, wanted)
     method = METHODS[wanted.method]
@@ -57,16 +57,16 @@ def fresh_adapter(unet: Any, wanted: Wanted, seed: int) -> Adapter:
 
 
 def fresh_config(unet: Any, wanted: Wanted) -> Any:
-    """The sizes of a new adapter: what depends on the base is read from the base, the rest are the method's own or the user's.
+    """The config of a new adapter: sizes from the base model, everything else from the method or the user.
 
-    For Stable Diffusion's real sizes they are the method's presets, or its published ones.
+    For Stable Diffusion's real sizes, these are the method's presets, or its published values.
 
     Args:
         unet: a diffusers UNet2DConditionModel of any width.
 
     Raises:
-        ConfigError: a setting of another kind, one that contradicts the base, or a method that the base cannot have; names it.
-        MismatchError: no UNet of diffusers, or of another kind.
+        ConfigError: a setting of the wrong type, one that contradicts the base, or a method that the base cannot have; names it.
+        MismatchError: not a diffusers UNet, or one of another kind.
     """
     settings, default = wanted.settings, METHODS[wanted.method].config()
     for name, value in settings.items():
@@ -107,9 +107,9 @@ def fresh_config(unet: Any, wanted: Wanted) -> Any:
 
 
 def load_start(path: Path, unet: Any, wanted: Wanted) -> Adapter:
-    """An adapter file to go on from, checked against the base. Of a file with two branches, the one that is trained.
+    """Read the adapter file to continue from, and check it against the base. Of two branches, only the one to train is kept.
 
-    A file that does not say which face network it was trained with gets the run's.
+    If the file does not record its face network, the run's is recorded.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -148,7 +148,7 @@ def load_start(path: Path, unet: Any, wanted: Wanted) -> Adapter:
 def _require_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if getattr(adapter.config, name) != value:
-            if name == "references":  # which comes from the data's
+            if name == "references":  # comes from the data settings
                 raise ConfigError(
                     f"data.references is {value}, but {adapter.name} was made with {getattr(adapter.config, name)}, which its mixer "
                     "learned. Set data.references to that, or train a new adapter in another output.folder."
@@ -184,13 +184,13 @@ def _in_words(widths: Mapping[str, int]) -> str:
 
 
 def trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
-    """All parameters of an adapter, as fp32 masters with gradients, under the names they have in files and in their order.
+    """All parameters of an adapter, as fp32 masters with gradients, with the names and order of adapter files.
 
-    Both modules are changed in place: the parameters are the ones that the encoder and the injected layers compute with.
+    Both modules are changed in place: they compute with these parameters.
 
-    Some have no gradient in the first steps, which is right:
-    - while gates are 0 only they, deltas and the identity word have one; what feeds the gated layers has from the second step on;
-    - while the last projection of an encoder is 0 only it and the bias of the norm after it have one (UniID's adapter branch).
+    Some parameters have no gradient at first, as intended:
+    - while gates are 0, only the gates, deltas and the identity word have one; the inputs of gated layers follow in the second step;
+    - while the last projection of an encoder is 0, only it and the bias of the norm after it have one (UniID's adapter branch).
     """
     for module in (adapter.encoder, adapter.layers):
         module.float().requires_grad_(True).train()
@@ -202,12 +202,12 @@ def trainable(adapter: Adapter) -> dict[str, nn.Parameter]:
 
 
 def to_adapter(adapter: Adapter, state: Mapping[str, Tensor], name: str) -> Adapter:
-    """A finished adapter with the weights of `state` (names as `trainable` gives them), to be saved by `adapter.save_adapter`.
+    """Make an adapter with the weights of `state` (names as in `trainable`), to be saved by `adapter.save_adapter`.
 
-    It shares memory with the state, so save it before the training goes on. The given adapter stays as it is.
+    It shares memory with the state, so save it before the training continues. The given adapter is not changed.
 
     Raises:
-        CheckpointError: weights are missing, too many, of other shapes, or not finite; names them.
+        CheckpointError: weights are missing, unexpected, of the wrong shape, or not finite; names them.
     """
     weights = {key: tensor.detach() for key, tensor in state.items()}
     return build_adapter(adapter.method, adapter.config, weights, name)

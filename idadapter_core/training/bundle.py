@@ -1,9 +1,9 @@
-"""One step's forward pass: the frozen networks, the adapter, and the losses.
+"""Forward pass of a training step: the frozen networks, the adapter and the losses.
 
     L = L_SD + F(x0_hat) * lambda * (1 - cos(R(x0_hat), f_a))        (arXiv 2403.13535, Eq. 8 and 9; lambda = 0 without L_id)
 
-Both terms are means over the batch, F being 0 for a sample that does not count in the second. So it makes no difference to the
-gradient how a batch is divided among processes and micro-batches.
+Both terms are means over the whole batch; F is 0 for samples without L_id. The gradient therefore does not depend on how a batch is
+divided among processes and micro-batches.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ from .config import RunConfig
 from .identity_loss import align_faces, crop_to_image, identity_cosines
 from .samples import STAGE_NAMES, Batch
 
-BORDER = 4  # latents around a face that its pixels depend on
+BORDER = 4  # latents around a face that influence its pixels
 
 
 @torch.no_grad()
 def recognize(recognizer: IResNet, crops: Tensor, needs: Needs) -> dict[str, Tensor]:
-    """`embedding` (F, 512) of crops (F, 3, 112, 112) and, where a method reads them, the four stages, the first three at the size
-    at which it reads them: resizing them again changes nothing."""
+    """Compute `embedding` (F, 512) of crops (F, 3, 112, 112) and, if the method reads them, the four stages.
+
+    The first three stages have the size that the method reads, so resizing them again has no effect.
+    """
     embedding, stages = recognizer(crops)
     features = {"embedding": embedding}
     if needs.stages:
@@ -52,10 +54,10 @@ def recognize(recognizer: IResNet, crops: Tensor, needs: Needs) -> dict[str, Ten
 
 
 class Bundle(nn.Module):
-    """Everything that a batch passes through.
+    """All networks and losses of a training step.
 
-    Its own modules are the adapter's alone. What is frozen stays outside, so that nothing compares or sends it among processes;
-    it must be on the adapter's device.
+    Only the adapter is a submodule. The frozen networks are kept out of the module, so that DDP neither compares nor sends them; they
+    must be on the adapter's device.
     """
 
     def __init__(self, base: Base, adapter: Adapter, networks: Networks, config: RunConfig) -> None:
@@ -65,13 +67,17 @@ class Bundle(nn.Module):
         self._adapter = adapter
         self.injected = inject(base.unet, adapter) if adapter.config.has_adapter_branch else None
         self._text = adapter.mechanisms.text
-        # For which prompts must leave place.
+        # Tokens to reserve in every prompt.
         self._inserted = adapter.config.text_tokens if self._text == "states" else 0
         self._states: dict[str, Conditioning] = {}
         self._alphas = base.schedule.alphas_cumprod.cpu()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` (); for the log `mse` (B,) and `cosine` (B,), NaN where L_id does not count; `counts` (B,) bool: where it does."""
+        """Compute the loss and the values to log.
+
+        Returns:
+            `loss` (); `mse` (B,); `cosine` (B,), NaN where L_id does not count; `counts` (B,) bool, True where L_id counts.
+        """
         batch = self.complete(batch)
         schedule = self._base.schedule
         latents = self._latents(batch)
@@ -90,7 +96,7 @@ class Bundle(nn.Module):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Denoising error (B,) with the adapter and of the base model alone, for the same noise."""
+        """Denoising error (B,) with the adapter, and without it for the same noise."""
         batch = self.complete(batch)
         schedule = self._base.schedule
         latents = self._latents(batch)
@@ -105,7 +111,7 @@ class Bundle(nn.Module):
         return errors[0], errors[1]
 
     def complete(self, batch: Batch) -> Batch:
-        """A batch with all features; those that no cache gave are computed."""
+        """Compute the features that the batch did not get from a cache."""
         needs = self._config.needs
         if batch.embedding is None or (needs.stages and not batch.stages):
             assert batch.crops is not None
@@ -151,7 +157,7 @@ class Bundle(nn.Module):
         return prediction
 
     def _with_identity(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
-        """The prompts with the identity in them, and what acts in the UNet."""
+        """Conditioning with the identity, and the arguments for the injected layers."""
         assert batch.embedding is not None
         seen = Seen(batch.embedding, batch.stages, batch.patch_tokens, batch.class_embedding, batch.identity)
         encoded = self._config.recipe.encode(self.encoder, self._adapter.config, seen)
@@ -163,7 +169,7 @@ class Bundle(nn.Module):
         return insert_states(conditioning, encoded.text) if encoded.text else conditioning, setting
 
     def _with_word(self, batch: Batch, encoded: Encoded) -> Conditioning:
-        """The identity word in those prompts whose identity is not dropped."""
+        """Insert the identity word into the prompts whose identity is not dropped."""
         kept = [number for number, keep in enumerate(batch.identity.tolist()) if keep]
         prompts = list(batch.prompts)
         if not encoded.text or not kept:
@@ -180,7 +186,7 @@ class Bundle(nn.Module):
 
     @torch.no_grad()
     def _plain(self, prompts: list[str], skipped: list[int] | None = None) -> Conditioning:
-        """Prompts as they are, each encoded once in a run where there are few of them; `skipped` ones are left empty."""
+        """Encode prompts without an identity. Encodings are kept, while there are few; prompts numbered in `skipped` count as empty."""
         prompts = ["" if number in (skipped or ()) else prompt for number, prompt in enumerate(prompts)]
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]:
             if len(self._states) > _KEPT_PROMPTS:
@@ -217,7 +223,7 @@ class Bundle(nn.Module):
         return (1 - cosine).sum() / len(batch), cosines, gate
 
     def _candidates(self, batch: Batch) -> list[int]:
-        """Samples with an identity that count in L_id by their noise level; all of them where a detector decides."""
+        """Samples with an identity whose noise level is low enough for L_id; with gate "detector", all with an identity."""
         counts = batch.identity
         if self._config.loss.gate == "noise":
             counts = counts & (self._alphas[batch.timesteps] >= self._config.loss.gate_alpha)
@@ -230,8 +236,10 @@ class Bundle(nn.Module):
         return image, points
 
     def _landmarks(self, latents: Tensor, target: Tensor) -> Tensor | None:
-        """Where the face of a predicted picture is (5, 2), on the CPU: as in the target, or as the detector sees it (the paper).
-        None: the detector sees none, and decides (the paper's F)."""
+        """Face landmarks (5, 2) of a predicted image, on the CPU: the target's, or the detector's (as in the paper).
+
+        None if the detector finds no face and is the gate (F in the paper).
+        """
         loss = self._config.loss
         if "detector" not in (loss.gate, loss.align):
             return target
@@ -256,7 +264,7 @@ _WINDOW_STEP = 8  # latents
 
 
 def _filled_in(plain: Conditioning, special: Conditioning, places: list[int]) -> Conditioning:
-    """The rows of one conditioning at some places of another."""
+    """Replace the rows of `plain` at `places` with those of `special`."""
     index = torch.tensor(places, device=plain.states.device)
     states = plain.states.to(special.states.dtype).index_copy(0, index, special.states)
     if plain.pooled is None or special.pooled is None:
@@ -265,14 +273,14 @@ def _filled_in(plain: Conditioning, special: Conditioning, places: list[int]) ->
 
 
 def decode_face(vae: Any, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of a picture around its face, (1, 3, S, S), and the landmarks (1, 5, 2) in it.
+    """Decode the part of an image around its face, (1, 3, S, S), and return it with the landmarks (1, 5, 2) in it.
 
-    Only a window of the latents (4, h, w) is decoded, as large as the aligned face and what its pixels depend on: the decoder is
-    most of the cost of L_id. Its attention and its norms then see the window alone, so pixels differ a little from those of the
-    whole picture. The window goes by its own face, so that neighbours in a batch make no difference.
+    Only a window of the latents (4, h, w) is decoded, covering the aligned face and the latents that influence it: the decoder is most
+    of the cost of L_id. Its attention and norms see only this window, so pixels differ slightly from those of a full decode. Each face
+    has its own window, so that other samples of the batch make no difference.
 
     Args:
-        landmarks: (5, 2) on the CPU, in pixels of the whole picture.
+        landmarks: (5, 2) on the CPU, in pixels of the whole image.
     """
     height, width = latents.shape[-2:]
     last = TEMPLATE_SIZE - 1
@@ -280,7 +288,7 @@ def decode_face(vae: Any, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, T
     matrix = crop_to_image(landmarks.double()[None])[0]
     reached = (corners @ matrix.T) / vae.factor
     low, high = reached.amin(0).floor() - BORDER, reached.amax(0).ceil() + BORDER
-    # Few sizes: kernels are chosen for each.
+    # Few distinct sizes, because kernels are selected per size.
     side = -(-int((high - low).max()) // _WINDOW_STEP) * _WINDOW_STEP
     side = min(side, height, width)
     middle = (low + high - side) / 2

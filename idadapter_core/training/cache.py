@@ -1,13 +1,13 @@
-"""A cache of what training would compute again and again: latents of the targets, faces and features of the photos.
+"""Cache of repeated computations: latents of the targets, crops and features of the photos.
 
     <data.cache>/
       latents-<digest>/   facts.json   part-<key>.safetensors ...
       photos-<digest>/    facts.json   part-<key>.safetensors ...
 
-The digest in a folder's name is that of everything its content depends on beside the photos: networks, sizes, and the version of
-these computations. An entry's name is a digest of the photo's bytes and of where in it the face is. So a changed photo, scan or
-network is never answered by an old entry; it is missing, and built. Parts are written whole or not at all, so building goes on
-where it was cut off.
+The digest in a folder's name covers everything its content depends on except the photos: networks, sizes, and the version of these
+computations. An entry's key is a digest of the photo's bytes and of the face's position. After a change of photo, scan or network,
+entries are therefore missing and get built; stale ones are never used. Parts are written completely or not at all, so an interrupted
+build continues where it stopped.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from .loading import Batches, prepare_worker
 from .parts import Parts
 from .samples import STAGE_NAMES, target_picture
 
-VERSION = 2  # of the computations below and of decoding; a change makes all entries new ones
-PART = 512  # entries of a part
-_LONGEST = 30.0  # seconds for a part
-_PIXELS = 16 * 512**2  # of targets that go through the VAE together: some gigabytes in fp32
-_FACES = 16  # photos that go through the other networks together
-KEYS = "keys"  # in the metadata of a part
+VERSION = 2  # of the computations below and of decoding; increase it to invalidate all entries
+PART = 512  # entries per part
+_LONGEST = 30.0  # seconds per part
+_PIXELS = 16 * 512**2  # total pixels of targets per VAE batch: some gigabytes in fp32
+_FACES = 16  # photos per batch of the other networks
+KEYS = "keys"  # metadata key of a part
 FACTS = "facts.json"
 _OPEN_PARTS = 64
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two folders."""
+    """One of the two kinds of entries, each with its own folder."""
 
     name: str  # "latents" or "photos"
     facts: Mapping[str, Any]
@@ -67,9 +67,9 @@ class Kind:
 
 
 def kinds(parts: Parts, config: RunConfig) -> tuple[Kind, Kind]:
-    """What a run needs."""
+    """The two kinds of entries that a run needs."""
     splits = (as_rows(parts.train_rows), as_rows(parts.test_rows))
-    # What a run is measured by is never mirrored.
+    # Validation targets are never mirrored.
     latents = Entries.latents(splits, splits[0] if config.data.flip else None)
     photos = Entries.photos(splits, 0 if config.recipe.known_by_target else config.data.references)
     latent_facts = {"version": VERSION, "vae": parts.base.vae.digest, "resolution": config.data.resolution}
@@ -82,17 +82,17 @@ def kinds(parts: Parts, config: RunConfig) -> tuple[Kind, Kind]:
 
 
 class Folder:
-    """The entries of one kind that are on the disk."""
+    """The entries of one kind on disk."""
 
     def __init__(self, path: Path) -> None:
-        _open.cache_clear()  # parts may have been deleted and written anew
+        _open.cache_clear()  # parts may have been deleted and rewritten
         self.path = path
         self._names = [part.name for part in sorted(path.glob("part-*.safetensors"))]
         keys = [np.zeros((0, 2), np.uint64), *(self._keys(path / name) for name in self._names)]
         sizes = [len(found) for found in keys[1:]]
         joined = np.concatenate(keys)
         order = np.lexsort((joined[:, 1], joined[:, 0]))
-        self._high, self._low = joined[order, 0], joined[order, 1]  # each in one piece, as searching wants it
+        self._high, self._low = joined[order, 0], joined[order, 1]  # each contiguous, for searching
         self._part = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)[order]
         self._place = np.concatenate([np.arange(size, dtype=np.uint32) for size in (0, *sizes)])[order]
 
@@ -105,7 +105,7 @@ class Folder:
             ) from error
 
     def has(self, keys: Keys) -> NDArray[np.bool_]:
-        """(entries,) which of these keys are there."""
+        """(entries,) whether each key is present."""
         return self._find(keys) >= 0
 
     def __contains__(self, key: str) -> bool:
@@ -115,7 +115,7 @@ class Folder:
         return len(self._high)
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry. Only its own part of the file is read."""
+        """Read the tensors of an entry. Only its own bytes of the file are read."""
         number = int(self._find(keys_of([key]))[0])
         if number < 0:
             raise KeyError(key)
@@ -124,11 +124,11 @@ class Folder:
         return {tensor: file.get_slice(tensor)[place] for tensor in file.keys()}  # noqa: SIM118
 
     def _find(self, keys: Keys) -> NDArray[np.int64]:
-        """(entries,) where keys are among the sorted ones; -1: nowhere."""
+        """(entries,) positions of keys among the sorted ones; -1: missing."""
         if not len(self):
             return np.full(len(keys), -1)
         found = np.searchsorted(self._high, keys[:, 0]).clip(max=len(self) - 1)
-        while True:  # once, unless keys have their first half in common
+        while True:  # once, unless keys share their first half
             is_half = self._high[found] == keys[:, 0]
             is_there = is_half & (self._low[found] == keys[:, 1])
             goes_on = is_half & ~is_there & (found + 1 < len(self))
@@ -143,7 +143,7 @@ def _open(path: Path) -> Any:
 
 
 class Cache:
-    """The `samples.Store` of a run.
+    """The cache of a run, a `samples.Store`.
 
     Raises:
         ConfigError: an entry that the run needs is missing.
@@ -173,7 +173,7 @@ class Cache:
 
 
 def _others(root: Path, kind: Kind) -> str:
-    """What else there is in a cache that lacks all of a kind, in words."""
+    """Describe the other contents of a cache in which one kind is missing entirely."""
     if kind.folder(root).exists():
         return ""
     found = []
@@ -201,10 +201,10 @@ def build(
         _nothing
     ),
 ) -> dict[str, int]:
-    """Compute the entries that are missing; how many of each kind were. Processes share the work.
+    """Compute the missing entries and return their number per kind. Processes share the work.
 
     Args:
-        progress: for each kind, a context of what is called with the entries done and all there are.
+        progress: makes a context manager per kind; its value is a callback (done, total), in entries.
     """
     root = writable("data.cache", config.data.cache)
     written = {}
@@ -212,7 +212,7 @@ def build(
         folder = kind.folder(root)
         write_file(folder / FACTS, json.dumps(kind.facts, indent=1).encode())
         present = Folder(folder)
-        # Shared out before it is looked at what is there: the processes do not look at the same moment.
+        # Shared out before checking what exists: processes check at different times.
         share = kind.entries[rank::world]
         missing = share.where(~present.has(share.keys))
         with progress(kind.name) as told:
@@ -230,7 +230,7 @@ def _nothing(done: int, total: int) -> None:
 def verify(
     parts: Parts, config: RunConfig, count: int, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Compute `count` entries of each kind again: the largest relative difference to what the cache holds, infinite for NaN.
+    """Recompute `count` entries of each kind. Returns the largest relative difference from the cache, infinite for NaN.
 
     Raises:
         ConfigError: an entry is missing.
@@ -255,8 +255,10 @@ def verify(
 
 
 class _Pixels(Dataset["dict[str, Tensor] | IDAdapterError"]):
-    """What the networks read for each entry; made in the loader's workers. A photo that cannot be read any more is an error in the
-    place of its entry, as in `samples.Samples`."""
+    """Dataset of network inputs, one item per entry, prepared in the loader's workers.
+
+    For an unreadable photo, the item is an error object, as in `samples.Samples`.
+    """
 
     def __init__(
         self,
@@ -300,7 +302,7 @@ def _computed(
     device: torch.device | str,
     progress: Callable[[int, int], None] = _nothing,
 ) -> Iterator[tuple[list[Entry], dict[str, Tensor]]]:
-    """Entries in groups of a part, with their tensors side by side. A part is full, or has taken so long that its loss would hurt."""
+    """Groups of entries, one per part, with their stacked tensors. A part ends when it is full or has taken `_LONGEST` seconds."""
     vision = parts.networks.vision
     pixels = _Pixels(
         kind, entries, parts.index, config.data.resolution, None if vision is None else vision.preprocess

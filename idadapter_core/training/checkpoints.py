@@ -1,7 +1,7 @@
-"""Checkpoints of a run: folders that are whole or not there.
+"""Checkpoints of a run: folders that are complete or absent.
 
-A checkpoint is written into a temporary folder, flushed to the disk, renamed, and only then are old ones removed. So a run that
-dies at any moment, or a disk that is full, leaves the last good checkpoint as it was. (accelerate removes before it writes.)
+A checkpoint is written to a temporary folder, flushed to disk and renamed; only then are old ones removed. A crash or a full disk
+therefore never harms the last good checkpoint. (accelerate removes before it writes.)
 
     run/
       checkpoints/step-00001000/   adapter.safetensors, optimizer.pt, state.json, ...
@@ -34,13 +34,13 @@ _UNFINISHED = re.compile(r"\.step-\d{8}\.[0-9]+\.tmp")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk."""
+    """A complete checkpoint on disk."""
 
     path: Path
     step: int
 
     def state(self) -> dict[str, Any]:
-        """What the run wrote about itself."""
+        """The state saved by the run."""
         try:
             state: dict[str, Any] = json.loads((self.path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def checkpoints(run: Path) -> list[Checkpoint]:
-    """The whole checkpoints of a run, oldest first. Remains of a write that was cut off are no checkpoints."""
+    """The complete checkpoints of a run, oldest first. Remains of interrupted writes are ignored."""
     folder = run / FOLDER
     found = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()] if folder.is_dir() else []
     whole = [Checkpoint(path, int(name[1])) for path, name in found if name and (path / STATE).is_file()]
@@ -59,7 +59,7 @@ def checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest(run: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run."""
+    """The newest complete checkpoint of a run."""
     found = checkpoints(run)
     return found[-1] if found else None
 
@@ -76,13 +76,13 @@ def write_checkpoint(
     """Write the checkpoint of a step, then remove old ones.
 
     Args:
-        state: what `Checkpoint.state` gives back; plain values.
-        write: puts the other files into the folder it is given.
-        keep_last: how many of the newest stay.
-        keep_every: those of steps that are a multiple of it stay, too; 0: none.
+        state: plain values for `Checkpoint.state`.
+        write: writes the other files into the given folder.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints at multiples of this step; 0: none.
 
     Raises:
-        CheckpointError: the folder cannot be written. What was there before is untouched.
+        CheckpointError: the folder cannot be written. Existing checkpoints are untouched.
     """
     folder = run / FOLDER
     final = folder / f"step-{step:08d}"
@@ -95,7 +95,7 @@ def write_checkpoint(
         (temporary / STATE).write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
         for path in (*temporary.rglob("*"), temporary):
             flush(path)
-        if final.exists():  # the same step again, after a resume from before it
+        if final.exists():  # the same step again, after resuming from an earlier one
             old = final.with_name(f".{final.name}.{os.getpid()}.old.tmp")
             final.rename(old)
             temporary.rename(final)
@@ -109,7 +109,7 @@ def write_checkpoint(
     except (
         OSError,
         RuntimeError,
-    ) as error:  # torch.save says of a full disk that its archive came out too short
+    ) as error:  # torch.save reports a full disk as an archive that is too short
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"{final}: cannot be written ({error}). The earlier checkpoints are untouched; free some space and resume."
@@ -134,9 +134,9 @@ def _prune(run: Path, keep_last: int, keep_every: int) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Give an optimiser the state in a file. Raises what torch does for a file that is damaged or of another optimiser."""
+    """Load an optimiser's state from a file. Raises torch's errors if the file is damaged or of another optimiser."""
     optimizer.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    # On other devices it has copies now, on the CPU windows into the file.
+    # Clone on the CPU, where the tensors are views of the mapped file; other devices already have copies.
     for values in optimizer.state.values():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.device.type == "cpu":

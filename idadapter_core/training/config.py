@@ -1,7 +1,7 @@
-"""The configuration of a training run: TOML into dataclasses that check themselves.
+"""Training configuration, read from TOML into dataclasses that validate themselves.
 
-Every key has a default, so a configuration names only what differs. Unknown keys are refused with the nearest known one. Settings
-marked `MayChange` may differ in a run that is resumed.
+Every key has a default. An unknown key is an error that suggests the nearest known one. Settings marked `MayChange` may differ when a
+run is resumed.
 """
 
 from __future__ import annotations
@@ -39,24 +39,23 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class DataConfig(Settings):
-    """What is trained on."""
+    """The training data (`[data]`)."""
 
-    index: MayChange[str] = ""  # written by `python -m idadapter_core scan`
-    cache: MayChange[str] = ""  # folder of latents, crops and features; empty: computed when they are needed
-    resolution: int = 512  # side of the square pictures, pixels
-    references: int = (
-        4  # N photos of a person in a sample (IDAdapter; UniID always has one, the target itself)
-    )
-    min_photos: int = 1  # people with fewer usable photos are left out
-    prompt: str = (
-        ""  # for all samples, with <caption> and <class word>; empty: the method's own (see `prompts`)
-    )
-    flip: bool = True  # half of the targets are mirrored
-    cache_features: bool = (
-        True  # the cache holds what CLIP vision and the face network's stages give, not only crops
-    )
-    max_bad_share: MayChange[float] = 0.05  # of rows that the scan found unusable; above it a run stops
-    workers: MayChange[int] = 2
+    index: MayChange[str] = ""  # index file, written by `python -m idadapter_core scan`
+    # Folder of cached latents, crops and features; empty: compute them during training.
+    cache: MayChange[str] = ""
+    resolution: int = 512  # side of the square training images, pixels
+    # Reference photos per sample (N). IDAdapter only: UniID always uses the target itself.
+    references: int = 4
+    min_photos: int = 1  # skip people with fewer usable photos
+    # Prompt of every sample; <caption> and <class word> are replaced. Empty: the method's own (see `prompts`).
+    prompt: str = ""
+    flip: bool = True  # mirror half of the targets
+    # Cache the outputs of CLIP vision and of the face network's stages, not only the crops.
+    cache_features: bool = True
+    # Largest allowed share of unusable photos in the index (0..1). Above it, the run stops.
+    max_bad_share: MayChange[float] = 0.05
+    workers: MayChange[int] = 2  # loader workers per process; 0: load in the process itself
 
     def __post_init__(self) -> None:
         at_least("data.resolution", self.resolution, 8)
@@ -73,12 +72,14 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class AdapterSection(Settings):
-    """What is trained."""
+    """The adapter to train (`[adapter]`)."""
 
     method: str = "idadapter"
-    start: MayChange[str] = ""  # an adapter file to go on from; empty: a fresh adapter of the family's preset
-    branch: str = "adapter"  # of a method that trains one branch in a run (UniID)
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method's own config, over the preset
+    # Adapter file to continue from; empty: a new adapter with the preset of the base's family.
+    start: MayChange[str] = ""
+    branch: str = "adapter"  # branch to train, for methods that train one branch per run (UniID)
+    # Overrides of the preset of the method's config.
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         trained = {name: method.recipe for name, method in METHODS.items() if method.recipe is not None}
@@ -95,15 +96,15 @@ class AdapterSection(Settings):
 
 @dataclass(frozen=True)
 class LossConfig(Settings):
-    """L = L_SD + F(x0_hat) * lambda * L_id (IDAdapter, Eq. 8 and 9)."""
+    """The loss (`[loss]`): L = L_SD + F(x0_hat) * lambda * L_id (IDAdapter, Eq. 8 and 9)."""
 
-    identity: float = 0.1  # lambda; 0 switches L_id off
-    align: str = (
-        "target"  # where the face of x0_hat is: as in the target image, or as a detector sees it (the paper)
-    )
-    gate: str = "noise"  # F: by noise level, or 1 where a detector finds a face (the paper)
-    gate_alpha: float = 0.5  # smallest alpha-bar at which L_id counts
-    snr_gamma: float = 0.0  # of min-SNR weighting; 0: off, as in both papers
+    identity: float = 0.1  # lambda; 0 disables L_id
+    # Position of the face in x0_hat. target: same as in the target image; detector: found by a face detector (as in the paper).
+    align: str = "target"
+    # F. noise: 1 where alpha-bar is at least gate_alpha; detector: 1 where a detector finds a face (as in the paper).
+    gate: str = "noise"
+    gate_alpha: float = 0.5  # smallest alpha-bar at which L_id counts (0..1), with gate = "noise"
+    snr_gamma: float = 0.0  # gamma of min-SNR weighting; 0: off, as in both papers
     renamed: ClassVar = {"min_snr": "snr_gamma"}
 
     def __post_init__(self) -> None:
@@ -116,24 +117,25 @@ class LossConfig(Settings):
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """How it is trained."""
+    """Optimisation (`[train]`)."""
 
-    # A schedule that is not constant depends on where the run ends.
+    # May change on resume only with a constant learning rate: other schedules depend on the last step.
     steps: Annotated[int, Changeable(lambda train: train.lr_scheduler == "constant")] = 50_000
-    global_batch_size: int = 4  # samples of a step, over all processes and micro-batches
-    gradient_accumulation_steps: MayChange[int] = 1  # micro-batches of a step
+    global_batch_size: int = 4  # samples per step, over all processes and micro-batches
+    gradient_accumulation_steps: MayChange[int] = 1  # micro-batches per step
     learning_rate: float = 3e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    max_grad_norm: float = 0.0  # 0: gradients are not clipped
-    ema_decay: float = 0.0  # decay of the average of the weights; 0: off
+    lr_scheduler: str = "constant"  # constant or cosine
+    lr_warmup_steps: int = 0  # steps of linear warm-up
+    max_grad_norm: float = 0.0  # gradient clipping; 0: off
+    ema_decay: float = 0.0  # decay of the weights' moving average; 0: off
     drop_identity: float = 0.05  # share of samples without the identity
     drop_text: float = 0.05  # share of samples without the rest of the prompt
-    drop_both: float = 0.05  # share of samples with neither, as negative prompts are used
-    mixed_precision: str = "no"  # bf16: autocast over fp32 master weights
-    gradient_checkpointing: MayChange[bool] = False  # of the UNet's blocks: less memory for more time
+    drop_both: float = 0.05  # share of samples with neither, as in a negative prompt
+    mixed_precision: str = "no"  # no: fp32; bf16: autocast, with fp32 master weights
+    # Recompute the UNet's blocks in the backward pass: less memory, more time.
+    gradient_checkpointing: MayChange[bool] = False
     seed: int = 0
     renamed: ClassVar = {
         "batch": "global_batch_size",
@@ -175,19 +177,20 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class OutputConfig(Settings):
-    """Where it goes."""
+    """The run folder, checkpoints, logs, validation and sample grids (`[output]`)."""
 
     folder: str = "runs/adapter"
-    save_every: int = 1000  # steps
-    keep_last: int = 3  # checkpoints
-    keep_every: int = 10_000  # checkpoints of these steps stay; 0: none
-    log_every: int = 10  # steps
-    validate_every: int = 0  # steps between measurements of the loss on test people; 0: none
-    validate_samples: int = 64
-    sample_every: int = 0  # steps between sample grids; 0: none
-    sample_steps: int = 20
-    sample_cfg: float = 5.0
-    sample_people: int = 2  # test people in a grid
+    save_every: int = 1000  # steps between checkpoints
+    keep_last: int = 3  # number of newest checkpoints to keep
+    keep_every: int = 10_000  # also keep the checkpoints at multiples of this step; 0: none
+    log_every: int = 10  # steps between log entries
+    validate_every: int = 0  # steps between validation losses on test people; 0: never
+    validate_samples: int = 64  # samples per validation
+    sample_every: int = 0  # steps between sample grids; 0: never
+    sample_steps: int = 20  # sampler steps in a grid
+    sample_cfg: float = 5.0  # CFG scale in a grid
+    sample_people: int = 2  # test people per grid
+    # Prompts of a grid; <class word> is replaced.
     prompts: tuple[str, ...] = ("a photo of a <class word>", "a painting of a <class word> in a garden")
     tensorboard: bool = True
 
@@ -209,7 +212,7 @@ class OutputConfig(Settings):
 
 @dataclass(frozen=True)
 class RunConfig(Settings):
-    """A whole run."""
+    """All settings of a training run."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -220,35 +223,39 @@ class RunConfig(Settings):
 
     @property
     def method(self) -> Method:
-        """The method that is trained."""
+        """The method to train."""
         return METHODS[self.adapter.method]
 
     @property
     def recipe(self) -> Recipe:
-        """How it is trained."""
+        """The method's training recipe."""
         recipe = self.method.recipe
         assert recipe is not None  # checked by AdapterSection
         return recipe
 
     @property
     def needs(self) -> Needs:
-        """What it reads of faces."""
+        """The face features that the method reads."""
         return self.method.needs(self.method.config())
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a TOML file, with `section.key=value` overrides on top (values as TOML writes them, quotes may be
-    left out around a text). What neither says is as the method was published.
+    """Read a configuration from a TOML file.
+
+    Keys missing from the file and the overrides get the values that the method was published with.
+
+    Args:
+        overrides: `section.key=value`, applied last. Values are written as in TOML; the quotes around a string are optional.
 
     Raises:
-        ConfigError: no such file, broken TOML, an unknown key, a value of another type or outside its range.
+        ConfigError: no such file, broken TOML, an unknown key, a value of the wrong type or out of range.
     """
     with naming(path, overrides):
         return parse_config(RunConfig, with_method_defaults(read_toml(path, overrides)))
 
 
 def read_record(path: Path) -> RunConfig:
-    """The configuration that a run wrote beside its results, with this release or an earlier one.
+    """Read the configuration that a run saved with its results, in this release or an earlier one.
 
     Raises:
         ConfigError: as `read_config`.
@@ -258,7 +265,7 @@ def read_record(path: Path) -> RunConfig:
 
 
 def with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables of a run, with the published settings of its method where they say nothing (`Recipe.defaults`)."""
+    """Add the method's published settings (`Recipe.defaults`) to the tables of a run, where these do not set them."""
     adapter = content.get("adapter", {})
     adapter = adapter if isinstance(adapter, Mapping) else {}
     merged: dict[str, Any] = dict(content)
@@ -275,7 +282,7 @@ def with_method_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """What differs between two configurations: "train.learning_rate was 0.1 and is 0.2"."""
+    """List the settings that differ: "train.learning_rate was 0.1 and is 0.2"."""
     found = []
     for section in dataclasses.fields(RunConfig):
         then, today = (getattr(config, section.name) for config in (before, now))

@@ -1,4 +1,4 @@
-"""Disks that may not answer: reading and writing in a thread aside, so that signals are heard and waiting ends."""
+"""Read and write in a separate thread, because disks may hang: signals still work, and waits have a limit."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_GRACE = (
-    600.0  # seconds from a signal in which a disk may take a checkpoint; one of IDAdapter on SDXL has 33 GB
-)
+# Seconds that a disk may take for a checkpoint after a signal; one of IDAdapter on SDXL has 33 GB.
+_GRACE = 600.0
 _BETWEEN_WARNINGS = 60.0  # seconds
 
 
 class Disk:
-    """The disk of output.folder, and those that models are read from."""
+    """Access to the disk of output.folder and to those that models are read from."""
 
     def __init__(
         self,
@@ -44,22 +43,23 @@ class Disk:
 
     @property
     def is_busy(self) -> bool:
-        """Whether it is still at something that nobody waits for any more."""
+        """Whether abandoned work is still running."""
         return self._aside.is_busy
 
     def close(self) -> None:
-        """No more work comes."""
+        """Accept no more work."""
         self._aside.close()
 
     def use(self, work: Callable[[], T]) -> T:
-        """Do work that may hang with the disk of output.folder. A signal leaves it `_GRACE` seconds, for a checkpoint takes its time;
-        a second one ends it.
+        """Do work that may hang on the disk of output.folder.
+
+        After a signal, the work has `_GRACE` seconds left, because a checkpoint takes time; a second signal ends the wait.
 
         Raises:
-            TrainingError: it is not done after the grace, or after `PATIENCE` seconds without a signal.
+            TrainingError: the work is not done after the grace period, or after `PATIENCE` seconds without a signal.
         """
         warned = 0.0
-        heard = PATIENCE - _GRACE  # when a signal was, in seconds of this waiting
+        heard = PATIENCE - _GRACE  # time of a signal, in seconds of this wait
 
         def look(seconds: float) -> None:
             nonlocal warned, heard
@@ -78,14 +78,14 @@ class Disk:
             return self._aside.do(work, look)
 
     def load(self, work: Callable[[], T]) -> T:
-        """Read models or a checkpoint before the first step. A signal ends it at once, for there is nothing to keep yet.
+        """Read models or a checkpoint before the first step. A signal ends it immediately: there is nothing to save yet.
 
         Raises:
-            TrainingError: it is not done after `PATIENCE` seconds.
+            TrainingError: not done after `PATIENCE` seconds.
         """
 
         def read() -> T:
-            if self._device.type == "cuda":  # each thread has a device of its own
+            if self._device.type == "cuda":  # the current device is per thread
                 torch.cuda.set_device(self._device)
             return work()
 

@@ -1,4 +1,4 @@
-"""What a cache has to hold for a run, as arrays: with millions of photos, a list of objects would take gigabytes in each process."""
+"""Required cache entries of a run, as arrays: with millions of photos, objects would take gigabytes in each process."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..data.rows import Row, Rows
 from .samples import place
 
 KEY_BYTES = 16
-Keys = NDArray[np.uint64]  # (entries, 2), big end first: sorted like their hex digits
+Keys = NDArray[np.uint64]  # (entries, 2), most significant first: sorted like their hex digits
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing to be computed: the latents of a target, or the features of a photo."""
+    """A cache entry: the latents of a target, or the features of a photo."""
 
     key: str
     photo: Photo
-    mirrored: bool = False  # of a target
+    mirrored: bool = False  # for targets
 
 
 def latents_key(row: Row, mirrored: bool) -> str:
@@ -41,12 +41,12 @@ def _digest(*parts: object) -> str:
 
 
 def keys_of(digits: Sequence[str]) -> Keys:
-    """Keys from their hex digits."""
+    """Parse keys from hex digits."""
     return np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype(np.uint64).reshape(-1, 2)
 
 
 class Entries(Sequence[Entry]):
-    """Entries of one kind, each key once. Takes 25 bytes for each; an `Entry` is made when it is asked for."""
+    """Entries of one kind, with unique keys. 25 bytes each; `Entry` objects are made on demand."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Entries(Sequence[Entry]):
 
     @classmethod
     def latents(cls, splits: tuple[Rows, ...], mirrored: Rows | None) -> Entries:
-        """Of every row as a target, and of those of the first split mirrored where they are wanted."""
+        """Latents of every row as a target and, if `mirrored` is given, of these rows of the first split mirrored."""
         lists = [(number, np.arange(len(rows)), 0) for number, rows in enumerate(splits)]
         if mirrored is not None:
             lists.append((0, np.arange(len(mirrored)), 1))
@@ -71,7 +71,7 @@ class Entries(Sequence[Entry]):
 
     @classmethod
     def photos(cls, splits: tuple[Rows, ...], references: int) -> Entries:
-        """Of every photo that a sample may show, with the variants where there are too few for so many references; 0: no variants."""
+        """Features of every photo that a sample may use, with variants if a person has too few photos; 0 references: no variants."""
         lists = []
         for number, rows in enumerate(splits):
             lists.append((number, *variants_of(rows, references)))
@@ -91,7 +91,7 @@ class Entries(Sequence[Entry]):
         for first in range(0, len(found), 1 << 16):
             part = range(first, min(first + (1 << 16), len(found)))
             found.keys[part.start : part.stop] = keys_of([found._key(number) for number in part])
-        order = np.lexsort((found.keys[:, 1], found.keys[:, 0]))  # stable: the first of equal ones stays
+        order = np.lexsort((found.keys[:, 1], found.keys[:, 0]))  # stable: the first of equal keys is kept
         ordered = found.keys[order]
         is_first = np.ones(len(order), bool)
         is_first[1:] = (ordered[1:] != ordered[:-1]).any(1)
@@ -126,7 +126,7 @@ class Entries(Sequence[Entry]):
         return (self[number] for number in range(len(self)))
 
     def where(self, chosen: NDArray[np.bool_]) -> Entries:
-        """Those at which an array (entries,) is true."""
+        """Select entries by a boolean array (entries,)."""
         return self._at(chosen)
 
     def _at(self, chosen: slice | NDArray[np.generic]) -> Entries:

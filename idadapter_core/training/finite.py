@@ -1,4 +1,4 @@
-"""Numbers that are not finite: whose they are, and advice against them."""
+"""Find the source of non-finite numbers and give advice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .samples import Batch
 
 
 def not_finite(done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> str:
-    """A sentence on losses that are NaN or infinite, with the photos they come from; empty where there are none."""
+    """A sentence about NaN or infinite losses and their photos; empty if there are none."""
     if all(torch.isfinite(torch.stack([losses["loss"] for _, losses in done])).tolist()):
         return ""
     named: list[str] = []
@@ -27,7 +27,7 @@ def not_finite(done: Sequence[tuple[Batch, Mapping[str, Tensor]]]) -> str:
 
 
 def advice_on_numbers(train: TrainConfig) -> str:
-    """How to avoid numbers that are not finite, with these settings."""
+    """Advice on avoiding non-finite numbers with these settings."""
     steps = [f"lower train.learning_rate ({train.learning_rate:g})"]
     steps.append(
         f"lower train.max_grad_norm ({train.max_grad_norm:g})"

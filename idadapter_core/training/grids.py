@@ -1,4 +1,4 @@
-"""Pictures of a run as it goes on: the same people, prompts and seeds at each time."""
+"""Sample grids during training: the same people, prompts and seeds each time."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def sample_grid(
     look: Callable[[], None] = lambda: None,
     wait: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> Image:
-    """Draw and write `samples/step-N.png`; the picture (H, W, 3), RGB uint8.
+    """Draw `samples/step-N.png` and return the image (H, W, 3), RGB uint8.
 
-    A row for each person: a reference photo's face, then a picture for each prompt. The last row is the base model alone.
+    One row per person: the face of a reference photo, then an image per prompt. The last row is the base model alone.
 
     Args:
-        look: called before each step of the sampler; what it raises ends the drawing.
-        wait: calls what reads photos and what writes the picture, and gives what that returns.
+        look: called before each step of the sampler; an exception from it ends the drawing.
+        wait: calls the functions that read photos and write the image, and returns their results.
     """
     rows = parts.test_rows or parts.train_rows
     chosen = list(itertools.islice(People(rows), config.output.sample_people))
@@ -93,7 +93,7 @@ def _write(path: Path, grid: Image) -> None:
 
 
 def _levels(picture: Tensor, config: RunConfig) -> Image:
-    """A picture (3, H, W) in 0..1 as (H, W, 3) uint8; white where it is not finite, which must not end a training."""
+    """Convert an image (3, H, W) in 0..1 to (H, W, 3) uint8. Non-finite values become white: they must not end the training."""
     try:
         return to_levels(picture, config.train.mixed_precision)
     except InputError as error:
@@ -106,7 +106,7 @@ def _fit(image: Image, size: int) -> Image:
 
 
 def _grid(lines: Sequence[tuple[str, Sequence[Image]]], titles: Sequence[str]) -> Image:
-    """Rows of pictures, each under its name; each column under its title."""
+    """Rows of images, each under its name; each column under its title."""
     size = lines[0][1][0].shape[0]
     step = size + _GAP
     width = len(titles) * step - _GAP
@@ -129,13 +129,13 @@ def _grid(lines: Sequence[tuple[str, Sequence[Image]]], titles: Sequence[str]) -
 
 
 def _drawable(text: str) -> str:
-    """Pillow's own font has ASCII alone: accents are left out, other letters become their numbers."""
+    """Reduce a text to ASCII for Pillow's built-in font: drop accents, replace other letters by their numbers."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return plain.encode("ascii", "backslashreplace").decode()
 
 
 def _wrapped(text: str, font: Font, width: int) -> list[str]:
-    """A text in lines of a width in pixels; what does not fit is cut."""
+    """Wrap a text to a width in pixels; the rest is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

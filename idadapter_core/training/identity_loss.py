@@ -1,7 +1,7 @@
-"""L_id: how far the person in a predicted image is from the person wanted, differentiable up to the prediction.
+"""L_id: distance between the person in a predicted image and the wanted person, differentiable up to the prediction.
 
-The face is brought to the recogniser's 112 x 112 by a similarity transform from landmarks. Landmarks are constants: nothing is
-differentiated through a detector.
+A similarity transform from landmarks aligns the face to the recogniser's 112 x 112. Landmarks are constants: no gradient passes
+through a detector.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..faces.align import TEMPLATE, TEMPLATE_SIZE
 
 
 def similarity(source: Tensor, target: Tensor) -> Tensor:
-    """The similarity transforms (B, 2, 3) that map points `source` (B, P, 2) onto `target` (B or 1, P, 2) with least squares.
+    """Least-squares similarity transforms (B, 2, 3) from points `source` (B, P, 2) to `target` (B or 1, P, 2).
 
     In complex numbers, with both sets centred, rotation and scale are a = sum(conj(z) w) / sum(|z|^2): Umeyama's solution in the
     plane without an SVD.
@@ -31,11 +31,10 @@ def similarity(source: Tensor, target: Tensor) -> Tensor:
 
 
 def crop_to_image(landmarks: Tensor) -> Tensor:
-    """Where the pixels of an aligned face lie in the picture: affine maps (B, 2, 3), for landmarks (B, 5, 2).
+    """Affine maps (B, 2, 3) from pixels of an aligned face to pixels of the image, for landmarks (B, 5, 2).
 
-    The inverse of the best fit of the landmarks onto the template, as in `faces.align`. The best fit of the template onto the
-    landmarks would be another map wherever a face is not of exactly the template's shape, and the recogniser would see it
-    larger than it is used to.
+    The inverse of the best fit of the landmarks to the template, as in `faces.align`. The best fit of the template to the landmarks
+    would differ for every face not shaped exactly like the template, and show the recogniser a larger face than it is used to.
     """
     template = torch.as_tensor(TEMPLATE, dtype=landmarks.dtype, device=landmarks.device)[None]
     to_crop = similarity(landmarks, template)
@@ -44,21 +43,21 @@ def crop_to_image(landmarks: Tensor) -> Tensor:
 
 
 def align_faces(images: Tensor, landmarks: Tensor) -> Tensor:
-    """Aligned faces (B, 3, 112, 112) of images (B, 3, H, W), differentiable with respect to the images.
+    """Align faces (B, 3, 112, 112) from images (B, 3, H, W), differentiable with respect to the images.
 
     Args:
-        landmarks: (B, 5, 2), x and y in pixels of the image, pixel centres at whole numbers, as `faces.align` has them. Best on
-            the CPU: then nothing waits for the images' device.
+        landmarks: (B, 5, 2), x and y in pixels of the image, pixel centres at integers, as in `faces.align`. Preferably on the CPU,
+            to avoid synchronising with the images' device.
 
-    Where a face is more than twice as large as the crop, the image is averaged down first: sampling it at 112 points a side
-    would leave most pixels without a gradient.
+    If a face is more than twice as large as the crop, the image is first averaged down: sampling it at 112 points a side would leave
+    most pixels without a gradient.
     """
     faces = []
     for image, matrix in zip(images, crop_to_image(landmarks), strict=True):
         factor = max(1, int(torch.linalg.det(matrix[:, :2]).abs().sqrt()))
         if factor > 1:
             image = F.avg_pool2d(image[None], factor, ceil_mode=True, count_include_pad=False)[0]
-            # The middle of a pixel stays where it is: (x + 1/2) / factor - 1/2.
+            # Keeps pixel centres in place: (x + 1/2) / factor - 1/2.
             matrix = torch.cat([matrix[:, :2], matrix[:, 2:] + 0.5], 1) / factor
             matrix[:, 2] -= 0.5
         faces.append(_warp(image[None], matrix))
@@ -66,22 +65,22 @@ def align_faces(images: Tensor, landmarks: Tensor) -> Tensor:
 
 
 def _warp(image: Tensor, matrix: Tensor) -> Tensor:
-    """(1, 3, H, W) sampled at the pixels of a crop, `matrix` (2, 3) from there; black outside."""
+    """Sample (1, 3, H, W) at the pixels of a crop, mapped by `matrix` (2, 3); black outside."""
     height, width = image.shape[-2:]
     axis = torch.arange(TEMPLATE_SIZE, device=image.device, dtype=torch.float32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     matrix = matrix.float().to(image.device, non_blocking=True)
     points = torch.stack([x, y, torch.ones_like(x)], -1) @ matrix.T
     size = points.new_tensor([width, height])
-    grid = (2 * points + 1) / size - 1  # grid_sample counts from the edges of pixels
-    # Black is -1 in an image of -1..1: shift so that what lies outside is black, too.
+    grid = (2 * points + 1) / size - 1  # grid_sample counts from pixel edges
+    # Black is -1 in an image of -1..1: shift it to 0, the padding value.
     return F.grid_sample(image.float() + 1, grid[None], mode="bilinear", align_corners=False) - 1
 
 
 def identity_cosines(
     faces: Tensor, wanted: Tensor, recognizer: Callable[[Tensor], tuple[Tensor, object]]
 ) -> Tensor:
-    """cos(R(x0_hat), f_a) of each predicted face (B,); L_id is 1 - that (IDAdapter, Eq. 9).
+    """cos(R(x0_hat), f_a) of each predicted face (B,); L_id is 1 - cos (IDAdapter, Eq. 9).
 
     Args:
         faces: (B, 3, 112, 112), see `align_faces`.

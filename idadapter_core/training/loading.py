@@ -1,4 +1,4 @@
-"""Batches from a loader's workers: fetched so that waiting for them can end, and ends with a reason where it must."""
+"""Fetch batches from a loader's workers, with waits that can be interrupted and failures that give a reason."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ..waiting import PATIENCE, Aside, ignore_signals, memory_advice, reason_of_
 log = logging.getLogger(__name__)
 
 _BETWEEN_WARNINGS = 60.0  # seconds
-_LEAVE = 2.0  # seconds for workers to leave by themselves
+_LEAVE = 2.0  # seconds for workers to exit by themselves
 
 
 class Batches:
-    """The batches of a loader, from workers that are gone when it is closed, whoever still holds on to it.
+    """The batches of a loader. Closing it ends the workers, even if other references to the iterator remain.
 
     Args:
-        device: that the batches are for, which decides whose memory they are pinned in.
-        look: is called every half second while a batch is waited for; what it raises ends the waiting.
-        advice: what to do after the loader failed.
+        device: device of the batches, for pinning memory.
+        look: called every half second while waiting for a batch; an exception from it ends the wait.
+        advice: next step for the user after the loader failed.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class Batches:
         self._warned = 0.0
 
     def next(self) -> Any:
-        """The next one. StopIteration at the end.
+        """The next batch. StopIteration at the end.
 
         Raises:
             IDAdapterError: a photo cannot be read, the loader failed, or nothing came for `PATIENCE` seconds.
         """
         self._warned = 0.0
         try:
-            # Started in that thread, too: torch then leaves its handler of SIGCHLD out, which raises its error about a dead worker
-            # wherever the main thread happens to be, in the middle of an update for example.
+            # The workers, too, are started in this thread: torch then does not install its SIGCHLD handler, which raises the error about a
+            # dead worker anywhere in the main thread, for example in the middle of an update.
             batch = self._aside.do(self._fetch, self._wait)
         except BaseException:
-            self._is_stuck = True  # nobody asks the workers for leave
+            self._is_stuck = True  # do not ask the workers to exit
             raise
-        if isinstance(batch, TrainingError):  # the loader's, not a photo's
+        if isinstance(batch, TrainingError):  # an error of the loader, not of a photo
             raise TrainingError(f"{batch} {self._advice}".rstrip())
         if isinstance(batch, IDAdapterError):
             raise batch
@@ -68,15 +68,15 @@ class Batches:
     def _fetch(self) -> Any:
         try:
             if self._iterator is None:
-                if self._device.type == "cuda":  # a thread starts with the first one
+                if self._device.type == "cuda":  # a new thread starts with the first device
                     torch.cuda.set_device(self._device)
                 self._iterator = iter(self._loader)
-                if self._is_closed:  # while they were started
+                if self._is_closed:  # closed while the workers were starting
                     self._kill()
             return next(self._iterator, StopIteration())
         except IDAdapterError as error:
             return error
-        except Exception as error:  # whatever a worker does
+        except Exception as error:  # a worker can raise anything
             failure = TrainingError(self._failure(error))
             if self._iterator is None:
                 _drop(error)
@@ -88,7 +88,7 @@ class Batches:
 
     def _wait(self, seconds: float) -> None:
         self._look()
-        if death := self._death():  # of which torch hears every 5 s
+        if death := self._death():  # torch notices only every 5 s
             raise TrainingError(f"{death} {self._advice}".rstrip())
         if seconds - self._warned >= _BETWEEN_WARNINGS:
             self._warned = seconds
@@ -108,7 +108,7 @@ class Batches:
         return list(getattr(self._iterator, "_workers", ()))
 
     def _death(self) -> str:
-        """How a worker died, in words; empty where none has."""
+        """Describe how a worker died; empty if none has."""
         memory = "use fewer data.workers, a smaller train.global_batch_size or a machine with more memory"
         reason = reason_of_death(self._workers(), {"SIGBUS": memory_advice(), "SIGKILL": memory})
         return f"a worker process of the loader died: {reason}." if reason else ""
@@ -116,19 +116,22 @@ class Batches:
     def _failure(self, error: Exception) -> str:
         if death := self._death():
             return death
-        if getattr(error, "errno", None) == errno.ENOSPC:  # locks and queues live there, too
+        if getattr(error, "errno", None) == errno.ENOSPC:  # locks and queues use the same file system
             return f"the loader failed: {memory_advice()}."
         return f"the loader failed: {error}. data.workers = 0 shows more of the error."
 
     def close(self) -> None:
-        """End the workers. They do not heed SIGTERM, by which Python ends them at its exit: without this it would wait for them for
-        ever where an error still refers to the iterator, or where one of them is stuck."""
+        """End the workers.
+
+        They ignore SIGTERM, with which Python ends them at exit: without this, Python would wait for them forever if an error still refers
+        to the iterator, or if one of them is stuck.
+        """
         self._is_closed = True
         if self._is_stuck:
             self._kill()
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
-            # Torch waits long for each worker, and for ever for what one that died has begun to say.
+            # Torch waits long for each worker, and forever for an unfinished message of a dead one.
             leave = threading.Thread(target=shutdown, name="leave", daemon=True)
             leave.start()
             leave.join(_LEAVE)
@@ -144,7 +147,7 @@ class Batches:
 
 
 def _drop(error: Exception) -> None:
-    """Let go of an iterator that failed to start, of whose last breath torch makes a traceback."""
+    """Release an iterator that failed to start, without the traceback that torch's finaliser causes."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda unraisable: None
     try:
@@ -156,15 +159,15 @@ def _drop(error: Exception) -> None:
 def prepare_worker(worker: int) -> None:
     """The `worker_init_fn` of a loader.
 
-    A signal to all processes of a run must not end workers before the trainer's checkpoint is written. And a batch that cannot be
-    handed over must not get lost, as Python has it: then the trainer would wait for it for ever.
+    Workers ignore signals sent to all processes of a run: they must survive until the trainer's checkpoint is written. A batch that
+    cannot be sent is replaced by an error: Python would drop it, and the trainer would wait forever.
     """
     ignore_signals()
     multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_error  # type: ignore[attr-defined]
 
 
 def _hand_over_error(queue: Any, error: Exception, item: tuple[Any, Any]) -> None:
-    """Put an error in the place of a batch. Called where Python would print it and forget the batch."""
+    """Put an error in place of a batch. Called where Python would print the error and drop the batch."""
     text = f"{error}"
     if "shared memory" in text or "No space left" in text or getattr(error, "errno", None) == errno.ENOSPC:
         text = memory_advice()

@@ -1,7 +1,7 @@
-"""The loop: a run from its start, or from its last checkpoint, to its last step.
+"""The training loop.
 
-A step depends on its number, the weights and the optimiser's state alone (see `randomness`), so a resumed run equals one that was
-never interrupted.
+A step depends only on its number, the weights and the optimiser state (see `randomness`), so a resumed run gives the same result as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ STOPPED = TERMINATED
 
 
 def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool = False) -> int:
-    """A whole run, from its start or from its last checkpoint to its last step.
+    """Run the training, from the start or from the last checkpoint.
 
     Args:
-        resume: "never" refuses a folder that holds checkpoints already; "auto" goes on from the newest one, if there is one.
-        allow_config_change: go on although settings or data that change the result are others than before.
+        resume: "never": refuse a folder that already holds checkpoints; "auto": continue from the newest checkpoint, if any.
+        allow_config_change: continue even if settings or data that affect the result have changed.
 
     Returns:
-        the exit code: 0 when all steps are done, `STOPPED` when a signal ended the run, after a checkpoint or where the disk took none.
+        the exit code: 0 when all steps are done, `STOPPED` after a signal, with a checkpoint written unless the disk refused it.
 
     Raises:
-        IDAdapterError: settings, data, or the training itself; the last good checkpoint is there.
+        IDAdapterError: bad settings, bad data or a failed training step; the last good checkpoint is kept.
     """
     if resume not in RESUME:
         raise ConfigError(f"resume must be one of {', '.join(RESUME)}, got {resume!r}")
@@ -107,10 +107,10 @@ class _Run:
         self.config, self.signals = config, signals
         self.folder = Path(config.output.folder)
         self.progress = Progress()
-        self._updating = threading.Lock()  # held while weights, optimiser and step do not belong together
+        self._updating = threading.Lock()  # held while weights, optimiser and step are inconsistent
         self.ranks = Ranks(config, self.progress, signals, watch, write=self._write, keep=self._keep)
         self.disk = Disk(self.folder, self.progress, signals, watch, self.ranks.device)
-        # Refused before anything is loaded.
+        # Bad batch sizes are refused before anything is loaded.
         MicroBatches(config, 1, 0, rank=self.ranks.rank, world=self.ranks.world)
         self.parts = self.disk.load(lambda: load_parts(config, self.ranks.device))
         self.digests = self.disk.load(lambda: provenance.digests(config, self.parts))
@@ -138,7 +138,7 @@ class _Run:
             watch.save = self._keep
 
     def _prepare(self, start: Checkpoint | None) -> None:
-        """The adapter in its UNet, and the state of its training."""
+        """Inject the adapter into its UNet and set up the training state."""
         config, parts = self.config, self.parts
         path = None if start is None else start.path / ADAPTER
         adapter = self.disk.load(lambda: prepare_adapter(config, parts, path))
@@ -153,7 +153,7 @@ class _Run:
             self.model: nn.Module = self.ranks.accelerator.prepare(self.bundle)
 
     def go(self) -> int:
-        """All steps that are left; the exit code."""
+        """Run all remaining steps and return the exit code."""
         with self.ranks.together():
             if self.ranks.is_main:
                 self.disk.use(self._begin)
@@ -181,7 +181,7 @@ class _Run:
             batches.close()
 
     def _begin(self) -> None:
-        """The files that tell of the run, for the main process."""
+        """Write the run's own records, in the main process."""
         parameters = self.state.parameters
         facts = provenance.facts(self.parts, self.ranks, self.digests, parameters)
         write_file(self.folder / CONFIG, config_toml(self.config).encode())
@@ -203,7 +203,7 @@ class _Run:
         )
 
     def close(self) -> None:
-        """Leave nothing open, and the UNet as it was."""
+        """Close everything and restore the UNet."""
         if not self.disk.is_busy:
             self.monitor.close()
         self.disk.close()
@@ -216,13 +216,13 @@ class _Run:
     def _steps(self, batches: Batches) -> int:
         try:
             self._all_steps(batches)
-        except Interrupted:  # all processes gave up the same thing
+        except Interrupted:  # all processes stopped at the same point
             self._save()
         self.ranks.is_settled = True
         step = self.progress.step
         is_done = step >= self.config.train.steps
         if self.ranks.is_main:
-            self.monitor.close()  # its bar first
+            self.monitor.close()  # first, to end its progress bar
             if is_done:
                 sys.stderr.write(
                     f"{self.folder}: all {step} steps are done. `python -m idadapter_core export {self.folder} NAME.safetensors` "
@@ -235,7 +235,7 @@ class _Run:
         return 0 if is_done else STOPPED
 
     def _all_steps(self, batches: Batches) -> None:
-        """The steps that are left, or as many as there are before a signal."""
+        """Run the remaining steps, or stop at a signal."""
         train, output = self.config.train, self.config.output
         progress, monitor = self.progress, self.monitor
         if progress.step == 0 and output.validate_every:
@@ -267,18 +267,18 @@ class _Run:
         failure: Exception | None = None
         try:
             self._forward(batches, done)
-        except Exception as error:  # of a photo, a worker or a device: the others must hear of it
+        except Exception as error:  # from a photo, a worker or a device; the other processes must be told
             failure = error
         if failure is None and (problem := not_finite(done)):
             failure = self._bad_numbers(problem)
         self.ranks.agree(failure)
         with self.ranks.waiting():
             torch.autograd.backward(done[-1][1]["loss"] / train.gradient_accumulation_steps)
-            # On a GPU the waiting is here, where the number is asked for.
+            # On a GPU, reading this number is the synchronisation point.
             norm = float(
                 nn.utils.clip_grad_norm_(state.parameters.values(), train.max_grad_norm or float("inf"))
             )
-        if not math.isfinite(norm):  # the same in all processes, which have the same gradients now
+        if not math.isfinite(norm):  # equal in all processes: their gradients are now the same
             self.ranks.is_settled = True
             sources = ", ".join(source for batch, _ in done for source in batch.sources)
             raise self._bad_numbers(
@@ -294,8 +294,10 @@ class _Run:
         state.optimizer.zero_grad(set_to_none=True)
 
     def _forward(self, batches: Batches, done: list[tuple[Batch, dict[str, Tensor]]]) -> None:
-        """The losses of all micro-batches into `done`, and the gradients of all but the last: with two or more processes, gradients
-        are shared in the last backward pass alone."""
+        """Append the losses of all micro-batches to `done` and compute the gradients of all but the last.
+
+        With two or more processes, gradients are synchronised in the last backward pass only.
+        """
         count = self.config.train.gradient_accumulation_steps
         for micro in range(count):
             is_last = micro == count - 1
@@ -310,12 +312,12 @@ class _Run:
                     torch.autograd.backward(losses["loss"] / count)
 
     def _bad_numbers(self, problem: str) -> NotFiniteError:
-        """Of the coming step, with advice, and with the checkpoint to start again from."""
+        """Error for the coming step, with advice and the checkpoint to restart from."""
         advice = advice_on_numbers(self.config.train)
         return NotFiniteError(f"step {self.progress.step + 1}: {problem} {advice} {self._last_good()}")
 
     def _last_good(self) -> str:
-        """Advice for whoever has to start again: from where."""
+        """Advice on where to restart from."""
         kept = self.disk.latest()
         if kept is None:
             return "There is no checkpoint yet: start again."
@@ -327,7 +329,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
-        """A checkpoint of this step. Every process takes part: all learn whether the write failed."""
+        """Write a checkpoint of this step. Collective: every process learns whether the write failed."""
         with self.ranks.together():
             self._write()
 
@@ -339,7 +341,7 @@ class _Run:
 
     def _write_now(self) -> None:
         progress, output = self.progress, self.config.output
-        # An update may overflow though loss and gradient did not: such weights must not take the place of good ones.
+        # An update can overflow even if loss and gradient were finite. Never replace good weights with such ones.
         if broken := self.state.broken():
             raise NotFiniteError(
                 f"step {progress.step}: {len(broken)} weights are not finite ({some(broken)}). "
@@ -359,7 +361,7 @@ class _Run:
         progress.saved = progress.step
 
     def _keep(self) -> str:
-        """A checkpoint of the steps done, in a process that has lost others; a sentence on what came of it."""
+        """Write a checkpoint of the steps done after other processes were lost. Returns a sentence about the outcome."""
         step = self.progress.step
         with self._updating:
             try:

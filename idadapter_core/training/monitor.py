@@ -1,4 +1,4 @@
-"""Watching a run: the lines of its log, validation on people who are not trained on, grids of pictures."""
+"""Logging, validation on people outside the training data, and sample grids."""
 
 from __future__ import annotations
 
@@ -31,23 +31,22 @@ from .state import Progress, State, learning_rate
 
 @dataclass
 class Interval:
-    """The steps since the last line of the log. Tensors stay on the device until then."""
+    """Values collected since the last log line. Tensors stay on the device until the next line."""
 
     losses: list[Tensor] = field(default_factory=list)
     mse: list[Tensor] = field(default_factory=list)
     cosine: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
     timesteps: list[Tensor] = field(default_factory=list)
-    seconds: float = 0.0  # in steps, without what is done between them
-    waited: float = 0.0  # of these, for data
+    seconds: float = 0.0  # time in steps, without the work between them
+    waited: float = 0.0  # part of it spent waiting for data
     steps: int = 0
     gradient: float = 0.0
-    norms: dict[int, list[Tensor]] = field(
-        default_factory=dict
-    )  # by site: (2,), of what is added and to what
+    # By site: (2,), norms of the addition and of its base.
+    norms: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
-        """A micro-batch and its losses."""
+        """Add a micro-batch and its losses."""
         self.losses.append(losses["loss"].detach()[None])
         self.mse.append(losses["mse"])
         self.cosine.append(losses["cosine"])
@@ -56,10 +55,10 @@ class Interval:
 
 
 class Monitor:
-    """The log, validation and sample grids of a run. All processes take part; the main one writes.
+    """Log, validation and sample grids of a run. Collective; the main process writes.
 
     Args:
-        samples: of rows of the index, as the run prepares them.
+        samples: makes samples of index rows, prepared as in training.
     """
 
     def __init__(
@@ -83,24 +82,24 @@ class Monitor:
         self.interval = Interval()
 
     def open_log(self) -> None:
-        """For the main process, before its first step. The others have no log."""
+        """Open the log, in the main process before its first step. Other processes have no log."""
         output = self._config.output
         self._log = RunLog(self._folder, self._progress.step, self._config.train.steps, output.tensorboard)
 
     def advance(self) -> None:
-        """A step is done."""
+        """Count a step as done."""
         if self._log is not None:
             self._log.advance()
 
     def close(self) -> None:
-        """No more lines come."""
+        """Close the log."""
         if self._log is not None:
             self._disk.use(self._log.close)
 
     # ------------------------------------------------------------------------------------------------ the log
 
     def observe(self) -> None:
-        """Have the adapter's share in each block measured in the coming step, if it is logged."""
+        """Measure the adapter's norms per site in the coming step, if that step is logged."""
         injected = self._bundle.injected
         if injected is None:
             return
@@ -114,7 +113,7 @@ class Monitor:
         injected.observe(note if is_logged else None)
 
     def write_log(self) -> None:
-        """A line on the steps since the last one."""
+        """Write a log line about the steps since the last one."""
         interval, self.interval = self.interval, Interval()
         with self._ranks.waiting():
             together = [
@@ -144,7 +143,7 @@ class Monitor:
             self._disk.use(lambda: log.write(step, values))
 
     def _values(self, interval: Interval, together: list[Tensor]) -> dict[str, Any]:
-        """A line of the log."""
+        """The values of a log line."""
         losses, mse, cosine, counts, timesteps = together
         train, step = self._config.train, self._progress.step
         seen = cosine[counts > 0]
@@ -164,13 +163,13 @@ class Monitor:
             "data_wait_share": interval.waited / max(interval.seconds, 1e-9),
             "seconds_left": (train.steps - step) / speed,
         }
-        gates: dict[int, tuple[float, float]] = getattr(self._bundle.layers, "gate_values", dict)()
-        if gates:
-            values["gates"] = {str(site): list(pair) for site, pair in gates.items()}
+        gated = self._state.adapter.mechanisms.gated
+        if gated is not None:
+            values["gates"] = {str(site): list(pair) for site, pair in gated.openings().items()}
         return values
 
     def _norm_ratios(self, interval: Interval) -> dict[str, float]:
-        """By site: the norm of what the adapter adds, over that of what it adds to, in the last step of all processes."""
+        """By site: norm of the adapter's addition over the norm of its base, in the last step, over all processes."""
         injected = self._bundle.injected
         if injected is None:
             return {}
@@ -185,7 +184,7 @@ class Monitor:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """The denoising error on fixed samples of people who are not trained on, with the adapter and without it."""
+        """Log the denoising error, with and without the adapter, on fixed samples of people outside the training data."""
         ranks = self._ranks
         sums = torch.zeros(3)
         with (
@@ -211,10 +210,10 @@ class Monitor:
             self._tell({"validation": measured})
 
     def _validation_batches(self) -> Batches:
-        """This process's part of the samples, the same at each time."""
+        """This process's validation batches, equal each time."""
         ranks, config = self._ranks, self._config
         rows = self._parts.test_rows or self._parts.train_rows
-        # Spread over the people: the order of the index goes from one to the next.
+        # Spread over the people: the index is ordered by person.
         order = epoch_order(0, VALIDATION, len(rows)).tolist()
         count = config.output.validate_samples
         keys = [(VALIDATION - number // len(rows), order[number % len(rows)]) for number in range(count)]
@@ -227,7 +226,7 @@ class Monitor:
         return Batches(loader, ranks.device, self._signals.look)
 
     def draw(self) -> None:
-        """A grid of pictures, drawn by the main process."""
+        """Draw a sample grid in the main process."""
 
         def look(seconds: float) -> None:
             self._signals.look()

@@ -1,4 +1,4 @@
-"""What a run needs from disk, beside the adapter."""
+"""Load the inputs of a run: frozen networks, index and adapter."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from .samples import usable_rows
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Frozen networks and the index of photos."""
+    """Frozen networks and the photo index."""
 
     base: Base
     networks: Networks
-    recognizer_digest: str  # as the adapter's file records it
+    recognizer_digest: str  # as recorded in the adapter's file
     index: Index
     train_rows: Sequence[Row]
     test_rows: Sequence[Row]
 
 
 def require_files(config: RunConfig, *others: str) -> None:
-    """See that what a run reads is there, before anything is loaded.
+    """Check that all input files exist, before anything is loaded.
 
     Args:
-        others: settings of `data` that name something else that must be there.
+        others: further settings of `data` whose paths must exist.
 
     Raises:
-        ConfigError: names the first that is not.
+        ConfigError: names the first missing one.
     """
     without = [] if _needs_detector(config) else ["face_package"]
     without += ["vision"] if config.needs.vision is None else []
@@ -53,10 +53,10 @@ def _needs_detector(config: RunConfig) -> bool:
 
 
 def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
-    """Everything that a configuration names.
+    """Load the networks and the index of a configuration.
 
     Raises:
-        ConfigError: something is not named, not there, or does not fit.
+        ConfigError: a setting is missing, a file does not exist, or they do not fit together.
     """
     if not config.data.index:
         raise ConfigError(
@@ -74,7 +74,7 @@ def load_parts(config: RunConfig, device: torch.device | str = "cpu") -> Parts:
 
 
 def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = None) -> Adapter:
-    """The adapter that a run trains: of a checkpoint of it, of the file it starts from, or a fresh one."""
+    """The adapter to train: from a checkpoint, from the file given by `adapter.start`, or a new one."""
     section = config.adapter
     vision = parts.networks.vision
     wanted = Wanted(
@@ -92,7 +92,7 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """The adapter's settings; how many references an IDAdapter learns from is the data's."""
+    """The adapter's settings. The number of references of an IDAdapter comes from the data settings."""
     settings = dict(config.adapter.settings)
     if not hasattr(config.method.config(), "references"):
         return settings

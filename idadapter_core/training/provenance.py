@@ -1,4 +1,4 @@
-"""Where a run's results come from: digests by which a resumed run is known to be the same one, and facts for repeating it."""
+"""Provenance of a run: digests that identify it on resume, and facts for repeating it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _NAMES = {
 
 
 def config_digest(config: RunConfig) -> str:
-    """Of all settings that change what a step does."""
+    """Digest of all settings that affect a step."""
     return sha256(config_toml(decisive(config)).encode()).hexdigest()[:16]
 
 
 def digests(config: RunConfig, parts: Parts) -> dict[str, str]:
-    """Digests of everything that a step depends on."""
+    """Digests of everything that affects a step."""
     vision, detector = parts.networks.vision, parts.networks.detector
     return {
         "config": config_digest(config),
@@ -53,11 +53,11 @@ def digests(config: RunConfig, parts: Parts) -> dict[str, str]:
 def require_same(
     config: RunConfig, now: Mapping[str, str], start: Checkpoint, then: Mapping[str, Any]
 ) -> None:
-    """See that a checkpoint is of the same run.
+    """Check that a checkpoint belongs to the same run.
 
     Args:
         now: the digests of this run.
-        then: the checkpoint's state, with those of its run.
+        then: the checkpoint's state, with the digests of its run.
 
     Raises:
         ConfigError: names everything that changed.
@@ -66,7 +66,7 @@ def require_same(
     path = start.path / CONFIG
     before = read_record(path) if "config" in changed and path.is_file() else None
     if before is not None and config_digest(before) == now["config"]:
-        changed.remove("config")  # settings have other names since then
+        changed.remove("config")  # only setting names have changed since then
     if changed:
         raise ConfigError(
             f"{start.path}: {' and '.join(_NAMES[name] for name in changed)} changed since this checkpoint, so the run would not "
@@ -76,7 +76,7 @@ def require_same(
 
 
 def require_one_start(ranks: Ranks, start: Checkpoint | None, now: Mapping[str, str]) -> None:
-    """Raise TrainingError where the processes do not see the same files."""
+    """Raise TrainingError if the processes see different files."""
     seen = ranks.gathered((0 if start is None else start.step, dict(now)))
     if any(other != seen[0] for other in seen):
         described = "; ".join(
@@ -91,7 +91,7 @@ def require_one_start(ranks: Ranks, start: Checkpoint | None, now: Mapping[str, 
 def facts(
     parts: Parts, ranks: Ranks, now: Mapping[str, str], parameters: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Versions and digests, for people who want to repeat the run."""
+    """Versions and digests, for repeating the run."""
     return {
         "versions": versions(),
         "commit": _commit(),
@@ -111,7 +111,7 @@ def facts(
 def in_words(
     config: RunConfig, parts: Parts, ranks: Ranks, parameters: Mapping[str, Tensor], step: int
 ) -> str:
-    """The run in a sentence: what is trained, on what, where, from which step."""
+    """Describe the run in a sentence: method, parameters, steps, data, devices."""
     branch = f" ({config.adapter.branch} branch)" if config.recipe.branches else ""
     count = sum(p.numel() for p in parameters.values())
     return (
@@ -122,13 +122,13 @@ def in_words(
 
 
 def _difference(before: RunConfig | None, now: RunConfig) -> str:
-    """The settings that were others then, as far as they count."""
+    """Describe the changed settings that affect a step."""
     found = differences(decisive(before), decisive(now)) if before is not None else []
     return f"{some(found, 5)}. " if found else ""
 
 
 def _commit() -> str:
-    """The commit of this package's repository, where it is one."""
+    """Commit of this package's repository, if it is one."""
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -1,7 +1,7 @@
-"""The processes of a run: how they share work, agree on every end, and wait for each other.
+"""Coordination of a run's processes: sharing work, agreeing on how to end, waiting for each other.
 
-Devices, processes and reductions are accelerate's and torch.distributed's. All processes agree before each update, and after
-everything that one of them may fail at, whether to go on: so none is left waiting in a reduction for another that stopped.
+Devices, processes and reductions come from accelerate and torch.distributed. All processes agree on whether to continue before each
+update and after everything that one of them may fail at, so none waits in a reduction for another that has stopped.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .watch import WAITS, Watch, named
 
 
 class Ranks:
-    """This process among those of its run.
+    """This process and its peers.
 
     Args:
-        write: writes a checkpoint of the steps done, in the main process; called in all of them.
-        keep: writes one in a process that has lost others; returns a sentence on what came of it.
+        write: writes a checkpoint of the steps done, in the main process. Called in all processes.
+        keep: writes a checkpoint after other processes were lost; returns a sentence about the outcome.
 
     Raises:
-        ConfigError: accelerate is set up for anything but DDP.
+        ConfigError: accelerate is configured for anything but DDP.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class Ranks:
         """Whether all processes know how the run ended."""
 
     def agree(self, failure: Exception | None) -> None:
-        """All processes hear of a failure or a signal in any of them.
+        """Share a failure or signal of any process with all of them.
 
         Raises:
-            the failure, or TrainingError in the processes that did not fail. Unless the numbers went wrong, the steps before it are in
-            a checkpoint then.
-            Interrupted: one of them gave up its work for a signal.
+            the failure; TrainingError in the processes that did not fail. The steps before it are then in a checkpoint, unless the
+                numbers were not finite.
+            Interrupted: a process stopped its work because of a signal.
         """
         is_broken, gives_up = isinstance(failure, NotFiniteError), isinstance(failure, Interrupted)
-        heard = set(self._signals.heard)  # others may come in the meantime
+        heard = set(self._signals.heard)  # more may arrive in the meantime
         fails = failure is not None and not gives_up
         failed, is_broken, gives_up, stops, saves = self.any(
             [fails, is_broken, gives_up, "stop" in heard, "save" in heard]
@@ -76,9 +76,10 @@ class Ranks:
             return
         failure = None if isinstance(failure, Interrupted) else failure
         if self._progress.step and not is_broken and not isinstance(failure, CheckpointError):
-            with contextlib.suppress(CheckpointError, NotFiniteError):  # the failure is what must be told
+            # Report the original failure, not this one.
+            with contextlib.suppress(CheckpointError, NotFiniteError):
                 self._write()
-        # Nobody leaves, and has the launcher end the others, before the checkpoint is written.
+        # Wait until the checkpoint is written: the first process to exit makes the launcher end the others.
         self.any([False])
         self.is_settled = True
         if failure is None:
@@ -89,7 +90,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Work that one process may fail at, with no collective in it: afterwards all of them agree."""
+        """Context manager for work without collectives that one process may fail at; all processes agree afterwards."""
         failure: Exception | None = None
         try:
             yield
@@ -103,7 +104,7 @@ class Ranks:
         self.agree(failure)
 
     def any(self, said: list[bool]) -> list[bool]:
-        """Each of these, true where it is so in any process."""
+        """Element-wise "or" over all processes."""
         if self.world == 1:
             return said
         values = torch.tensor(said, dtype=torch.int32, device=self.device)
@@ -112,7 +113,7 @@ class Ranks:
             return [bool(value) for value in values.tolist()]
 
     def gathered(self, mine: Any) -> list[Any]:
-        """A plain value of each process, by rank."""
+        """A plain value from each process, by rank."""
         seen: list[Any] = [mine] * self.world
         if self.world > 1:
             with self.waiting():
@@ -121,10 +122,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """A collective, in which this process waits for the others.
+        """Context manager for a collective, in which this process waits for the others.
 
         Raises:
-            TrainingError: one of them is gone; the steps done are in a checkpoint.
+            TrainingError: a process is gone; the steps done are in a checkpoint.
         """
         if self._watch is None:
             yield
@@ -140,13 +141,13 @@ class Ranks:
         raise self._parted(self._watch, problem) from problem
 
     def _parted(self, watch: Watch, error: RuntimeError) -> TrainingError:
-        """The connection to another process broke: which one it is, as soon as it misses its signs."""
+        """The error for a broken connection. Names the lost process as soon as it misses its signs of life."""
         deadline = time.monotonic() + 10
         while not (lost := watch.silent(3)) and time.monotonic() < deadline:
             time.sleep(0.2)
         kept = self._keep() if self.rank == min(set(range(self.world)) - set(lost)) else ""
         who = f"{named(lost)} of {self.world}" if lost else "another process"
-        # gloo names a line of its own source first, and guesses at the reason after the first sentence.
+        # gloo begins with a source line, and guesses at the reason after the first sentence.
         reason = re.sub(r"^\[\S*\] *", "", f"{error}").split("\n")[0].split(". ")[0]
         return TrainingError(
             f"step {self._progress.step + 1}: {who} is gone ({reason}). {kept} Its own messages and those of its machine say why (perhaps "
@@ -154,19 +155,19 @@ class Ranks:
         )
 
     def close(self) -> None:
-        """Take leave of the others, who would be waited for for ever where they do not know that this process is leaving."""
+        """End the process group, unless others do not know yet that this process exits: it would wait for them forever."""
         if self.is_settled:
             self.accelerator.end_training()
 
 
 def _accelerator(config: RunConfig) -> Any:
     kwargs = require("accelerate.utils").DistributedDataParallelKwargs(
-        # Gates are skipped where the identity is dropped in all of a micro-batch.
+        # Gates are skipped where the identity is dropped in a whole micro-batch.
         find_unused_parameters=config.recipe.some_idle,
-        gradient_as_bucket_view=True,  # the gradients are not held twice
+        gradient_as_bucket_view=True,  # do not hold the gradients twice
     )
-    # Precision is ours: autocast over fp32 weights, and none around the face network. Without `cpu`, accelerate takes each of
-    # several processes on a machine without accelerators for the only one.
+    # Precision is handled here: autocast over fp32 weights, and none around the face network. Without `cpu`, accelerate assumes
+    # a single process on a machine without accelerators.
     accelerator = require("accelerate").Accelerator(
         mixed_precision="no", cpu=not has_accelerator(), kwargs_handlers=[kwargs]
     )

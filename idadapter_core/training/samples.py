@@ -1,7 +1,7 @@
-"""Samples: what one row of a batch is made of, drawn from the run's seed, the epoch and the row alone.
+"""Training samples, drawn from the run's seed, the epoch and the row alone.
 
-A sample has a target picture and the photos by which its person is known: N references or, where the method says so, the target
-itself. Where a cache is given, latents and features come from it; else the pixels do, and the trainer computes the rest.
+A sample is a target image and the photos that identify its person: N references or, for some methods, the target itself. Latents and
+features come from the cache, if there is one; otherwise a sample has pixels, and the trainer computes the rest.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from ..randomness import generator, positions
 from .config import RunConfig
 
 NO_CAPTION = f"a photo of a {CLASS_WORD}"
-VALIDATION = -1  # "epochs" from here down are of samples by which a run is measured: the same at every time
-_MIRRORED = [1, 0, 2, 4, 3]  # the five landmarks in a mirrored picture
+VALIDATION = -1  # negative epochs are validation samples, equal in every validation
+_MIRRORED = [1, 0, 2, 4, 3]  # order of the five landmarks in a mirrored image
 
-Key = tuple[int, int]  # epoch, place in the list of rows
+Key = tuple[int, int]  # epoch, position in the list of rows
 
 
 class Store(Protocol):
-    """What a cache gives."""
+    """Interface of a cache."""
 
     def latents(self, row: Row, mirrored: bool) -> Tensor:
-        """(8, h, w): mean and standard deviation of the target's latents."""
+        """Mean and standard deviation of the target's latents, (8, h, w)."""
 
     def photo(self, photo: Photo) -> Mapping[str, Tensor]:
-        """What `photo_tensors` or the trainer's networks make of a photo, without the axis of photos."""
+        """Features of one photo, as `photo_tensors` or the trainer's networks compute them, without the photo axis."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The square of a picture that is trained on."""
+    """The square of an image used for training."""
 
     left: int
     top: int
@@ -55,14 +55,14 @@ class Placement:
     mirrored: bool
 
     def picture(self, image: Image) -> Image:
-        """The square (R, R, 3) of a picture (H, W, 3)."""
+        """Crop an image (H, W, 3) to the square (R, R, 3)."""
         box = (self.left, self.top, self.left + self.side, self.top + self.side)
         size = (self.resolution, self.resolution)
         square = np.asarray(PILImage.fromarray(image).resize(size, PILImage.Resampling.LANCZOS, box=box))
         return np.ascontiguousarray(square[:, ::-1]) if self.mirrored else square
 
     def points(self, landmarks: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Where landmarks (5, 2) of the picture are in the square; pixel centres at whole numbers."""
+        """Map landmarks (5, 2) from the image to the square. Pixel centres are at integers."""
         scale = self.resolution / self.side
         moved = (np.asarray(landmarks, np.float64) - [self.left, self.top] + 0.5) * scale - 0.5
         if self.mirrored:
@@ -71,15 +71,15 @@ class Placement:
         return moved
 
     def size_conditioning(self, row: Row) -> list[float]:
-        """SDXL's six numbers: height and width of the photo, top and left of the square at the trained scale, height, width."""
+        """SDXL's six numbers: height and width of the photo, top and left of the crop at the training scale, height, width."""
         scale = self.resolution / self.side
         side = float(self.resolution)
-        left = row.width - self.side - self.left if self.mirrored else self.left  # in the photo as it is seen
+        left = row.width - self.side - self.left if self.mirrored else self.left  # in the photo as displayed
         return [float(row.height), float(row.width), self.top * scale, left * scale, side, side]
 
 
 def place(row: Row, resolution: int, mirrored: bool) -> Placement:
-    """The largest square in a row's picture whose middle is as near to the face's as it can be. Nothing is stretched."""
+    """The largest square in a row's image, centred as near to the face as possible. Nothing is stretched."""
     side = min(row.width, row.height)
     x1, y1, x2, y2 = row.box or (0, 0, row.width, row.height)
     left = min(max(round((x1 + x2 - side) / 2), 0), row.width - side)
@@ -88,33 +88,32 @@ def place(row: Row, resolution: int, mirrored: bool) -> Placement:
 
 
 def target_picture(image: Image, row: Row, resolution: int, mirrored: bool) -> Tensor:
-    """The picture to be learned, (3, R, R), RGB in -1..1, from the row's photo (H, W, 3)."""
+    """The target image (3, R, R), RGB in -1..1, from the row's photo (H, W, 3)."""
     pixels = place(row, resolution, mirrored).picture(image)
     return torch.from_numpy(pixels.copy()).movedim(-1, 0).float() / 127.5 - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B samples side by side. What a cache or its absence leaves out is None."""
+    """A batch of B samples. Fields that the cache, or its absence, leaves out are None."""
 
-    rows: tuple[int, ...]  # numbers of the index
+    rows: tuple[int, ...]  # numbers in the index
     sources: tuple[str, ...]  # for messages
     prompts: tuple[str, ...]  # without the identity
     class_nouns: tuple[str, ...]
     identity: Tensor  # (B,) bool: False where the identity is dropped
     timesteps: Tensor  # (B,)
     noise: Tensor  # (B, C, h, w)
-    posterior: Tensor  # (B, C, h, w) noise by which latents are drawn from the VAE's distribution
-    landmarks: Tensor  # (B, 5, 2) in the target picture
+    posterior: Tensor  # (B, C, h, w) noise for sampling the latents from the VAE's distribution
+    landmarks: Tensor  # (B, 5, 2) in the target image
     sizes: Tensor  # (B, 6), see Placement.size_conditioning
     pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
     moments: Tensor | None = None  # (B, 8, h, w)
-    crops: Tensor | None = (
-        None  # (B, N + 1, 3, 112, 112): the references' faces, then the target's; or the target's alone
-    )
+    # (B, N + 1, 3, 112, 112): faces of the references, then of the target; or of the target alone.
+    crops: Tensor | None = None
     heads: Tensor | None = None  # (B, N, 3, S, S) for CLIP vision
     embedding: Tensor | None = None  # (B, N + 1, 512) of the crops
-    stages: tuple[Tensor, ...] = ()  # four maps (B, C, side, side) of the target, the first three at 16 x 16
+    stages: tuple[Tensor, ...] = ()  # four maps (B, C, side, side) of the target, the first three 16 x 16
     patch_tokens: Tensor | None = None  # (B, N, P, d)
     class_embedding: Tensor | None = None  # (B, N, d)
 
@@ -122,7 +121,7 @@ class Batch:
         return len(self.rows)
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory from which a device can copy by itself. Called by the loader."""
+        """Copy the batch to pinned memory. Called by the loader."""
         pinned: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -133,7 +132,7 @@ class Batch:
         return replace(self, **pinned)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device, in fp32 where a cache is narrower. What decides what is computed stays on the CPU."""
+        """Copy the batch to a device, in fp32 even if the cache is narrower. Fields that control the computation stay on the CPU."""
         moved: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -146,7 +145,7 @@ class Batch:
         return replace(self, **moved)
 
 
-_ON_HOST = ("identity", "timesteps", "landmarks")  # read back from a device, they would have to be waited for
+_ON_HOST = ("identity", "timesteps", "landmarks")  # reading them back from a device would wait for it
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -158,10 +157,9 @@ STAGE_NAMES = tuple(f"stage_{number}" for number in range(1, 5))
 
 
 class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
-    """The samples of a run by (epoch, place). Nothing else decides what a sample is.
+    """The samples of a run, by (epoch, position). A sample depends on nothing else.
 
-    A photo that cannot be read any more is an error in the place of its sample: raised in a worker, it would come out as a page
-    of traceback.
+    For an unreadable photo, the sample is an error object: an exception raised in a worker would be shown with a long traceback.
     """
 
     def __init__(
@@ -191,12 +189,12 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
             return error
 
     def sample(self, epoch: int, number: int) -> dict[str, Any]:
-        """One sample, under the names of `Batch`."""
+        """Make one sample, with the field names of `Batch`."""
         row = self.rows[number]
         config = self._config
         seed = config.train.seed
         random = generator(seed, epoch, row.number, "draw")
-        # All is drawn in any case, so that one setting does not change what the others draw.
+        # Draw every number even if it is unused, so that one setting does not change the others' draws.
         drop, mirror = torch.rand(2, generator=random).tolist()
         timestep = int(torch.randint(self._timesteps, (), generator=random))
         person = self._people[int(self._whose[number])]
@@ -235,12 +233,12 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
 
 
 def _stacked(photos: list[dict[str, Tensor]], by_target: bool) -> dict[str, Any]:
-    """Tensors of photos, the target's last, in the shapes of `Batch` without its first axis."""
+    """Stack the tensors of photos, the target's last, in the shapes of `Batch` without the batch axis."""
     stacked: dict[str, Any] = {}
     for name in photos[0]:
         if name in STAGE_NAMES:
             continue
-        # The target's face says who is wanted; for all else the references are looked at.
+        # The target's face gives the identity to match; all other features come from the references.
         seen = photos if name in ("crops", "embedding") or by_target else photos[:-1]
         stacked[name] = torch.stack([tensors[name] for tensors in seen])
     if STAGE_NAMES[0] in photos[-1]:
@@ -267,7 +265,7 @@ def prompt_of(row: Row, config: RunConfig) -> str:
 
 
 def collate(samples: Sequence[Mapping[str, Any] | IDAdapterError]) -> Batch | IDAdapterError:
-    """Samples side by side, or the first error among them."""
+    """Stack samples into a batch, or return the first error among them."""
     for sample in samples:
         if isinstance(sample, IDAdapterError):
             return sample
@@ -275,7 +273,7 @@ def collate(samples: Sequence[Mapping[str, Any] | IDAdapterError]) -> Batch | ID
 
 
 def join(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    """Samples side by side."""
+    """Stack samples into a batch."""
     values: dict[str, Any] = {}
     for name, first in samples[0].items():
         each = [sample[name] for sample in samples]
@@ -289,11 +287,11 @@ def join(samples: Sequence[Mapping[str, Any]]) -> Batch:
 
 
 class MicroBatches(Sampler[list[Key]]):
-    """The samples of one process, micro-batch by micro-batch, from a step to another.
+    """Iterator over the micro-batches of one process, from one step to another.
 
-    All processes together go through one sequence. Step `start` begins at `position` of it (by default start * global_batch_size),
-    each step has the next `train.global_batch_size` samples, its first micro-batch the first global_batch_size /
-    gradient_accumulation_steps of them, and of each micro-batch the processes have equal parts side by side.
+    All processes share one sequence of samples. Step `start` begins at `position` in it (default: start * global_batch_size). Each step
+    takes the next `train.global_batch_size` samples and splits them into micro-batches of global_batch_size /
+    gradient_accumulation_steps. Each micro-batch is split evenly, in consecutive parts, among the processes.
     """
 
     def __init__(
@@ -315,7 +313,7 @@ class MicroBatches(Sampler[list[Key]]):
         self._config, self._count, self._start = config, count, start
         self._position = start * config.train.global_batch_size if position is None else position
         self._rank, self._world = rank, world
-        self.size = config.train.global_batch_size // share  # of a micro-batch of one process
+        self.size = config.train.global_batch_size // share  # micro-batch size of one process
 
     def __len__(self) -> int:
         return (self._config.train.steps - self._start) * self._config.train.gradient_accumulation_steps
@@ -331,10 +329,10 @@ class MicroBatches(Sampler[list[Key]]):
 
 
 def usable_rows(index: Index, config: RunConfig, split: str) -> Rows:
-    """The rows that a run may learn from ("train") or is measured by ("test").
+    """Rows for training (split "train") or validation ("test").
 
     Raises:
-        ConfigError: too large a share of the photos is bad, or no row is left.
+        ConfigError: too many unusable photos, or no row is left.
     """
     bad = index.bad_share()
     if bad > config.data.max_bad_share:

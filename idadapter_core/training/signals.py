@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and Ctrl+C end a run after its step, with a checkpoint; SIGUSR1 asks for a checkpoint alone."""
+"""Signal handling: SIGTERM and Ctrl+C end a run after the current step with a checkpoint; SIGUSR1 only writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 
 from ..waiting import Terminated
 
-_INSIST = 5.0  # seconds after which another SIGTERM is no copy of the first, which launchers and clusters send to the same process
+# Seconds. Launchers and clusters may both send the first SIGTERM to a process; only a later one counts as a second.
+_INSIST = 5.0
 
 
 class Interrupted(Exception):  # noqa: N818  # no error: a signal
-    """A signal was heard in the middle of a step or of what is done between two steps, which is given up."""
+    """A signal interrupted a step, or the work between two steps; that work is dropped."""
 
 
 class Signals:
     """The signals of a run.
 
-    `heard` holds "stop" and "save" as this process alone has heard them; another thread may add to it. `stops` and `saves` are what
-    all processes have agreed on.
+    `heard` holds "stop" and "save" as received by this process; another thread may add to it. `stops` and `saves` are agreed on by all
+    processes.
     """
 
     def __init__(self) -> None:
@@ -31,22 +32,22 @@ class Signals:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether a signal asked for the end, here or in another process."""
+        """Whether this or another process was asked to stop."""
         return self.stops or "stop" in self.heard
 
     def look(self) -> None:
-        """Raise `Interrupted` where a signal asked for the end: whatever is waited for is given up."""
+        """Raise `Interrupted` if a signal asked to stop. Called while waiting."""
         if self.is_stopping:
             raise Interrupted
 
     def agreed(self, heard: set[str], *, stops: bool, saves: bool) -> None:
-        """All processes know of the signals that this one had `heard`, and of those of the others."""
+        """Apply the decision of all processes, which includes the signals that this one had `heard`."""
         self.heard.difference_update(heard)
         self.stops, self.saves = self.stops or stops, self.saves or saves
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Hear signals in the block: the first one ends the run after its step, with a checkpoint, a second one at once.
+        """Context manager: the first signal ends the run after its step with a checkpoint, a second one immediately.
 
         Raises:
             Terminated: a second SIGTERM.

@@ -1,4 +1,4 @@
-"""The state of a run that its checkpoints keep: trained weights, their average, the optimiser."""
+"""Training state saved in checkpoints: trained weights, their average and the optimiser."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ CONFIG = "config.toml"
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """Progress of a run."""
 
-    step: int = 0  # steps that are done
-    position: int = 0  # of the next sample in the sequence of all epochs
-    saved: int = -1  # step of the last checkpoint; -1: there is none
+    step: int = 0  # steps done
+    position: int = 0  # of the next sample, in the sequence of all epochs
+    saved: int = -1  # step of the last checkpoint; -1: none
 
 
 class State:
-    """What is learnt of an adapter, on the device it is trained on.
+    """Trained parameters, their average and the optimiser, on the training device.
 
     Args:
-        parameters: those of the adapter that are trained, by name.
+        parameters: the adapter's trained parameters, by name.
     """
 
     def __init__(self, config: RunConfig, adapter: Adapter, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -54,22 +54,22 @@ class State:
         self._average: dict[str, Tensor] = {}
         if config.train.ema_decay:
             self._averaging = AveragedModel(self._trained)
-            self._averaging.update_parameters(self._trained)  # the first to be averaged: the start itself
+            self._averaging.update_parameters(self._trained)  # the average starts from the initial weights
             averaged = self._averaging.parameters()
             self._average = {name: p.detach() for name, p in zip(parameters, averaged, strict=True)}
 
     def update(self, step: int) -> None:
-        """One update of the weights by their gradients, after `step` others; then of the average."""
+        """Update the weights from their gradients, then the average. `step` updates were done before."""
         self.optimizer.step()
         if self._averaging is not None:
-            # Rises from 0.1, so that the weights of the start are soon forgotten.
+            # Rises from 0.1, so that the average soon forgets the initial weights.
             decay = min(self._config.train.ema_decay, (1 + step) / (10 + step))
             self._averaging.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
             self._averaging.update_parameters(self._trained)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights in place of the trained ones, where there are any."""
+        """Context manager: swap in the averaged weights, if any."""
         _exchange(self._average, self.parameters)
         try:
             yield
@@ -77,12 +77,12 @@ class State:
             _exchange(self._average, self.parameters)
 
     def broken(self) -> list[str]:
-        """The names of weights that are not finite."""
+        """Names of weights that are not finite."""
         kept = (self.parameters, self._average)
         return [name for weights in kept for name, t in weights.items() if not t.isfinite().all()]
 
     def write(self, folder: Path) -> None:
-        """The files of a checkpoint."""
+        """Write the checkpoint's files."""
         save_adapter(self.adapter, folder / ADAPTER)
         if self._average:
             save_adapter(self.adapter, folder / EMA, weights=self._average)
@@ -90,10 +90,10 @@ class State:
         write_file(folder / CONFIG, config_toml(self._config).encode())
 
     def load(self, start: Checkpoint, read: Callable[[Path], Adapter]) -> None:
-        """The optimiser's state and the averaged weights of a checkpoint. The trained weights are in the adapter already.
+        """Load the optimiser state and the averaged weights from a checkpoint. The adapter already holds the trained weights.
 
         Args:
-            read: makes an adapter, on the CPU, of a file.
+            read: loads an adapter from a file, on the CPU.
         """
         try:
             load_optimizer(self.optimizer, start.path / OPTIMIZER)
@@ -101,7 +101,7 @@ class State:
             raise CheckpointError(
                 f"{start.path}: the optimiser's state cannot be read ({error}). Remove this checkpoint to go on from the one before."
             ) from error
-        for group in self.optimizer.param_groups:  # what the settings say, not what they said then
+        for group in self.optimizer.param_groups:  # the current settings, not the saved ones
             group.update(betas=self._config.train.betas, weight_decay=self._config.train.weight_decay)
         if self._average and (start.path / EMA).is_file():
             averaged = trainable(read(start.path / EMA))
@@ -111,7 +111,7 @@ class State:
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Of the update after `step` updates."""
+    """Learning rate of the update after `step` updates."""
     train = config.train
     if step < train.lr_warmup_steps:
         return train.learning_rate * (step + 1) / train.lr_warmup_steps
@@ -123,7 +123,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 @torch.no_grad()
 def _exchange(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Each tensor of the first gets the values of the second and the other way round, one at a time."""
+    """Swap the values of each pair of tensors, one pair at a time."""
     for name, tensor in one.items():
         values = tensor.clone()
         tensor.copy_(other[name])

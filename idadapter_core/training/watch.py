@@ -1,9 +1,8 @@
-"""The processes of a run, and whether all of them are still there.
+"""Detect lost processes of a run and pass signals among them.
 
-A process that waits for others in a collective runs no Python and hears no signal, and where one of the others is gone, stopped or
-stuck it would wait for half an hour. So each has a thread that says once a second that it is there, and what it is doing, in the
-store by which torch.distributed has the processes find each other. That thread hears signals, too, passes them on to all, and ends a
-process that waits in vain.
+A process waiting in a collective runs no Python and handles no signals, and if a peer is gone, stopped or stuck, it waits for half an
+hour. Each process therefore has a thread that reports its state once a second in torch.distributed's rendezvous store. The thread
+also receives signals, passes them on to all processes, and ends a process that waits in vain.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from ..errors import TrainingError
 from ..waiting import TERMINATED, exit_now
 
 ARRIVAL = 600.0
-"""Seconds in which all processes of a run must have started."""
+"""Seconds until all processes of a run must have started."""
 SILENCE = 60.0
-"""Seconds without a sign of a process after which it counts as lost."""
+"""Seconds without a report after which a process counts as lost."""
 GRACE = 15.0
-"""Seconds after a signal in which all processes should have come to the end of the step. Launchers kill after 30."""
+"""Seconds from a signal until all processes should have finished the step. Launchers kill after 30."""
 _BEAT = 1.0  # seconds
-_TIMEOUT = timedelta(seconds=10)  # of a question to the store
+_TIMEOUT = timedelta(seconds=10)  # of a request to the store
 WORKS, WAITS, WRITES, LEFT = "works", "waits", "writes", "left"
 
 
 @dataclass
 class _Seen:
-    """What another process said last, and since when it says no more, and since when it is at the same thing."""
+    """The last report of another process, the time of that report, and the time since which its state is unchanged."""
 
     said: str = ""
     heard: float = field(default_factory=time.monotonic)
@@ -45,11 +44,11 @@ class _Seen:
 
 
 class Watch:
-    """The other processes of a run.
+    """Monitors the other processes of a run.
 
     Args:
-        store: where all of them say that they are there.
-        heard: gets "stop" when another process heard a signal, or this one in a collective.
+        store: shared store for the processes' reports.
+        heard: "stop" is added when another process received a signal, or this one did during a collective.
     """
 
     def __init__(self, store: Any, rank: int, world: int, heard: set[str]) -> None:
@@ -61,7 +60,7 @@ class Watch:
         self._beats = 0
         self._told = False
         self.save: Callable[[], str] | None = None
-        """Writes a checkpoint of the steps done, where this process must leave without the others; says what came of it."""
+        """Writes a checkpoint of the steps done if this process must exit without the others. Returns a sentence about the outcome."""
         self._ears, self._mouth = socket.socketpair()
         for end in (self._ears, self._mouth):
             end.setblocking(False)
@@ -74,7 +73,7 @@ class Watch:
             raise
 
     def start(self) -> None:
-        """From now on the others are listened to."""
+        """Start monitoring the others."""
         now = time.monotonic()
         for seen in self._others.values():
             seen.heard = seen.since = now
@@ -82,7 +81,7 @@ class Watch:
 
     @contextlib.contextmanager
     def doing(self, state: str) -> Iterator[None]:
-        """What this process does in the block: `WAITS` for the others, or `WRITES` what the others wait for."""
+        """Context manager: report the state of this process, `WAITS` for the others or `WRITES` for them."""
         before, self._state = self._state, state
         self._since = time.monotonic()
         try:
@@ -92,24 +91,24 @@ class Watch:
             self._since = time.monotonic()
 
     def missing(self) -> list[int]:
-        """The processes that never said a word so far."""
+        """Processes that have not reported yet."""
         return [other for other in self._others if not self._store.check([_key(other)])]
 
     def silent(self, seconds: float) -> list[int]:
-        """The processes that have been silent for so long, and are not done."""
+        """Unfinished processes without a report for this many seconds."""
         now = time.monotonic()
         return [
             other for other, seen in self._others.items() if seen.state != LEFT and now - seen.heard > seconds
         ]
 
     def close(self, is_settled: bool) -> None:
-        """This process leaves: as all know, or else to be missed by those who wait for it."""
+        """Stop reporting. Unless the run's end is settled, the others will treat this process as lost."""
         self._ended.set()
         signal.set_wakeup_fd(self._fd_before)
         if self._thread.is_alive():
             self._thread.join(2 * _BEAT)
         if is_settled:
-            with contextlib.suppress(RuntimeError):  # the store may be gone before
+            with contextlib.suppress(RuntimeError):  # the store may already be gone
                 self._store.set(_key(self._rank), f"0 {LEFT}")
         for end in (self._ears, self._mouth):
             end.close()
@@ -126,11 +125,11 @@ class Watch:
                 gone = f"{error}".split("\n")[0]
             if not self._ended.is_set():
                 self._judge(gone)
-            if gone:  # torch writes a stack for each question that is not answered
+            if gone:  # torch prints a stack for each unanswered request
                 self._ended.wait(4 * _BEAT)
 
     def _listen(self) -> None:
-        """Signals of which the main thread may not have heard yet."""
+        """Read signals that the main thread may not have handled yet."""
         with contextlib.suppress(OSError):
             if {int(signal.SIGTERM), int(signal.SIGINT)} & set(self._ears.recv(4096)):
                 self._heard.add("stop")
@@ -160,7 +159,7 @@ class Watch:
                     seen.state, seen.since = state, now
 
     def _judge(self, gone: str) -> None:
-        """Leave, where this process waits for others who will not come."""
+        """Exit if this process waits for others that will not come."""
         now = time.monotonic()
         is_stopped = self._stopped_at is not None
         lost = self.silent(GRACE if is_stopped or gone else SILENCE)
@@ -181,7 +180,7 @@ class Watch:
             self._leave(why, lost, TERMINATED if is_stopped else 1)
 
     def _late(self, now: float) -> list[int]:
-        """Who is still at work, where this process has waited for long enough and nobody writes."""
+        """Processes still at work, if this process has waited long enough and none is writing."""
         assert self._stopped_at is not None
         if self._state != WAITS or now - max(self._since, self._stopped_at) < GRACE:
             return []
@@ -215,12 +214,12 @@ def _key(rank: int) -> str:
 
 
 def named(ranks: list[int]) -> str:
-    """Processes, by their numbers."""
+    """Name processes by rank."""
     return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _has_launcher(environ: Mapping[str, str]) -> bool:
-    """Whether the store is torchrun's; else it is that of process 0."""
+    """Whether torchrun hosts the store; otherwise process 0 does."""
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -229,10 +228,10 @@ def _where(environ: Mapping[str, str]) -> str:
 
 
 def arrive(heard: set[str], environ: Mapping[str, str] = os.environ, within: float = ARRIVAL) -> Watch | None:
-    """Wait until all processes of a run have started. None where there is one alone, or the launcher says nothing of the others.
+    """Wait until all processes of a run have started. Returns None for a single process, or if the launcher names no others.
 
     Raises:
-        TrainingError: names the processes that are not there after `within` seconds.
+        TrainingError: names the processes missing after `within` seconds.
     """
     world, rank = int(environ.get("WORLD_SIZE", "1")), int(environ.get("RANK", "0"))
     if world < 2 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
@@ -261,7 +260,7 @@ def arrive(heard: set[str], environ: Mapping[str, str] = os.environ, within: flo
 
 
 def _store(rank: int, environ: Mapping[str, str], deadline: float, within: float) -> Any:
-    """The store in which torch.distributed has the processes find each other, by a connection of its own."""
+    """Connect separately to torch.distributed's rendezvous store."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     is_host = rank == 0 and not _has_launcher(environ)
@@ -281,7 +280,7 @@ def _store(rank: int, environ: Mapping[str, str], deadline: float, within: float
 
 
 def _reach(address: tuple[str, int], deadline: float) -> None:
-    """Wait until somebody listens there: torch's own waiting hears no signals. Raises OSError."""
+    """Wait until the address accepts connections: torch's own wait ignores signals. Raises OSError."""
     while True:
         try:
             socket.create_connection(address, timeout=_BEAT).close()

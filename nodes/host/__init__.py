@@ -1,1 +1,1 @@
-"""All that knows ComfyUI. The nodes and this folder are the only importers of `comfy` and `folder_paths`."""
+"""Integration with ComfyUI. Only the nodes and this package import `comfy` and `folder_paths`."""

@@ -1,4 +1,4 @@
-"""What acts in one model call, decided once on the host before the model runs."""
+"""The applications that act in one model call, chosen once on the host before the model runs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Acting:
     """One application in one model call."""
 
     number: int  # in the plan
-    strength: float  # a factor, or where rescaled a multiple of the length that it is measured against
-    at_most: float | None  # the largest factor, where rescaling only limits
+    strength: float  # a factor; with rescaling, a multiple of the base norm
+    at_most: float | None  # largest factor when rescaling only limits, else None
     scale: Tensor  # the strength, 0-d, on the device
     masked: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What the patches of one model call need."""
+    """Everything the patches need to know about one model call."""
 
     run: Run
     rows: tuple[Row, ...]
@@ -41,13 +41,13 @@ class Call:
     gated: tuple[Acting, ...]  # between self-attention and cross-attention
     normalized: bool
     gates_normalized: bool
-    foreign_scale: Scale | None  # not None: rescale what other packs' replacements add
+    foreign_scale: Scale | None  # rescales the additions of other packs' replacements; None leaves them alone
     latent_size: tuple[int, int]  # of this call's input
     gates: Mapping[Adapter, GatedLayers] = field(
         default_factory=dict
-    )  # the gated layers where this call runs
-    owns_stream: bool = False  # no other pack has a middle patch that could still hold the image tokens
-    self_norm: list[Tensor] = field(default_factory=list)  # of the latest self-attention's output, per row
+    )  # the gated layers on the device of this call
+    owns_stream: bool = False  # no other pack has a middle patch that may still reference the image tokens
+    self_norm: list[Tensor] = field(default_factory=list)  # norm per row of the latest self-attention output
 
 
 _current = threading.local()
@@ -55,7 +55,7 @@ _current = threading.local()
 
 @contextlib.contextmanager
 def calling(call: Call) -> Iterator[None]:
-    """Make a call the one that `call_of` finds in this thread."""
+    """Make `call` the current call of this thread, for `call_of`."""
     before = getattr(_current, "call", None)
     _current.call = call
     try:
@@ -65,6 +65,6 @@ def calling(call: Call) -> Iterator[None]:
 
 
 def call_of(extra: Mapping[str, Any]) -> Call | None:
-    """The model call that a block belongs to, also where another node's copy of the block passes on none of our options."""
+    """Return the model call that a block belongs to, even if another node's copy of the block drops our options."""
     call: Call | None = extra.get(CALL) or getattr(_current, "call", None)
     return call

@@ -1,7 +1,7 @@
 """Identities and torch.compile.
 
 ComfyUI compiles a model without guards on `transformer_options`, so a graph compiled for one set of attention patches is
-silently used for another: the picture is then wrong, or the identity missing. Model calls in which an identity acts therefore
+silently reused for another: the image is wrong, or the identity is missing. Model calls in which an identity acts therefore
 run uncompiled; all others stay compiled.
 """
 
@@ -17,11 +17,11 @@ from comfy.patcher_extension import WrappersMP
 
 from ...idadapter_core.errors import MismatchError
 
-COMPILE_KEY = "torch.compile"  # under which ComfyUI registers the wrapper that swaps in compiled modules
+COMPILE_KEY = "torch.compile"  # ComfyUI's key for the wrapper that swaps in compiled modules
 
 
 class _Uncompiled:
-    """Counts the calls that need eager execution: the switch is one for the whole process, the calls may be in threads."""
+    """Counter of the calls that need eager execution. The switch is process-wide, and calls may run in several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,17 +52,17 @@ _uncompiled = _Uncompiled()
 
 
 def has_compile_wrapper(options: dict[str, Any]) -> bool:
-    """Whether ComfyUI's compile node acts on a model call."""
+    """Return whether ComfyUI's compile node is active in a model call."""
     return bool(options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE_KEY))
 
 
 def has_compiled_modules(unet: Any) -> bool:
-    """Whether a UNet, or anything in it, is compiled by another way."""
+    """Return whether a UNet, or any module in it, was compiled in some other way."""
     return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in _all_modules(unet))
 
 
 def _all_modules(module: Any) -> Iterator[Any]:
-    """A module and all modules in it. Not `modules()`: a pack patches it to hide the modules that it has compiled."""
+    """Yield a module and all its descendants. `modules()` is not reliable: one pack patches it to hide compiled modules."""
     yield module
     for child in module._modules.values():
         if child is not None:
@@ -71,7 +71,7 @@ def _all_modules(module: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run what is inside without compiled graphs."""
+    """Context manager that runs its body without compiled graphs."""
     _uncompiled.enter()
     try:
         yield

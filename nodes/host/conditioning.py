@@ -1,4 +1,4 @@
-"""What the pack leaves in a CONDITIONING beside ComfyUI's own options."""
+"""Entries that this pack adds to the options of a CONDITIONING."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from ...idadapter_core import Identity
 from .plan import KEY
 
-ATTACHED = f"{KEY}_attached"  # identities of its own, a tuple of `Attached`
-PROMPTED = f"{KEY}_prompted"  # the ID Prompt that made it, a `Prompted`
-TEXT_POSITIONS = f"{KEY}_text"  # the neighbouring positions of its identity text tokens
+ATTACHED = f"{KEY}_attached"  # tuple of `Attached`: the identities attached to it
+PROMPTED = f"{KEY}_prompted"  # `Prompted`: the ID Prompt that made it
+TEXT_POSITIONS = f"{KEY}_text"  # contiguous positions of its identity text tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """One identity that Attach Identity to Conditioning has put there."""
+    """One identity added by Attach Identity to Conditioning."""
 
     identity: Identity
     role: str  # positive or negative
@@ -32,18 +32,18 @@ class Attached:
 
 @dataclass(frozen=True)
 class Prompted:
-    """Which ID Prompt made a conditioning, and for which adapter."""
+    """The ID Prompt that made a conditioning, and its adapter."""
 
     adapter: str  # digest
     node_id: str
 
 
 def attached_to(options: Mapping[str, Any]) -> tuple[Attached, ...]:
-    """The identities attached to a conditioning."""
+    """Return the identities attached to a conditioning."""
     attached: tuple[Attached, ...] = options.get(ATTACHED, ())
     return attached
 
 
 def is_negative(role: str) -> bool:
-    """Whether a guider's role takes the identity's unconditional counterpart."""
+    """Return whether a guider's role uses the unconditional counterpart of the identity."""
     return "negative" in role

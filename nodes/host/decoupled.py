@@ -1,4 +1,4 @@
-"""Decoupled attention in ComfyUI's UNet: one attn2 replacement per site, over whatever other packs have put there."""
+"""Decoupled attention in ComfyUI's UNet: one attn2 replacement per site, which wraps any replacement of another pack."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .run import Cache, Run
 
 
 class Decoupled(Cache):
-    """K and V of all identities at all sites, and the replacements, of one run."""
+    """Cache of one run: K and V of all identities at all sites, and the replacements."""
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -35,7 +35,7 @@ class Decoupled(Cache):
         self._attentions: dict[tuple[Site, int], SiteAttention] = {}
 
     def segments(self, rows: tuple[Row, ...], application: int) -> tuple[Segment, ...]:
-        """The rows of one application in as few attention calls as possible; rows without an identity are left out."""
+        """Group the rows of one application into as few attention calls as possible, skipping rows without an identity."""
         handles = tuple(row.handles[application] for row in rows)
         if handles not in self._segments:
             self._segments[handles] = segments(handles)
@@ -44,7 +44,7 @@ class Decoupled(Cache):
     def project(self, device: torch.device, dtype: torch.dtype) -> None:
         """Project K and V of every identity of the run at every site, once per device and dtype.
 
-        The weights are only passed through the device, one site at a time, for all identities together.
+        Weights move to the device one site at a time, for all identities together, and do not stay there.
         """
         if (device, dtype) in self._projected:
             return
@@ -66,7 +66,7 @@ class Decoupled(Cache):
     def keys_values(
         self, site: Site, handles: tuple[Handle, ...], heads: int, device: torch.device, dtype: torch.dtype
     ) -> PreparedIdentity:
-        """K and V of a segment at a site, in the form that attention takes."""
+        """Return K and V of a segment at a site, prepared for attention."""
         key = (site.index, handles, device, dtype)
         if key not in self._prepared:
             self.project(device, dtype)
@@ -76,7 +76,7 @@ class Decoupled(Cache):
         return self._prepared[key]
 
     def attention(self, site: Site, previous: Replacement | None) -> SiteAttention:
-        """The replacement of a site over what was there. The same object in every step, so that a compiled graph stays valid."""
+        """Return the replacement of a site, wrapping `previous`. Every step gets the same object, so compiled graphs stay valid."""
         key = (site, id(previous))
         if key not in self._attentions:
             slot = None if previous is None else self.run.of(ForeignSlots).slot(previous)
@@ -85,7 +85,7 @@ class Decoupled(Cache):
 
 
 class SiteAttention:
-    """The attn2 replacement of one site: text attention (or another pack's), plus what the acting identities add."""
+    """The attn2 replacement of one site: text attention (or another pack's) plus attention to the acting identities."""
 
     def __init__(self, site: Site, previous: ForeignSlot | None):
         self.site = site
@@ -108,7 +108,7 @@ class SiteAttention:
                 if acting.masked:
                     size = tokens_size(extra, q.shape[1], call.latent_size)
                     mask = call.run.of(Masks).of(acting.number, rows[span], size, q.device, q.dtype)
-                if not ours:  # another owner may still hold this tensor
+                if not ours:  # other code may still reference this tensor
                     out, ours = out.clone(memory_format=torch.contiguous_format), True
                 add_identity(
                     out[span],
@@ -123,7 +123,7 @@ class SiteAttention:
         return out
 
     def _base(self, call: Call | None, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Rescaled:
-        """The output to add to."""
+        """Return the output that identities are added to."""
         if self.previous is None:
             out = text_attention(q, k, v, extra)
             return Rescaled(out, out, OVERRIDE not in extra and not out.requires_grad)

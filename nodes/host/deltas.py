@@ -1,4 +1,4 @@
-"""Changes of the UNet's own weights as ComfyUI's weight patches, which combine with LoRAs in any order."""
+"""Weight deltas of the UNet as ComfyUI weight patches, which combine with LoRAs in any order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .plan import Application, Plan
 
 
 def delta_strength(applications: Sequence[Application], adapter: Adapter) -> float:
-    """How strongly an adapter's deltas act on a MODEL.
+    """Return the strength of an adapter's deltas on a MODEL.
 
-    Weights are shared by all rows of a model call, so they follow the strength alone, not masks or windows. One identity applied
-    several times at the same place and time counts with the sum of its strengths. Of several people, places or times the
-    strongest decides, because each of them wants the deltas once. Of two that are as strong with opposite signs it is the
-    positive, whatever their order.
+    All rows of a model call share the weights, so only the strength counts, not masks or windows. Strengths of one identity
+    applied several times with the same mask and window are summed. Among different people, masks or windows the largest
+    magnitude wins, because each of them needs the deltas once. Of two equal magnitudes with opposite signs the positive wins,
+    whatever their order.
     """
     groups: list[list[Application]] = []
     for application in applications:
@@ -37,7 +37,7 @@ def delta_strength(applications: Sequence[Application], adapter: Adapter) -> flo
 
 
 def _same_but_strength(one: Application, other: Application) -> bool:
-    """Whether two applications of one adapter put the same person at the same place and time."""
+    """Return whether two applications of one adapter have the same identity, mask and window."""
     windows = [(a.start_percent, a.end_percent) for a in (one, other)]
     if windows[0] != windows[1] or (one.mask is None) != (other.mask is None):
         return False
@@ -47,7 +47,7 @@ def _same_but_strength(one: Application, other: Application) -> bool:
 
 
 def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after: float) -> None:
-    """Bring the deltas of an adapter on a MODEL (a clone of ours) from one strength to another.
+    """Change the strength of an adapter's deltas on a MODEL (our own clone) from `before` to `after`.
 
     Raises:
         MismatchError: the model has no such weights.
@@ -60,7 +60,7 @@ def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after
         f"diffusion_model.{blocks[place.site]}.{place.layer}.weight": _patch(delta)
         for place, delta in deltas.items()
     }
-    # Differences add up to what one patch of the new strength would do, whatever lies between them.
+    # The differences sum to one patch of the new strength, whatever other patches come in between.
     applied = model.add_patches(patches, after - before)
     if missing := sorted(set(patches) - set(applied)):
         if any("_orig_mod" in key for key in model.model_state_dict()):
@@ -75,7 +75,7 @@ def patch_weights(model: Any, plan: Plan, adapter: Adapter, before: float, after
 
 
 def _patch(delta: Delta) -> Any:
-    """A delta in ComfyUI's form."""
+    """Convert a delta to a ComfyUI weight patch."""
     if isinstance(delta, LowRankDelta):
         alpha = delta.scale * delta.down.shape[0]
         return LoRAAdapter(set(), (delta.up, delta.down, alpha, None, None, None))

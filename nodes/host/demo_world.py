@@ -1,4 +1,4 @@
-"""The demo world's base model as ComfyUI's own MODEL, CLIP and VAE."""
+"""Loads the demo world's base model as a ComfyUI MODEL, CLIP and VAE."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TABLE = "embeddings.token_embedding.weight"
 
 class DemoWorldLatents(comfy.latent_formats.SD15):
     latent_channels = base.LATENT_CHANNELS
-    latent_rgb_factors = None  # the preview's colours are of other channels
+    latent_rgb_factors = None  # SD1.5's preview factors are for other channels
     taesd_decoder_name = None
 
 
@@ -68,10 +68,10 @@ class DemoWorldParts(NamedTuple):
 
 
 def open_base(path: Path, autoencoder: Path) -> DemoWorldParts:
-    """MODEL, CLIP and VAE from the demo world's two files.
+    """Load MODEL, CLIP and VAE from the demo world's two files.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of something else.
+        CheckpointError: a file is missing, damaged or of another kind.
     """
     state = read_network(base.KIND, path)
     return DemoWorldParts(_unet(path), _text_encoder(_part(state, "text.")), _vae(autoencoder))
@@ -82,7 +82,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _config() -> DemoWorldModel:
-    """What ComfyUI would find in the names of weights, if it knew such small models."""
+    """Return the config that ComfyUI would detect from the weight names if it supported such small models."""
     levels = len(base.UNET_WIDTHS)
     channels = {"in_channels": base.LATENT_CHANNELS, "out_channels": base.LATENT_CHANNELS}
     return DemoWorldModel(
@@ -103,7 +103,7 @@ def _config() -> DemoWorldModel:
 
 
 def _unet(path: Path, disable_dynamic: bool = False) -> Any:
-    """The MODEL. `disable_dynamic` is there because ComfyUI rebuilds a MODEL by calling this function once more with it."""
+    """Build the MODEL. ComfyUI passes `disable_dynamic` when it rebuilds a MODEL by calling this function again."""
     config = _config()
     memory = comfy.model_management
     device, offload_device = memory.get_torch_device(), memory.unet_offload_device()
@@ -121,7 +121,7 @@ def _unet(path: Path, disable_dynamic: bool = False) -> Any:
 
 
 def _text_encoder(weights: dict[str, Tensor]) -> Any:
-    """The CLIP. Every word that the small table lacks has the row of the unknown one."""
+    """Build the CLIP. Words missing from the small table get the row of the unknown word."""
     small = weights[_TABLE].float()
     table = small[words().unknown].repeat(VOCABULARY, 1)
     table[list(words().known)] = small[: words().unknown]

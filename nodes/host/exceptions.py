@@ -1,6 +1,6 @@
-"""The pack's exceptions under their short names.
+"""Short names for the pack's exceptions.
 
-ComfyUI puts the module's path before the name of every exception that is not built in, and a custom node's module is a folder.
+ComfyUI prefixes the name of every exception that is not built in with its module, which for a custom node is a folder path.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ...idadapter_core.errors import IDAdapterError
 def use_short_names() -> None:
     """Make ComfyUI show "InputError" and not "/…/custom_nodes/…/errors.InputError".
 
-    Only this process's copy of the classes is touched. They still travel between processes: pickle, which would look for them
-    among the built-in names, is told where they are. Doing it twice is harmless.
+    Only the classes of this process change. They can still be pickled: a registered reducer finds them, because pickle would
+    look them up in builtins. Calling it twice is harmless.
     """
     for error in _family(IDAdapterError):
         error.__module__ = "builtins"

@@ -1,4 +1,4 @@
-"""What a sampling run has to say about the nodes behind it: what the user left out, and what could not act."""
+"""Warnings of a sampling run about the nodes involved: missing connections, and identities that could not act."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .titles import APPLY, ATTACH, PROMPT, RESCALE
 
 @dataclass
 class Findings:
-    """Messages by the node that shows them. Nodes without any are told, too, so that old messages go."""
+    """Messages grouped by the node that shows them. Nodes without messages are included, to clear their old ones."""
 
     plan: Plan
     _nodes: dict[tuple[str | None, str], list[Message]] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Findings:
             self.about(self.plan.rescale.node_id, RESCALE)
 
     def about(self, node_id: str | None, title: str, *texts: str) -> None:
-        """Warnings about a node."""
+        """Add warnings about a node, without duplicates."""
         known = self._nodes.setdefault((node_id, title), [])
         known += [message for message in map(warning, texts) if message not in known]
 
@@ -42,7 +42,7 @@ class Findings:
 def before_sampling(
     plan: Plan, conditionings: Mapping[str, Iterable[Mapping[str, Any]]], latents: int
 ) -> Findings:
-    """What can be told before the first model call from the plan, the conditionings by role, and the number of latents."""
+    """Check a plan, its conditionings (by role) and the number of latents before the first model call."""
     found = Findings(plan)
     prompted: set[str] = set()
     for role, group in conditionings.items():
@@ -72,17 +72,17 @@ def before_sampling(
 
 @dataclass(frozen=True)
 class Heard:
-    """What a run heard of its own sampling."""
+    """Statistics of one sampling run."""
 
     calls: int  # of the model
     evaluations: int  # of the model with all conditionings
     missed: int  # evaluations without any model call
-    placed: bool  # every gated layer could tell where it is
-    changing: tuple[str, ...]  # owners of replacements that rescaling left alone
+    placed: bool  # every gated layer could identify its site
+    changing: tuple[str, ...]  # owners of replacements that were not rescaled
 
 
 def after_sampling(plan: Plan, heard: Heard, model_options: Mapping[str, Any]) -> Findings:
-    """What turned out while sampling."""
+    """Report problems that showed up during sampling."""
     found = Findings(plan)
     acting = [application for application in plan.applications if application.acts]
     rescale = plan.rescaling
@@ -111,7 +111,7 @@ def after_sampling(plan: Plan, heard: Heard, model_options: Mapping[str, Any]) -
 
 
 def run_lost(plan: Plan) -> Findings:
-    """Another node has taken away the wrapper with which a run begins, so nothing can act."""
+    """Report that another node removed the wrapper that starts a run, so nothing can act."""
     found = Findings(plan)
     for application in plan.applications:
         if application.acts:
@@ -123,7 +123,7 @@ def run_lost(plan: Plan) -> Findings:
 
 def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[str]:
     adapter, texts = application.adapter, []
-    in_a_graph = application.node_id is not None  # elsewhere prompts carry no mark
+    in_a_graph = application.node_id is not None  # prompts are only marked in a queued graph
     if in_a_graph and application.identity.text_tokens and adapter.digest not in prompted:
         texts.append(
             "no positive prompt has this adapter's identity in it, so only a part of the adapter acts. Use ID Prompt, with the same "
@@ -138,7 +138,7 @@ def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[
 
 
 def _silence(application: Application, cause: str) -> str:
-    """What to say where no model call came by. Changed weights are the model's own, and act all the same."""
+    """Return the message for a run without model calls. Weight deltas are part of the model, so they still act."""
     if application.adapter.mechanisms.deltas:
         return f"only the K and V weights of this identity acted in this picture, its gated layers did not: {cause}"
     return f"the identity did not act in this picture: {cause}"
@@ -163,7 +163,7 @@ def _cause(model_options: Mapping[str, Any]) -> str:
 
 
 def _is_zero(states: Any) -> bool:
-    """Whether text states are those of Conditioning Zero Out, which is a usual negative."""
+    """Return whether text states come from Conditioning Zero Out, a common negative."""
     return states is not None and not bool(states.any())
 
 

@@ -1,10 +1,10 @@
-"""Attention replacements of other packs, and rescaling of the part that they add to the text's attention.
+"""Attention replacements of other packs, and rescaling of the part they add to the text attention.
 
-A replacement can add something (IPAdapter, InstantID, PuLID: attention to tokens of their own) or change the text's attention
-itself (PLADIS, NAG, Attention Couple). Only an addition has a length of its own that can be compared with the text's, so only
-additions are rescaled. Objects that others can `add` callbacks to are sums by convention. Any other replacement is tried out
-once in a run: with halved values the text's attention halves exactly, and an addition stays as it is. The same trial tells whether
-a replacement computes the text's attention with or without an override that others have put on all attention.
+A replacement either adds something (IPAdapter, InstantID, PuLID: attention to tokens of their own) or changes the text attention
+itself (PLADIS, NAG, Attention Couple). Only an addition has a norm to compare with that of the text, so only additions are
+rescaled. Replacement objects with an `add` method for callbacks are sums by convention. Any other replacement gets one trial per
+run: with halved values the text attention halves exactly, while an addition stays the same. The same trial detects whether the
+replacement computes the text attention with or without a global attention override of another pack.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .run import Cache, Run
 Replacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 OVERRIDE = "optimized_attention_override"
 
-# Share of a token's text norm below which what another pack adds there counts as rounding.
+# An addition below this share of a token's text norm counts as rounding.
 FLOOR = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
-# How far, as a share of the addition and of the text, a trial may be off before the replacement counts as a change of the text's attention.
+# Largest error of a trial, relative to the addition and to the text, for a replacement that still counts as an addition.
 TOLERANCE = 0.25
 
 
 def text_attention(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
-    """The plain attention of a layer, through ComfyUI's own function and whatever overrides it.
+    """Compute the plain attention of a layer with ComfyUI's own function, including any override of it.
 
     Raises:
-        InputError: another node has put texts below those of the picture's rows.
+        InputError: another node appended texts, so there are more texts than rows of the image.
     """
     if len(k) != len(q):
         raise InputError(
@@ -51,7 +51,7 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Te
 
 @dataclass(frozen=True)
 class Scale:
-    """How additions are rescaled in one model call."""
+    """Rescaling of additions in one model call."""
 
     scale: Tensor  # 0-d, on the device
     limit: bool  # only weaken
@@ -62,8 +62,8 @@ class Rescaled:
     """The output of a slot after rescaling."""
 
     out: Tensor
-    text: Tensor  # its norm counts as the text's
-    fresh: bool  # nobody else holds `out`
+    text: Tensor  # provides the text norm
+    fresh: bool  # no other code references `out`
 
 
 class ForeignSlot:
@@ -72,26 +72,24 @@ class ForeignSlot:
     def __init__(self, replacement: Replacement):
         self.replacement = replacement
         self.adds: bool | None = True if callable(getattr(replacement, "add", None)) else None
-        self.overridden: bool | None = (
-            None  # whether its text attention goes through an override of all attention
-        )
+        self.overridden: bool | None = None  # whether its text attention uses a global override of attention
         self.trial: Tensor | None = None
-        """(3,) bool on the device: the outcome of a trial that was not read yet. Whether anything was added, whether it is an
-        addition, whether the text's attention is overridden."""
+        """(3,) bool on the device, the unread outcome of a trial: whether anything was added, whether it is an addition, and whether
+        the text attention is overridden."""
 
     @property
     def owner(self) -> str:
         return owner_of(self.replacement)
 
     def settle(self, live: bool, additive: bool, overridden: bool) -> None:
-        """Take in the outcome of a trial."""
+        """Store the outcome of a trial."""
         self.trial = None
         self.overridden = overridden
         if self.adds is None and live:
             self.adds = additive
 
     def rescaled(self, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], scale: Scale) -> Rescaled:
-        """The replacement's output with its addition rescaled, or as it is where nothing is known to be added."""
+        """Return the replacement's output with its addition rescaled, or unchanged if it is not an addition."""
         out = self.replacement(q, k, v, extra)
         if self.adds is False:
             return Rescaled(out, out, False)
@@ -103,9 +101,9 @@ class ForeignSlot:
     def _tried(
         self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], scale: Scale
     ) -> Rescaled:
-        """The output of a replacement about which nothing is settled yet, with the trial that settles it."""
+        """Run an unknown replacement together with the trial that classifies it, and return its output."""
         halved = self.replacement(q, k, v * 0.5, dict(extra))
-        estimate = 2 * (out.float() - halved.float())  # of the text's attention
+        estimate = 2 * (out.float() - halved.float())  # of the text attention
         text = _text(q, k, v, extra, overridden=True)
         overridden = torch.ones((), dtype=torch.bool, device=q.device)
         if OVERRIDE in extra:
@@ -120,7 +118,7 @@ class ForeignSlot:
             additive = torch.ones_like(additive)
         self.trial = torch.stack([live.any(), additive, overridden])
         found = self._rescale(out, text, scale)
-        # Reading the outcome here would make the host wait in a layer.
+        # Reading the outcome here would make the host wait for the device inside a layer.
         return Rescaled(torch.where(additive, found.out, out), torch.where(additive, text, out), found.fresh)
 
     def _rescale(self, out: Tensor, text: Tensor, scale: Scale) -> Rescaled:
@@ -132,18 +130,18 @@ class ForeignSlot:
 
 
 class ForeignSlots(Cache):
-    """The replacements of other packs that a run has met, by their id; each slot keeps its own alive."""
+    """The replacements of other packs seen in a run, by object id. Each slot keeps its replacement alive."""
 
     def __init__(self, run: Run):
         super().__init__(run)
         self._slots: dict[int, ForeignSlot] = {}
 
     def slot(self, replacement: Replacement) -> ForeignSlot:
-        """The state of another pack's replacement in this run."""
+        """Return the slot of another pack's replacement in this run."""
         return self._slots.setdefault(id(replacement), ForeignSlot(replacement))
 
     def settle_trials(self) -> None:
-        """Read what was found out about replacements: one wait for all of them."""
+        """Read the outcomes of all trials with a single device synchronisation."""
         tried = [(slot, slot.trial) for slot in self._slots.values() if slot.trial is not None]
         if tried:
             outcomes = torch.stack([trial.to(tried[0][1].device) for _, trial in tried]).tolist()
@@ -151,27 +149,26 @@ class ForeignSlots(Cache):
                 slot.settle(live, additive, overridden)
 
     def changing(self) -> tuple[str, ...]:
-        """Owners of replacements that change the text's attention itself and are left alone."""
+        """Return the owners of replacements that change the text attention itself and are not rescaled."""
         return tuple(slot.owner for slot in self._slots.values() if slot.adds is False)
 
 
 def _text(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], overridden: bool) -> Tensor:
-    """Plain text attention (B, N, C). A replacement may know nothing of an override that others have put there."""
+    """Compute plain text attention (B, N, C). `overridden=False` skips a global override, as some replacements do."""
     if not overridden:
         extra = {name: value for name, value in extra.items() if name != OVERRIDE}
     return text_attention(q, k, v, extra)
 
 
 def _live(text_norms: Tensor, added_norms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where (B, N) more than rounding was added."""
+    """Mask (B, N) of the tokens where more than rounding was added."""
     return added_norms > FLOOR.get(dtype, 0.0) * text_norms
 
 
 def _factor(text_norms: Tensor, added_norms: Tensor, live: Tensor, scale: Scale) -> Tensor:
-    """Factors (B, N) of an addition: of one length where it lives, 1 where there is nothing but rounding.
+    """Factors (B, N) of an addition: one value per row where `live`, 1 elsewhere (only rounding there).
 
-    Both norms are taken over the tokens where the addition lives, so that a mask of the other pack does not change the strength
-    inside it.
+    Both norms cover the live tokens alone, so that a mask of the other pack does not change the strength inside the mask.
     """
     text, added = (torch.where(live, norms, 0.0).norm(dim=1) for norms in (text_norms, added_norms))
     factor = norm_factor(text, added, scale.scale, added.dtype, at_most=1.0 if scale.limit else None)

@@ -1,4 +1,4 @@
-"""Gated layers in ComfyUI's UNet: a middle patch, with weights in ComfyUI's hands."""
+"""Gated layers in ComfyUI's UNet: a middle patch, with weights managed by ComfyUI."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .run import Cache, Run
 
 
 def load_with(model: Any, adapter: LoadedAdapter) -> None:
-    """Have ComfyUI load an adapter's gated layers whenever it loads this MODEL (a clone of ours), if any of them can act on it."""
+    """Make ComfyUI load an adapter's gated layers together with this MODEL (our own clone), if any of them can act on it."""
     digest = adapter.adapter.digest
     acts = any(a.acts and a.adapter.digest == digest for a in plan_of(model).applications)
     if adapter.gates is None or not acts:
@@ -36,7 +36,7 @@ def load_with(model: Any, adapter: LoadedAdapter) -> None:
 
 
 def loaded_gates(model: Any, plan: Plan) -> dict[Adapter, GatedLayers]:
-    """The gated layers of each adapter of a plan, where a BaseModel that is sampled has them."""
+    """Return the gated layers of each adapter of a plan, as loaded with the BaseModel being sampled."""
     patcher = getattr(model, "current_patcher", None)
     patchers = [] if patcher is None else patcher.get_additional_models_with_key(KEY)
     by_digest = {loaded.model.adapter_digest: loaded.model for loaded in patchers}
@@ -49,18 +49,18 @@ def loaded_gates(model: Any, plan: Plan) -> dict[Adapter, GatedLayers]:
 
 
 class Gated(Cache):
-    """What identities bring to each gated adapter, and the patch, of one run."""
+    """Cache of one run: keys and values of the identities at each gated adapter, and the patch."""
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.placed = True  # every gated layer that ran could tell which it is
+        self.placed = True  # every gated layer that ran could identify its site
         # The same object in every step, so that a compiled graph stays valid.
         self.patch = GatePatch(run.plan.sites)
         self._identities: dict[tuple[torch.device, torch.dtype], dict[tuple[int, Handle], GateIdentity]] = {}
         self._spans: dict[tuple[tuple[tuple[int, Handle | None], ...], ...], tuple[Span, ...]] = {}
 
     def spans(self, rows: tuple[Row, ...], applications: tuple[int, ...]) -> tuple[Span, ...]:
-        """The rows in which any of these applications acts, neighbours with the same identities together."""
+        """Group neighbouring rows with the same identities; rows in which none of these applications acts are skipped."""
         combinations = tuple(tuple((n, row.handles[n]) for n in applications) for row in rows)
         if combinations not in self._spans:
             self._spans[combinations] = spans(combinations)
@@ -72,7 +72,7 @@ class Gated(Cache):
         """Project K and V of every identity of the run at every gated adapter, once per device and dtype.
 
         Args:
-            layers: by adapter, where ComfyUI has loaded them. Only those with an open attention gate are asked.
+            layers: the gated layers of each adapter, as loaded by ComfyUI. Only layers with an open attention gate are used.
         """
         if (device, dtype) in self._identities:
             return
@@ -89,7 +89,7 @@ class Gated(Cache):
     def _project(
         self, handles: list[Handle], tokens: Tensor, layers: GatedLayers
     ) -> dict[tuple[int, Handle], GateIdentity]:
-        """What identities (tokens (H, T, D), one for each handle) bring to each gated adapter with an open attention gate."""
+        """Project tokens (H, T, D), one identity per handle, at each site; sites with a closed attention gate get empty entries."""
         found: dict[tuple[int, Handle], GateIdentity] = {}
         for site in self.run.plan.sites:
             if not handles[0].adapter.mechanisms.openings[site.index][0]:
@@ -108,12 +108,12 @@ class Gated(Cache):
         return found
 
     def identity(self, site: Site, handle: Handle, device: torch.device, dtype: torch.dtype) -> GateIdentity:
-        """What one identity brings to a gated adapter, as `project` made it."""
+        """Return the keys and values of one identity at a gated adapter, from `project`."""
         return self._identities[device, dtype][site.index, handle]
 
 
 def remember_norm(n: Tensor, extra: dict[str, Any]) -> Tensor:
-    """An attn1_output_patch: what the gated residual of this block is measured against."""
+    """attn1_output_patch that stores the norm of the block's self-attention output, the base norm of its gated residual."""
     call = call_of(extra)
     if call is not None:
         call.self_norm[:] = [sample_norm(n)]
@@ -121,14 +121,14 @@ def remember_norm(n: Tensor, extra: dict[str, Any]) -> Tensor:
 
 
 class GatePatch:
-    """The middle patch of all sites: what the gated adapters add to the image tokens of each row."""
+    """The middle patch of all sites: adds the residuals of the gated adapters to the image tokens of each row."""
 
     def __init__(self, sites: Sequence[Site]):
         self.sites = {site.comfy: site for site in sites}
         self.depths = Counter(site.comfy[:2] for site in sites)
 
     def _site(self, extra: Mapping[str, Any]) -> Site | None:
-        """The site of a block; None where another node's copy of the block does not say."""
+        """Return the site of a block, or None if another node's copy of the block does not name it."""
         block, depth = tuple(extra.get("block") or ())[:2], extra.get("block_index")
         if depth is None and self.depths.get(block) == 1:
             depth = 0
@@ -142,7 +142,7 @@ class GatePatch:
         if site is None:
             call.run.of(Gated).placed = False
             return x
-        groups: dict[str, list[Acting]] = {}  # by digest: one file loaded twice is one adapter
+        groups: dict[str, list[Acting]] = {}  # by digest, since one file may be loaded twice
         for acting in call.gated:
             adapter = call.run.plan.applications[acting.number].adapter
             if any(adapter.mechanisms.openings[site.index]):
@@ -150,8 +150,8 @@ class GatePatch:
         if not groups:
             return x
         rows = expand_rows(call.rows, extra, x.shape[0])
-        # Adapters stand side by side: none sees what another adds, so their order does not matter. One alone may write
-        # into the stream.
+        # Adapters act in parallel: none sees the residual of another, so their order does not matter. A single one may write
+        # into the stream directly.
         alone = len(groups) == 1 and not call.gates_normalized and not x.requires_grad
         out = x if alone and call.owns_stream else x.clone()
         for group in groups.values():
@@ -167,7 +167,7 @@ class GatePatch:
                 masks = [gate.mask(acting, rows[part], x) for _, acting in people]
                 if call.gates_normalized:
                     for (identity, acting), mask in zip(people, masks, strict=True):
-                        # A limit holds what the adapter adds at its weight; its feed-forward makes that no mere multiple.
+                        # A limit applies to the residual at its full weight: the feed-forward makes it nonlinear in the weight.
                         weight, at_most = (1.0, None) if acting.at_most is None else (acting.at_most, 1.0)
                         residual = gate.residual(x[part], [replace(identity, strength=weight)])
                         norm = _self_norm(call, x)[part]
@@ -189,7 +189,7 @@ def _self_norm(call: Call, x: Tensor) -> Tensor:
     """Norm of this block's self-attention output for each row of x.
 
     Raises:
-        InputError: the block was not asked for it.
+        InputError: the block did not run `remember_norm`.
     """
     if not call.self_norm or len(call.self_norm[0]) != len(x):
         raise InputError(
@@ -209,23 +209,23 @@ class _Gate:
         self.extra = extra
 
     def add(self, x: Tensor, identities: list[GateIdentity]) -> None:
-        """Let identities act on image tokens in place."""
+        """Apply identities to image tokens in place."""
         self.module(x, identities, gates=self.values, attention=self._attention, inplace=True)
 
     def residual(self, x: Tensor, identities: list[GateIdentity]) -> Tensor:
-        """What identities add to image tokens."""
+        """Return the residual that identities add to image tokens."""
         added: Tensor = self.module.residual(x, identities, gates=self.values, attention=self._attention)
         return added
 
     def mask(self, acting: Acting, rows: tuple[Row, ...], x: Tensor) -> Tensor | None:
-        """The mask of an application for these rows, (1 or rows, N, 1)."""
+        """Return the mask (1 or rows, N, 1) of an application for these rows."""
         if not acting.masked:
             return None
         size = tokens_size(self.extra, x.shape[1], self.call.latent_size)
         return self.call.run.of(Masks).of(acting.number, rows, size, x.device, x.dtype)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-        # Without the options: other packs' overrides of attention expect ComfyUI's own layers.
+        # No transformer_options: attention overrides of other packs expect ComfyUI's own layers.
         out: Tensor = comfy_attention.optimized_attention(
             q, k, v, heads, attn_precision=self.extra.get("attn_precision")
         )

@@ -1,7 +1,7 @@
-"""What a queued graph leaves out, told before anything runs.
+"""Checks a queued graph for missing nodes before it runs.
 
-Without Apply ID Adapter nothing of this pack takes part in sampling, so the run itself cannot tell that an identity in a prompt goes
-nowhere. The graph can, at every queue, also where ComfyUI takes all nodes from its cache.
+Without Apply ID Adapter no code of this pack runs during sampling, so a run cannot detect that the identity in its prompt has no
+effect. The graph shows it each time it is queued, even if ComfyUI takes all nodes from its cache.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class Sockets:
     outputs: tuple[str, ...]
 
 
-SocketsOf = Callable[[str], Sockets]  # by the id of a node class
+SocketsOf = Callable[[str], Sockets]  # node class id -> sockets
 
 
 @dataclass(frozen=True)
 class _Link:
-    """What one input of a node is wired to."""
+    """The source of one node input."""
 
     source: str
     type: str
 
 
 class Graph:
-    """A prompt as it is queued: node id -> {class_type, inputs}."""
+    """A queued prompt: node id -> {class_type, inputs}."""
 
     def __init__(self, prompt: Mapping[str, Any], sockets_of: SocketsOf):
         self.classes: dict[str, str] = {}
@@ -62,11 +62,11 @@ class Graph:
         source, slot = str(value[0]), value[1]
         given = sockets_of(self.classes[source]).outputs
         known = isinstance(slot, int) and 0 <= slot < len(given)
-        # A switch or reroute gives anything; then the input says what it is.
+        # The output of a switch or reroute can be of any type; then the type of the input counts.
         return _Link(source, given[slot] if known and given[slot] != _ANY else taken)
 
     def sources(self, node: str, kind: str) -> set[str]:
-        """All nodes that a node's inputs of one socket type come from, through however many others."""
+        """Return all direct and indirect sources of a node's inputs of one socket type."""
         found: set[str] = set()
         waiting = [link.source for link in self.links[node] if link.type == kind]
         while waiting:
@@ -77,16 +77,16 @@ class Graph:
         return found
 
     def meeting_places(self) -> Iterator[str]:
-        """Nodes that take both a model and a conditioning: samplers, guiders, pipes."""
+        """Yield the nodes that take both a model and a conditioning: samplers, guiders, pipes."""
         for node, links in self.links.items():
             if {"MODEL", "CONDITIONING"} <= {link.type for link in links}:
                 yield node
 
 
 def omissions(prompt: Mapping[str, Any], sockets_of: SocketsOf) -> dict[str, list[Message]]:
-    """Messages for each node of a prompt that puts an identity into conditionings; none where nothing is missing."""
+    """Return the messages for each node that puts an identity into conditionings; an empty list if nothing is missing."""
     graph = Graph(prompt, sockets_of)
-    applied: dict[str, bool] = {}  # by node: whether a model with an adapter meets its conditioning anywhere
+    applied: dict[str, bool] = {}  # by node: whether it meets an adapter
     for place in graph.meeting_places():
         has_adapter = any(graph.classes[node] == APPLY_ID for node in graph.sources(place, "MODEL"))
         for node in graph.sources(place, "CONDITIONING"):
@@ -102,7 +102,7 @@ def omissions(prompt: Mapping[str, Any], sockets_of: SocketsOf) -> dict[str, lis
 
 
 def on_prompt(data: Any) -> Any:
-    """ComfyUI calls this with every prompt that is queued, before it looks at it."""
+    """Handler that ComfyUI calls with every queued prompt, before validating it."""
     prompt = data.get("prompt") if isinstance(data, Mapping) else None
     if isinstance(prompt, Mapping):
         for node, found in omissions(prompt, functools.cache(_sockets_of)).items():
@@ -112,7 +112,7 @@ def on_prompt(data: Any) -> Any:
 
 
 def _sockets_of(name: str) -> Sockets:
-    # By name: for a type checker `nodes` is this folder.
+    # Imported by name, because a type checker takes `nodes` for this folder.
     node = importlib.import_module("nodes").NODE_CLASS_MAPPINGS.get(name)
     if node is None:
         return Sockets({}, ())
@@ -127,13 +127,13 @@ def _sockets_of(name: str) -> Sockets:
 
 
 def _type(declared: Any) -> str:
-    """A socket type as nodes declare it; lists are choices, and matching types are decided by the other end."""
+    """Normalise a declared socket type: lists are combos, and a matching type can be anything."""
     named = declared if isinstance(declared, str) else "COMBO"
     return _ANY if named.startswith("COMFY_MATCHTYPE") else named
 
 
 def listen() -> None:
-    """Have ComfyUI's server show every prompt to `on_prompt`, where there is a server."""
+    """Register `on_prompt` with ComfyUI's server, if there is one."""
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)

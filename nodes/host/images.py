@@ -1,4 +1,4 @@
-"""ComfyUI's IMAGE and MASK to core's photos and back: the only place where layout changes."""
+"""Conversion between ComfyUI's IMAGE and MASK and the core's photos. Layouts change nowhere else."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...idadapter_core.types import Face
 
 
 def photos(image: Tensor) -> list[Tensor]:
-    """IMAGE (B, H, W, C) in 0..1 -> its photos as they are, checked. `check_image` turns one into (H, W, 3), RGB uint8.
+    """Split an IMAGE (B, H, W, C) in 0..1 into checked photos. `check_image` converts one to (H, W, 3), RGB uint8.
 
-    Nothing is converted here: of a video that would be gigabytes.
+    Photos are not converted here, because a video would take gigabytes.
 
     Raises:
-        InputError: another shape, NaN, or too small; names the photo.
+        InputError: wrong shape, NaN, or too small; names the photo.
     """
     if image.ndim != 4:
         raise InputError(
@@ -34,7 +34,7 @@ def photos(image: Tensor) -> list[Tensor]:
 
 
 def to_image(pictures: Iterable[Image], count: int) -> Tensor:
-    """`count` pictures (H, W, 3), RGB uint8, of one size -> IMAGE (count, H, W, 3) in 0..1. They are taken one by one."""
+    """Convert `count` pictures (H, W, 3), RGB uint8, of one size to IMAGE (count, H, W, 3) in 0..1, one at a time."""
     image = torch.empty(0)
     for number, picture in enumerate(pictures):
         if number == 0:
@@ -46,7 +46,7 @@ def to_image(pictures: Iterable[Image], count: int) -> Tensor:
 def previews(
     pictures: Sequence[Tensor], found: Sequence[Sequence[Face]], chosen: Sequence[Sequence[Face]]
 ) -> tuple[Tensor, Tensor]:
-    """IMAGE of photos with boxes around their faces, and MASK of the chosen ones; see `preview_size` for their size."""
+    """Draw photos with boxes around their faces (IMAGE) and the chosen faces (MASK). See `preview_size` for their size."""
     count = len(pictures)
     height, width = pictures[0].shape[:2]
     size = preview_size(count, height, width)
@@ -61,12 +61,12 @@ def previews(
 
 
 def crops_to_image(crops: Tensor) -> Tensor:
-    """Recogniser input (F, 3, H, W), RGB in [-1, 1] -> IMAGE (F, H, W, 3) in 0..1."""
+    """Convert recogniser input (F, 3, H, W), RGB in [-1, 1], to IMAGE (F, H, W, 3) in 0..1."""
     return ((crops + 1) / 2).movedim(1, -1).contiguous().cpu()
 
 
 def picture_ui(node: type[io.ComfyNode], pictures: Sequence[Image]) -> dict[str, Any]:
-    """The part of a node's UI output that shows pictures (H, W, 3), RGB uint8, of any sizes in it."""
+    """Return the UI output that shows pictures (H, W, 3), RGB uint8, of any sizes in a node."""
     if not pictures:
         return {}
     shown: dict[str, Any] = ui.PreviewImage(

@@ -1,4 +1,4 @@
-"""Where identities act: masks at the resolution of each layer, for each row of a model call."""
+"""Masks of identities at the resolution of each layer, for each row of a model call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .run import Cache, Run
 
 
 class Masks(Cache):
-    """The masks of a run's applications, once for each resolution."""
+    """Cache of a run's application masks, one per resolution."""
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -30,7 +30,7 @@ class Masks(Cache):
         device: torch.device,
         dtype: torch.dtype,
     ) -> Tensor | None:
-        """The mask of an application for these rows at an attention resolution (h, w): (1 or rows, h * w, 1)."""
+        """Return the mask (1 or rows, h * w, 1) of an application for these rows at attention resolution (h, w)."""
         mask = self.run.plan.applications[application].mask
         if mask is None:
             return None
@@ -50,16 +50,16 @@ class Masks(Cache):
             height, width, y, x = area
             view = F.interpolate(view, self.run.current_size, mode="area")
             view = view[..., y : y + height, x : x + width]
-        # The share of a token's area that the mask covers: a hard edge leaks nothing into the token beside it.
+        # Area mode gives the covered share of each token, so a hard edge does not leak into the next token.
         view = F.interpolate(view, size, mode="area")
         return view.flatten()[:, None]
 
 
 def tokens_size(extra: Mapping[str, Any], count: int, latent_size: Sequence[int]) -> tuple[int, int]:
-    """(h, w) of the image tokens in a block, from its options or, where another node's block names none, from their count.
+    """Return (h, w) of the image tokens in a block, from its options or, if another node's block does not pass them, by count.
 
     Raises:
-        InputError: no halving of the latent has so many tokens.
+        InputError: repeated halving of the latent never gives this number of tokens.
     """
     if (shape := extra.get("activations_shape")) is not None:
         return int(shape[-2]), int(shape[-1])
@@ -78,10 +78,10 @@ def tokens_size(extra: Mapping[str, Any], count: int, latent_size: Sequence[int]
 def require_whole_pictures(
     run: Run, rows: tuple[Row, ...], x: Tensor, application: Application, windowed: bool
 ) -> None:
-    """Raise InputError where a mask cannot be laid on the rows of a model call.
+    """Raise InputError if a mask cannot be aligned with the rows of a model call.
 
     Args:
-        windowed: whether `Row.image` is known to be the latent's number in the whole batch.
+        windowed: whether `Row.image` is known to be the index of the latent in the whole batch.
     """
     (height, width), now, size = run.latent_size, run.current_size, tuple(x.shape[-2:])
     reason = None

@@ -1,4 +1,4 @@
-"""Our modules in the hands of ComfyUI's memory manager."""
+"""Modules of this pack under ComfyUI's memory management."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...idadapter_core.errors import MismatchError
 
 
 def manage(module: nn.Module, reload: Callable[..., Any], *arguments: Any) -> Any:
-    """A ModelPatcher for a module. `reload(*arguments)` builds it anew when ComfyUI needs an independent copy."""
+    """Return a ModelPatcher for a module. `reload(*arguments)` rebuilds it when ComfyUI needs an independent copy."""
     # Looked up at call time: ComfyUI rebinds the class when dynamic VRAM is on.
     patcher = comfy.model_patcher.CoreModelPatcher(
         module,
@@ -32,7 +32,7 @@ def _rebuild(reload: Callable[..., Any], arguments: tuple[Any, ...], disable_dyn
 
 
 def require_same_file(path: Path, expected: str, found: str) -> None:
-    """Raise MismatchError where a file that is loaded anew holds other weights than at first: digests say so."""
+    """Raise MismatchError if the digests show that a reloaded file has different weights than before."""
     if found != expected:
         raise MismatchError(
             f"{path.name} has been replaced since it was loaded. Queue the prompt again, which loads the new file."
@@ -41,27 +41,25 @@ def require_same_file(path: Path, expected: str, found: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """What the ID_ADAPTER socket carries: the adapter, and its encoder as ComfyUI manages it."""
+    """Value of the ID_ADAPTER socket: the adapter, and its encoder under ComfyUI's management."""
 
     adapter: Adapter
     patcher: Any
-    gates: Any = (
-        None  # ModelPatcher of IDAdapter's gated layers, which ComfyUI loads with the model they act in
-    )
+    gates: Any = None  # ModelPatcher of IDAdapter's gated layers, loaded together with the model they act in
 
     def get_models(self) -> list[Any]:
-        """For ComfyUI's memory accounting of cached node outputs."""
+        """Return the patchers, for ComfyUI's memory accounting of cached node outputs."""
         return [patcher for patcher in (self.patcher, self.gates) if patcher is not None]
 
     def encode(self, features: FaceFeatures, mix: Mix) -> Identity:
-        """Make an identity on the device ComfyUI chose; the result is on the intermediate device."""
+        """Encode an identity on ComfyUI's compute device and return it on the intermediate device."""
         comfy.model_management.load_models_gpu([self.patcher])
         identity = self.adapter.encode(features, mix)
         return move_identity(identity, comfy.model_management.intermediate_device())
 
 
 def move_identity(identity: Identity, device: Any) -> Identity:
-    """A copy of an identity with its tensors on a device."""
+    """Return a copy of an identity with its tensors on `device`."""
 
     def moved(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device)

@@ -1,8 +1,8 @@
-"""What the pack says to the user, on the node it is about.
+"""Messages to the user, shown on the node they concern.
 
-A node's own report goes out with its result (`report_ui`), so that ComfyUI keeps it with the cached result and sends it again.
-What turns out later, while another node samples or before anything runs, goes out as an event (`say`). `web/js` draws both on the
-node; warnings are also logged.
+A node's own report is part of its result (`report_ui`), so that ComfyUI caches it with the result and sends it again. Messages from
+any other time, while another node samples or before anything runs, are sent as events (`say`). `web/js` draws both on the node;
+warnings are also logged.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _Node = TypeVar("_Node", bound=io.ComfyNode)
 log = logging.getLogger(__name__)
 EVENT = "idadapter.messages"
 REPORT_KEY = "idadapter"  # in a node's UI output
-MOST_SHOWN = 12  # remarks on a node
+MOST_SHOWN = 12  # maximum remarks on a node
 
 Level = Literal["info", "warning"]
-# Found when the graph was queued; when a sampling run began; when it had ended.
+# When it was found: queueing the graph, starting a sampling run, or ending it.
 Topic = Literal["graph", "run", "result"]
 
 
 class Whose(Enum):
-    """Whose frontend a message is for."""
+    """The frontend that receives a message."""
 
     RUNNING = "that of the prompt that runs"
 
@@ -53,13 +53,13 @@ def warning(text: str) -> Message:
 
 
 def node_id_of(node: Any) -> str | None:
-    """ComfyUI's id of the node class that executes (its schema hides `unique_id`); None outside a prompt."""
+    """Return ComfyUI's id of the executing node class (hidden input `unique_id`), or None outside a prompt."""
     found: str | None = getattr(getattr(node, "hidden", None), "unique_id", None)
     return found
 
 
 def from_remarks(remarks: Iterable[Remark]) -> list[Message]:
-    """What the core remarked, as messages. Of very many, as a video has them, 12 are left: the first, and warnings before others."""
+    """Convert remarks of the core to messages. Of many (a video), 12 are kept: the first, then warnings before others."""
     remarks = tuple(remarks)
     ranked = sorted(range(len(remarks)), key=lambda i: (i > 0 and not remarks[i].is_warning, i))
     shown = [remarks[i] for i in sorted(ranked[:MOST_SHOWN])]
@@ -70,10 +70,10 @@ def from_remarks(remarks: Iterable[Remark]) -> list[Message]:
 
 
 def report_ui(messages: Iterable[Message], title: str | None = None) -> dict[str, list[Any]]:
-    """The part of a node's UI output that holds its report.
+    """Return the UI output that holds a node's report.
 
     Args:
-        title: display name of the node, under which its warnings are logged; None where they are logged elsewhere.
+        title: display name of the node for logging its warnings; None if they are logged elsewhere.
     """
     messages = tuple(messages)
     if title is not None:
@@ -82,8 +82,8 @@ def report_ui(messages: Iterable[Message], title: str | None = None) -> dict[str
 
 
 def keeps_report(define_schema: Callable[[type[_Node]], io.Schema]) -> Callable[[type[_Node]], io.Schema]:
-    """Decorates a node's `define_schema`: ComfyUI sends the report of a cached result again with every run, also after the page
-    was loaded anew. Older releases know no such mark and are not disturbed by it."""
+    """Decorate a node's `define_schema` so that ComfyUI resends the report of a cached result with every run, even after a page
+    reload. Older releases ignore the flag."""
 
     @wraps(define_schema)
     def marked(node: type[_Node]) -> io.Schema:
@@ -101,13 +101,13 @@ def say(
     messages: Iterable[Message],
     client: str | Literal[Whose.RUNNING] | None = Whose.RUNNING,
 ) -> None:
-    """Show messages on a node in place of those it showed on this topic; none clears them.
+    """Show messages on a node, replacing its previous ones on this topic. An empty list clears them.
 
     Args:
         node_id: ComfyUI's id of the node in the running prompt; None outside a prompt, where messages are only logged.
         title: display name of the node, for the log.
-        client: the frontend that queued the prompt, where it does not run yet, or None where a program queued it; that of the
-            running prompt by default.
+        client: id of the frontend that queued the prompt, for a prompt that is not running yet; None if a program queued it.
+            Default: the client of the running prompt.
     """
     messages = tuple(messages)
     _log_warnings(title, messages)
@@ -121,13 +121,13 @@ def say(
     is_running = client is Whose.RUNNING
     receiver = server.client_id if is_running else client
     if receiver is None:
-        return  # queued by a program: sent to nobody in particular, it would reach every open browser
+        return  # queued by a program: without a receiver the event would reach every open browser
     prompt = getattr(server, "last_prompt_id", None) if is_running else None
     data = {
         "node": node_id,
         "topic": topic,
         "messages": [asdict(message) for message in messages],
-        "prompt_id": prompt,  # tells the frontend which of its workflows this is about
+        "prompt_id": prompt,  # identifies the workflow in the frontend
     }
     server.send_sync(EVENT, data, receiver)
 

@@ -1,4 +1,4 @@
-"""What nodes do to a MODEL: put an identity or a rescaling on a clone of it."""
+"""Applying identities and rescaling to clones of a MODEL."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def apply(
     mask: Any = None,
     node_id: str | None = None,
 ) -> tuple[Any, Application]:
-    """A clone of the MODEL on which an identity acts, and how it does.
+    """Apply an identity to a clone of the MODEL. Return the clone and the application.
 
     Args:
-        weight: of all that acts; 0 leaves the model exactly as it is.
-        start_percent: from where in the sampling it acts, to `end_percent`.
-        mask: (B, H, W) in 0..1, where in the picture it acts; None: everywhere.
-        node_id: the node on which messages about it are shown.
+        weight: strength of all mechanisms; 0 leaves the model exactly as it is.
+        start_percent: start of the sampling window in which it acts; `end_percent` is its end.
+        mask: (B, H, W) in 0..1, the region of the image in which it acts; None: everywhere.
+        node_id: the node that shows messages about it.
 
     Raises:
-        MismatchError: the identity is another adapter's, or the adapter does not fit the model.
+        MismatchError: the identity belongs to another adapter, or the adapter does not fit the model.
     """
     adapter = loaded.adapter
     plan = plan_of(model)
@@ -50,12 +50,12 @@ def apply(
 
 
 def rescaled(model: Any, rescale: Rescale) -> Any:
-    """A clone of the MODEL with this rescaling in place of any other."""
+    """Return a clone of the MODEL with this rescaling, replacing any other."""
     return with_plan(model, rescale=rescale)
 
 
 def with_plan(model: Any, **changes: Any) -> Any:
-    """A clone of the MODEL whose plan has these fields changed."""
+    """Return a clone of the MODEL with these fields of its plan changed."""
     clone = model.clone()
     plan = replace(plan_of(model), **changes)
     clone.model_options.setdefault("transformer_options", {})[KEY] = plan

@@ -1,4 +1,4 @@
-"""Numbers that reach a node: ComfyUI checks those that were typed in, but lets NaN pass, and none that come from another node."""
+"""Checks of numeric inputs. ComfyUI checks typed numbers, but accepts NaN, and does not check numbers from other nodes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from comfy_execution.utils import get_executing_context
 from ...idadapter_core.errors import InputError
 from .messages import Message, say, warning
 
-_refused: set[str] = set()  # ids of nodes that show a refusal
+_refused: set[str] = set()  # ids of nodes that show an error message
 
 
 def checks_numbers(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node class, whose `execute` now refuses numbers that its inputs cannot mean (InputError)."""
+    """Class decorator: `execute` raises InputError for invalid numbers in its inputs."""
     execute = vars(node)["execute"].__func__
     signature = inspect.signature(execute)
 
@@ -41,7 +41,7 @@ def checks_numbers(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
 
 def _fault_of(schema: io.Schema, given: dict[str, Any]) -> str:
-    """What is wrong with the first number that is wrong; empty where all can be used."""
+    """Describe the first invalid number; empty if all are valid."""
     for entry in schema.inputs:
         if not isinstance(entry, io.Float.Input | io.Int.Input) or entry.id not in given:
             continue
@@ -57,9 +57,9 @@ def _fault_of(schema: io.Schema, given: dict[str, Any]) -> str:
 
 
 def _wanted(entry: io.Float.Input | io.Int.Input, value: object) -> str:
-    """What a value should be instead; empty where it can be used.
+    """Describe the value that an input requires; empty if `value` is valid.
 
-    A float outside the range that the widget offers can come from another node, and means what it says.
+    A float from another node may lie outside the range of the widget and is taken as it is.
     """
     if isinstance(entry, io.Int.Input):
         whole = isinstance(value, Integral) and entry.min <= int(value) <= entry.max
@@ -68,7 +68,7 @@ def _wanted(entry: io.Float.Input | io.Int.Input, value: object) -> str:
         return "a number"
     try:
         finite = math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer too large for a float
         finite = False
     return "" if finite else "a finite number"
 
@@ -79,9 +79,9 @@ def _shown(value: object) -> str:
 
 
 def _tell(title: str, messages: list[Message]) -> None:
-    """Show a refusal on the node that runs, or take it away again.
+    """Show an error message on the running node, or clear it.
 
-    ComfyUI's own report of an error quotes the values, and with NaN in it no browser can read it.
+    ComfyUI's own error report quotes the values, and a NaN in it makes it unreadable for browsers.
     """
     context = get_executing_context()
     if context is None or (not messages and context.node_id not in _refused):

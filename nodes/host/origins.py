@@ -1,4 +1,4 @@
-"""The files behind a batch of photos, read from the prompt that runs: so that messages speak of the user's files."""
+"""Finds the files behind a batch of photos in the running prompt, so that messages can name the user's files."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from PIL import Image, ImageSequence
 
 from ...idadapter_core.faces.images import Origin
 
-_TURNED = range(5, 9)  # EXIF orientations that exchange width and height
+_TURNED = range(5, 9)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
-_DEEPEST = 50  # nodes between a loader and its user; also the end of a prompt that is wired in a circle
+_DEEPEST = 50  # maximum nodes between a loader and its user; also stops at circular wiring
 
 
 def photo_origins(node: Any, name: str, count: int) -> list[Origin | None]:
-    """The file of each photo that is wired to the input `name` of a node; `node` is its holder of hidden inputs, `prompt` and
-    `unique_id` among them, or None outside a prompt.
+    """Return the file of each photo wired to the input `name` of a node.
 
-    Followed are links to Load Image through nodes that join batches, and through Enrich Photos, whose variants are no file's.
-    Empty where any other node is on the way, or where the
-    files hold another number of photos than `count`: what is not certain is not said.
+    Links are followed to Load Image through nodes that join batches and through Enrich Photos, whose variants have no file (None).
+    The result is empty if there is any other node on the way or if the files do not hold `count` photos: only certain origins
+    are reported.
+
+    Args:
+        node: holder of the node's hidden inputs, with `prompt` and `unique_id`; None outside a prompt.
     """
     if node is None:
         return []
@@ -33,7 +35,7 @@ def photo_origins(node: Any, name: str, count: int) -> list[Origin | None]:
 
 
 def _behind(prompt: Mapping[str, Any], link: Any, depth: int) -> list[Origin | None]:
-    """Raises ValueError where the origin is not known."""
+    """Return the origins behind a link. Raises ValueError if one is unknown."""
     node = prompt[link[0]]
     if depth and node["class_type"] == "LoadImage":
         return _read(node["inputs"]["image"])
@@ -47,12 +49,12 @@ def _behind(prompt: Mapping[str, Any], link: Any, depth: int) -> list[Origin | N
 
 
 def _number(name: str) -> int:
-    """The number at the end of an input's name: image2, images.image10. Raises ValueError where there is none."""
+    """Return the number at the end of an input's name: image2, images.image10. Raises ValueError if there is none."""
     return int(name[len(name.rstrip("0123456789")) :])
 
 
 def _read(name: str) -> list[Origin | None]:
-    """One origin for each frame; only the file's head is read, unless it is animated."""
+    """Return one origin per frame. Only the header of the file is read, unless it is animated."""
     with Image.open(folder_paths.get_annotated_filepath(name)) as picture:
         width, height = picture.size
         if picture.getexif().get(_ORIENTATION) in _TURNED:

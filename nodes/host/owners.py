@@ -1,4 +1,4 @@
-"""Who made an object that another node has put on a MODEL, for messages."""
+"""Names the origin of objects that other nodes put on a MODEL, for messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from typing import Any
 
 _PACK = re.compile(r"custom_nodes[/\\]([^/\\]+)")
-_FOLDER = re.compile(r"[/\\]([^/\\]+)$")  # of a pack that is kept elsewhere
+_FOLDER = re.compile(r"[/\\]([^/\\]+)$")  # for a pack outside custom_nodes
 
 
 def owner_of(thing: Any) -> str:
-    """The pack (its folder) or module that a callable comes from, with the callable's own name: "ComfyUI-PLADIS (attention)"."""
+    """Return the pack (its folder) or module of a callable, with the callable's name: "ComfyUI-PLADIS (attention)"."""
     while isinstance(thing, functools.partial):
         thing = thing.func
     thing = getattr(thing, "__func__", thing)
@@ -19,6 +19,6 @@ def owner_of(thing: Any) -> str:
     module = str(getattr(thing, "__module__", None) or type(thing).__module__)
     name = named.__qualname__.split(".<locals>")[0]
     if (pack := _PACK.search(module)) or (pack := _FOLDER.search(module)):
-        # ComfyUI names a pack's module by its path, in which it replaces dots.
+        # ComfyUI names a pack's module by its path, with dots replaced.
         module = pack[1].split(".")[0].replace("_x_", ".")
     return f"{module} ({name})"

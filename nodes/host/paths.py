@@ -1,4 +1,4 @@
-"""Where the pack's own files live."""
+"""Folders and files of the pack."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SUFFIXES = {
 
 
 def register() -> None:
-    """Make the pack's folders known to ComfyUI, beside whatever the user's extra_model_paths.yaml already named."""
+    """Register the pack's folders with ComfyUI, in addition to those in the user's extra_model_paths.yaml."""
     roots = _known(ADAPTERS) or []
     _add(ADAPTERS, [*roots, Path(folder_paths.models_dir) / ADAPTERS])
     for name, subfolder in _SUBFOLDERS.items():
@@ -37,12 +37,12 @@ def _known(name: str) -> list[Path]:
 
 def _add(name: str, paths: list[Path]) -> None:
     unique = list(dict.fromkeys(str(path) for path in paths))
-    # A folder that only the yaml named has an empty suffix set, which means every file.
+    # A folder known from the yaml alone has an empty suffix set, which would accept every file.
     folder_paths.folder_names_and_paths[name] = (unique, set(_SUFFIXES[name]))
 
 
 def files(name: str) -> list[str]:
-    """The files of a folder as the user chooses them, by path below it."""
+    """List the files of a folder for the user's choice, as paths relative to it."""
     found: list[str] = folder_paths.get_filename_list(name)
     if name == ADAPTERS:
         found = [file for file in found if PurePath(file).parts[0] not in _SUBFOLDERS.values()]
@@ -50,10 +50,10 @@ def files(name: str) -> list[str]:
 
 
 def path_of(name: str, file: str) -> Path:
-    """The full path of a chosen file.
+    """Return the full path of a chosen file.
 
     Raises:
-        InputError: there is no such file; says where files of this kind belong.
+        InputError: there is no such file; the message names the folder for files of this kind.
     """
     path = find(name, file)
     if path is None:
@@ -64,22 +64,22 @@ def path_of(name: str, file: str) -> Path:
 
 
 def find(name: str, file: str) -> Path | None:
-    """The full path of a chosen file, or None."""
+    """Return the full path of a chosen file, or None."""
     path = folder_paths.get_full_path(name, file)
     return None if path is None else Path(path)
 
 
 def stamp(*paths: Path | None) -> str:
-    """What changes when one of these files is replaced, overwritten or deleted, for ComfyUI's cache of node outputs.
+    """Fingerprint of files for ComfyUI's cache of node outputs. It changes if one is replaced, overwritten or deleted.
 
-    Time and size alone would miss a file of the same size that was copied together with its time: a file that took the place of
-    another differs in its number, one that was written into in the time of its last change.
+    Modification time and size alone would miss a file of the same size copied with its time. The inode number reveals a replaced
+    file, the change time (ctime) one overwritten in place.
     """
     return " ".join(_stamp(path) for path in paths)
 
 
 def stamp_of(name: str, file: str | None) -> str:
-    """The stamp of a chosen file; where another node chooses it, which nobody knows before that ran, of all files of the folder."""
+    """Fingerprint of a chosen file, or of all files in the folder if another node chooses it (`file` is None until that ran)."""
     return stamp(*(find(name, each) for each in ([file] if file is not None else files(name))))
 
 
@@ -94,19 +94,19 @@ def _stamp(path: Path | None) -> str:
 
 
 def folder_of(name: str) -> Path:
-    """Where new files of this kind are written."""
+    """Return the folder for new files of this kind."""
     return Path(folder_paths.folder_names_and_paths[name][0][0])
 
 
 def folder_hint(name: str) -> str:
-    """What a list shows while its folder is empty."""
+    """Return the entry that a list shows while its folder is empty."""
     folder = f"{ADAPTERS}/{_SUBFOLDERS[name]}" if name in _SUBFOLDERS else name
     return f"(no files yet: put them into models/{folder})"
 
 
 def insightface_roots() -> list[Path]:
-    """Folders that may hold insightface packages, where this and other packs' users have them."""
+    """Return the usual folders of insightface packages, those of other packs included."""
     roots = [*_known(INSIGHTFACE), Path(folder_paths.models_dir) / INSIGHTFACE]
-    with contextlib.suppress(RuntimeError):  # a user without a home, as in some containers
+    with contextlib.suppress(RuntimeError):  # no home directory, as in some containers
         roots.append(Path.home() / ".insightface")
     return list(dict.fromkeys(roots))

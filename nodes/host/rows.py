@@ -1,4 +1,4 @@
-"""The latent rows of a model call, and which identity each of them carries."""
+"""The latent rows of a model call, and the identity of each row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R = TypeVar("R")  # the sampling run that rows belong to
 
 @dataclass(frozen=True, eq=False)
 class Handle:
-    """Host-side tokens of one identity in one role. Compared by identity, so it can key caches without touching tensors."""
+    """Host-side tokens of one identity in one role. Hashed by object id, so it can key caches without comparing tensors."""
 
     adapter: Adapter
     tokens: Tensor  # (1, T, D)
@@ -31,13 +31,13 @@ class Row:
     handles: tuple[Handle | None, ...]  # one per application of the plan
     area: (
         tuple[int, ...] | None
-    )  # height, width, y, x in the latent, where the conditioning covers only a part
-    image: int  # which latent of the batch
+    )  # height, width, y, x in the latent; None if the conditioning covers all of it
+    image: int  # index of the latent in the batch
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring rows that one attention call serves: an equal number of rows for each of the handles."""
+    """Neighbouring rows for one attention call, with the same number of rows for each handle."""
 
     start: int
     stop: int
@@ -46,7 +46,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring rows in which the same identities act, with the number of the application of each."""
+    """Neighbouring rows with the same identities, given as (application number, handle) pairs."""
 
     start: int
     stop: int
@@ -55,20 +55,20 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Rows(Generic[R]):
-    """All rows of one model call, as `RowTags.concat` hands them to the model."""
+    """All rows of one model call, as passed to the model by `RowTags.concat`."""
 
     run: R
     rows: tuple[Row, ...]
 
     def to(self, *_: Any, **__: Any) -> Rows[R]:
-        """ComfyUI moves conditioning values to the device of the call; rows live on the host."""
+        """Return self: ComfyUI moves conditioning values to the device of the call, but rows stay on the host."""
         return self
 
 
 class RowTags(comfy.conds.CONDRegular, Generic[R]):
-    """A conditioning value without a tensor: says for each latent row which identity it carries.
+    """A conditioning value without a tensor that records the identity of each latent row.
 
-    Travelling with the conditioning keeps rows right under every guider, area, mask and batch split.
+    As part of the conditioning, the rows stay correct with every guider, area, mask and batch split.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class RowTags(comfy.conds.CONDRegular, Generic[R]):
 
 
 def segments(handles: tuple[Handle | None, ...]) -> tuple[Segment, ...]:
-    """Rows with these handles in as few attention calls as possible; rows without an identity are left out."""
+    """Group rows with these handles into as few attention calls as possible, skipping rows without an identity."""
     runs: list[Segment] = []
     for position, handle in enumerate(handles):
         if handle is None:
@@ -122,7 +122,7 @@ def segments(handles: tuple[Handle | None, ...]) -> tuple[Segment, ...]:
 
 
 def spans(combinations: tuple[tuple[tuple[int, Handle | None], ...], ...]) -> tuple[Span, ...]:
-    """The rows in which any of these applications acts, neighbours with the same identities together."""
+    """Group neighbouring rows with the same identities; rows in which none of these applications acts are skipped."""
     found: list[Span] = []
     for position, combination in enumerate(combinations):
         handles = tuple((number, handle) for number, handle in combination if handle is not None)
@@ -143,10 +143,10 @@ def _can_join(left: Segment, right: Segment) -> bool:
 
 
 def tile_rows(rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
-    """The rows of a model call whose batch another node has repeated as a whole, as tiled sampling does.
+    """Repeat the rows of a model call for a batch that another node repeated as a whole, as tiled sampling does.
 
     Raises:
-        InputError: the batch is no repetition of the rows.
+        InputError: `count` is not a multiple of the number of rows.
     """
     if count % len(rows):
         raise InputError(
@@ -157,13 +157,13 @@ def tile_rows(rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
 
 
 def expand_rows(rows: tuple[Row, ...], extra: dict[str, Any], count: int) -> tuple[Row, ...]:
-    """The rows behind `count` attention rows, where another pack (Attention Couple) has multiplied conditionings.
+    """Return the row of each of `count` attention rows if another pack (Attention Couple) has multiplied conditionings.
 
-    Such packs repeat each positive chunk once per prompt between attn2_patch and attn2_output_patch. They may name the
+    Such packs repeat each positive chunk once per prompt between attn2_patch and attn2_output_patch. They may list the
     conditioning of each resulting chunk in `cond_or_uncond_couple`.
 
     Raises:
-        InputError: the rows cannot be explained.
+        InputError: the attention rows cannot be matched to rows.
     """
     if count == len(rows):
         return rows
@@ -174,7 +174,7 @@ def expand_rows(rows: tuple[Row, ...], extra: dict[str, Any], count: int) -> tup
     if (couple := extra.get("cond_or_uncond_couple")) is not None:
         for kind in couple:
             of_kind = [chunk for chunk, own in zip(chunks, kinds, strict=True) if own == kind]
-            if len(set(of_kind)) == 1:  # several different ones would leave it open which is meant
+            if len(set(of_kind)) == 1:  # several different ones would be ambiguous
                 expanded += of_kind[0]
     else:
         negatives = sum(kind == 1 for kind in kinds)
@@ -190,10 +190,10 @@ def expand_rows(rows: tuple[Row, ...], extra: dict[str, Any], count: int) -> tup
 
 
 def window_of(options: dict[str, Any]) -> list[int] | None:
-    """The latents of the batch that a model call holds, where it is a window of a longer one: AnimateDiff's or ComfyUI's own."""
+    """Return the batch indices of the latents in a context window (AnimateDiff's or ComfyUI's own), or None without a window."""
     indices = (options.get("ad_params") or {}).get("sub_idxs")
     if indices is None and getattr(window := options.get("context_window"), "dim", None) == 0:
-        # A latent before the window, which goes along with it.
+        # Index of an extra latent placed before the window.
         anchor = getattr(window, "causal_anchor_index", None)
         first = [] if anchor is None or anchor < 0 else [anchor]
         indices = [*first, *getattr(window, "index_list", ())]
@@ -201,5 +201,5 @@ def window_of(options: dict[str, Any]) -> list[int] | None:
 
 
 def numbered(rows: tuple[Row, ...], window: list[int]) -> tuple[Row, ...]:
-    """The rows with the latents' numbers in the whole batch in place of those in the window."""
+    """Return the rows with `image` changed from an index in the window to one in the whole batch."""
     return tuple(replace(row, image=window[row.image]) if row.image < len(window) else row for row in rows)

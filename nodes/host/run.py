@@ -1,4 +1,4 @@
-"""The state of one sampling run: its steps, its identities, and the caches of the mechanisms."""
+"""State of one sampling run: its steps, its identities, and the caches of the mechanisms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .rows import Handle
 
 
 class Cache:
-    """What a mechanism computes once for all steps of a run."""
+    """Base of caches: results that a mechanism computes once for all steps of a run."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -23,15 +23,15 @@ C = TypeVar("C", bound=Cache)
 
 @dataclass(eq=False)
 class Run:
-    """Caches of one sampling run. Made when the run starts, dropped with it; shared by all its model calls."""
+    """State and caches of one sampling run. Created at its start, dropped at its end, shared by all its model calls."""
 
     plan: Plan
     sigmas: tuple[float, ...]
     latent_size: tuple[int, int]
     latents: int  # in the batch
-    calls: int = 0  # model calls that came by
-    evaluations: int = 0  # of the model with all conditionings, as the sampler asks for them
-    missed: int = 0  # evaluations in which no model call came by
+    calls: int = 0  # model calls seen by the APPLY_MODEL wrapper
+    evaluations: int = 0  # evaluations of all conditionings, as requested by the sampler
+    missed: int = 0  # evaluations without any model call
 
     _handles: dict[tuple[str, int, bool], Handle] = field(default_factory=dict)
     _windows: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -39,10 +39,10 @@ class Run:
     _caches: dict[Any, Cache] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.current_size = self.latent_size  # of the whole latent now: some samplers enlarge it on the way
+        self.current_size = self.latent_size  # current size of the whole latent, which some samplers enlarge
 
     def of(self, kind: type[C]) -> C:
-        """The cache of that kind in this run: each belongs to the mechanism that it serves."""
+        """Return the cache of the given class in this run, creating it on first use."""
         if kind not in self._caches:
             self._caches[kind] = kind(self)
         found = self._caches[kind]
@@ -51,11 +51,11 @@ class Run:
 
     @property
     def handles(self) -> tuple[Handle, ...]:
-        """All identities of the run, in each of their roles."""
+        """The handles of all identities of the run, one per role."""
         return tuple(self._handles.values())
 
     def clear(self) -> None:
-        """Free everything that was computed; a finished run may still be referenced by a sampler's leftovers."""
+        """Free all caches, because leftovers of a sampler may still reference a finished run."""
         for known in (self._handles, self._windows, self._compiled, self._caches):
             known.clear()
 
@@ -67,7 +67,7 @@ class Run:
         return step_index(sigma, self.sigmas)
 
     def handle(self, application: Application, identity: Any, negative: bool) -> Handle | None:
-        """The handle of an identity in a role; None where the adapter is skipped."""
+        """Return the handle of an identity in a role, or None if the adapter is skipped."""
         tokens = identity.adapter_tokens_uncond if negative else identity.adapter_tokens
         if tokens is None or not application.acts:
             return None
@@ -78,9 +78,9 @@ class Run:
         return self._handles[key]
 
     def in_window(self, application: int, model_sampling: Any, sigma: float) -> bool:
-        """Whether an application acts at this noise level.
+        """Return whether an application acts at this noise level.
 
-        Half open, so that of two windows that meet only one acts on the step between them.
+        Windows are half-open, so of two adjacent windows only one acts at the shared noise level.
         """
         if application not in self._windows:
             applied = self.plan.applications[application]
@@ -91,7 +91,7 @@ class Run:
         return end < sigma <= start
 
     def has_compiled_modules(self, unet: Any) -> bool:
-        """Whether anything in a UNet is compiled. Its modules are walked once per run."""
+        """Return whether any module of a UNet is compiled. The modules are searched once per run."""
         if unet not in self._compiled:
             self._compiled[unet] = has_compiled_modules(unet)
         return self._compiled[unet]

@@ -1,4 +1,4 @@
-"""Identities in prompts: tokens in the text encoder's output, or a word in its input."""
+"""Identities in prompts: tokens inserted into the text encoder's output, or a word embedding in its input."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from .run import Run
 
 Conditioning = list[list[Any]]
 
-# The identifier as the tokenizer sees words: letters go on with one, digits and underscores do not, and 's is one of its own.
-# The name of an embedding file comes first, because it is no text.
+# Matches the identifier with the tokenizer's word boundaries: letters continue a word, digits and underscores do not, and 's is a
+# word of its own. The first alternative skips the names of embedding files.
 _IDENTIFIER = re.compile(
     rf"((?<![^\s()])embedding:[^\s()<\[]+)|(?<!')(?<![^\W\d_])(?i:{IDENTIFIER})(?![^\W\d_])"
 )
@@ -38,7 +38,7 @@ _reference_norms: WeakKeyDictionary[Any, dict[Any, dict[str, Tensor]]] = WeakKey
 
 
 def encoder_widths(clip: Any) -> dict[str, int]:
-    """Width of each text encoder of a CLIP, in the order in which their states are concatenated; 0 where it is no CLIP text model."""
+    """Return the width of each text encoder of a CLIP, in concatenation order; 0 for one that is not a CLIP text model."""
     names = clip.tokenize("").keys()
     ordered = [*(name for name in ENCODERS if name in names), *sorted(names - set(ENCODERS))]
     return {name: 0 if (e := _embeddings(clip, name)) is None else e.weight.shape[1] for name in ordered}
@@ -63,10 +63,10 @@ def require_text_encoders(clip: Any, identity: Identity) -> None:
 
 
 def reference_norms(clip: Any, count: int) -> dict[str, Tensor]:
-    """Length of the text states at positions 1..count for a well-known name, per encoder: (count,) each.
+    """Return the norms of the text states at positions 1..count for a well-known name, per encoder: (count,) each.
 
-    The reference of identity tokens (UniID): the mean input embedding of first, second, … tokens over the names, encoded between BOS and EOS by the
-    CLIP as it is wired here (with its LoRAs and its last layer). Cached for each state of the CLIP.
+    They are the reference length of identity tokens (UniID). The input is the mean embedding of the first, second, … tokens of the
+    names, encoded between BOS and EOS by this CLIP, with its LoRAs and its last-layer setting. Cached per state of the CLIP.
     """
     per_model = _reference_norms.setdefault(clip.cond_stage_model, {})
     key = (clip.patcher.patches_uuid, clip.layer_idx, count)
@@ -90,7 +90,7 @@ def _measure_norms(clip: Any, count: int) -> dict[str, Tensor]:
                 [name[position] for name in ids if len(name) > position], device=device
             )
             vectors.append((embed(at_position, out_dtype=torch.float32).mean(dim=0), 1.0))
-        # Positions that no name reaches are like the last that one does.
+        # Positions beyond the longest name repeat its last vector.
         vectors += vectors[-1:] * (count - len(vectors))
         row = rows[0]
         tokens[encoder] = [[row[0], *vectors, *row[1:]][: len(row)]]
@@ -101,7 +101,7 @@ def _measure_norms(clip: Any, count: int) -> dict[str, Tensor]:
 
 
 def complete_prompt(clip: Any, text: str, identity: Identity, class_word: str) -> str:
-    """The text as it will be encoded: an identity word must be in it, and is added at the end where it is not."""
+    """Return the text to encode, with the identity clause appended if the identity needs its word and the text lacks it."""
     if text_kind(identity) != "word" or not identity.text_tokens:
         return text
     require_text_encoders(clip, identity)
@@ -114,11 +114,11 @@ def complete_prompt(clip: Any, text: str, identity: Identity, class_word: str) -
 def encode_prompt(
     clip: Any, text: str, identity: Identity, token_weight: float, node_id: str | None = None
 ) -> Conditioning:
-    """The text's conditioning with the identity in it.
+    """Encode a text with the identity in it.
 
     Args:
-        token_weight: how much its tokens count.
-        node_id: the node whose prompt it is, where messages about it are shown; None outside a queued prompt.
+        token_weight: weight of the identity's tokens.
+        node_id: the node of this prompt, which shows messages about it; None outside a queued prompt.
     """
     encoded = _encode(clip, text, identity, token_weight)
     if node_id is None:
@@ -137,13 +137,13 @@ def _encode(clip: Any, text: str, identity: Identity, token_weight: float) -> Co
 
 
 def _encode_with_word(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
-    """Wherever the identifier stands, the text encoder reads the identity's embeddings instead of the word's own.
+    """Encode a text with each identifier token replaced by the identity's embeddings.
 
-    They take the place of tokens, so the tokenizer has seen to the length of rows, and a prompt weight on the word holds for
-    them. `token_weight` is a prompt weight, too, and multiplies it.
+    Replacing tokens keeps the row lengths of the tokenizer and any prompt weight on the word. `token_weight` multiplies that
+    prompt weight.
     """
     count = next(t.shape[1] for t in identity.text_tokens.values())
-    if count > 1:  # as many words as there are embeddings, so that the tokenizer makes room for them
+    if count > 1:  # one word per embedding, so that the tokenizer makes room for all of them
         words = " ".join([IDENTIFIER] * count)
         text = _IDENTIFIER.sub(lambda found: found[1] or words, text)
     tokens = clip.tokenize(text)
@@ -157,9 +157,9 @@ def _encode_with_word(clip: Any, text: str, identity: Identity, token_weight: fl
 
 
 def _word_positions(clip: Any, encoder: str, rows: list[Any]) -> list[tuple[int, int, int]]:
-    """(row, position, how many stand directly before it) of each identifier among tokens.
+    """Return (row, position, number of identifiers directly before it) of each identifier token.
 
-    The end of a longer word has the same token and is none. Words, and words side by side, may go on in the next row.
+    The end of a longer word can have the same token, but does not count. Words and sequences of words may continue in the next row.
     """
     tokenizer = getattr(clip.tokenizer, f"clip_{encoder}")
     identifier = tokenizer.tokenizer(IDENTIFIER)["input_ids"][1]
@@ -182,10 +182,10 @@ def _word_positions(clip: Any, encoder: str, rows: list[Any]) -> list[tuple[int,
 
 
 def _encode_with_tokens(clip: Any, text: str, identity: Identity, token_weight: float) -> Conditioning:
-    """The identity's text tokens after BOS, at their reference length.
+    """Insert the identity's text tokens, at their reference length, after BOS.
 
-    The prompt's tokens move right and padding drops off the end, so the length stays a multiple of 77 and nothing that was
-    written is lost: where there is too little padding, the text gets another chunk of 77 first.
+    The prompt's tokens move right and padding drops off the end, so the length stays a multiple of 77. With too little padding
+    the text gets another chunk of 77 first, so no part of the prompt is lost.
     """
     tokens = clip.tokenize(text)
     count = next(t.shape[1] for t in identity.text_tokens.values())
@@ -203,14 +203,14 @@ def _encode_with_tokens(clip: Any, text: str, identity: Identity, token_weight: 
 
 
 def _padding(clip: Any, encoder: str, row: list[Any]) -> int:
-    """How many positions of a tokenised row come after its end token."""
+    """Count the positions after the end token of a tokenised row."""
     end = getattr(clip.tokenizer, f"clip_{encoder}").end_token
     position = next(i for i, entry in enumerate(row) if not isinstance(entry[0], Tensor) and entry[0] == end)
     return len(row) - 1 - position
 
 
 def scaled_states(conds: list[Any], run: Run, timestep: Tensor) -> list[Any]:
-    """The conditionings with the identity's text tokens at the scale of their step."""
+    """Return the conditionings with the identity's text tokens multiplied by the scale of the current step."""
     rescale = run.plan.rescaling
     if rescale is None or not any(text_positions(c) for group in conds for c in group or ()):
         return conds
@@ -230,14 +230,14 @@ def scaled_states(conds: list[Any], run: Run, timestep: Tensor) -> list[Any]:
 
 
 def tags_of(conditioning: dict[str, Any]) -> RowTags[Run] | None:
-    """The tags of a conditioning of a run."""
+    """Return the row tags of a conditioning, or None if it belongs to no run."""
     tags = conditioning.get("model_conds", {}).get(KEY)
     return tags if isinstance(tags, RowTags) else None
 
 
 def text_positions(conditioning: dict[str, Any]) -> tuple[int, ...]:
-    """Where an identity's text tokens stand in a conditioning of a run."""
-    # From the tags, not from the conditioning itself: ComfyUI copies a positive's own keys onto the negative it makes up for
-    # an area, but its model_conds always come from a negative.
+    """Return the positions of an identity's text tokens in a conditioning of a run."""
+    # From the tags, not from the conditioning itself: for an area ComfyUI creates a negative with the keys of the positive, but
+    # model_conds of a real negative.
     tags = tags_of(conditioning)
     return () if tags is None else tags.text_positions

@@ -1,4 +1,4 @@
-"""Display names of the nodes that messages speak of."""
+"""Display names of the nodes that messages mention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photos through the user's CLIP vision model."""
+"""Encoding of photos with the user's CLIP vision model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .images import to_image
 
 
 def encode_heads(clip_vision: Any, heads: Iterable[Image]) -> tuple[Tensor, Tensor]:
-    """CLIP vision's hidden states of pictures (S, S, 3), RGB uint8.
+    """Encode pictures (S, S, 3), RGB uint8, to CLIP vision's hidden states.
 
     Returns:
-        patch tokens (F, P, d) of the last layer but one, without the class token, as IP-Adapter's image encoders read them;
+        patch tokens (F, P, d) of the last layer but one, without the class token, as used by IP-Adapter's image encoders;
         class embedding (F, d): the class token of the last layer, before CLIP's final norm and projection (transformers:
         `last_hidden_state[:, 0]`). Both fp32 on the CPU.
     """
@@ -35,7 +35,7 @@ def encode_heads(clip_vision: Any, heads: Iterable[Image]) -> tuple[Tensor, Tens
 
 
 def digest_of(clip_vision: Any) -> str:
-    """What names a CLIP vision model in features: a digest of its weights, made once for each loaded model."""
+    """Return the digest of a CLIP vision model's weights, its id in features. Computed once per loaded model."""
     model = clip_vision.model
     if model not in _digests:
         _digests[model] = state_digest(model.state_dict())
@@ -45,7 +45,7 @@ def digest_of(clip_vision: Any) -> str:
 def encode_views(
     clip_vision: Any, views: Sequence[View], photos: Sequence[tuple[Image, Face]]
 ) -> dict[ViewKey, Tensor]:
-    """CLIP vision's states (F or 1, L, d), class token first, of faces (photo and face each) under other views than the head."""
+    """Encode faces, given as (photo, face) pairs, in other views than the head: states (F or 1, L, d), class token first."""
     found: dict[ViewKey, Tensor] = {}
     for view in views:
         if view.cut is None:
@@ -61,7 +61,7 @@ def encode_views(
 
 
 def _states_of_nothing(clip_vision: Any) -> Tensor:
-    """States for pixel values of exactly 0 (a picture of CLIP's mean colour), as adapters were trained without a face."""
+    """Encode pixel values of exactly 0 (CLIP's mean colour), the input that adapters were trained with for a missing face."""
     comfy.model_management.load_model_gpu(clip_vision.patcher)
     side = clip_vision.image_size
     pixels = torch.zeros(1, 3, side, side, device=clip_vision.load_device)

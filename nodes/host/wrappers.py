@@ -1,11 +1,11 @@
-"""How a plan acts while ComfyUI samples.
+"""Wrappers that apply a plan while ComfyUI samples.
 
-Three wrappers on the MODEL, all without state of their own:
+Three stateless wrappers on the MODEL:
 - OUTER_SAMPLE starts a `Run` and tags the run's own copies of the conditionings, by role name;
-- CALC_COND_BATCH gives the identity's text tokens the scale of the step;
-- APPLY_MODEL decides what acts in this call and binds one attention replacement per site (`decoupled`) or one middle patch
-  (`gated`), over whatever other packs have installed by then: so the order of the nodes does not matter, and no slot is ever
-  taken from another pack.
+- CALC_COND_BATCH multiplies the identity's text tokens by the scale of the step;
+- APPLY_MODEL selects the applications that act in the call and binds one attention replacement per site (`decoupled`) or one
+  middle patch (`gated`). They wrap the patches that other packs have installed by then, so the order of the nodes does not matter
+  and no other pack loses a slot.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .titles import APPLY, RESCALE
 
 log = logging.getLogger(__name__)
 
-_running: Counter[Plan] = Counter()  # plans whose runs were begun and have not ended
-# Noise levels of runs that were told of, by id.
+_running: Counter[Plan] = Counter()  # plans of the runs in progress
+# Noise levels of runs that were already reported as lost, by id.
 _lost: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
@@ -50,7 +50,7 @@ def outer_sample(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Start a run: tag the conditionings of this run, and free its caches when it ends, however it ends."""
+    """Start a run: tag its conditionings, sample, and always free its caches at the end."""
     guider = executor.class_obj
     plan: Plan | None = guider.model_options.get("transformer_options", {}).get(KEY)
     if plan is None:
@@ -79,7 +79,7 @@ def outer_sample(
 
 
 def _tell_of_lost_run(options: dict[str, Any]) -> None:
-    """Say once per sampling that a model call of a plan came by without the run that `outer_sample` begins."""
+    """Report, once per sampling, a model call whose plan has no run because `outer_sample` was removed."""
     plan, sigmas = options.get(KEY), options.get("sample_sigmas")
     if not isinstance(plan, Plan) or plan in _running or not any(a.acts for a in plan.applications):
         return
@@ -101,7 +101,7 @@ def _tag(run: Run, role: str, conditioning: dict[str, Any]) -> None:
 
 
 def _attached_handles(run: Run, attached: tuple[Attached, ...]) -> tuple[Handle | None, ...]:
-    """Each attached identity takes the place of the next application of its adapter; the others stay silent."""
+    """Assign each attached identity to the next application of its adapter. Applications left over are inactive (None)."""
     handles: list[Handle | None] = [None] * len(run.plan.applications)
     free = list(enumerate(run.plan.applications))
     for one in attached:
@@ -122,7 +122,7 @@ def _attached_handles(run: Run, attached: tuple[Attached, ...]) -> tuple[Handle 
 def calc_cond_batch(
     executor: Any, model: Any, conds: list[Any], x_in: Tensor, timestep: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """Scale the identity's text tokens for this step. ControlNets, which run later, see the scaled tokens too."""
+    """Scale the identity's text tokens for this step. ControlNets run later and therefore see the scaled tokens."""
     tagged = [tags for group in conds for c in group or () if (tags := tags_of(c)) is not None]
     for tags in tagged:
         tags.run.current_size = (x_in.shape[-2], x_in.shape[-1])
@@ -149,12 +149,12 @@ def apply_model(
     transformer_options: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Bind the attention replacements of this call, or leave it untouched when nothing acts."""
+    """Bind the patches of this call, or leave it untouched if nothing acts."""
     options = dict(transformer_options or {})
     rows = kwargs.pop(KEY, None)
     if not isinstance(rows, Rows):
         _tell_of_lost_run(options)
-    # ComfyUI compiles without guards on the options: a graph that has read the plan would look for it in models that have none.
+    # ComfyUI compiles without guards on the options: a graph that read the plan would also look for it in models without one.
     options.pop(KEY, None)
     if not isinstance(rows, Rows):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -185,7 +185,7 @@ def apply_model(
 
 
 def _on_a_node(error: InputError, plan: Plan) -> InputError:
-    """A refusal from within the model, which no node of ours is the running one of, with the name of ours that it is about."""
+    """Prefix an error raised inside the model with the title of our node, because another node (the sampler) is running."""
     if str(error).startswith((APPLY, RESCALE)):
         return error
     title = next((application.title for application in plan.applications if application.acts), RESCALE)
@@ -193,7 +193,7 @@ def _on_a_node(error: InputError, plan: Plan) -> InputError:
 
 
 def _bind(call: Call, replacements: dict[Any, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the model call's options with our patches over what other packs have put there."""
+    """Return a copy of the call's options with our patches, which wrap those of other packs."""
     run = call.run
     options = {**options, CALL: call}
     if call.decoupled or call.foreign_scale is not None:
@@ -223,7 +223,7 @@ def _call(
     foreign = foreign and rescale is not None and rescale.every_patch
     if not present and not foreign:
         return None
-    # The noise level decides what acts: the host waits for it here, once per model call, and in no layer.
+    # The noise level selects the applications. The host waits for it here, once per model call and never inside a layer.
     sigma = float(options.get("sigmas", t).max())
     scale = 1.0 if rescale is None else rescale.schedule.adapter_scale(run.step(sigma), run.steps)
     decoupled: list[Acting] = []
@@ -263,7 +263,7 @@ def _call(
 
 
 def _strength(application: Application, rescale: Rescale | None, scale: float) -> tuple[float, float | None]:
-    """`strength` and `at_most` of an application in one step (see `Acting`)."""
+    """Return `strength` and `at_most` of an application in one step (see `Acting`)."""
     if rescale is None or (application.is_gated and not rescale.gated):
         return application.weight, None
     if rescale.mode == "limit":

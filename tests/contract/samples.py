@@ -20,12 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from idadapter_core.adapter import Adapter, initial_adapter, save_adapter
+from idadapter_core.errors import InputError
 from idadapter_core.files import state_digest
 from idadapter_core.identity import save_identity
 from idadapter_core.methods import METHODS
+from idadapter_core.methods.method import Seen
 from idadapter_core.stable_diffusion.inject.blocks import transformer_blocks
 from idadapter_core.training.adapters import to_adapter
-from idadapter_core.types import MODES as MIX_MODES, FaceFeatures, Identity
+from idadapter_core.types import MODES as MIX_MODES, FaceFeatures, Identity, Mix
 from tests.golden import recipe
 from tests.harness.shim import run_shim
 from tests.tiny.acting import acting
@@ -167,6 +169,58 @@ def features(seed: int, count: int = 1, vision: tuple[int, int] = VISION, **fact
         patch_tokens=recipe.value(seed, "patch_tokens", (count, patches, width)),
         class_embedding=recipe.value(seed, "class_embedding", (count, width)),
     )
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a recipe makes of a batch of two samples, whose identity is kept in the first and dropped in the second."""
+
+    tokens: Tensor | None  # (2, T, D)
+    acts: tuple[bool, bool]  # in which rows of the UNet there are tokens at all
+    text: Mapping[str, Tensor]  # (2, n, width) each
+    has_gradients: bool  # of everything that was made, down to the encoder's weights
+
+
+def learned(adapter: Adapter) -> Learned | None:
+    """A batch through the recipe of an adapter's method; None where there is none."""
+    how = METHODS[adapter.method].recipe
+    if how is None:
+        return None
+    whole = features(7, 2)
+    count = 1 if how.known_by_target else 3
+    batch = Seen(
+        embedding=whole.embedding[:, None].expand(-1, count, -1).clone(),
+        stages=whole.stages,
+        patch_tokens=None
+        if how.known_by_target
+        else whole.patch_tokens[:, None].expand(-1, count - 1, -1, -1).clone(),  # type: ignore[index]
+        class_embedding=None
+        if how.known_by_target
+        else whole.class_embedding[:, None].expand(-1, count - 1, -1).clone(),  # type: ignore[index]
+        identity=torch.tensor([True, False]),
+    )
+    adapter.encoder.requires_grad_(True)
+    made = how.encode(adapter.encoder, adapter.config, batch)
+    outputs = [t for t in (made.tokens, *made.text.values()) if t is not None]
+    sum(t.square().sum() for t in outputs).backward()  # type: ignore[union-attr]
+    flowing = [p.grad is not None and bool(p.grad.isfinite().all()) for p in adapter.encoder.parameters()]
+    adapter.encoder.zero_grad(set_to_none=True)
+    adapter.encoder.requires_grad_(False)
+    rows = (True, True) if made.rows is None else tuple(made.rows.tolist())
+    return Learned(
+        None if made.tokens is None else made.tokens.detach(),
+        (bool(rows[0]), bool(rows[1])),
+        {name: t.detach() for name, t in made.text.items()},
+        any(flowing),
+    )
+
+
+def mixed(adapter: Adapter, mode: str) -> Identity | None:
+    """Three photos by a mode; None where the method refuses it."""
+    try:
+        return adapter.encode(features(3, 3), Mix(mode))
+    except InputError:
+        return None
 
 
 def bare(whole: FaceFeatures) -> FaceFeatures:

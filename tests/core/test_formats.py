@@ -110,7 +110,7 @@ def test_the_name_of_a_file_says_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_files_show_their_first_keys() -> None:
-    text = "it holds no ID adapter (first keys: a, b, c); choose a UniID or IDAdapter file"
+    text = "it holds no ID adapter (first keys: a, b, c); choose a UniID, IDAdapter or IP-Adapter FaceID file"
     assert describe_foreign(["d", "c", "b", "a"]) == text
     assert "first keys: nothing" in describe_foreign([])
 

@@ -21,7 +21,15 @@ from idadapter_core.types import Mix
 from tests.harness.shim import run_shim
 from tests.tiny.diffusers_unet import diffusers_unet, inputs, predict
 from tests.tiny.features import face_features
-from tests.tiny.ip_adapter import CONFIGS, TINY_SD15, TINY_SDXL, published, tiny_faceid, write_published
+from tests.tiny.ip_adapter import (
+    CONFIGS,
+    TINY_SD15,
+    TINY_SDXL,
+    published,
+    tiny_faceid,
+    with_lora,
+    write_published,
+)
 
 KINDS = tuple(CONFIGS)
 
@@ -56,27 +64,13 @@ def test_tokens_are_those_of_diffusers(config: FaceIDConfig, tmp_path: Path) -> 
     assert (identity.adapter_tokens_uncond - nobody).abs().max() <= 1e-5
 
 
-def with_lora(unet: Any, config: FaceIDConfig) -> Any:
-    """A UNet whose weights have the LoRA of the published file in them, as its reference adds it."""
-    weights = published(config)["ip_adapter"]
-    processors = [name.removesuffix(".processor") for name in unet.attn_processors]
-    order = ("down_blocks", "up_blocks", "mid_block")
-    processors.sort(key=lambda name: order.index(name.split(".")[0]))
-    for number, name in enumerate(processors):
-        for layer in ("to_q", "to_k", "to_v", "to_out"):
-            linear = unet.get_submodule(f"{name}.{'to_out.0' if layer == 'to_out' else layer}")
-            up, down = (weights[f"{number}.{layer}_lora.{part}.weight"] for part in ("up", "down"))
-            linear.weight.data += up @ down
-    return unet
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_unet_it_does_what_diffusers_does(kind: str, tmp_path: Path) -> None:
     """K and V, scale and LoRA against diffusers' own loader of the same file."""
     config = CONFIGS[kind]
     adapter = tiny_faceid(tmp_path, config)
     tokens = adapter.encode(face_features(5)).adapter_tokens
-    reference = with_lora(diffusers_unet(kind), config)
+    reference = with_lora(diffusers_unet(kind), published(config)["ip_adapter"])
     reference._load_ip_adapter_weights([published(config)])
     for processor in reference.attn_processors.values():
         if hasattr(processor, "scale"):

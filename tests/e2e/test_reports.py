@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness.server import ComfyServer, RunResult
+from tests.harness.runs import RunResult
+from tests.harness.server import ComfyServer
 from tests.harness.uniid_graph import NONE, uniid_graph
 from tests.harness.workflow import Graph, Node
 from tests.tiny.files import ADAPTER_SD15, EMPTY, GROUP, PERSON

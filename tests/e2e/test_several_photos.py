@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.harness.server import ComfyServer, RunResult
+from tests.harness.runs import RunResult
+from tests.harness.server import ComfyServer
 from tests.harness.uniid_graph import add_photos, add_text, rewire, uniid_graph
 from tests.harness.workflow import Graph, Node
 from tests.tiny.face_package import MarkedFace, synthesize

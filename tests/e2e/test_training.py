@@ -21,6 +21,7 @@ from idadapter_core.cli import export, train
 from idadapter_core.data.index import read_index
 from idadapter_core.data.references import features_of
 from idadapter_core.logs import read_log
+from idadapter_core.methods import METHODS
 from idadapter_core.schedule import RescaleSchedule
 from idadapter_core.stable_diffusion.base import load_base
 from idadapter_core.stable_diffusion.config import BaseConfig
@@ -93,7 +94,8 @@ def base(lab: Lab) -> Any:
 def identity_of(lab: Lab, method: str, adapter: Any) -> Any:
     index = read_index(lab.folder / "index.parquet")
     rows = [row for row in index.rows if row.identity == "person_00"][:2]
-    networks, digest = load_networks(BaseConfig(**lab.base()), method, needs_detector=False)
+    needs = METHODS[method].needs(adapter.config)
+    networks, digest = load_networks(BaseConfig(**lab.base()), needs, needs_detector=False)
     return adapter.encode(features_of(index, rows, networks, digest, "cpu"))
 
 

@@ -1,1 +1,1 @@
-"""What the tests need to meet the real ComfyUI: in this process, as a server, and in a browser."""
+"""Test harness for the real ComfyUI: in this process, as a server, and in a browser."""

@@ -40,7 +40,7 @@ _OPTIONS = (
     "--remote-debugging-port=0",
 )
 
-# Toasts vanish after a while, so they are written down as they appear.
+# Toasts vanish after a while, so they are recorded as they appear.
 _RECORD_TOASTS = """
 window.__toasts = [];
 new MutationObserver((changes) => {
@@ -52,14 +52,14 @@ new MutationObserver((changes) => {
 }).observe(document, {childList: true, subtree: true});
 """
 
-# A changed workflow has the frontend ask before the page is left, which nobody would answer.
+# With a changed workflow, the frontend asks before the page is left; nobody would answer.
 _LEAVE_UNASKED = "window.addEventListener('beforeunload', (event) => event.stopImmediatePropagation(), true);"
 
-# What the frontend logs by itself: a style sheet that is not there, its own start order, and the downloads of models
-# for its first workflow, which a server without API nodes forbids it.
+# Messages of the frontend itself: a missing style sheet, its start order, and model downloads for its first workflow, which a
+# server without API nodes forbids.
 _FRONTEND_NOISE = ("/user.css", "graph accessed before initialization", "Content Security Policy")
 
-# All nodes of the workflow, those inside subgraphs too.
+# All nodes of the workflow, including those inside subgraphs.
 _LIST_NODES = """
 (() => {
   const known = window.LiteGraph.registered_node_types;
@@ -99,7 +99,7 @@ new Promise((done) => {
 
 
 class BrowserError(RuntimeError):
-    """Chromium is missing or broke, or JavaScript in the page threw an exception."""
+    """Chromium is missing or crashed, or JavaScript in the page threw an exception."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,13 @@ class GraphNode:
     type: str
     title: str
     known: bool
-    """The frontend knows the type; otherwise it draws the node as missing."""
+    """Whether the frontend knows the type; otherwise it draws the node as missing."""
     has_errors: bool
 
 
 @dataclass(frozen=True)
 class Rect:
-    """A rectangle in pixels of the page."""
+    """A rectangle in page pixels."""
 
     left: float
     top: float
@@ -148,7 +148,7 @@ class Rect:
 
 
 def find_chromium() -> str | None:
-    """Chromium's executable: `CHROMIUM`, or `chromium` or `google-chrome` on the path; None if there is none."""
+    """Path of Chromium: `CHROMIUM`, or `chromium` or `google-chrome` on the path; None if there is none."""
     named = os.environ.get("CHROMIUM")
     if named:
         return shutil.which(named)
@@ -156,12 +156,12 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page that shows the frontend of the server at `url`. Use it as a context manager.
+    """A page with the frontend of the server at `url`. Use it as a context manager.
 
     Args:
         url: address of a `ComfyServer` (`server.url`).
         size: width and height of the page in pixels.
-        timeout: seconds that loading the frontend, or one command, may take.
+        timeout: seconds for loading the frontend, and for one command.
     """
 
     def __init__(self, url: str, size: tuple[int, int] = (1600, 1000), timeout: float = 90.0) -> None:
@@ -169,7 +169,7 @@ class Browser:
         self.size = size
         self.timeout = timeout
         self.console_errors: list[str] = []
-        """Errors of the console and uncaught exceptions since the page was opened, without the frontend's usual ones."""
+        """Console errors and uncaught exceptions since the page was opened, without the frontend's usual ones."""
         self._process: subprocess.Popen[bytes] | None = None
         self._session: aiohttp.ClientSession | None = None
         self._last_command = 0
@@ -205,14 +205,14 @@ class Browser:
         self.close()
 
     def open(self) -> None:
-        """Load, or load anew, the frontend, and wait until it has drawn a workflow."""
+        """Load or reload the frontend, and wait until it has drawn a workflow."""
         self.console_errors.clear()
         self._command("Page.navigate", url=self.url)
         opened = "Boolean(window.app?.isGraphReady && window.app.rootGraph.nodes.length)"
         self.wait_for(opened, "the frontend opened no workflow")
 
     def use_renderer(self, nodes_2: bool) -> None:
-        """Draw nodes as Nodes 2.0 does, in HTML, or in the classic way, on a canvas; the frontend is loaded anew."""
+        """Draw nodes in HTML (Nodes 2.0) or on a canvas (classic), and reload the frontend."""
         value = json.dumps(nodes_2)
         self.evaluate(f"window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', {value})")
         self.open()
@@ -220,7 +220,7 @@ class Browser:
             raise BrowserError("The frontend did not change its renderer.")
 
     def close(self) -> None:
-        """End Chromium with all its processes."""
+        """Kill Chromium and all its processes."""
         if self._session is not None:
             self._loop.run_until_complete(self._session.close())
             self._session = None
@@ -238,7 +238,7 @@ class Browser:
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def evaluate(self, expression: str) -> Any:
-        """Value of a JavaScript expression in the page, as JSON; promises are awaited.
+        """Evaluate a JavaScript expression in the page and return its value as JSON; promises are awaited.
 
         Raises:
             BrowserError: the expression threw.
@@ -251,27 +251,27 @@ class Browser:
         return answer["result"].get("value")
 
     def load_workflow(self, workflow: dict[str, Any]) -> None:
-        """Open a workflow of the frontend's own format, as by dropping its file on the canvas, and show all of it."""
+        """Open a workflow in the frontend's own format, as if its file was dropped on the canvas, and fit it to the view."""
         self.evaluate(f"window.app.loadGraphData({json.dumps(workflow)}).then(() => undefined)")
         self._show_all()
 
     def load_prompt(self, workflow: Workflow, name: str = "workflow") -> None:
-        """Open a workflow of the API format; the frontend lays the nodes out by itself."""
+        """Open a workflow in API format; the frontend arranges the nodes."""
         arguments = f"{json.dumps(workflow)}, {json.dumps(name)}"
         self.evaluate(f"Promise.resolve(window.app.loadApiJson({arguments})).then(() => undefined)")
         self._show_all()
 
     def run(self) -> None:
-        """Queue the open workflow, as by the Run button, and wait until it has ended in any way or was refused."""
+        """Queue the open workflow with the Run button's command, and wait until it has ended in any way or was refused."""
         self.evaluate(_RUN)
         self.settle()
 
     def open_tab(self) -> str:
-        """The path of the workflow whose tab is open; every tab has one, saved or not."""
+        """Path of the workflow in the active tab; every tab has one, saved or not."""
         return str(self.evaluate("window.app.extensionManager.workflow.activeWorkflow.path"))
 
     def show_tab(self, path: str) -> None:
-        """Go back, tab by tab, to the one with that path."""
+        """Switch back, tab by tab, to the workflow with this path."""
         for _ in range(self.evaluate("window.app.extensionManager.workflow.openWorkflows.length")):
             if self.open_tab() == path:
                 return self._show_all()
@@ -279,7 +279,7 @@ class Browser:
         raise BrowserError(f"No tab has the path {path}.")
 
     def receive(self, event: str, data: dict[str, Any]) -> None:
-        """Have the frontend take a message for one that the server sent."""
+        """Pass a message to the frontend as if the server had sent it."""
         message = json.dumps(json.dumps({"type": event, "data": data}))
         self.evaluate(
             f"window.app.api.socket.dispatchEvent(new MessageEvent('message', {{data: {message}}}))"
@@ -287,7 +287,7 @@ class Browser:
         self.settle()
 
     def show(self, node_id: str) -> None:
-        """Bring a node of the open graph to the middle of the page, in its full size."""
+        """Centre a node of the open graph in the page, at full size."""
         self.evaluate(
             f"(() => {{ const canvas = window.app.canvas; canvas.ds.scale = 1;"
             f"canvas.centerOnNode(canvas.graph.getNodeById({node_id})); canvas.setDirty(true, true); }})()"
@@ -295,7 +295,7 @@ class Browser:
         self.settle()
 
     def rect(self, element: str) -> Rect | None:
-        """Where on the page an element is; None if there is none. `element` is a JavaScript expression."""
+        """Position of an element on the page; None if it does not exist. `element` is a JavaScript expression."""
         found = self.evaluate(
             f"(() => {{ const box = ({element})?.getBoundingClientRect();"
             "return box && [box.left, box.top, box.right, box.bottom]; })()"
@@ -303,11 +303,11 @@ class Browser:
         return None if found is None else Rect(*found)
 
     def serialize(self) -> dict[str, Any]:
-        """The open workflow in the frontend's own format, as it would be saved."""
+        """The open workflow in the frontend's own format, as saved."""
         return dict(self.evaluate("window.app.rootGraph.serialize()"))
 
     def nodes(self) -> list[GraphNode]:
-        """Every node of the open workflow, those inside subgraphs too."""
+        """All nodes of the open workflow, including those inside subgraphs."""
         return [GraphNode(**node) for node in self.evaluate(_LIST_NODES)]
 
     def bad_nodes(self) -> list[GraphNode]:
@@ -315,7 +315,7 @@ class Browser:
         return [node for node in self.nodes() if node.has_errors or not node.known]
 
     def graph_to_prompt(self) -> Workflow:
-        """The open workflow in API format, as the frontend's Run button would send it."""
+        """The open workflow in API format, as sent by the Run button."""
         return dict(self.evaluate("window.app.graphToPrompt().then((prompt) => prompt.output)"))
 
     def toasts(self) -> list[str]:
@@ -323,7 +323,7 @@ class Browser:
         return list(self.evaluate("window.__toasts.map((toast) => toast.textContent.trim())"))
 
     def dialogs(self) -> list[str]:
-        """Texts of the dialogs that are open now: one about missing nodes or models, for instance."""
+        """Texts of the open dialogs, for example about missing nodes or models."""
         return list(
             self.evaluate(
                 "[...document.querySelectorAll('[role=dialog]')].map((dialog) => dialog.innerText.trim())"
@@ -331,7 +331,7 @@ class Browser:
         )
 
     def error_overlay(self) -> str:
-        """Text of the panel that counts the errors found in the open workflow; empty if there is no panel."""
+        """Text of the panel with the number of errors in the open workflow; empty if there is no panel."""
         return str(self.evaluate("document.querySelector('[data-testid=error-overlay]')?.innerText ?? ''"))
 
     def screenshot(self, path: Path) -> None:
@@ -339,7 +339,7 @@ class Browser:
         path.write_bytes(self._capture())
 
     def picture(self) -> Image.Image:
-        """The page as it looks now."""
+        """Screenshot of the page."""
         return Image.open(io.BytesIO(self._capture())).convert("RGB")
 
     def _capture(self) -> bytes:
@@ -377,7 +377,7 @@ class Browser:
             self._command("Page.addScriptToEvaluateOnNewDocument", source=script)
 
     def wait_for(self, condition: str, failure: str) -> None:
-        """Wait until a JavaScript expression is true, and what follows from it is drawn.
+        """Wait until a JavaScript expression is true and the page is redrawn.
 
         Raises:
             BrowserError: with the text `failure`, if it does not become true.
@@ -397,7 +397,7 @@ class Browser:
         self.settle()
 
     def settle(self) -> None:
-        """Let the page draw what has changed: three frames, and the tasks between them."""
+        """Let the page redraw: three frames, and the tasks between them."""
         frame = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))"
         self.evaluate(f"{frame}.then(() => {frame}).then(() => {frame})")
 
@@ -417,7 +417,7 @@ class Browser:
         raise BrowserError("Chromium closed the connection.")
 
     def _note(self, event: dict[str, Any]) -> None:
-        """Keep what an event says about an error."""
+        """Record an event if it is about an error."""
         kind, parameters = event.get("method"), event.get("params", {})
         if kind == "Runtime.exceptionThrown":
             text = _exception_text(parameters["exceptionDetails"])

@@ -1,4 +1,4 @@
-"""ComfyUI inside the test process, and the pack imported the way ComfyUI imports it."""
+"""Run ComfyUI inside the test process, and import the pack the way ComfyUI does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.harness.shim import import_file, run_shim
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK_MODULE = "ComfyUI_IDAdapter"
-"""Name under which `load_pack` registers the pack: import parts of it as `ComfyUI_IDAdapter.nodes.faces`."""
+"""Module name of the pack after `load_pack`: import parts of it as `ComfyUI_IDAdapter.nodes.faces`."""
 
 _CACHED_COMFYUI = REPOSITORY / ".cache" / "ComfyUI-0.30.0"
 
@@ -41,9 +41,9 @@ def comfyui_path() -> Path | None:
 
 
 def import_comfy(path: Path | None = None, options: Sequence[str] = ("--cpu",)) -> None:
-    """Make `import comfy` and ComfyUI's other modules work in this process. Doing it twice is harmless.
+    """Make `import comfy` and ComfyUI's other modules work in this process. Further calls have no effect.
 
-    ComfyUI gets an empty base directory of its own, removed at exit, and the command line `options`: by default it runs on the CPU.
+    ComfyUI gets an empty, separate base directory, removed at exit, and the command line `options`: by default it runs on the CPU.
 
     Raises:
         RuntimeError: no ComfyUI is known.
@@ -57,7 +57,7 @@ def import_comfy(path: Path | None = None, options: Sequence[str] = ("--cpu",)) 
     atexit.register(shutil.rmtree, base, ignore_errors=True)
 
     run_shim()
-    # Before the repository: ComfyUI's nodes.py must win over the folder nodes/ of the pack.
+    # Before the repository: ComfyUI's nodes.py must take precedence over the pack's folder nodes/.
     sys.path.insert(0, str(path.resolve()))
 
     import comfy.options
@@ -76,14 +76,14 @@ def import_comfy(path: Path | None = None, options: Sequence[str] = ("--cpu",)) 
 
 @functools.cache
 def load_pack() -> ModuleType:
-    """The pack, imported by path as ComfyUI's custom node loader does, under the name `PACK_MODULE`."""
+    """Import the pack by path under the name `PACK_MODULE`, as ComfyUI's custom node loader does."""
     import_comfy()
     return import_file(PACK_MODULE, REPOSITORY / "__init__.py")
 
 
 @functools.cache
 def pack_nodes() -> dict[str, Any]:
-    """The node classes of the pack by node id, from its `comfy_entrypoint`."""
+    """The pack's node classes by node id, from its `comfy_entrypoint`."""
 
     async def collect() -> list[Any]:
         extension = await load_pack().comfy_entrypoint()

@@ -37,10 +37,10 @@ def idadapter_graph(
     id_prompt: bool = True,
     **text_to_image: Any,
 ) -> tuple[Graph, dict[str, Node]]:
-    """The whole workflow, from photos to SaveImage, and its nodes by role.
+    """Build the whole workflow, from photos to SaveImage. Returns it and its nodes by role.
 
-    Beside the roles of `add_text_to_image` these are photos, analyzer, clip_vision, faces, adapter, identity, apply, and,
-    where wanted, prompt. `adapter` is by default the one for this kind of checkpoint; `clip_vision` None leaves it out.
+    In addition to the roles of `add_text_to_image`: photos, analyzer, clip_vision, faces, adapter, identity, apply, and, if requested,
+    prompt. `adapter` defaults to the one for this kind of checkpoint; `clip_vision` None leaves it out.
     """
     graph = Graph()
     nodes = add_text_to_image(graph, CHECKPOINT_NAMES[kind], **text_to_image)

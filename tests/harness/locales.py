@@ -1,7 +1,7 @@
-"""The English locale of the pack, made from the nodes' own schemas: `python -m tests.harness.locales` writes it.
+"""Generate the pack's English locale from the nodes' own schemas: run `python -m tests.harness.locales`.
 
-The nodes are the only place where their texts are written. The files below locales/en are what the frontend reads them
-from, and what a translation into another language starts from.
+The texts are only written in the nodes. The frontend reads them from the files below locales/en, which are also the source of
+translations.
 """
 
 from __future__ import annotations

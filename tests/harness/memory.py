@@ -1,4 +1,4 @@
-"""The peak of this process's resident memory during a block. Linux only."""
+"""Peak of this process's resident memory during a block. Linux only."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ _SELF = Path("/proc/self")
 
 
 class PeakMemory:
-    """After the block, `bytes` is the peak over what was resident at its start."""
+    """Context manager: after the block, `bytes` is the peak minus the resident memory at its start."""
 
     bytes = 0
 
     @staticmethod
     def is_known() -> bool:
-        """Whether this system tells."""
+        """Whether this system reports the peak."""
         return (_SELF / "clear_refs").exists()
 
     def __enter__(self) -> PeakMemory:
-        (_SELF / "clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+        (_SELF / "clear_refs").write_text("5", encoding="ascii")  # reset the peak
         self._before = _field("VmRSS")
         return self
 

@@ -1,4 +1,4 @@
-"""What came out of a run: pictures as arrays, and texts."""
+"""Read the results of a run: images as arrays, and texts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.harness.server import ComfyServer, RunResult
+from tests.harness.runs import RunResult
+from tests.harness.server import ComfyServer
 from tests.harness.uniid_graph import rewire
 from tests.harness.workflow import Graph, Node
 
 
 def picture(result: RunResult) -> np.ndarray:
-    """The one saved picture of a run, (H, W, 3)."""
+    """The only saved image of a run, (H, W, 3)."""
     (image,) = result.check().images
     assert image.format == "PNG"
     return np.asarray(image, dtype=np.int16)
@@ -23,24 +24,24 @@ def pictures(result: RunResult) -> list[np.ndarray]:
 
 
 def text_of(result: RunResult, node: str) -> str:
-    """What a `PreviewAny` showed."""
+    """The text shown by a `PreviewAny` node."""
     return "".join(result.outputs[node]["text"])
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean absolute difference of two pictures, in levels of 255."""
+    """Mean absolute difference of two images, in levels of 255."""
     return float(np.abs(one - other).mean())
 
 
 def largest_difference(one: np.ndarray, other: np.ndarray) -> int:
-    """Largest difference of two pictures, in levels of 255."""
+    """Largest difference of two images, in levels of 255."""
     return int(np.abs(one - other).max())
 
 
 def picture_halves(
     server: ComfyServer, graph: Graph, nodes: dict[str, Node], prompts: Sequence[Node]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The two halves of a picture of 128 x 128 with a prompt for each of them, each half decoded by itself."""
+    """The two halves of a 128 x 128 image with a separate prompt for each, each half decoded separately."""
     regions = [
         graph.add("ConditioningSetArea", conditioning=prompt, width=64, height=128, x=x, y=0, strength=1.0)
         for prompt, x in zip(prompts, (0, 64), strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import io
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +24,7 @@ import aiohttp
 from PIL import Image
 
 from tests.harness.comfy import REPOSITORY, comfyui_path
+from tests.harness.runs import RunResult, collect, follow, read_validation
 from tests.harness.shim import shim_path
 from tests.harness.workflow import Graph, Workflow
 
@@ -33,9 +32,9 @@ PACK_NAME = "ComfyUI-IDAdapter"
 TINY_PACK = REPOSITORY / "tests" / "tiny" / "tiny_pack"
 
 Writer = Callable[[Path], object]
-"""Given the base directory of a server before it starts; writes files below its models/ or input/."""
+"""Called with the server's base directory before the start, to write files below its models/ or input/."""
 
-# Nothing of the frontend's own may open over the graph, so that pictures of it show the workflow.
+# Keep the frontend's own windows closed, so that screenshots show the workflow.
 _FRONTEND_SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Notification.ShowVersionUpdates": False,
@@ -47,90 +46,14 @@ class ServerError(RuntimeError):
     """The server did not start, died, or did not answer in time; the message ends with the tail of its log."""
 
 
-@dataclass(frozen=True)
-class NodeFailure:
-    """An exception in a node, as the server reports it to the user."""
-
-    node_id: str
-    node_type: str
-    exception_type: str
-    message: str
-    traceback: str
-
-
-@dataclass
-class RunResult:
-    """What became of one workflow."""
-
-    prompt_id: str = ""
-    """Empty if the server refused the workflow."""
-    rejection: str = ""
-    """Why the server refused the workflow as a whole; readable, empty if it did not."""
-    node_errors: dict[str, list[str]] = field(default_factory=dict)
-    """Validation errors by node id. The server may run the valid outputs of a workflow in spite of them."""
-    messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """Every message about this run, in order: (type, data)."""
-    executed_nodes: list[str] = field(default_factory=list)
-    """Ids of the nodes that really ran, in order; a node served from the cache is not among them."""
-    cached_nodes: list[str] = field(default_factory=list)
-    error: NodeFailure | None = None
-    interrupted: bool = False
-    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """UI output of each output node by id, from the server's history: `{"9": {"images": [...]}}`."""
-    images_by_node: dict[str, list[Image.Image]] = field(default_factory=dict)
-    told: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-    """What the pack's nodes show at the end, beside their reports: texts by node id and topic."""
-    log: str = ""
-    """What the server logged during the run."""
-    seconds: float = 0.0
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All images of the nodes that save or preview images; not those that the pack's nodes show of their work."""
-        return [
-            image
-            for node, images in self.images_by_node.items()
-            if "idadapter" not in self.outputs[node]
-            for image in images
-        ]
-
-    @property
-    def ok(self) -> bool:
-        return not (self.rejection or self.node_errors or self.error or self.interrupted)
-
-    def check(self) -> RunResult:
-        """This result, if everything went well.
-
-        Raises:
-            AssertionError: it did not; the message says what the server said.
-        """
-        if not self.ok:
-            raise AssertionError(self.describe())
-        return self
-
-    def describe(self) -> str:
-        """What went wrong, in words; "ok" if nothing did."""
-        parts = [self.rejection] if self.rejection else []
-        parts += [f"node {node}: {'; '.join(errors)}" for node, errors in self.node_errors.items()]
-        if self.error:
-            parts.append(
-                f"node {self.error.node_id} ({self.error.node_type}): {self.error.exception_type}: "
-                f"{self.error.message}\n{self.error.traceback}"
-            )
-        if self.interrupted:
-            parts.append("interrupted")
-        return "\n".join(parts) or "ok"
-
-
 class ComfyServer:
     """A ComfyUI server in a temporary base directory, with the pack and the tiny-model pack as custom nodes.
 
-    Use it as a context manager. The server runs in a process group of its own, which ends with the context, whatever
-    happens in it.
+    Use it as a context manager. The server has its own process group, which is always killed at the end of the context.
 
     Args:
-        comfyui: folder of ComfyUI; by default the one `comfyui_path` finds.
-        writers: called with the base directory before the start, to bring models and input files.
+        comfyui: folder of ComfyUI; default: `comfyui_path()`.
+        writers: called with the base directory before the start, to write models and input files.
         options: further command line options of ComfyUI.
         boot_timeout: seconds until the server must answer.
     """
@@ -187,11 +110,11 @@ class ComfyServer:
         return f"http://127.0.0.1:{self.port}"
 
     def log(self, start: int = 0) -> str:
-        """Everything the server has written so far, or what follows the first `start` bytes."""
+        """The server's output so far, without its first `start` bytes."""
         return self._log_path.read_bytes()[start:].decode("utf-8", "replace")
 
     def close(self) -> None:
-        """End the server and all processes it started, and remove the base directory."""
+        """Kill the server and all its child processes, and remove the base directory."""
         process, self._process = self._process, None
         if process is not None:
             _signal_group(process, signal.SIGTERM)
@@ -199,7 +122,7 @@ class ComfyServer:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 pass
-            # Once more for the children that outlive the server itself.
+            # Again, for children that outlive the server.
             _signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
             process.wait(10)
         shutil.rmtree(self.base, ignore_errors=True)
@@ -210,7 +133,7 @@ class ComfyServer:
         timeout: float = 120.0,
         on_message: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> RunResult:
-        """Queue a workflow in API format and follow it to its end.
+        """Queue a workflow in API format and wait for its end.
 
         Refusals, node errors and interruptions are part of the result, not exceptions: assert on them, or call
         `result.check()`. `on_message` is called with each message while the workflow runs.
@@ -240,7 +163,7 @@ class ComfyServer:
         return self._request("GET", "/queue")
 
     def object_info(self, node: str | None = None) -> dict[str, Any]:
-        """What the server tells the frontend about all nodes by id, or about one node (empty if unknown)."""
+        """The server's descriptions of all nodes by id, or of one node (empty if unknown)."""
         if node is None:
             return self._request("GET", "/object_info")
         return self._request("GET", f"/object_info/{node}").get(node, {})
@@ -254,9 +177,9 @@ class ComfyServer:
         return asyncio.run(self._get(path))
 
     def free(self) -> None:
-        """Have the server unload all models and forget its cached results before the next run."""
+        """Make the server unload all models and drop cached results before the next run."""
         self._request("POST", "/free", {"unload_models": True, "free_memory": True})
-        # The server looks at the request when it is idle or has ended a run: make sure that it does so before the next one.
+        # The server handles the request when idle or after a run: make sure that it does so before the next one.
         graph = Graph()
         graph.add("PreviewAny", source=graph.add("PrimitiveInt", value=0))
         self.run(graph.workflow).check()
@@ -268,7 +191,7 @@ class ComfyServer:
 
     def _prepare(self) -> None:
         user = self.base / "user" / "default"
-        # The frontend asks for these user files at each start, and logs an error for each that does not exist.
+        # The frontend requests these user files at each start, and logs an error for each missing one.
         for folder in ("custom_nodes", "models", "input", "output", user / "workflows", user / "subgraphs"):
             (self.base / folder).mkdir(parents=True)
         (user / "user.css").touch()
@@ -332,25 +255,25 @@ class ComfyServer:
         client_id = uuid.uuid4().hex
         result = RunResult()
         async with aiohttp.ClientSession(self.url) as session:
-            # Connected first: the server reports a run only to the client that it knows by this id.
+            # Connect before queueing: the server reports a run only to the client with this id.
             async with session.ws_connect("/ws", params={"clientId": client_id}, max_msg_size=0) as socket:
                 request = {"prompt": workflow, "client_id": client_id}
                 async with session.post("/prompt", json=request) as response:
                     if response.status not in (200, 400):
                         raise ServerError(f"/prompt: {response.status}\n{await response.text()}")
                     answer = await response.json()
-                _read_validation(result, answer)
+                read_validation(result, answer)
                 if not result.prompt_id:
                     return result
-                await _follow(socket, result, on_message)
-            await _collect(session, result)
+                await follow(socket, result, on_message)
+            await collect(session, result)
         return result
 
 
 def server_environment() -> dict[str, str]:
-    """Environment of a process that runs ComfyUI: this one's, with the shim on the Python path where needed."""
+    """Environment of a process that runs ComfyUI: this one's, with the shim on the Python path if needed."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
-    # Tiny models gain nothing from threads, and on a busy machine threads that wait for each other cost tenfold.
+    # Tiny models gain nothing from threads, and on a busy machine synchronising threads costs tenfold.
     environment.setdefault("OMP_NUM_THREADS", "1")
     shim = shim_path()
     if shim is not None:
@@ -360,7 +283,7 @@ def server_environment() -> dict[str, str]:
 
 
 def bring_tiny_checkpoints(base: Path) -> None:
-    """A `Writer`: the tiny checkpoints, made by a process of its own, so that the caller's stays without ComfyUI."""
+    """A `Writer`: makes the tiny checkpoints in a separate process, so that ComfyUI is not imported here."""
     command = [sys.executable, "-m", "tests.tiny.checkpoints"]
     command += ["--comfyui", str(comfyui_path()), "--models", str(base / "models")]
     done = subprocess.run(
@@ -376,72 +299,8 @@ def bring_tiny_checkpoints(base: Path) -> None:
         raise ServerError(f"Writing the tiny checkpoints failed:\n{done.stdout}")
 
 
-def _read_validation(result: RunResult, answer: dict[str, Any]) -> None:
-    result.prompt_id = answer.get("prompt_id", "")
-    error = answer.get("error")
-    if error:
-        result.rejection = _one_line(error)
-    # An empty list, not a dict, where there is nothing to say.
-    for node, report in (answer.get("node_errors") or {}).items():
-        result.node_errors[node] = [_one_line(entry) for entry in report["errors"]]
-
-
-def _one_line(error: dict[str, Any]) -> str:
-    details = f": {error['details']}" if error.get("details") else ""
-    return f"{error['type']}: {error['message']}{details}"
-
-
-async def _follow(
-    socket: aiohttp.ClientWebSocketResponse,
-    result: RunResult,
-    on_message: Callable[[str, dict[str, Any]], None] | None,
-) -> None:
-    async for message in socket:
-        if message.type is not aiohttp.WSMsgType.TEXT:
-            continue  # previews come as binary messages
-        event = json.loads(message.data)
-        kind, data = event["type"], event["data"]
-        if kind == "idadapter.messages":
-            texts = tuple(message["text"] for message in data["messages"])
-            result.told[data["node"], data["topic"]] = texts
-        if data.get("prompt_id") != result.prompt_id:
-            continue
-        result.messages.append((kind, data))
-        if on_message:
-            on_message(kind, data)
-        if kind == "executing":
-            # The only message that comes after the history has been written.
-            if data["node"] is None:
-                return
-            result.executed_nodes.append(data["node"])
-        elif kind == "execution_cached":
-            result.cached_nodes = list(data["nodes"])
-        elif kind == "execution_interrupted":
-            result.interrupted = True
-        elif kind == "execution_error":
-            result.error = NodeFailure(
-                node_id=data["node_id"],
-                node_type=data["node_type"],
-                exception_type=data["exception_type"],
-                message=data["exception_message"].strip(),
-                traceback="".join(data["traceback"]),
-            )
-    raise ConnectionError("the server closed the websocket")
-
-
-async def _collect(session: aiohttp.ClientSession, result: RunResult) -> None:
-    async with session.get(f"/history/{result.prompt_id}", raise_for_status=True) as response:
-        result.outputs = (await response.json())[result.prompt_id]["outputs"]
-    for node, output in result.outputs.items():
-        for entry in output.get("images", []):
-            async with session.get("/view", params=entry, raise_for_status=True) as response:
-                image = Image.open(io.BytesIO(await response.read()))
-                image.load()
-            result.images_by_node.setdefault(node, []).append(image)
-
-
 def _run_anywhere(request: Callable[[], Any]) -> Any:
-    """Run a coroutine to its end, also from within `on_message`, where an event loop is running already."""
+    """Run a coroutine to its end, even from within `on_message`, where an event loop is already running."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -467,6 +326,6 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies in a way that leaves no time to clean up."""
+    """Make Linux kill this process when its parent dies without cleaning up."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

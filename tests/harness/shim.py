@@ -1,4 +1,4 @@
-"""What lets ComfyUI and diffusers be imported where torchvision or torchaudio do not fit the installed torch."""
+"""Make ComfyUI and diffusers importable where torchvision or torchaudio do not fit the installed torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAME = "comfyui_shim"
 def shim_path() -> Path | None:
     """The folder of the shim.
 
-    It is tests/shim, which leaves alone what works. `IDADAPTER_SHIM` names another one; empty, it means none.
+    Default: tests/shim, which does not touch working packages. `IDADAPTER_SHIM` sets another folder, or none if empty.
     """
     named = os.environ.get("IDADAPTER_SHIM")
     if named is None:
@@ -24,9 +24,9 @@ def shim_path() -> Path | None:
 
 
 def run_shim() -> None:
-    """Have the shim at work in this process. Doing it twice is harmless.
+    """Activate the shim in this process. Further calls have no effect.
 
-    Python runs it by itself only in processes that start with its folder on PYTHONPATH.
+    Python only runs it automatically in processes started with its folder on PYTHONPATH.
     """
     shim = shim_path()
     if shim is None or _NAME in sys.modules or _is_running(shim / "sitecustomize.py"):
@@ -35,7 +35,7 @@ def run_shim() -> None:
 
 
 def import_file(name: str, path: Path) -> ModuleType:
-    """A module from a file, registered under a name of our choice."""
+    """Import a module from a file under a given name."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

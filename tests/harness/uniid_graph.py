@@ -1,4 +1,4 @@
-"""The workflow of both methods in pieces, and UniID's as a whole, with the nodes and files of the test server."""
+"""Pieces of both methods' workflows, and UniID's whole workflow, with the nodes and files of the test server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESCALE = {
 
 
 def add_photos(graph: Graph, names: Sequence[str]) -> Node:
-    """Photos as one IMAGE batch."""
+    """Add photos as one IMAGE batch."""
     first, *others = [graph.add("LoadImage", image=name) for name in names]
     for photo in others:
         first = graph.add("ImageBatch", image1=first, image2=photo)
@@ -97,7 +97,7 @@ def add_prompt(
 
 
 def add_attach(graph: Graph, prompt: Node, identity: Node) -> Node:
-    """A prompt with an identity of its own."""
+    """Add a prompt with its own identity."""
     return graph.add("IDAdapterAttach", conditioning=prompt, identity=identity, role="positive")
 
 
@@ -107,7 +107,7 @@ def add_text(graph: Graph, source: Node, slot: int) -> Node:
 
 
 def add_half_mask(graph: Graph, side: str, size: int = 64) -> Node:
-    """A mask of which the "left" or "right" half is 1."""
+    """Add a mask whose "left" or "right" half is 1."""
     black = graph.add("SolidMask", value=0.0, width=size, height=size)
     white = graph.add("SolidMask", value=1.0, width=size // 2, height=size)
     return graph.add(
@@ -121,7 +121,7 @@ def add_half_mask(graph: Graph, side: str, size: int = 64) -> Node:
 
 
 def rewire(graph: Graph, node: Node, **inputs: Node) -> None:
-    """Give a node other sources for some of its inputs."""
+    """Connect some inputs of a node to other sources."""
     graph.workflow[node.id]["inputs"].update({name: source[0] for name, source in inputs.items()})
 
 
@@ -136,10 +136,10 @@ def uniid_graph(
     id_prompt: bool = True,
     **text_to_image: Any,
 ) -> tuple[Graph, dict[str, Node]]:
-    """The whole workflow, from photos to SaveImage, and its nodes by role.
+    """Build the whole workflow, from photos to SaveImage. Returns it and its nodes by role.
 
-    Beside the roles of `add_text_to_image` these are photos, analyzer, faces, adapter, identity, apply, and, where
-    wanted, rescale and prompt.
+    In addition to the roles of `add_text_to_image`: photos, analyzer, faces, adapter, identity, apply, and, if requested, rescale and
+    prompt.
     """
     graph = Graph()
     nodes = add_text_to_image(graph, CHECKPOINT_NAMES[kind], **text_to_image)

@@ -10,7 +10,7 @@ Link = list[Any]
 
 
 class Node:
-    """A node of a `Graph`. `node[1]` is a link to its second output, to be given as another node's input."""
+    """A node of a `Graph`. `node[1]` is a link to its second output, for use as another node's input."""
 
     def __init__(self, node_id: str) -> None:
         self.id = node_id
@@ -20,7 +20,7 @@ class Node:
 
 
 class Graph:
-    """Builds a workflow node by node; `graph.workflow` is what the server takes.
+    """Builds a workflow node by node; `graph.workflow` is the input of `ComfyServer.run`.
 
     >>> graph = Graph()
     >>> checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name="tiny_sdxl.safetensors")
@@ -31,8 +31,10 @@ class Graph:
         self.workflow: Workflow = {}
 
     def add(self, class_type: str, /, extra: Mapping[str, Any] | None = None, **inputs: Any) -> Node:
-        """Add a node. `extra` takes inputs whose names are no Python names ("images.image0"). A `Node` given as an
-        input stands for its first output."""
+        """Add a node. `extra` takes inputs whose names are not valid in Python ("images.image0").
+
+        A `Node` given as an input stands for its first output.
+        """
         node_id = str(len(self.workflow) + 1)
         given = {**inputs, **(extra or {})}
         self.workflow[node_id] = {
@@ -54,7 +56,7 @@ def add_text_to_image(
     cfg: float = 7.0,
     seed: int = 1,
 ) -> dict[str, Node]:
-    """Add the standard text-to-image graph, returning its nodes by role.
+    """Add the standard text-to-image graph. Returns its nodes by role.
 
     The roles are checkpoint, positive, negative, latent, sampler, decoder and save. To patch the MODEL, add the nodes
     and then `graph.workflow[nodes["sampler"].id]["inputs"]["model"] = patched[0]`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.tiny.checkpoints import tiny_unet
 from tests.tiny.diffusers_unet import diffusers_unet
 from tests.tiny.features import face_features
 from tests.tiny.idadapter import CONFIGS, tiny_idadapter, vision_features
+from tests.tiny.ip_adapter import CONFIGS as FACEID_CONFIGS, published, with_lora, write_published
 from tests.tiny.uniid import CONFIGS as UNIID_CONFIGS, tiny_uniid
 
 STEPS = 2
@@ -85,16 +87,16 @@ def run(model: Any, kind: str) -> list[Call]:
     return calls
 
 
-def predict(unet: Any, call: Call) -> Tensor:
+def predict(unet: Any, call: Call, **more: Any) -> Tensor:
     """What diffusers' UNet makes of the inputs of a call."""
-    added = None
+    added: dict[str, Any] = dict(more)
     if call.y is not None:  # pooled text, then the embedded sizes
         height, width = (8 * side for side in call.x.shape[-2:])
         sizes = torch.tensor([[height, width, 0, 0, height, width]])
-        added = {"text_embeds": call.y[:, :64], "time_ids": sizes.expand(len(call.x), -1)}
+        added |= {"text_embeds": call.y[:, :64], "time_ids": sizes.expand(len(call.x), -1)}
     with torch.no_grad():
         out: Tensor = unet(
-            call.x.clone(), call.timestep.clone(), call.context.clone(), added_cond_kwargs=added
+            call.x.clone(), call.timestep.clone(), call.context.clone(), added_cond_kwargs=added or None
         ).sample
     return out
 
@@ -179,3 +181,27 @@ def test_a_uniid_adapter_does_the_same_in_both(
                     "the adapter changes nothing"
                 )
     assert all(torch.equal(predict(unet, call), plain) for call, plain in zip(calls, bare, strict=True))
+
+
+def test_a_faceid_does_what_diffusers_own_loader_does(
+    kind: str, model: Any, unet: Any, tmp_path: Path
+) -> None:
+    """The published file in ComfyUI, its LoRA included, against diffusers' loader of the same file."""
+    from ComfyUI_IDAdapter.nodes.adapter import load
+
+    config = FACEID_CONFIGS[kind]
+    loaded = load(write_published(tmp_path / "faceid.bin", config), None)
+    features = face_features(3)
+    identity = loaded.adapter.encode(features, Mix())
+    calls = run(node("IDAdapterApply", model, loaded, identity, 1.0, 0.0, 1.0, None), kind)
+    reference = with_lora(deepcopy(unet), published(config)["ip_adapter"])
+    reference._load_ip_adapter_weights([published(config)])
+    for processor in reference.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [1.0]
+    direction = torch.nn.functional.normalize(features.embedding, dim=-1)
+    for step, call in enumerate(calls):
+        shown = torch.where(call.positive[:, None], direction, torch.zeros_like(direction))
+        out = predict(reference, call, image_embeds=[shown[:, None]])
+        assert_published(f"{kind}, FaceID, step {step}", out, call.out)
+        assert (out - predict(unet, call)).abs().max() > 100 * TOLERANCE, "the adapter changes nothing"

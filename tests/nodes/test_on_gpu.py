@@ -125,7 +125,7 @@ WRITES = "import json, sys; f = open(sys.argv[1], 'w'); say = lambda **e: print(
 PROGRAMS = {
     "good": "say(row={'a': 1}); say(done=True)",
     "raises": "say(row={'a': 2}); say(error='ValueError: no such thing'); sys.exit(1)",
-    "crashes": "say(row={'a': 3}); print('out of memory'); import os; os._exit(9)",
+    "crashes": "say(row={'a': 3}); print('out of memory', flush=True); import os; os._exit(9)",
     "hangs": "say(row={'a': 4}); import time; time.sleep(600)",
     "cut off": "say(row={'a': 5}); f.write('{\"row\": {'); f.flush(); sys.exit(3)",
     "silent": "sys.exit(0)",

@@ -12,7 +12,6 @@ from torch import Tensor
 from tests.golden import recipe
 
 Block = tuple[str, int]
-
 _SD15_BLOCKS: list[Block] = [
     *(("input", number) for number in (1, 2, 4, 5, 7, 8)),
     *(("output", number) for number in range(3, 12)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,3 +41,16 @@ def write_published(path: Path, config: FaceIDConfig, seed: int = 0) -> Path:
 def tiny_faceid(folder: Path, config: FaceIDConfig = TINY_SD15, seed: int = 0) -> Adapter:
     """An adapter through the real loading path."""
     return load_adapter(write_published(folder / f"faceid_{seed}.bin", config, seed))
+
+
+def with_lora(unet: Any, weights: Mapping[str, Tensor]) -> Any:
+    """A diffusers UNet whose weights have the LoRA of the published file's `ip_adapter` in them, as its reference adds it."""
+    processors = [name.removesuffix(".processor") for name in unet.attn_processors]
+    order = ("down_blocks", "up_blocks", "mid_block")
+    processors.sort(key=lambda name: order.index(name.split(".")[0]))
+    for number, name in enumerate(processors):
+        for layer in ("to_q", "to_k", "to_v", "to_out"):
+            linear = unet.get_submodule(f"{name}.{'to_out.0' if layer == 'to_out' else layer}")
+            up, down = (weights[f"{number}.{layer}_lora.{part}.weight"] for part in ("up", "down"))
+            linear.weight.data += up @ down
+    return unet

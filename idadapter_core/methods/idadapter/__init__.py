@@ -1,8 +1,8 @@
 """IDAdapter: mixed facial features of N references, gated adapters, an identity word in the prompt (arXiv 2403.13535).
 
-No weights were ever published, so names and layout are ours. The sizes are the paper's: with the `sd21` preset the mixer, the
-gated adapters and the K/V weights hold 261.96 M parameters, as the paper's 262 M. The adapters have the shape of GLIGEN's gated
-self-attention (arXiv 2301.07093), from which the paper takes them.
+No weights were ever published, so names and layout are ours. The sizes follow the paper: with the `sd21` preset the mixer, the
+gated adapters and the K/V weights have 261.96 M parameters (paper: 262 M). The gated adapters have the shapes of GLIGEN's gated
+self-attention (arXiv 2301.07093), which the paper adopts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sizes of an IDAdapter, and what to tell about one."""
+"""Sizes, requirements and description of an IDAdapter."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def _heads_of_64(widths: tuple[int, ...]) -> tuple[int, ...]:
 class IDAdapterConfig:
     """Sizes of one IDAdapter. The defaults are the paper's: SD2.1, CLIP ViT-L/14, four references."""
 
-    references: int = 4  # N, how many photos a person has in training
-    vision_width: int = 1024  # of the CLIP vision model, of the mixer, and of E_r
-    vision_patches: int = 256  # patch tokens of a photo
+    references: int = 4  # N, photos per person in training
+    vision_width: int = 1024  # width of the CLIP vision model, the mixer and E_r
+    vision_patches: int = 256  # patch tokens per photo
     embedding_width: int = 512
     mixer_depth: int = 2  # attention blocks of MFF; 0 leaves the features unmixed
     mixer_heads: int = 16
-    tokens: int = 0  # what E_r keeps: 0 all (N * patches + 1), else a learned resampling to this many
-    resampler_depth: int = 2  # of the resampling, where there is one
+    tokens: int = 0  # length of E_r: 0 for all (N * patches + 1), else resampled to this many
+    resampler_depth: int = 2  # depth of the resampler, if tokens > 0
     text_encoders: tuple[str, ...] = (
         "h",
     )  # by ComfyUI's names: l and g (SD1.5, SDXL), h (SD2.1); empty: no identity word
     text_widths: tuple[int, ...] = (1024,)
-    text_tokens: int = 1  # embeddings that the identity word becomes
+    text_tokens: int = 1  # embeddings of the identity word
     text_hidden: int = 1024
     context_width: int = 1024  # text width of the UNet
     site_widths: tuple[int, ...] = _SD_WIDTHS  # in checkpoint order
     site_heads: tuple[int, ...] = _heads_of_64(_SD_WIDTHS)
-    unconditional: str = "skip"  # negative rows: adapters skipped, or tokens of zeroed features
-    recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+    unconditional: str = "skip"  # on negative rows: skip the adapter, or use tokens of zeroed features
+    recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
-    # What changes an identity, or what is done with it, and shows in no weight.
+    # Settings that affect an identity, or its use, but no weight.
     unseen: ClassVar[tuple[str, ...]] = (
         "references",
         "mixer_heads",
@@ -125,13 +125,13 @@ PRESETS = {
 
 
 def needs(config: IDAdapterConfig) -> Needs:
-    """CLIP vision of the size it was trained with, and the text encoders of the identity word."""
+    """Return the required CLIP vision size, and the text encoders of the identity word."""
     widths = dict(zip(config.text_encoders, config.text_widths, strict=True))
     return Needs(vision=(config.vision_width, config.vision_patches), text_widths=widths)
 
 
 def describe(config: IDAdapterConfig) -> list[str]:
-    """What an adapter of these sizes is, in lines."""
+    """Describe an adapter of these sizes, in lines."""
     all_tokens = config.references * config.vision_patches + 1
     kept = f"resampled to {config.tokens}" if config.tokens else f"up to {all_tokens}, all kept"
     lines = [
@@ -158,7 +158,7 @@ def describe(config: IDAdapterConfig) -> list[str]:
 
 
 def notes(config: IDAdapterConfig, mechanisms: Mechanisms) -> tuple[str, ...]:
-    """Whether it was trained at all."""
+    """Return a note if the adapter was never trained."""
     if mechanisms.deltas or any(map(any, mechanisms.openings.values())):
         return ()
     return (

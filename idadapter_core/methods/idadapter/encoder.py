@@ -1,4 +1,4 @@
-"""IDAdapter's mixed facial features and its identity word: all that runs once per identity. And its layers in the UNet."""
+"""IDAdapter's encoder (mixed facial features and identity word), which runs once per identity, and its layers in the UNet."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _MixerBlock(nn.Module):
 
 
 class _Resampler(nn.Module):
-    """Learned latents attend to the mixed tokens: E_r of a fixed length."""
+    """Resampler in which learned latents attend to the mixed tokens, for an E_r of fixed length."""
 
     def __init__(self, config: IDAdapterConfig):
         super().__init__()
@@ -80,15 +80,15 @@ class FeatureMixer(nn.Module):
         self.resampler = _Resampler(config) if config.tokens else None
 
     def forward(self, patch_tokens: Tensor, face_feature: Tensor, bias: Tensor | None = None) -> Tensor:
-        """E_r.
+        """Compute E_r.
 
         Args:
-            patch_tokens: (B, S, width), the references of one person side by side.
+            patch_tokens: (B, S, width), the references of one person concatenated.
             face_feature: (B, 512), see `face_feature`.
             bias: (S,) added to the attention logits of the patch tokens.
 
         Returns:
-            (B, S + 1, width), the face feature's token last; or (B, tokens, width) where the adapter resamples.
+            (B, S + 1, width) with the face feature's token last, or (B, tokens, width) with a resampler.
         """
         x = torch.cat([patch_tokens, self.embedding_projection(face_feature)[:, None]], dim=1)
         bias = None if bias is None else F.pad(bias, (0, 1))
@@ -116,7 +116,7 @@ class WordProjection(nn.Module):
         )
 
     def forward(self, class_embedding: Tensor) -> dict[str, Tensor]:
-        """(B, vision width) -> per encoder (B, tokens, text width)."""
+        """Map (B, vision width) to embeddings per encoder (B, tokens, text width)."""
         return {
             name: rearrange(project(class_embedding), "b (n c) -> b n c", n=self.tokens)
             for name, project in self.encoders.items()
@@ -124,7 +124,7 @@ class WordProjection(nn.Module):
 
 
 class IDAdapterEncoder(nn.Module):
-    """All that runs once per identity: MFF and the identity word."""
+    """The modules that run once per identity: MFF and the identity word."""
 
     def __init__(self, config: IDAdapterConfig):
         super().__init__()
@@ -134,10 +134,10 @@ class IDAdapterEncoder(nn.Module):
     def forward(
         self, patch_tokens: Tensor, face_feature: Tensor, class_embedding: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """E_r (B, T, vision width) and the word's embeddings, per encoder (B, tokens, text width).
+        """Compute E_r (B, T, vision width) and the word's embeddings, per encoder (B, tokens, text width).
 
         Args:
-            patch_tokens: (B, S, vision width) of all references of a person.
+            patch_tokens: (B, S, vision width), all references of a person.
             face_feature: (B, 512), see `face_feature`.
             class_embedding: (B, vision width), mean over the references.
             bias: (S,), see `FeatureMixer`.
@@ -146,9 +146,9 @@ class IDAdapterEncoder(nn.Module):
 
 
 def face_feature(embedding: Tensor, weights: Tensor) -> Tensor:
-    """f_a (Eq. 4): the weighted mean (1, 512) of embeddings (F, 512), each brought to the length sqrt(512) first.
+    """f_a (Eq. 4): the weighted mean (1, 512) of embeddings (F, 512), each scaled to the norm sqrt(512) first.
 
-    Recognisers compare directions. The length of an embedding speaks of the photo's quality, so it must not weigh here.
+    Recognisers compare directions. The norm of an embedding reflects the quality of the photo, so it must not act as a weight.
     """
     unit = F.normalize(embedding.float(), dim=-1) * embedding.shape[-1] ** 0.5
     return weighted_mean(unit, weights)
@@ -162,8 +162,8 @@ class _KeyValueDelta(nn.Module):
 
 
 class IDAdapterLayers(nn.Module):
-    """What acts in the UNet, per cross-attention site, numbered as in checkpoints: the gated adapters, and what training added
-    to the K and V weights of the cross-attention."""
+    """The UNet layers per cross-attention site, numbered as in checkpoints: the gated adapters, and the trained deltas of the K
+    and V weights of the cross-attention."""
 
     def __init__(self, config: IDAdapterConfig, operations: Any = nn):
         super().__init__()
@@ -176,7 +176,7 @@ class IDAdapterLayers(nn.Module):
         )
 
     def key_value_deltas(self) -> dict[Place, Delta]:
-        """What training added to the K and V weights (width, context width); all start at 0."""
+        """Return the deltas of the K and V weights (width, context width); all start at 0."""
         found: dict[Place, Delta] = {}
         for number, delta in self.deltas.items():
             assert isinstance(delta, _KeyValueDelta)
@@ -186,21 +186,17 @@ class IDAdapterLayers(nn.Module):
 
 
 def mechanisms(config: IDAdapterConfig, layers: IDAdapterLayers) -> Mechanisms:
-    """Gated layers, K and V deltas, and a word of the prompt."""
-    return Mechanisms(
-        gated=layers.gates,
-        deltas=layers.key_value_deltas(),
-        text="word" if config.has_text_branch else None,
-    )
+    """Return the mechanisms: gated layers, and K and V deltas."""
+    return Mechanisms(gated=layers.gates, deltas=layers.key_value_deltas())
 
 
 def initialise(
     encoder: IDAdapterEncoder, layers: IDAdapterLayers, config: IDAdapterConfig, seed: int = 0
 ) -> None:
-    """The start of a training: small random weights, gates and K/V deltas at exactly 0.
+    """Initialise for training: small random weights, gates and K/V deltas at exactly 0.
 
-    The identity word starts at the length of a usual word's embedding. Values are drawn in fp32 and rounded to the dtype of the
-    parameters, one parameter after the other.
+    The identity word starts with the norm of an ordinary word embedding. Values are drawn in fp32, one parameter after the other,
+    and rounded to the dtype of the parameters.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -216,23 +212,23 @@ def initialise(
         for project in encoder.word.encoders.values():
             assert isinstance(project, nn.Sequential)
             assert isinstance(project[-1], nn.Linear)
-            # After GELU a unit normal has a root mean square of 0.65; CLIP's word embeddings have one of about 0.014.
+            # The root mean square of a unit normal after GELU is 0.65, that of CLIP's word embeddings about 0.014.
             project[-1].weight.mul_(0.014 / 0.65)
 
 
 def encode(encoder: IDAdapterEncoder, config: IDAdapterConfig, features: FaceFeatures, mix: Mix) -> Identity:
-    """One identity from the photos of one person. Runs where the encoder's weights are, in fp32, without gradients.
+    """Encode the photos of one person to an identity. Runs on the encoder's device, in fp32, without gradients.
 
-    `learned` (which `auto` means): the references go through the mixer together, as in training. `concatenate` (ours): each
-    photo goes through it alone and the results are put side by side. `mean` (ours): the features are averaged first.
+    `learned` (the default of `auto`): the references go through the mixer together, as in training. `concatenate` (ours): each
+    photo goes through the mixer alone, and the results are concatenated. `mean` (ours): the features are averaged first.
 
-    The adapter was trained with N references. From K > N photos N are chosen (`mixing.select_references`); K < N count N / K
-    times each. One photo given N times, as the paper does at inference, has the same result: attention over repeated tokens
-    equals attention over single ones with log N added to their logits. The same way photos are weighted.
+    The adapter was trained with N references. Of K > N photos, N are chosen (`mixing.select_references`); if K < N, each counts
+    N / K times. The result equals one photo given N times, as in the paper's inference: attention over repeated tokens equals
+    attention over single tokens with log N added to their logits. Photo weights work in the same way.
 
     Raises:
         InputError: no faces, or a wrong number of weights.
-        MismatchError: features without CLIP vision, or of other sizes.
+        MismatchError: features without CLIP vision, or of the wrong size.
     """
     mode = "learned" if mix.mode == "auto" else mix.mode
     limit = mix.references or config.references
@@ -279,13 +275,13 @@ def encode(encoder: IDAdapterEncoder, config: IDAdapterConfig, features: FaceFea
 
 
 def _bias(weights: Tensor, config: IDAdapterConfig, tokens_each: int) -> Tensor | None:
-    """Logits of the patch tokens: photo f counts N * w_f times. None where every photo counts once, as in training."""
+    """Logits of the patch tokens: photo f counts N * w_f times. None if every photo counts once, as in training."""
     copies = config.references * weights
     return None if torch.allclose(copies, torch.ones_like(copies)) else token_bias(copies, tokens_each)
 
 
 def _concatenated_bias(shares: Tensor, tokens_each: int, config: IDAdapterConfig) -> Tensor | None:
-    """Logits of mixed tokens side by side: together the photos count like one identity made in training."""
+    """Logits of concatenated mixed tokens: together the photos count like one identity in training."""
     if config.tokens:
         return None if len(shares) == 1 else token_bias(shares, tokens_each)
     parts = [
@@ -307,12 +303,12 @@ _VISION_NAMES = {
 
 
 def vision_name(width: int, patches: int) -> str:
-    """What people call a CLIP vision model; its sizes where it has no name."""
+    """Return the common name of a CLIP vision model, or its sizes if it has none."""
     return _VISION_NAMES.get((width, patches), f"a CLIP vision model of width {width} with {patches} patches")
 
 
 def require_vision(features: FaceFeatures, config: IDAdapterConfig) -> None:
-    """Raise MismatchError unless the features hold what IDAdapter reads."""
+    """Raise MismatchError unless the features hold all inputs of IDAdapter."""
     wanted = vision_name(config.vision_width, config.vision_patches)
     if features.patch_tokens is None or features.class_embedding is None:
         raise MismatchError(
@@ -333,7 +329,7 @@ def require_vision(features: FaceFeatures, config: IDAdapterConfig) -> None:
 
 
 def parameter_counts(config: IDAdapterConfig) -> dict[str, int]:
-    """Trained parameters of each part: `mixer` (attention blocks), `face` (the projection of the face feature), `resampler`,
+    """Count the trained parameters of each part: `mixer` (attention blocks), `face` (projection of the face feature), `resampler`,
     `word`, `gates`, `deltas`."""
     with torch.device("meta"):
         encoder, layers = IDAdapterEncoder(config), IDAdapterLayers(config)

@@ -1,4 +1,4 @@
-"""IDAdapter's files are this project's own: no weights were ever published."""
+"""File layout of IDAdapter. It is this project's own, because no weights were ever published."""
 
 from __future__ import annotations
 

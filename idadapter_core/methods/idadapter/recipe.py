@@ -1,4 +1,4 @@
-"""How IDAdapter is trained (arXiv 2403.13535): N references that are not the target, the identity word in the caption, L_id."""
+"""Training recipe of IDAdapter (arXiv 2403.13535): N references other than the target, the identity word in the caption, L_id."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .encoder import IDAdapterEncoder, face_feature
 
 
 def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the base decides of an IDAdapter, and sizes that suit it."""
+    """Return the settings that the base model fixes, and default sizes that suit it."""
     text_widths = around.text_widths
     if around.vision is None:
         raise ConfigError("an IDAdapter reads CLIP vision; name the model as base.vision")
     encoders = tuple(name for name in ENCODERS if name in text_widths)
-    encoders = around.settings.get("text_encoders", encoders)  # fewer, or none: no identity word
+    encoders = around.settings.get("text_encoders", encoders)  # a subset; empty: no identity word
     if missing := [name for name in encoders if name not in text_widths]:
         raise ConfigError(
             f"adapter.settings.text_encoders names {', '.join(missing)}, but the base has {', '.join(text_widths)}"
@@ -42,8 +42,8 @@ def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def encode(encoder: IDAdapterEncoder, config: IDAdapterConfig, seen: Seen) -> Encoded:
-    """E_r and the identity word. Where the identity is dropped, the gates are skipped, or see the tokens of features of zeros: as
-    the adapter's negative prompts will be."""
+    """Encode E_r and the identity word. Where the identity is dropped, the gates are skipped or get the tokens of zeroed features,
+    like negative prompts at inference."""
     assert seen.patch_tokens is not None
     assert seen.class_embedding is not None
     references = seen.embedding[:, :-1]

@@ -1,4 +1,4 @@
-"""Sizes of an IP-Adapter FaceID, and what to tell about one."""
+"""Sizes, requirements and description of an IP-Adapter FaceID."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _SDXL_WIDTHS = (640,) * 4 + (1280,) * 20 + (1280,) * 30 + (640,) * 6 + (1280,) *
 
 @dataclass(frozen=True)
 class FaceIDConfig:
-    """Sizes of one adapter. The defaults are those of ip-adapter-faceid_sdxl."""
+    """Sizes of one adapter. The defaults match ip-adapter-faceid_sdxl."""
 
     tokens: int = 4
     embedding_width: int = 512
-    hidden_width: int = 1024  # of the MLP from the embedding to the tokens
+    hidden_width: int = 1024  # hidden width of the MLP from the embedding to the tokens
     context_width: int = 2048  # text width of the UNet
     site_widths: tuple[int, ...] = _SDXL_WIDTHS  # in checkpoint order
-    lora_rank: int = 128  # of the changes of the UNet's attention that come in the file; 0: none (Portrait)
-    recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+    lora_rank: int = 128  # rank of the attention LoRA in the file; 0: none (Portrait)
+    recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
     unseen: ClassVar[tuple[str, ...]] = ()
 
@@ -46,12 +46,12 @@ class FaceIDConfig:
 
 
 def needs(config: FaceIDConfig) -> Needs:
-    """The embedding alone."""
+    """Require the embedding alone."""
     return Needs()
 
 
 def describe(config: FaceIDConfig) -> list[str]:
-    """What an adapter of these sizes is, in lines."""
+    """Describe an adapter of these sizes, in lines."""
     kind = f"with a LoRA of rank {config.lora_rank}" if config.lora_rank else "without a LoRA (Portrait)"
     recognizer = (
         config.recognizer or "not recorded in the file (the published ones use buffalo_l's w600k_r50)"
@@ -65,7 +65,7 @@ def describe(config: FaceIDConfig) -> list[str]:
 
 
 def notes(config: FaceIDConfig, mechanisms: Mechanisms) -> tuple[str, ...]:
-    """That the LoRA of the file acts, so that no other copy of it is loaded beside it."""
+    """Note that the LoRA in the file is active, so that the user does not load a second copy of it."""
     if not config.lora_rank:
         return ()
     return (

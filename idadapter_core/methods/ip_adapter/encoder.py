@@ -1,6 +1,6 @@
 """IP-Adapter FaceID's tokens from the direction of a face embedding, and its layers in the UNet.
 
-Equations as in tencent-ailab/IP-Adapter@62e4af9: X = LN(reshape(W2 gelu(W1 e / |e| + b1) + b2)); no face is the zero vector.
+Equations as in tencent-ailab/IP-Adapter@62e4af9: X = LN(reshape(W2 gelu(W1 e / |e| + b1) + b2)); the zero vector means no face.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from .config import FaceIDConfig
 
 NAME = "ip_adapter"
 CHANGED = ("to_q", "to_k", "to_v", "to_out")  # layers of both attentions that the LoRA changes
-# The recogniser of antelopev2 (glintr100): its embeddings have the same width and mean other people.
+# The recogniser of antelopev2 (glintr100): its embeddings have the same width but are not compatible.
 _OF_OTHER_PACKAGE = "4ab1d643"
 
 
 class FaceIDEncoder(nn.Module):
-    """The embedding's direction as tokens in the context space of the UNet."""
+    """Maps the direction of an embedding to tokens in the context space of the UNet."""
 
     def __init__(self, config: FaceIDConfig):
         super().__init__()
         self.image_proj = _Projection(config)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """(B, embedding width), of any length, all zeros for nobody -> (B, tokens, context width)."""
+        """Map embeddings (B, embedding width), of any norm, zeros for no face, to (B, tokens, context width)."""
         tokens: Tensor = self.image_proj(F.normalize(embedding.float(), dim=-1))
         return tokens
 
@@ -68,7 +68,7 @@ def _add_low_rank(module: nn.Module, width: int, context: int, rank: int) -> Non
 
 
 class FaceIDLayers(nn.Module):
-    """By the number of each attention in checkpoints: K and V of the tokens (odd numbers, cross-attention), and the LoRA of both."""
+    """Layers by checkpoint number of each attention: K and V of the tokens (odd, cross-attention), and the LoRA of all attentions."""
 
     def __init__(self, config: FaceIDConfig):
         super().__init__()
@@ -84,7 +84,7 @@ class FaceIDLayers(nn.Module):
             self.add_module(str(number), pair)
 
     def pairs(self) -> dict[int, KeyValueProjection]:
-        """K and V projections by site."""
+        """Return the K and V projections by site."""
         found: dict[int, KeyValueProjection] = {}
         for number in self.sites:
             pair = self.get_submodule(str(number))
@@ -93,7 +93,7 @@ class FaceIDLayers(nn.Module):
         return found
 
     def deltas(self) -> dict[Place, Delta]:
-        """The LoRA, by the layers it changes."""
+        """Return the LoRA deltas by layer."""
         found: dict[Place, Delta] = {}
         for number in self.sites:
             for attention, owner in (("attn1", number - 1), ("attn2", number)):
@@ -106,7 +106,7 @@ class FaceIDLayers(nn.Module):
 
 
 def mechanisms(config: FaceIDConfig, layers: FaceIDLayers) -> Mechanisms:
-    """Decoupled attention, and the LoRA of the file."""
+    """Return the mechanisms: decoupled attention, and the LoRA of the file."""
     return Mechanisms(
         decoupled=SiteProjections.around(layers.token_width, layers.pairs()), deltas=layers.deltas()
     )
@@ -114,8 +114,8 @@ def mechanisms(config: FaceIDConfig, layers: FaceIDLayers) -> Mechanisms:
 
 @torch.no_grad()
 def initialise(encoder: FaceIDEncoder, layers: FaceIDLayers, config: FaceIDConfig, seed: int = 0) -> None:
-    """The start of a training: usual random weights, but values of the tokens and `up` of the LoRA at 0, so that a fresh adapter
-    leaves the UNet exactly as it is."""
+    """Initialise for training: default random weights, but V of the tokens and `up` of the LoRA at 0, so that a new adapter leaves
+    the UNet's outputs exactly unchanged."""
     generator = torch.Generator().manual_seed(seed)
     draw_usual(encoder, generator)
     draw_usual(layers, generator)
@@ -125,7 +125,7 @@ def initialise(encoder: FaceIDEncoder, layers: FaceIDLayers, config: FaceIDConfi
 
 
 def require_embedding(features: FaceFeatures, config: FaceIDConfig) -> None:
-    """Raise MismatchError unless the features hold embeddings that the adapter can read."""
+    """Raise MismatchError unless the features hold embeddings that fit the adapter."""
     if features.embedding.shape[1] != config.embedding_width:
         raise MismatchError(
             f"the adapter reads a face embedding of {config.embedding_width}, these features have "
@@ -140,13 +140,13 @@ def require_embedding(features: FaceFeatures, config: FaceIDConfig) -> None:
 
 @torch.no_grad()
 def encode(encoder: FaceIDEncoder, config: FaceIDConfig, features: FaceFeatures, mix: Mix) -> Identity:
-    """One identity from the photos of one person. Runs where the encoder's weights are, in fp32, without gradients.
+    """Encode the photos of one person to an identity. Runs on the encoder's device, in fp32, without gradients.
 
-    `mean` (which `auto` means): the mean of the embeddings' directions. `concatenate`: the tokens of all photos side by side, which
-    all count alike.
+    `mean` (the default of `auto`): the mean of the embeddings' directions. `concatenate`: the tokens of all photos, with equal
+    weights.
 
     Raises:
-        InputError: no faces, a wrong number of weights, mode `learned`, or `concatenate` with photos that count differently.
+        InputError: no faces, a wrong number of weights, mode `learned`, or `concatenate` with unequal weights.
     """
     if mix.mode == "learned":
         raise InputError(

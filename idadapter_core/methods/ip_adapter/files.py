@@ -1,4 +1,4 @@
-"""The published files of IP-Adapter FaceID and Portrait, told by keys and shapes."""
+"""The published files of IP-Adapter FaceID and Portrait, recognised by keys and shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..method import Files, Layout, State
 from .config import FaceIDConfig
 
 ENCODER, LAYERS = "image_proj.", "ip_adapter."
-# Of training dumps, which have the model's modules by their own names.
+# Prefixes in training dumps, which use the names of the model's modules.
 _OTHER_NAMES = {"image_proj_model.": ENCODER, "adapter_modules.": LAYERS}
 _KEYS = re.compile(
     r"^(?:image_proj\.(?:proj\.[02]\.(?:weight|bias)|norm\.(?:weight|bias))"
@@ -22,7 +22,7 @@ _PAIR = re.compile(r"^ip_adapter\.(\d+)\.to_k_ip\.weight$")
 
 
 def published_state(state: Mapping[str, Tensor], source: str) -> State:
-    """The weights under the published names; empty where the file holds another adapter of that family, or none."""
+    """Return the weights under the published names; empty if the file holds another adapter of that family, or none."""
     named: State = {}
     for key, tensor in state.items():
         name = key.removeprefix("module.")
@@ -32,15 +32,15 @@ def published_state(state: Mapping[str, Tensor], source: str) -> State:
         if name.startswith((ENCODER, LAYERS)):
             named[name] = tensor
     is_faceid = "image_proj.proj.2.weight" in named and "image_proj.norm.weight" in named
-    # FaceID-Plus, Full-Face and InstantID have more in them.
+    # FaceID-Plus, Full-Face and InstantID have additional keys.
     return named if is_faceid and all(map(_KEYS.match, named)) else {}
 
 
 def published_config(state: State, source: str) -> FaceIDConfig:
-    """The sizes of an adapter, read from its shapes.
+    """Derive the sizes of an adapter from its shapes.
 
     Raises:
-        CheckpointError: a tensor that decides a size is missing or has an impossible shape; names it.
+        CheckpointError: a tensor that determines a size is missing or has an impossible shape; names it.
     """
 
     def shape(key: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How an IP-Adapter FaceID is trained: captions, the target being its own reference, tokens and LoRA together."""
+"""Training recipe of an IP-Adapter FaceID: captions, the target as its own reference, tokens and LoRA trained together."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .encoder import FaceIDEncoder, FaceIDLayers
 
 
 def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Nothing beyond what every method takes from the base."""
+    """Add no settings to those that every method takes from the base."""
     return {}, {}
 
 
 @torch.no_grad()
 def start(layers: FaceIDLayers, key_values: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-    """Keys start as the UNet's own, as published; values at 0, so that the start changes nothing."""
+    """Copy the UNet's own K weights, as published. V stays at 0, so the outputs are unchanged at the start."""
     for number, pair in layers.pairs().items():
         pair.to_k_ip.weight.copy_(key_values[number][0])
 
 
 def encode(encoder: FaceIDEncoder, config: FaceIDConfig, seen: Seen) -> Encoded:
-    """The tokens of nobody where the identity is dropped."""
+    """Encode the tokens; rows without the identity get those of no face (zeros)."""
     keep = seen.identity.to(seen.embedding)
     return Encoded(encoder(seen.embedding[:, -1] * keep[:, None]), None, {})
 

@@ -1,6 +1,6 @@
 """UniID: a text branch and an adapter branch, trained for identity only, merged at inference (arXiv 2512.03964).
 
-Module and key names follow the published code (lyuPang/UniID@41cd236), so that its checkpoints load without a lossy step.
+Module and key names follow the published code (lyuPang/UniID@41cd236), so its checkpoints load without conversion.
 """
 
 from __future__ import annotations

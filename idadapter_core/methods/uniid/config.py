@@ -1,4 +1,4 @@
-"""Sizes of a UniID adapter, and what to tell about one."""
+"""Sizes, requirements and description of a UniID adapter."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ...mechanisms import Mechanisms
 from ...sites import family_name
 from ..method import Needs
 
-ENCODERS = ("l", "g")  # the text encoders it was made for, in the order of SDXL's concatenated states
+ENCODERS = ("l", "g")  # supported text encoders, in the order of SDXL's concatenated states
 FUSED_SIDE = 16  # stages 1-3 are resized to 16 x 16 before they are fused
-# The sizes in UniIDConfig that each branch is built of, beside `head_width`.
+# The sizes in UniIDConfig that define each branch, besides `head_width`.
 TEXT_SIZES = ("text_widths", "text_tokens", "text_depth", "text_hidden", "embedding_width")
 ADAPTER_SIZES = ("adapter_tokens", "adapter_width", "adapter_depth", "context_width", "site_widths")
 
@@ -27,7 +27,7 @@ class UniIDConfig:
     )  # one per text encoder, in the order of ENCODERS; empty: no text branch
     text_tokens: int = 3
     text_depth: int = 4
-    text_hidden: int = 1024  # of the MLP from the embedding to the tokens
+    text_hidden: int = 1024  # hidden width of the MLP from the embedding to the tokens
     adapter_tokens: int = 25  # 0: no adapter branch
     adapter_width: int = 768
     adapter_depth: int = 6
@@ -37,9 +37,9 @@ class UniIDConfig:
     )  # in checkpoint order
     head_width: int = 64
     embedding_width: int = 512
-    recognizer: str = ""  # digest of the face network it was trained with; empty: not recorded
+    recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
-    unseen: ClassVar[tuple[str, ...]] = ("head_width",)  # what changes an identity and shows in no weight
+    unseen: ClassVar[tuple[str, ...]] = ("head_width",)  # affects an identity, but no weight
 
     def __post_init__(self) -> None:
         if not self.text_widths and not self.adapter_tokens:
@@ -73,13 +73,13 @@ class UniIDConfig:
 
 
 def needs(config: UniIDConfig) -> Needs:
-    """The recogniser's stages, and the text encoders that the text branch has tokens for."""
+    """Require the recogniser's stages, and the text encoders of the text branch."""
     widths = dict(zip(ENCODERS, config.text_widths, strict=False))
     return Needs(stages=True, shallow_side=FUSED_SIDE, text_widths=widths, all_text_encoders=True)
 
 
 def branches(config: UniIDConfig) -> str:
-    """Which branches there are, in words."""
+    """Name the branches of an adapter."""
     parts = [
         name
         for name, there in (("text", config.has_text_branch), ("adapter", config.has_adapter_branch))
@@ -89,7 +89,7 @@ def branches(config: UniIDConfig) -> str:
 
 
 def describe(config: UniIDConfig) -> list[str]:
-    """What an adapter of these sizes is, in lines."""
+    """Describe an adapter of these sizes, in lines."""
     lines = [branches(config)]
     if config.has_adapter_branch:
         family = family_name(len(config.site_widths), config.context_width)
@@ -106,7 +106,7 @@ def describe(config: UniIDConfig) -> list[str]:
 
 
 def notes(config: UniIDConfig, mechanisms: Mechanisms) -> tuple[str, ...]:
-    """Which branch an adapter lacks."""
+    """Return a note if an adapter lacks a branch."""
     if not config.has_text_branch:
         return (
             "it has no text branch: identity acts through attention only, and ID Prompt adds no identity tokens. "

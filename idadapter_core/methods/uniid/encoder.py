@@ -1,4 +1,4 @@
-"""UniID's two branches up to their tokens: all that runs once per identity."""
+"""UniID's encoder: the two branches up to their tokens, which run once per identity."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _EmbeddingTokens(nn.Module):
 
 
 class _TextResampler(nn.Module):
-    """Text tokens attend to the deepest stage of the face network."""
+    """Resampler in which the text tokens attend to the deepest stage of the face network."""
 
     def __init__(self, config: UniIDConfig, width: int):
         super().__init__()
@@ -62,7 +62,7 @@ class _TextResampler(nn.Module):
 
 
 class TextBranch(nn.Module):
-    """Identity as tokens in the output space of each text encoder."""
+    """Encodes an identity as tokens in the output space of each text encoder."""
 
     def __init__(self, config: UniIDConfig):
         super().__init__()
@@ -82,7 +82,7 @@ class TextBranch(nn.Module):
 
 
 class _AdapterResampler(nn.Module):
-    """Learned latents attend to the deepest stage, then to the fused shallow stages."""
+    """Resampler in which learned latents attend to the deepest stage, then to the fused shallow stages."""
 
     def __init__(self, config: UniIDConfig):
         super().__init__()
@@ -118,7 +118,7 @@ class _AdapterResampler(nn.Module):
 
 
 class AdapterBranch(nn.Module):
-    """Identity as tokens in the context space of the UNet's cross-attention."""
+    """Encodes an identity as tokens in the context space of the UNet's cross-attention."""
 
     def __init__(self, config: UniIDConfig):
         super().__init__()
@@ -137,7 +137,7 @@ class AdapterBranch(nn.Module):
 
 
 class UniIDEncoder(nn.Module):
-    """Both branches up to their tokens: all that runs once per identity."""
+    """Both branches up to their tokens, which run once per identity."""
 
     def __init__(self, config: UniIDConfig):
         super().__init__()
@@ -147,13 +147,13 @@ class UniIDEncoder(nn.Module):
     def forward(
         self, embedding: Tensor, stages: tuple[Tensor, ...], weights: Tensor | None = None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Text tokens and adapter tokens.
+        """Encode to text tokens and adapter tokens.
 
         Args:
             embedding: (B, 512), not normalised.
             stages: the four maps (B, C, side, side) of the face network, one person per row; or, with `weights`, the maps
                 of F photos of one person while embedding is (1, 512).
-            weights: (F,) summing to 1: the tokens of all photos become one sequence of keys, weighted in the softmax.
+            weights: (F,) summing to 1: the tokens of all photos form one sequence of keys, weighted in the softmax.
         """
         stage4 = rearrange(stages[3], "b c h w -> b (h w) c")
         resized = [
@@ -173,16 +173,15 @@ class UniIDEncoder(nn.Module):
 
 
 def initialise(encoder: UniIDEncoder, layers: SiteProjections, config: UniIDConfig, seed: int = 0) -> None:
-    """The start of a training as published: PyTorch's usual random weights, and adapter tokens of exactly 0.
+    """Initialise for training as published: PyTorch's default random weights, and adapter tokens of exactly 0.
 
-    The K/V projections are random here as well; the published start copies them from the UNet's own
-    (`recipe.start`). Values are drawn in fp32 and rounded to the dtype of the parameters, one parameter after
-    the other.
+    The K/V projections are random here as well; `recipe.start` copies them from the UNet's own, as published. Values are drawn in
+    fp32, one parameter after the other, and rounded to the dtype of the parameters.
 
-    With `proj_out` at 0 the norm after it gives its bias, 0: K_id and V_id are 0, so a fresh adapter branch leaves the UNet
-    exactly as it is. That lasts for one step. Only `proj_out` and the norm's bias have gradients in it; everything behind
-    `proj_out`, and the K/V projections, have them from the second on. And the norm makes tokens of full size of whatever
-    `proj_out` gives: with the published sizes and learning rate their root mean square is 0.6 after one step, 0.9 after three.
+    With `proj_out` at 0 the norm after it outputs its bias, 0: K_id and V_id are 0, so a new adapter branch leaves the UNet's
+    outputs exactly unchanged. That lasts for one step, in which only `proj_out` and the norm's bias have gradients; the layers
+    before `proj_out` and the K/V projections have gradients from the second step on. The norm scales any output of `proj_out` to
+    full size: with the published sizes and learning rate the tokens' root mean square is 0.6 after one step, 0.9 after three.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -197,15 +196,15 @@ def initialise(encoder: UniIDEncoder, layers: SiteProjections, config: UniIDConf
 
 
 def encode(encoder: UniIDEncoder, config: UniIDConfig, features: FaceFeatures, mix: Mix) -> Identity:
-    """One identity from the photos of one person. Runs where the encoder's weights are, in fp32, without gradients.
+    """Encode the photos of one person to an identity. Runs on the encoder's device, in fp32, without gradients.
 
-    `concatenate` (which `auto` means, ours for more than one photo): mean of the embeddings, and the stage tokens of all
-    photos as one sequence of keys. `mean`: the mean of embeddings and of stage maps. The digests of the result are left to
-    the caller (`checkpoint.Adapter.encode`).
+    `concatenate` (the default of `auto`; ours for more than one photo): mean of the embeddings, and the stage tokens of all
+    photos as one sequence of keys. `mean`: the mean of embeddings and of stage maps. The caller sets the adapter's digest in
+    the result (`adapter.Adapter.encode`).
 
     Raises:
-        InputError: no faces, a wrong number of weights, or mode `learned`, which UniID has not.
-        MismatchError: features without the stage maps UniID reads, or of other sizes.
+        InputError: no faces, a wrong number of weights, or mode `learned`, which UniID does not support.
+        MismatchError: features without the stage maps, or of the wrong size.
     """
     if mix.mode == "learned":
         raise InputError(
@@ -234,7 +233,7 @@ def encode(encoder: UniIDEncoder, config: UniIDConfig, features: FaceFeatures, m
 
 
 def require_stages(features: FaceFeatures, config: UniIDConfig) -> None:
-    """Raise MismatchError unless the features hold what UniID reads."""
+    """Raise MismatchError unless the features hold all inputs of UniID."""
     if not features.stages:
         raise MismatchError(
             "UniID reads the inner layers of a face network of its own, and these faces were described by the face package's (no stage "
@@ -252,13 +251,10 @@ def require_stages(features: FaceFeatures, config: UniIDConfig) -> None:
 
 
 def layers(config: UniIDConfig) -> SiteProjections:
-    """K and V of the adapter tokens at each site; none without an adapter branch."""
+    """Build the K and V projections of the adapter tokens at each site; none without an adapter branch."""
     return SiteProjections(config.context_width, config.site_widths if config.has_adapter_branch else ())
 
 
 def mechanisms(config: UniIDConfig, layers: SiteProjections) -> Mechanisms:
-    """Decoupled attention, and tokens among the text's states."""
-    return Mechanisms(
-        decoupled=layers if config.has_adapter_branch else None,
-        text="states" if config.has_text_branch else None,
-    )
+    """Return the mechanisms: decoupled attention."""
+    return Mechanisms(decoupled=layers if config.has_adapter_branch else None)

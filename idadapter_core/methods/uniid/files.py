@@ -1,4 +1,4 @@
-"""UniID's published files, told by keys and shapes, and its two branches from two files."""
+"""UniID's published files, recognised by keys and shapes, and joining its two branches from two files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .config import TEXT_SIZES, UniIDConfig
 TEXT_PREFIX = "text_branch."
 ADAPTER_PREFIX = "adapter_branch."
 
-# Keys of the branches when saved without their prefix.
+# Keys of the branches if saved without their prefix.
 _TEXT_HEADS = re.compile(r"^(?:proj|norm|text_resampler)_\d\.")
 _ADAPTER_HEADS = re.compile(r"^(?:latents$|adapter_resampler\.|adapter_modules\.)")
 
 
 def published_state(state: Mapping[str, Tensor], source: str) -> State:
-    """The UniID weights in a state dict, under the published names; empty when there are none.
+    """Return the UniID weights in a state dict, under the published names; empty if there are none.
 
-    Accepts the published files, the same without their prefix, and whole training dumps (the model's other parts are left
-    out), each optionally behind "module." as distributed training writes it.
+    Accepts the published files, the same without their prefix, and whole training dumps (other parts of the model are
+    ignored), each with or without the prefix "module." of distributed training.
 
     Raises:
-        CheckpointError: several copies of the same weights (an average beside the model), none of them at the top.
+        CheckpointError: several copies of the same weights (such as an EMA next to the model), none of them at the top level.
     """
-    copies: dict[str, dict[str, Tensor]] = {}  # published name -> what stands before it -> tensor
+    copies: dict[str, dict[str, Tensor]] = {}  # published name -> prefix -> tensor
     for key, tensor in state.items():
         name = key.removeprefix("module.")
         for prefix in (TEXT_PREFIX, ADAPTER_PREFIX):
@@ -66,66 +66,90 @@ def _holds_adapter_branch(keys: Iterable[str]) -> bool:
 
 
 def published_config(state: State, source: str) -> UniIDConfig:
-    """The sizes of UniID weights under the published names, read from their shapes.
+    """Derive the sizes of UniID weights under the published names from their shapes.
 
     Raises:
-        CheckpointError: a tensor that decides a size is missing or has an impossible shape; names it.
+        CheckpointError: a tensor that determines a size is missing or has an impossible shape; names it.
     """
+    text_sizes = _text_sizes(state, source)
+    adapter_sizes = _adapter_sizes(state, source)
+    try:
+        return UniIDConfig(**text_sizes, **adapter_sizes)
+    except InputError as error:
+        raise CheckpointError(f"{source}: no UniID adapter of a known kind: {error}.") from error
 
-    def shape(key: str, dimensions: int = 2) -> tuple[int, ...]:
-        if key not in state:
-            raise CheckpointError(
-                f"{source}: this looks like a UniID file, but {key} is missing. The file is incomplete; download it again."
-            )
-        found = tuple(state[key].shape)
-        if len(found) != dimensions or 0 in found:
-            raise CheckpointError(
-                f"{source}: this looks like a UniID file, but {key} has the shape {found} instead of {dimensions} "
-                "dimensions. Download or export the file again."
-            )
-        return found
 
-    def depth(prefix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
-        return 1 + max((int(match[1]) for key in state if (match := pattern.match(key))), default=-1)
-
-    text_widths: list[int] = []
-    text: dict[str, Any] = {}
-    while any(key.startswith(f"{TEXT_PREFIX}text_resampler_{len(text_widths) + 1}.") for key in state):
-        number = len(text_widths) + 1
-        width = shape(f"{TEXT_PREFIX}norm_{number}.weight", 1)[0]
-        text_widths.append(width)
-        hidden, embedding = shape(f"{TEXT_PREFIX}proj_{number}.proj.0.weight")
-        text = {
-            "text_tokens": shape(f"{TEXT_PREFIX}proj_{number}.proj.2.weight")[0] // width,
-            "text_depth": depth(f"{TEXT_PREFIX}text_resampler_{number}."),
+def _text_sizes(state: State, source: str) -> dict[str, Any]:
+    """Derive the sizes of the text branch, including the width of each text encoder; no widths without a text branch."""
+    widths: list[int] = []
+    sizes: dict[str, Any] = {}
+    while any(key.startswith(f"{TEXT_PREFIX}text_resampler_{len(widths) + 1}.") for key in state):
+        number = len(widths) + 1
+        (width,) = _shape(state, source, f"{TEXT_PREFIX}norm_{number}.weight", 1)
+        widths.append(width)
+        hidden, embedding = _shape(state, source, f"{TEXT_PREFIX}proj_{number}.proj.0.weight")
+        sizes = {
+            "text_tokens": _shape(state, source, f"{TEXT_PREFIX}proj_{number}.proj.2.weight")[0] // width,
+            "text_depth": _depth(state, f"{TEXT_PREFIX}text_resampler_{number}."),
             "text_hidden": hidden,
             "embedding_width": embedding,
         }
-    adapter: dict[str, Any] = {"adapter_tokens": 0}
-    site_widths: tuple[int, ...] = ()
-    if any(key.startswith(ADAPTER_PREFIX) for key in state):
-        _, tokens, width = shape(ADAPTER_PREFIX + "latents", 3)
-        adapter = {
-            "adapter_tokens": tokens,
-            "adapter_width": width,
-            "adapter_depth": depth(ADAPTER_PREFIX + "adapter_resampler."),
-            "context_width": shape(ADAPTER_PREFIX + "adapter_resampler.proj_out.weight")[0],
-        }
-        pattern = re.compile(re.escape(ADAPTER_PREFIX) + r"adapter_modules\.(\d+)\.to_k_ip\.weight")
-        numbers = sorted(int(match[1]) for key in state if (match := pattern.fullmatch(key)))
-        expected = list(range(1, 2 * len(numbers), 2))
-        if not numbers or numbers != expected:
-            missing = sorted(set(range(1, max(numbers, default=1) + 1, 2)) - set(numbers))
-            raise CheckpointError(
-                f"{source}: adapter_modules must be numbered 1, 3, 5, … without a gap; missing {missing[:5]}. "
-                "The file is incomplete; download it again."
-            )
-        site_widths = tuple(shape(f"{ADAPTER_PREFIX}adapter_modules.{n}.to_k_ip.weight")[0] for n in numbers)
-    try:
-        return UniIDConfig(text_widths=tuple(text_widths), site_widths=site_widths, **text, **adapter)
-    except InputError as error:
-        raise CheckpointError(f"{source}: no UniID adapter of a known kind: {error}.") from error
+    return {"text_widths": tuple(widths), **sizes}
+
+
+def _adapter_sizes(state: State, source: str) -> dict[str, Any]:
+    """Derive the sizes of the adapter branch, including the width of each site; no tokens and sites without one."""
+    if not any(key.startswith(ADAPTER_PREFIX) for key in state):
+        return {"adapter_tokens": 0, "site_widths": ()}
+    _, tokens, width = _shape(state, source, ADAPTER_PREFIX + "latents", 3)
+    depth = _depth(state, ADAPTER_PREFIX + "adapter_resampler.")
+    context_width = _shape(state, source, ADAPTER_PREFIX + "adapter_resampler.proj_out.weight")[0]
+    keys = (f"{ADAPTER_PREFIX}adapter_modules.{n}.to_k_ip.weight" for n in _site_numbers(state, source))
+    return {
+        "adapter_tokens": tokens,
+        "adapter_width": width,
+        "adapter_depth": depth,
+        "context_width": context_width,
+        "site_widths": tuple(_shape(state, source, key)[0] for key in keys),
+    }
+
+
+def _site_numbers(state: State, source: str) -> list[int]:
+    """Return the numbers of the adapter modules: 1, 3, 5, …"""
+    pattern = re.compile(re.escape(ADAPTER_PREFIX) + r"adapter_modules\.(\d+)\.to_k_ip\.weight")
+    numbers = sorted(int(match[1]) for key in state if (match := pattern.fullmatch(key)))
+    if not numbers or numbers != list(range(1, 2 * len(numbers), 2)):
+        missing = sorted(set(range(1, max(numbers, default=1) + 1, 2)) - set(numbers))
+        raise CheckpointError(
+            f"{source}: adapter_modules must be numbered 1, 3, 5, … without a gap; missing {missing[:5]}. "
+            "The file is incomplete; download it again."
+        )
+    return numbers
+
+
+def _shape(state: State, source: str, key: str, dimensions: int = 2) -> tuple[int, ...]:
+    """Return the shape of a tensor that determines a size.
+
+    Raises:
+        CheckpointError: the tensor is missing, or has the wrong number of dimensions or an empty one.
+    """
+    if key not in state:
+        raise CheckpointError(
+            f"{source}: this looks like a UniID file, but {key} is missing. The file is incomplete; download it again."
+        )
+    found = tuple(state[key].shape)
+    if len(found) != dimensions or 0 in found:
+        raise CheckpointError(
+            f"{source}: this looks like a UniID file, but {key} has the shape {found} instead of {dimensions} "
+            "dimensions. Download or export the file again."
+        )
+    return found
+
+
+def _depth(state: State, prefix: str) -> int:
+    """Count the numbered layers under a name."""
+    pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
+    return 1 + max((int(match[1]) for key in state if (match := pattern.match(key))), default=-1)
 
 
 def join(
@@ -134,11 +158,11 @@ def join(
     configs: tuple[UniIDConfig, UniIDConfig],
     same_file: bool,
 ) -> tuple[State, UniIDConfig]:
-    """The adapter branch of one file and the text branch of another, as one adapter.
+    """Join the adapter branch of one file and the text branch of another into one adapter.
 
     Raises:
-        InputError: the files are exchanged, the same one twice, or lack their branch.
-        MismatchError: they are of different trainings.
+        InputError: the files are swapped, the same file twice, or lack their branch.
+        MismatchError: they come from different trainings.
     """
     first, second = names
     config, text = configs
@@ -162,7 +186,7 @@ def join(
 
 
 def _branches_problem(names: tuple[str, str], adapter: UniIDConfig, text: UniIDConfig, same: bool) -> str:
-    """Why two UniID files cannot be an adapter and its text branch; empty where they can."""
+    """Explain why two UniID files cannot be an adapter and its text branch; empty if they can."""
     first, second = names
     if not adapter.has_text_branch and text.has_text_branch:
         return ""

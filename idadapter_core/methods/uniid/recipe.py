@@ -1,4 +1,4 @@
-"""How UniID is trained: for identity alone, one branch in a run, the target being its own reference."""
+"""Training recipe of UniID: for identity alone, one branch per run, the target as its own reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .encoder import UniIDEncoder
 
 
 def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the base and the branch decide of a UniID adapter, and sizes that suit it."""
+    """Return the settings that the base model and the branch fix, and default sizes that suit them."""
     text_widths = around.text_widths
     if around.branch == "adapter":
         width = min(around.context_width, UniIDConfig.adapter_width)
@@ -40,10 +40,10 @@ def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def branch_of(config: UniIDConfig, branch: str) -> UniIDConfig:
-    """The config of one branch of an adapter.
+    """Return the config of one branch of an adapter.
 
     Raises:
-        MismatchError: it has the other one only.
+        MismatchError: the adapter has only the other branch.
     """
     there = config.has_adapter_branch if branch == "adapter" else config.has_text_branch
     if not there:
@@ -56,7 +56,7 @@ def branch_of(config: UniIDConfig, branch: str) -> UniIDConfig:
 
 @torch.no_grad()
 def start(layers: SiteProjections, key_values: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-    """Set the K/V projections to the weights that the UNet's cross-attention has for the text, as published."""
+    """Copy the K/V weights of the UNet's cross-attention to the K/V projections, as published."""
     for number in layers.adapter_modules:
         pair = layers.pair(int(number))
         for linear, weight in zip((pair.to_k_ip, pair.to_v_ip), key_values[int(number)], strict=True):
@@ -64,7 +64,7 @@ def start(layers: SiteProjections, key_values: Mapping[int, tuple[Tensor, Tensor
 
 
 def encode(encoder: UniIDEncoder, config: UniIDConfig, seen: Seen) -> Encoded:
-    """Features of zeros where the identity is dropped."""
+    """Encode the features; rows without the identity get zeroed features."""
     keep = seen.identity.to(seen.embedding)
     embedding = seen.embedding[:, -1] * keep[:, None]
     stages = tuple(stage * keep[:, None, None, None] for stage in seen.stages)

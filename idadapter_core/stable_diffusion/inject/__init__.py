@@ -5,9 +5,9 @@
         prediction = unet(latents, timestep, encoder_hidden_states=text).sample
     injected.eject()
 
-Everything is done by hooks: no module is replaced, no forward function copied, no weight of the UNet touched. This package does
-not import diffusers; it goes by the names of modules. The weights of the adapter's layers are read at each call, so an
-optimiser's steps show at once and gradients reach all of them, and the tokens.
+Only hooks are used: no module is replaced, no forward function copied, no weight of the UNet changed. This package does not import
+diffusers; it relies on module names. Each call reads the current weights of the adapter's layers, so optimiser steps take effect
+at once, and gradients flow to the weights and the tokens.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .injection import BlockHooks, Injected, Observer, Part, injected_into
 
 
 def inject(unet: Any, adapter: Adapter) -> Injected:
-    """Let an adapter act in a UNet until it is ejected.
+    """Inject an adapter into a UNet until it is ejected.
 
-    The layers stay where they are and as they are: move them to the UNet's device, and choose what is trained, on the layers
-    themselves. Without autocast gated layers and deltas must be in the UNet's dtype or in a wider one, in which they then compute.
+    The layers are used in place: the caller moves them to the UNet's device and selects the parameters to train. Without autocast,
+    gated layers and deltas must be in the UNet's dtype or a wider one, which is then their compute dtype.
 
     Args:
         unet: a diffusers UNet2DConditionModel (SD1.5, SD2.1, SDXL, or any size of that family); not a wrapper around one.
         adapter: an adapter with layers in the UNet.
 
     Returns:
-        What sets the identity. Used in a `with`, it is ejected at the end.
+        Object that sets the identity, and a context manager that ejects the adapter at the end.
 
     Raises:
-        MismatchError: the adapter is for another UNet or has nothing that acts in one, the UNet has other transformer blocks or
-            fused projections, or an adapter is injected already. The UNet is then as it was.
+        MismatchError: the adapter is for another UNet or has no layers for one, the UNet has other transformer blocks or fused
+            projections, or an adapter is injected already. The UNet is then unchanged.
     """
-    # Not the adapter's own record, which leaves out deltas that training has not changed yet.
+    # Not `adapter.mechanisms`, which omits deltas that training has not changed yet.
     mechanisms = adapter.kind.mechanisms(adapter.config, adapter.layers)
     if not mechanisms.acts_in_unet:
         raise MismatchError(
@@ -63,14 +63,14 @@ def _parts(block: BlockHooks, mechanisms: Mechanisms) -> list[Part]:
     deltas = {place.layer: delta for place, delta in mechanisms.deltas.items() if place.site == block.index}
     if deltas:
         parts.append(DeltaPart(block, deltas))
-    # After the deltas, so that the query it sees is that of the changed layer.
+    # After the deltas, so that it hooks the query of the changed layer.
     if mechanisms.decoupled is not None:
         parts.append(DecoupledPart(block, mechanisms.decoupled))
     return parts
 
 
 def eject(unet: Any) -> None:
-    """Remove the adapter that was injected into a UNet. Harmless where there is none."""
+    """Remove the adapter injected into a UNet, if there is one."""
     injected = injected_into(unet)
     if injected is not None:
         injected.eject()

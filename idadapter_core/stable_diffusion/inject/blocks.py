@@ -1,4 +1,4 @@
-"""The transformer blocks of a diffusers UNet, checked to be of the kind that adapters are made for."""
+"""Finds the transformer blocks of a diffusers UNet and checks that adapters support them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ...adapter import Adapter
 from ...errors import MismatchError
 from ...sites import Site, attention_sites
 
-# The argument that diffusers hands from the UNet down to each transformer block.
+# The argument that diffusers passes from the UNet down to each transformer block.
 ARGUMENT = "cross_attention_kwargs"
 
 
 def transformer_blocks(unet: Any) -> dict[Site, Any]:
-    """The block of each cross-attention site of a diffusers UNet2DConditionModel, in checkpoint order.
+    """Return the block of each cross-attention site of a diffusers UNet2DConditionModel, in checkpoint order.
 
     Raises:
-        MismatchError: another model, or one whose blocks do not compute x + attn1(norm(x)) and then cross-attention alone.
+        MismatchError: another model, or blocks that do not compute x + attn1(norm(x)) and then cross-attention alone.
     """
     argument_position(unet)
     return {site: _block(unet, site.diffusers_module) for site in attention_sites(unet.state_dict())}
 
 
 def fitting_blocks(unet: Any, adapter: Adapter) -> dict[Site, Any]:
-    """`transformer_blocks` of the UNet that the adapter was made for.
+    """Return the `transformer_blocks` of a UNet after checking that the adapter fits them.
 
     Raises:
-        MismatchError: as there, or the adapter was made for a UNet of other sizes.
+        MismatchError: as in `transformer_blocks`, or the adapter was made for a UNet of other sizes.
     """
     blocks = transformer_blocks(unet)
     widths = {
@@ -41,7 +41,7 @@ def fitting_blocks(unet: Any, adapter: Adapter) -> dict[Site, Any]:
 
 
 def argument_position(module: nn.Module) -> int:
-    """Place of `ARGUMENT` among the positional arguments of a module's forward."""
+    """Return the index of `ARGUMENT` among the positional arguments of a module's forward."""
     names = list(inspect.signature(type(module).forward).parameters)
     if ARGUMENT not in names:
         raise MismatchError(
@@ -52,7 +52,7 @@ def argument_position(module: nn.Module) -> int:
 
 
 def _block(unet: Any, module: str) -> Any:
-    """The transformer block of a cross-attention layer."""
+    """Return the transformer block of a cross-attention layer."""
     name = module.removesuffix(".attn2")
     block = unet.get_submodule(name)
     if problem := _problem(block):
@@ -60,7 +60,7 @@ def _block(unet: Any, module: str) -> Any:
             f"{name} of this {type(unet).__name__} {problem}, and the adapter cannot act there as it was made to. Use a UNet of "
             "SD1.5, SD2.1, SDXL or of that family."
         )
-    # Not its flag fused_projections: unfusing exchanges the processors and leaves the flag as it is.
+    # The flag fused_projections is unreliable: unfusing swaps the processors but does not reset it.
     if type(block.attn2.processor).__name__.startswith("Fused"):
         raise MismatchError(
             f"the projections of {module} are fused, and adapters work with the single ones. Call unet.unfuse_qkv_projections() "
@@ -70,7 +70,7 @@ def _block(unet: Any, module: str) -> Any:
 
 
 def _problem(block: Any) -> str:
-    """Why a block does not compute x + attn1(norm(x)) and then cross-attention alone; empty where it does."""
+    """Explain why a block does not compute x + attn1(norm(x)) and then cross-attention alone; empty if it does."""
     if all(kind.__name__ != "BasicTransformerBlock" for kind in type(block).__mro__):
         return f"is a {type(block).__name__}, not a BasicTransformerBlock"
     if block.norm_type != "layer_norm":

@@ -1,7 +1,7 @@
 """Decoupled attention in a diffusers UNet.
 
-At each cross-attention, Attn(q, K_id, V_id) over the projected identity tokens is added to the head-merged output of the text's
-attention, before the output projection: q is what `to_q` gives, the sum is what `to_out` is given.
+At each cross-attention, Attn(q, K_id, V_id) over the projected identity tokens is added to the head-merged output of the text
+attention, before the output projection. q is the output of `to_q`; the sum is the input of `to_out`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .injection import BlockHooks, Group, Part, Setting
 
 
 class DecoupledPart(Part):
-    """Identity attention beside the text's."""
+    """Hooks that add attention to the identity to the text cross-attention of a block."""
 
     hooked = ("attn2.to_q", "attn2.to_out.0")
 
@@ -78,7 +78,7 @@ class DecoupledPart(Part):
         if call is None or not call.is_observed(self.block.index):
             return
         with torch.no_grad():
-            # Once more and alone: the difference of the sums would have lost a small one in the rounding of the text's.
+            # Recomputed on its own: subtracting the text from the sum would lose a small addition to rounding.
             norm = sample_norm(text) if rescale else None
             nothing = torch.zeros_like(text)
             alone = add_identity(nothing, query, identity, strength, base_norm=norm)
@@ -86,7 +86,7 @@ class DecoupledPart(Part):
 
 
 def _on_rows(setting: Setting, group: Group, query: Tensor) -> Tensor:
-    """The strength as (1 or rows,), on the query's device."""
+    """Return the strength as (1 or rows,), on the query's device."""
     strength = setting.strength
     if not isinstance(strength, Tensor):
         return torch.full((1,), float(strength), device=query.device)

@@ -1,4 +1,4 @@
-"""Changes of a diffusers UNet's own weights: what they add to the output of each layer, while the weights stay as they are."""
+"""Weight deltas in a diffusers UNet, added to the output of each layer; the weights themselves do not change."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .injection import BlockHooks, Part
 
 
 class DeltaPart(Part):
-    """The changed layers of a block, by their path in it. They act in all rows."""
+    """Hooks on the layers of a block that have deltas, by path in the block. Deltas act in all rows."""
 
-    hooked: tuple[str, ...] = ()  # type: ignore[misc]  # another for each block
+    hooked: tuple[str, ...] = ()  # type: ignore[misc]  # differs between blocks
 
     def __init__(self, block: BlockHooks, deltas: Mapping[str, Delta]):
         super().__init__(block)
@@ -40,7 +40,7 @@ class DeltaPart(Part):
         strength = call.setting.strength
         if (
             isinstance(strength, Tensor) or strength == 0
-        ):  # a tensor of strengths is refused where there are deltas
+        ):  # adapters with deltas do not accept a tensor of strengths
             return None
         given, delta = args[0], self._deltas[path]
         added = delta.apply(given.to(self.block.dtype(given, delta.weight)))

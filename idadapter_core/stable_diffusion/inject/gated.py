@@ -1,7 +1,7 @@
 """Gated layers in a diffusers UNet.
 
-In each transformer block x is the block's input, n the output of its self-attention, and the block goes on with y = x + n. The
-output of the self-attention becomes n + r with r the gate's residual at y, so the block goes on with Eq. 7 of arXiv 2403.13535.
+In each transformer block x is the block's input, n the output of its self-attention, and y = x + n. A hook changes the
+self-attention output to n + r, where r is the gated residual at y, so the block continues with Eq. 7 of arXiv 2403.13535.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .injection import BlockHooks, Group, Part, Setting
 
 
 class GatedPart(Part):
-    """A gated adapter between self-attention and cross-attention."""
+    """Hook for a gated adapter between self-attention and cross-attention."""
 
     hooked = ("attn1",)
 

@@ -1,6 +1,6 @@
-"""An adapter at work in a UNet: what acts travels with a call of the UNet to hooks at each transformer block.
+"""An adapter injected into a UNet: each UNet call passes the current setting to hooks on the transformer blocks.
 
-Each mechanism brings its own hooks of a block (`decoupled`, `gated`, `deltas`); this module has what they share.
+Each mechanism has its own block hooks (`decoupled`, `gated`, `deltas`); this module holds the shared part.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ...mechanisms import Mechanisms
 from ...sites import Site
 from .blocks import ARGUMENT, argument_position, fitting_blocks
 
-# Our entry in ARGUMENT. What acts travels with the call: gradient checkpointing keeps a block's arguments and runs the block again
-# with them, whatever is set by then.
+# Key of our entry in ARGUMENT. The setting is passed as an argument because gradient checkpointing reruns a block with its
+# original arguments, even if the setting has changed since.
 ENTRY = "idadapter"
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -33,19 +33,19 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Rows of a call that read the same kind of tokens."""
+    """Rows of a call with the same kind of tokens."""
 
     tokens: Tensor  # (1 or rows, T, width), on the layers' device
-    kept: Tensor | None = None  # numbers of the rows; None: all
+    kept: Tensor | None = None  # indices of the rows; None: all
     bias: Tensor | None = None  # (T,)
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What acts in a call of the UNet."""
+    """Identity and strength for calls of the UNet."""
 
     groups: tuple[Group, ...] = ()
-    count: int | None = None  # how many rows the call must have; None: any number
+    count: int | None = None  # required number of rows in the call; None: any number
     strength: float | Tensor = 1.0  # a number, or (B,) on the layers' device
     rescale: bool = False
 
@@ -56,7 +56,7 @@ class Setting:
 
 
 class Call:
-    """A call of the UNet: what acts in it, and who is told how strongly."""
+    """A call of the UNet with its setting and observer."""
 
     def __init__(self, setting: Setting, observer: Observer | None):
         self.setting = setting
@@ -64,45 +64,46 @@ class Call:
         self._told: set[int] = set()
 
     def is_observed(self, site: int) -> bool:
-        """Whether somebody wants to know of a site, and has not been told: checkpointed blocks run a second time."""
+        """Return whether a site still has to be reported. Checkpointed blocks run twice, but are reported once."""
         return self._observer is not None and site not in self._told
 
     @torch.no_grad()
     def tell(self, site: int, added: Tensor, base: Tensor) -> None:
-        """Report what is added, (B, N, C), and what it is added to, (B, N, C)."""
+        """Call the observer with the norms of `added` (B, N, C) and `base` (B, N, C), at most once per site."""
         if self._observer is not None and self.is_observed(site):
             self._told.add(site)
             self._observer(site, *(sample_norm(part.detach()).float().norm() for part in (added, base)))
 
 
 class Part(ABC):
-    """What one mechanism hooks into a transformer block, and what it remembers during a call of it."""
+    """The hooks of one mechanism on a transformer block, and their state during a call of the block."""
 
-    hooked: ClassVar[tuple[str, ...]]  # the modules of a block that must run for it to act
+    hooked: ClassVar[tuple[str, ...]]  # hooked modules of the block, all of which must run
 
     def __init__(self, block: BlockHooks):
         self.block = block
 
     @abstractmethod
     def register(self) -> list[Any]:
-        """Put the hooks in place; what removes them."""
+        """Register the hooks and return handles that remove them."""
 
     @abstractmethod
     def keep(self, x: Tensor | None) -> None:
-        """A call of the block begins with x (B, N, C), or ends (None): nothing of it may be kept."""
+        """Store the input x (B, N, C) at the start of a block call; None at its end releases everything stored."""
 
 
 Parts = Callable[["BlockHooks", Mechanisms], list[Part]]
-"""The parts of the mechanisms that an adapter has at a block."""
+"""(block, mechanisms) -> the parts of the adapter's mechanisms for that block."""
 
 
 class Injected:
-    """An adapter at work in a UNet. Made by `inject`; used in a `with`, it is ejected at the end.
+    """An adapter injected into a UNet, created by `inject`. As a context manager it ejects the adapter at the end.
 
     Args:
-        layers: the adapter's own, whose parameters are read at each call.
-        mechanisms: their parts, every delta included.
-        parts: what hooks into a block.
+        unet: the UNet, which gets the hooks.
+        adapter: the adapter; each call reads the current parameters of its layers.
+        mechanisms: the mechanisms of the layers, every delta included.
+        parts: creates the parts of a block.
     """
 
     idle = Setting()
@@ -118,13 +119,13 @@ class Injected:
         blocks = fitting_blocks(unet, adapter)
         self.sites = tuple(site.index for site in blocks)
         hooks = [BlockHooks(self, site, block, parts) for site, block in blocks.items()]
-        # Only now that nothing can fail any more is the UNet changed.
+        # Hooks are registered last, so a failure above leaves the UNet unchanged.
         self._handles = [handle for some in hooks for handle in some.register()]
         self._handles.append(unet.register_forward_pre_hook(self._send, with_kwargs=True))
 
     @property
     def token_width(self) -> int:
-        """Width of the identity tokens that the layers read."""
+        """Width of the identity tokens. Raises InputError for an adapter that reads none."""
         reader = self.mechanisms.decoupled or self.mechanisms.gated
         if reader is None:
             raise InputError(
@@ -142,30 +143,29 @@ class Injected:
         unconditional: Tensor | None = None,
         rescale: bool = False,
     ) -> None:
-        """What acts in the calls of the UNet from now on.
+        """Set the identity for all following calls of the UNet.
 
-        A call keeps what was set when it began, also where gradient checkpointing repeats parts of it in the backward pass.
+        A call keeps the setting from its start, even if gradient checkpointing repeats parts of it in the backward pass.
 
-        `strength` scales all that acts alike, as `weight` of Apply ID Adapter does in ComfyUI. Deltas are part of the trained
-        model: they act for all rows, with or without an identity.
+        `strength` scales all mechanisms, like `weight` of Apply ID Adapter in ComfyUI. Deltas are part of the trained model: they
+        act in all rows, with or without an identity.
 
         Args:
-            tokens: (1, T, width) for all rows or (B, T, width), one for each; None: no identity, and tokens act nowhere. That is not
-                what an adapter with unconditional tokens calls unconditional: there rows have the tokens of zeroed features
-                (`Identity.adapter_tokens_uncond`).
-            strength: a number or, for an adapter without gates and deltas, one for each row, shape (B,); 1 is as trained, and a row
-                with 0 is exactly as without.
+            tokens: (1, T, width) for all rows or (B, T, width), one per row; None: no identity, and no row has tokens. This differs
+                from the unconditional case of an adapter with unconditional tokens, whose rows then have the tokens of zeroed
+                features (`Identity.adapter_tokens_uncond`).
+            strength: a number or, for an adapter without gates and deltas, one per row, shape (B,). 1 is as trained; rows with 0
+                are exactly unchanged.
             bias: (T,), added to the attention logits of the tokens (`Identity.adapter_bias[0]`).
-            rows: (B,), bool. False: the identity of this row is dropped. Tokens leave the row exactly as it is, or it reads those
-                of `unconditional`.
+            rows: (B,), bool. False drops the identity of a row, which is then exactly unchanged or uses `unconditional`.
             unconditional: (1, T', width), for rows without the identity (`Identity.adapter_tokens_uncond`); they have no bias.
-            rescale: normalised rescaling (`attention.normalized_rescale`) of what decoupled attention adds: per site and row it gets
-                `strength` times the norm of the text's output. For sampling; nothing is trained with it.
+            rescale: normalised rescaling (`attention.normalized_rescale`) of decoupled attention: per site and row, its norm becomes
+                `strength` times the norm of the text output. For sampling only, never for training.
 
         Raises:
-            MismatchError: the tokens are not as wide as those the adapter was made for.
-            InputError: another shape or dtype, a strength that is no number, or the adapter was ejected. A call of the UNet with
-                another number of rows than `tokens`, `rows` or `strength` raises it, too.
+            MismatchError: the width of the tokens does not match the adapter.
+            InputError: wrong shape or dtype, a strength that is not finite, or the adapter was ejected. Calling the UNet with
+                a number of rows other than that of `tokens`, `rows` or `strength` also raises it.
         """
         self._require_injected()
         require_finite(strength)
@@ -181,15 +181,10 @@ class Injected:
         self._require_tokens(tokens)
         if unconditional is not None:
             self._require_tokens(unconditional)
-        if bias is not None and bias.shape != tokens.shape[1:2]:
-            raise InputError(
-                f"bias must have one value for each of the {tokens.shape[1]} tokens, shape ({tokens.shape[1]},), got shape "
-                f"{tuple(bias.shape)}"
-            )
+        if bias is not None:
+            _require_bias(bias, tokens)
         device = next(self.layers.parameters()).device
         count = _row_count(tokens, strength, rows)
-        if bias is not None:
-            bias = bias.to(device)
         if isinstance(strength, Tensor):
             strength = strength.to(device)
         groups = _groups(tokens.to(device), bias, rows, unconditional)
@@ -204,14 +199,13 @@ class Injected:
             )
 
     def observe(self, observer: Observer | None) -> None:
-        """Tell `observer` how strongly the adapter acts in the calls of the UNet from now on; None, as at first: tell nobody.
+        """Set a callback for the strength of the adapter in all following calls of the UNet. None, the initial state, removes it.
 
-        It is called as `observer(site, added, base)` where an identity acts, once for each site (one of `sites`) and call of the
-        UNet, also where gradient checkpointing repeats the block in the backward pass. `added` is the norm of what the adapter
-        adds, `base` that of what it is added to, both over all rows with the identity: () fp32, without gradients and on the
-        UNet's device, for which nothing waits until they are read. For gated layers that is the residual of the gate against the
-        stream y, for decoupled attention the attention to the identity, with its strength, against that to the text. Deltas do not
-        count.
+        It is called as `observer(site, added, base)` where an identity acts, once per site (one of `sites`) and UNet call, even if
+        gradient checkpointing repeats the block in the backward pass. `added` is the norm of the adapter's addition, `base` the norm
+        of the tensor it is added to, both over all rows with the identity: () fp32, without gradients, on the UNet's device and
+        not synchronised until they are read. For gated layers these are the gated residual and the stream y; for decoupled attention
+        the attention to the identity, with its strength, and the attention to the text. Deltas are not observed.
 
         Raises:
             InputError: the adapter was ejected.
@@ -220,12 +214,12 @@ class Injected:
         self._observer = observer
 
     def begin(self) -> Call:
-        """A call of the UNet, with what is set now."""
+        """Return a call with the current setting."""
         return Call(self.setting, self._observer)
 
     @contextmanager
     def identity(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`set_identity` for the calls inside a `with`. After it there is no identity, and the strength is 1."""
+        """Context manager around `set_identity`. Afterwards there is no identity, and the strength is 1."""
         self.set_identity(*args, **kwargs)
         try:
             yield
@@ -233,7 +227,7 @@ class Injected:
             self.setting = self.idle
 
     def eject(self) -> None:
-        """Leave the UNet as it was before. Doing it twice is harmless."""
+        """Remove all hooks from the UNet. Calling it twice is harmless."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -273,7 +267,7 @@ class Injected:
 
 
 class BlockHooks:
-    """The hooks of one transformer block, and what the mechanisms know of each other during a call of it."""
+    """The hooks of one transformer block, and the state that its parts share during a call."""
 
     def __init__(self, injected: Injected, site: Site, block: Any, parts: Parts):
         self.injected = injected
@@ -286,17 +280,17 @@ class BlockHooks:
         self.parts = parts(self, injected.mechanisms)
 
     def register(self) -> list[Any]:
-        """Put the hooks in place; what removes them."""
+        """Register the hooks and return handles that remove them."""
         return [
             self.module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            # Also after an exception, so that nothing of a failed call is kept.
+            # Also after an exception, to release the state of a failed call.
             self.module.register_forward_hook(self._leave, always_call=True),
             *(handle for part in self.parts for handle in part.register()),
         ]
 
     def _enter(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         given = _argument(args, kwargs, self._position)
-        # A block that is called without its UNet goes by what is set now.
+        # A block called without its UNet uses the current setting.
         call = given.pop(ENTRY, None) or self.injected.begin()
         x = args[0] if args else kwargs["hidden_states"]
         if call.setting.count not in (None, x.shape[0]):
@@ -315,7 +309,7 @@ class BlockHooks:
         for part in self.parts:
             part.keep(None)
         missing = [name for part in self.parts for name in part.hooked if name not in self.seen]
-        if missing and output is not None:  # there is none after an exception
+        if missing and output is not None:  # output is None after an exception
             raise MismatchError(
                 f"{self.name} ran without calling {', '.join(missing)}, so the injected adapter could not act there (attention "
                 f"processor: {type(block.attn2.processor).__name__}). Unfuse the projections (unet.unfuse_qkv_projections), or use "
@@ -323,7 +317,7 @@ class BlockHooks:
             )
 
     def require_device(self, x: Tensor, weight: Tensor) -> None:
-        """Raise MismatchError where the UNet and the adapter's layers are on different devices."""
+        """Raise MismatchError if the UNet and the adapter's layers are on different devices."""
         if x.device != weight.device:
             raise MismatchError(
                 f"{self.name}: the UNet computes on {x.device}, the adapter's layers are on {weight.device}. Move the layers "
@@ -331,7 +325,11 @@ class BlockHooks:
             )
 
     def dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
-        """In which dtype x meets the adapter's weights."""
+        """Return the dtype in which the adapter computes on x.
+
+        Raises:
+            MismatchError: the devices differ or, without autocast, the adapter's layers are not in the wider dtype of the two.
+        """
         self.require_device(x, weight)
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -345,8 +343,16 @@ class BlockHooks:
         return dtype
 
 
+def _require_bias(bias: Tensor, tokens: Tensor) -> None:
+    if bias.shape != tokens.shape[1:2]:
+        raise InputError(
+            f"bias must have one value for each of the {tokens.shape[1]} tokens, shape ({tokens.shape[1]},), got shape "
+            f"{tuple(bias.shape)}"
+        )
+
+
 def _row_count(tokens: Tensor, strength: float | Tensor, rows: Tensor | None) -> int | None:
-    """How many rows a call must have; None where all of them are treated alike.
+    """Return the required number of rows of a call, or None if all rows are treated alike.
 
     Raises:
         InputError: the arguments are for different numbers of rows.
@@ -374,9 +380,12 @@ def _row_count(tokens: Tensor, strength: float | Tensor, rows: Tensor | None) ->
 def _groups(
     tokens: Tensor, bias: Tensor | None, rows: Tensor | None, unconditional: Tensor | None
 ) -> tuple[Group, ...]:
+    """Return the rows with the identity, then those without it, as groups on the device of `tokens`."""
+    if bias is not None:
+        bias = bias.to(tokens.device)
     if rows is None or bool(rows.all()):
         return (Group(tokens, None, bias),)
-    # Counted on the host here, once, so that no block has to wait for the device.
+    # Indexed on the host once, so that no block has to wait for the device.
     keeps = rows.tolist()
     with_identity = torch.tensor([n for n, keep in enumerate(keeps) if keep], dtype=torch.long).to(
         tokens.device
@@ -394,20 +403,20 @@ def _groups(
 
 
 def injected_into(unet: Any) -> Injected | None:
-    """What is injected into a UNet. Its own hook is the record of it, so a copy of the UNet has one of its own."""
+    """Return the injection of a UNet, or None. It is found through its hook, so a copy of the UNet has its own."""
     owners = [getattr(hook, "__self__", None) for hook in getattr(unet, "_forward_pre_hooks", {}).values()]
     return next((owner for owner in owners if isinstance(owner, Injected)), None)
 
 
 def require_finite(strength: float | Tensor) -> None:
-    """Raise InputError where a strength is no number."""
+    """Raise InputError if a strength is not finite."""
     largest = float(strength.abs().max()) if isinstance(strength, Tensor) else abs(strength)
-    if not largest <= sys.float_info.max:  # a whole number may be too large for a float
+    if not largest <= sys.float_info.max:  # an int can be too large for a float
         raise InputError(f"strength must be a finite number, got {strength}")
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> dict[str, Any]:
-    """A copy of the value of `ARGUMENT` in a call."""
+    """Return a copy of the value of `ARGUMENT` in a call."""
     return dict((args[position] if len(args) > position else kwargs.get(ARGUMENT)) or {})
 
 

@@ -1,4 +1,4 @@
-"""Identities in the prompts of a base model: tokens among the text's states, or a word of the prompt."""
+"""Identities in the prompts of a base model: tokens among the text states, or a word of the prompt."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def with_identity(
     class_word: str,
     strength: float,
 ) -> Callable[[float], Conditioning]:
-    """A prompt with an identity in it: called with a scale, it gives the conditioning.
+    """Encode a prompt with an identity. Returns a function that maps a scale to the conditioning.
 
     Args:
-        tokens: of the identity, per text encoder (1, n, width).
+        tokens: the identity's text tokens, per text encoder (1, n, width).
         class_word: the noun of the clause that brings the identity word into the prompt.
-        strength: 0: not in the prompt; a word is in it at any other.
+        strength: factor of tokens; 0 leaves the identity out. For a word any other value is the same.
 
     Raises:
-        InputError: a prompt without room for the tokens.
+        InputError: the prompt has no room for the tokens.
     """
     if kind == "word":
         if not strength or not tokens:
@@ -66,19 +66,18 @@ def with_identity(
 
 
 def with_clause(text: TextEncoders, prompt: str, class_word: str, count: int) -> str:
-    """A caption with the identity clause at its end, for a word of `count` embeddings; a caption that is too long for both loses
-    its last words."""
+    """Append the identity clause to a caption, for a word of `count` embeddings. The last words of a too long caption are cut."""
     room = text.length(f", {identity_clause(class_word)}") + count - 1
     return with_identity_clause(text.shortened(prompt, room), class_word)
 
 
 def insert_states(plain: Conditioning, tokens: Mapping[str, Tensor]) -> Conditioning:
-    """Text states with an identity's tokens as they are, per encoder (B, n, width): how they are trained."""
+    """Insert an identity's tokens, per encoder (B, n, width), into text states without scaling, as in training."""
     joined = torch.cat([tokens[name] for name in ENCODERS if name in tokens], dim=-1)
     return replace(plain, states=insert_tokens(plain.states, joined))
 
 
 def insert_tokens(states: Tensor, tokens: Tensor) -> Tensor:
-    """States (B, L, D) with identity tokens (1 or B, n, D) after BOS. The last n positions drop off, so the length stays."""
+    """Insert identity tokens (1 or B, n, D) after BOS of states (B, L, D). The last n positions drop off, so L is kept."""
     tokens = tokens.to(states).expand(states.shape[0], -1, -1)
     return torch.cat([states[:, :1], tokens, states[:, 1 : states.shape[1] - tokens.shape[1]]], dim=1)

@@ -1,4 +1,7 @@
-"""The index is read strictly and written whole."""
+"""The index is read strictly and written whole.
+
+One file, because its tests share what a row and an index are.
+"""
 
 from __future__ import annotations
 

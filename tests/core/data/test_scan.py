@@ -1,4 +1,7 @@
-"""A scan sees every photo, goes on where it was cut off, and writes the same index whoever does the work."""
+"""A scan sees every photo, goes on where it was cut off, and writes the same index whoever does the work.
+
+One file, because its tests share one scan.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Photos are found however people lay them out, with what is said about them."""
+"""Photos are found however people lay them out, with what is said about them.
+
+One file, because the layouts share the folders that they are told apart in.
+"""
 
 from __future__ import annotations
 

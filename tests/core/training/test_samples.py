@@ -1,4 +1,7 @@
-"""Samples: a function of seed, epoch and row; pictures and landmarks that agree; references; shares; prompts; which rows count."""
+"""Samples: a function of seed, epoch and row; pictures and landmarks that agree; references; shares; prompts; which rows count.
+
+One file, because all of it is about one pure function.
+"""
 
 from __future__ import annotations
 

@@ -1,43 +1,29 @@
-"""IDAdapter: the paper's sizes, the mixer against plain formulas, and what an identity takes from the photos."""
+"""An identity of IDAdapter: its tokens and its word, from one photo or several."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from idadapter_core.adapter import Adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.mechanisms.gated import GateIdentity
-from idadapter_core.mechanisms.text import identity_clause, with_identity_clause
-from idadapter_core.methods.idadapter import (
-    PRESETS,
-    FeatureMixer,
-    IDAdapterConfig,
-    IDAdapterEncoder,
-    face_feature,
-    parameter_counts,
-)
-from idadapter_core.methods.idadapter.config import describe
-from idadapter_core.methods.uniid import UniIDConfig
+from idadapter_core.methods.idadapter import face_feature
 from idadapter_core.types import FaceFeatures, Identity, Mix
+from tests.core.idadapter.small import KEPT, SMALL, N
 from tests.golden import recipe
 from tests.tiny.features import RECOGNIZER, face, face_features
 from tests.tiny.idadapter import CONFIGS, tiny_idadapter, vision_features
 from tests.tiny.vision import PATCHES, WIDTH
 
-SMALL = CONFIGS["sd15"]
-N = SMALL.references
-RESAMPLED = replace(SMALL, tokens=6)
 MODES = ("learned", "concatenate", "mean")
-KEPT = {"all": SMALL, "resampled": RESAMPLED}
 
 
 @pytest.fixture(scope="module", params=KEPT)
@@ -83,272 +69,6 @@ def assert_same(adapter: Adapter, one: Identity, other: Identity) -> None:
 
 def differs(adapter: Adapter, one: Identity, other: Identity) -> bool:
     return bool((effect(adapter, one) - effect(adapter, other)).abs().max() > 1e-3)
-
-
-# --- sizes -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_sd21_preset_has_the_papers_size() -> None:
-    counts = parameter_counts(PRESETS["sd21"])
-    parts = {name: round(counts[name] / 1e6, 2) for name in ("deltas", "gates", "mixer")}
-    assert parts == {"deltas": 25.56, "gates": 211.21, "mixer": 25.19}
-    assert round(sum(counts[name] for name in parts) / 1e6, 2) == 261.96
-    assert counts["resampler"] == 0
-
-
-def test_every_preset_counts_as_its_shapes_say() -> None:
-    for config in PRESETS.values():
-        d, counts = config.vision_width, parameter_counts(config)
-        gate = sum(d * w + w + 16 * w * w + 2 * 2 * w + w + 8 * w + w + 2 for w in config.site_widths)
-        word = sum(2 * d + d * 1024 + 1024 + 1024 * w + w for w in config.text_widths)
-        assert counts["gates"] == gate
-        assert counts["deltas"] == 2 * config.context_width * sum(config.site_widths)
-        assert counts["mixer"] == 2 * (12 * d * d + 13 * d)
-        assert counts["face"] == 512 * d + d
-        assert counts["word"] == word
-
-
-def test_presets_are_of_their_families() -> None:
-    sizes = {name: (len(c.site_widths), c.context_width, c.text_widths) for name, c in PRESETS.items()}
-    assert sizes == {
-        "sd15": (16, 768, (768,)),
-        "sd21": (16, 1024, (1024,)),
-        "sdxl": (70, 2048, (768, 1280)),
-    }
-    assert set(PRESETS["sd15"].site_heads) == {8}
-    for name in ("sd21", "sdxl"):
-        heads = zip(PRESETS[name].site_widths, PRESETS[name].site_heads, strict=True)
-        assert {width / count for width, count in heads} == {64}
-    assert PRESETS["sdxl"].site_widths == UniIDConfig().site_widths
-    assert PRESETS["sd21"] == IDAdapterConfig()
-    assert {(c.references, c.vision_width) for c in PRESETS.values()} == {(4, 1024)}
-
-
-def test_a_resampling_has_a_size_of_its_own() -> None:
-    kept, resampled = parameter_counts(SMALL), parameter_counts(RESAMPLED)
-    assert resampled.pop("resampler") > kept.pop("resampler") == 0
-    assert resampled == kept
-
-
-# --- config ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"references": 0}, "references must be at least 1, got 0"),
-        ({"vision_width": 0}, "vision_width must be at least 1, got 0"),
-        ({"vision_patches": 0}, "vision_patches must be at least 1, got 0"),
-        ({"embedding_width": -1}, "embedding_width must be at least 1, got -1"),
-        ({"mixer_heads": 0}, "mixer_heads must be at least 1, got 0"),
-        ({"context_width": 0}, "context_width must be at least 1, got 0"),
-        ({"mixer_depth": -1}, "mixer_depth must be at least 0, got -1"),
-        ({"tokens": -1}, "tokens must be at least 0, got -1"),
-        ({"resampler_depth": -2}, "resampler_depth must be at least 0, got -2"),
-        (
-            {"tokens": 16, "resampler_depth": 0},
-            "resampler_depth must be at least 1 where E_r is resampled (to 16",
-        ),
-        (
-            {"text_encoders": ("l", "g")},
-            "text_encoders ('l', 'g') and text_widths (1024,) must be as many",
-        ),
-        ({"text_encoders": ("t5",)}, "text_encoders must be different ones of l, g, h, got ('t5',)"),
-        (
-            {"text_encoders": ("l", "l"), "text_widths": (768, 768)},
-            "must be different ones of l, g, h, got ('l', 'l')",
-        ),
-        ({"text_tokens": 0}, "text_tokens must be at least 1, got 0"),
-        ({"text_hidden": 0}, "text_hidden must be at least 1, got 0"),
-        ({"text_widths": (0,)}, "text_widths must be at least 1 each, got (0,)"),
-        ({"site_widths": (0,), "site_heads": (1,)}, "site_widths must be at least 1 each, got (0,)"),
-        ({"site_widths": (), "site_heads": ()}, "site_widths (0) and site_heads (0) must be as many"),
-        ({"site_heads": (8,)}, "site_widths (16) and site_heads (1) must be as many, at least one"),
-        ({"mixer_heads": 10}, "width 1024 must be divisible by its number of heads, got 10"),
-        (
-            {"site_widths": (320, 640), "site_heads": (5, 7)},
-            "width 640 must be divisible by its number of heads, got 7",
-        ),
-        (
-            {"site_widths": (320,), "site_heads": (0,)},
-            "width 320 must be divisible by its number of heads, got 0",
-        ),
-        ({"unconditional": "none"}, "unconditional must be one of skip, zeros, got 'none'"),
-    ],
-)
-def test_impossible_configs(changes: dict[str, int], text: str) -> None:
-    with pytest.raises(InputError, match=re.escape(text)):
-        replace(IDAdapterConfig(), **changes)
-
-
-def test_an_absent_identity_word_has_no_sizes_to_check() -> None:
-    config = replace(SMALL, text_encoders=(), text_widths=(), text_tokens=0, text_hidden=0)
-    assert not config.has_text_branch
-    assert tiny_idadapter(config).encode(vision_features(1)).text_tokens == {}
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({}, "identity tokens: up to 65, all kept"),
-        ({"tokens": 6}, "identity tokens: resampled to 6"),
-        ({}, "CLIP vision of width 64 with 16 patches"),
-        ({}, "identity word (1 embedding) for the text encoders l 64"),
-        ({"text_tokens": 2}, "identity word (2 embeddings) for the text encoders l 64"),
-        ({"text_encoders": (), "text_widths": ()}, "no identity word"),
-        ({}, "negative prompts: without the adapters"),
-        ({"unconditional": "zeros"}, "negative prompts: with the tokens of zeroed features"),
-        ({}, "face recogniser: not recorded in the file"),
-        ({"recognizer": "feed"}, "face recogniser: feed"),
-    ],
-)
-def test_the_description_tells_the_settings(changes: dict[str, int], line: str) -> None:
-    assert line in "\n".join(describe(replace(SMALL, **changes)))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a photo of a person in Paris", "a photo of a person in Paris, woman is sks"),
-        ("a photo, ", "a photo, woman is sks"),
-        ("a photo ,", "a photo, woman is sks"),
-        ("A photo.", "A photo, woman is sks"),
-        ("", "woman is sks"),
-        (" ,", "woman is sks"),
-    ],
-)
-def test_the_clause_stands_at_the_end_of_the_prompt(text: str, expected: str) -> None:
-    assert identity_clause("woman") == "woman is sks"
-    assert with_identity_clause(text, "woman") == expected
-
-
-# --- mixer -----------------------------------------------------------------------------------------------------------
-
-BLOCK_NAMES = {
-    "to_qkv.weight": "self_attn.in_proj_weight",
-    "to_qkv.bias": "self_attn.in_proj_bias",
-    "to_out.weight": "self_attn.out_proj.weight",
-    "to_out.bias": "self_attn.out_proj.bias",
-    "feed_forward.0.weight": "linear1.weight",
-    "feed_forward.0.bias": "linear1.bias",
-    "feed_forward.2.weight": "linear2.weight",
-    "feed_forward.2.bias": "linear2.bias",
-}
-
-
-def mixer_of(config: IDAdapterConfig) -> FeatureMixer:
-    mixer = FeatureMixer(config)
-    recipe.fill(mixer, 3)
-    return mixer.double().requires_grad_(False)
-
-
-def torch_mixer(
-    config: IDAdapterConfig, mixer: FeatureMixer, patches: Tensor, feature: Tensor, bias: Tensor | None
-) -> Tensor:
-    """The mixer's blocks by torch's own pre-norm transformer layer."""
-    projection = mixer.embedding_projection
-    x = torch.cat([patches, (feature @ projection.weight.T + projection.bias)[:, None]], dim=1)
-    mask = None
-    if bias is not None:
-        mask = torch.cat([bias, bias.new_zeros(1)]).expand(x.shape[1], -1)
-    for block in mixer.blocks:
-        layer = nn.TransformerEncoderLayer(
-            config.vision_width,
-            config.mixer_heads,
-            4 * config.vision_width,
-            dropout=0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-            dtype=torch.float64,
-        )
-        layer.load_state_dict({BLOCK_NAMES.get(key, key): t for key, t in block.state_dict().items()})
-        x = layer(x, src_mask=mask)
-    return x.detach()
-
-
-def inputs(config: IDAdapterConfig, count: int) -> tuple[Tensor, Tensor]:
-    """Two people's patch tokens and face features."""
-    patches = recipe.value(3, "patches", (2, count, config.vision_width)).double()
-    return patches, recipe.value(3, "feature", (2, config.embedding_width)).double()
-
-
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_mixer_is_a_plain_transformer(depth: int, biased: bool) -> None:
-    config = replace(SMALL, mixer_depth=depth)
-    mixer = mixer_of(config)
-    patches, feature = inputs(config, 10)
-    bias = recipe.value(3, "bias", (10,)).double() if biased else None
-    out = mixer(patches, feature, bias)
-    assert out.shape == (2, 11, WIDTH)
-    torch.testing.assert_close(out, torch_mixer(config, mixer, patches, feature, bias), atol=1e-10, rtol=0)
-
-
-def test_the_paper_mixes_in_two_blocks_of_width_1024() -> None:
-    config = IDAdapterConfig()
-    assert (config.mixer_depth, config.vision_width, config.tokens) == (2, 1024, 0)
-
-
-def test_a_mixer_without_blocks_leaves_the_features_as_they_are() -> None:
-    config = replace(SMALL, mixer_depth=0)
-    mixer = mixer_of(config)
-    patches, feature = inputs(config, 10)
-    out = mixer(patches, feature, torch.ones(10, dtype=torch.float64))
-    assert torch.equal(out[:, :-1], patches)
-    assert torch.equal(out[:, -1], mixer.embedding_projection(feature))
-
-
-@pytest.mark.parametrize("biased", [True, False])
-def test_resampling_is_attention_of_latents_to_the_mixed_tokens(biased: bool) -> None:
-    mixer = mixer_of(RESAMPLED)
-    patches, feature = inputs(RESAMPLED, 10)
-    bias = recipe.value(3, "bias", (10,)).double() if biased else None
-    mixed = torch_mixer(RESAMPLED, mixer, patches, feature, bias)
-    weights = {
-        key.removeprefix("resampler."): tensor
-        for key, tensor in mixer.state_dict().items()
-        if key.startswith("resampler.")
-    }
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    latents = weights["latents"].expand(2, -1, -1)
-    heads, head = RESAMPLED.mixer_heads, WIDTH // RESAMPLED.mixer_heads
-    for number in range(RESAMPLED.resampler_depth):
-        at, feed = f"layers.{number}.0", f"layers.{number}.1"
-        queries = norm(latents, f"{at}.norm2")
-        sources = torch.cat([norm(mixed, f"{at}.norm1"), queries], dim=1) @ weights[f"{at}.to_kv.weight"].T
-        queries = queries @ weights[f"{at}.to_q.weight"].T
-        logit_bias = torch.zeros(sources.shape[1], dtype=torch.float64)
-        if bias is not None:
-            logit_bias[: len(bias)] = bias
-        parts = []
-        for part in (slice(i * head, (i + 1) * head) for i in range(heads)):
-            keys, values = sources[..., :WIDTH][..., part], sources[..., WIDTH:][..., part]
-            logits = queries[..., part] @ keys.transpose(1, 2) / math.sqrt(head) + logit_bias
-            parts.append(logits.softmax(-1) @ values)
-        latents = latents + torch.cat(parts, dim=-1) @ weights[f"{at}.to_out.weight"].T
-        hidden = F.gelu(norm(latents, f"{feed}.0") @ weights[f"{feed}.1.weight"].T)
-        latents = latents + hidden @ weights[f"{feed}.3.weight"].T
-    expected = norm(latents, "norm_out")
-    out = mixer(patches, feature, bias)
-    assert out.shape == (2, RESAMPLED.tokens, WIDTH)
-    torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("config", KEPT.values(), ids=KEPT)
-def test_gradients_reach_every_weight_of_the_encoder(config: IDAdapterConfig) -> None:
-    encoder = IDAdapterEncoder(config)
-    recipe.fill(encoder, 3)
-    patches, feature = (x.float() for x in inputs(config, 10))
-    tokens, words = encoder(patches, feature, recipe.value(3, "class", (2, WIDTH)))
-    (tokens.square().sum() + sum(word.square().sum() for word in words.values())).backward()
-    for name, parameter in encoder.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.any(), name
 
 
 # --- encode ----------------------------------------------------------------------------------------------------------
