@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Settings, at_least, naming, one_of, parse_config, read_toml, writable
 from ..errors import ConfigError
-from ..prompts import CLASS_WORD
+from ..placeholders import CLASS_WORD
 from ..stable_diffusion.config import PRECISIONS, BaseConfig, require_paths
 from .prompts import EXPRESSION, GROUPS, POSE, POSES, Prompt, built_in, expression_name
 

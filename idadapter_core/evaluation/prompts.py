@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..prompts import CLASS_WORD
+from ..placeholders import CLASS_WORD
 
 EXPRESSION, POSE = "expression", "pose"  # the groups whose attribute is measured
 POSES = ("front", "side", "left", "right", "up", "down")  # left and right as seen in the image

@@ -66,7 +66,7 @@ class Encoded:
 class Recipe:
     """Training recipe of a method."""
 
-    prompt: str  # default prompt of sample images; may contain the placeholders of `prompts`
+    prompt: str  # default prompt of training samples; may contain `placeholders`
     known_by_target: bool  # the target photo is its own reference, instead of N other photos
     sizes: Callable[[Around], tuple[dict[str, Any], dict[str, Any]]]
     """Settings of a new config that the base fixes, and default sizes that suit it. Raises ConfigError for an impossible config."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import InputError
 from ..faces.images import Image
-from ..prompts import CLASS_WORD
+from ..placeholders import CLASS_WORD
 from ..schedule import RescaleSchedule
 from ..types import Identity
 from .base import Base

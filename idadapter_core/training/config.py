@@ -29,7 +29,7 @@ from ..config import (
 from ..errors import ConfigError
 from ..methods import METHODS, Method
 from ..methods.method import Needs, Recipe
-from ..prompts import CAPTION, CLASS_WORD, require_known
+from ..placeholders import CAPTION, CLASS_WORD, require_known
 from ..stable_diffusion.config import PRECISIONS, BaseConfig
 
 ALIGNMENTS = ("target", "detector")
@@ -48,7 +48,7 @@ class DataConfig(Settings):
     # Reference photos per sample (N). IDAdapter only: UniID always uses the target itself.
     references: int = 4
     min_photos: int = 1  # skip people with fewer usable photos
-    # Prompt of every sample; <caption> and <class word> are replaced. Empty: the method's own (see `prompts`).
+    # Prompt of every sample; <caption> and <class word> are replaced. Empty: the method's own.
     prompt: str = ""
     flip: bool = True  # mirror half of the targets
     # Cache the outputs of CLIP vision and of the face network's stages, not only the crops.

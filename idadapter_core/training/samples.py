@@ -23,7 +23,7 @@ from ..data.references import Photo, Preprocess, photo_tensors, references_for
 from ..data.rows import OK, STATUSES, Row, Rows, as_rows
 from ..errors import ConfigError, IDAdapterError
 from ..faces.images import Image
-from ..prompts import CAPTION, CLASS_WORD
+from ..placeholders import CAPTION, CLASS_WORD
 from ..randomness import generator, positions
 from .config import RunConfig
 

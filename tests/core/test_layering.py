@@ -45,7 +45,7 @@ LAYERS = (
     ("formats", "recognizer"),
     ("methods",),
     ("mechanisms", "faces"),
-    ("mixing", "resampler", "schedule", "prompts", "logs"),
+    ("mixing", "resampler", "schedule", "placeholders", "logs"),
     ("attention",),
     ("attention_cpu", "sites", "files", "config"),
     ("types", "waiting", "toml", "randomness", "extra"),

@@ -8,7 +8,7 @@ import torch
 
 from ...errors import ConfigError
 from ...mechanisms.text import ENCODERS
-from ...prompts import CAPTION
+from ...placeholders import CAPTION
 from ..common import head_width
 from ..method import Around, Encoded, Recipe, Seen
 from .config import IDAdapterConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...prompts import CAPTION
+from ...placeholders import CAPTION
 from ..method import Around, Encoded, Recipe, Seen
 from .config import FaceIDConfig
 from .encoder import FaceIDEncoder, FaceIDLayers

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, MismatchError
 from ...mechanisms.decoupled import SiteProjections
-from ...prompts import CLASS_WORD
+from ...placeholders import CLASS_WORD
 from ..common import head_width
 from ..method import Around, Encoded, Recipe, Seen
 from .config import ENCODERS, UniIDConfig, branches
