@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..idadapter_core import Identity
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.mechanisms.text import IDENTIFIER
-from ..idadapter_core.prompts import CLASS_WORD
+from ..idadapter_core.placeholders import CLASS_WORD
 from .host.messages import info, keeps_report, node_id_of, report_ui, warning
 from .host.text import complete_prompt, encode_prompt
 from .host.titles import PROMPT
