@@ -184,6 +184,10 @@ class ComfyServer:
         graph.add("PreviewAny", source=graph.add("PrimitiveInt", value=0))
         self.run(graph.workflow).check()
 
+    def clear_history(self) -> None:
+        """Drop the record of all runs. The frontend lists them, and cannot read one whose values were NaN."""
+        self._request("POST", "/history", {"clear": True})
+
     def add_input_image(self, name: str, image: Image.Image) -> str:
         """Put an image into the input folder; `LoadImage` takes the returned name."""
         image.save(self.input_dir / name)
