@@ -18,7 +18,7 @@ from .files import key_problems, read_tensors, some, state_digest, write_safeten
 from .formats import FORMAT, FORMAT_VERSION, describe_foreign, require_kind
 from .mechanisms import Mechanisms
 from .mechanisms.deltas import that_change
-from .methods import METHODS, Config, Method
+from .methods import METHODS, Config, Method, method_of
 from .sites import Site, family_name, is_known_family
 from .types import FaceFeatures, Identity, Mix
 
@@ -246,14 +246,13 @@ def initial_adapter(config: Config, name: str, seed: int = 0, dtype: torch.dtype
         dtype: dtype of the layers; the encoder's values are rounded to it. Weights are allocated directly in this dtype, because an
             IDAdapter for SDXL has 2.1 G parameters.
     """
-    method = next(method for method, parts in METHODS.items() if isinstance(config, parts.config))
-    parts = METHODS[method]
+    parts = method_of(config)
     with torch.device("meta"):
         encoder, layers = parts.encoder(config), parts.layers(config, torch.nn)
     for module in (encoder, layers):
         module.to(dtype).to_empty(device="cpu")
     parts.initialise(encoder, layers, config, seed)
-    return build_adapter(method, config, _file_state(method, encoder, layers), name)
+    return build_adapter(parts.name, config, _file_state(parts.name, encoder, layers), name)
 
 
 def _describe(

@@ -14,7 +14,7 @@ import torch
 
 from ..adapter import Adapter, initial_adapter, load_adapter, save_adapter
 from ..files import DTYPES
-from ..methods import METHODS
+from ..methods import METHODS, method_of
 from ..methods.method import UNCONDITIONAL
 from ..recognizer import recorded_recognizer
 from .program import Parser, require_new, run
@@ -37,7 +37,7 @@ def _convert(options: argparse.Namespace, output: Path | None) -> int:
             adapter = replace(adapter, config=replace(adapter.config, recognizer=recognizer))
     else:
         preset = _presets()[options.init]
-        stages = next(m.needs(preset).stages for m in METHODS.values() if isinstance(preset, m.config))
+        stages = method_of(preset).needs(preset).stages
         recognizer = recorded_recognizer(options.recognizer, stages)
         config = replace(preset, recognizer=recognizer, **_new_settings(options))
         dtype = DTYPES[options.dtype] or torch.float32

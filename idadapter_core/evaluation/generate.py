@@ -96,8 +96,7 @@ class PipelineGenerator:
         self._adapters = _load_adapters(config.runs)
         self._networks = {}
         for method in sorted({adapter.method for adapter in self._adapters.values()}):
-            kind = METHODS[method]
-            networks, digest = load_networks(config.base, kind.needs(kind.config()), needs_detector=False)
+            networks, digest = load_networks(config.base, METHODS[method].usual_needs, needs_detector=False)
             networks.recognizer.to(self._device)
             if networks.vision is not None:
                 networks.vision.to(self._device)

@@ -11,10 +11,15 @@ METHODS: dict[str, Method] = {
 }
 
 
+def method_of(config: Config) -> Method:
+    """Return the method that a config belongs to."""
+    return next(method for method in METHODS.values() if isinstance(config, method.config))
+
+
 def views_read() -> tuple[View, ...]:
     """Return all views for CLIP vision, besides the head, that any method reads. Features hold them all, for every adapter."""
-    names = {name: None for method in METHODS.values() for name in method.needs(method.config()).views}
+    names = {name: None for method in METHODS.values() for name in method.usual_needs.views}
     return tuple(VIEWS[name] for name in names)
 
 
-__all__ = ["METHODS", "Config", "Method", "views_read"]
+__all__ = ["METHODS", "Config", "Method", "method_of", "views_read"]

@@ -183,6 +183,11 @@ class Method:
     """Trained for identity alone, so it follows the prompt only with rescaling at inference."""
     recipe: Recipe | None  # training recipe; None: cannot be trained with this package
 
+    @property
+    def usual_needs(self) -> Needs:
+        """What an adapter of the published sizes reads."""
+        return self.needs(self.config())
+
 
 __all__ = [
     "Around",

@@ -236,7 +236,7 @@ class RunConfig(Settings):
     @property
     def needs(self) -> Needs:
         """The face features that the method reads."""
-        return self.method.needs(self.method.config())
+        return self.method.usual_needs
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

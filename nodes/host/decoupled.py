@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...idadapter_core import Adapter
 from ...idadapter_core.attention import (
     PreparedIdentity,
     add_identity,
@@ -48,12 +47,8 @@ class Decoupled(Cache):
         """
         if (device, dtype) in self._projected:
             return
-        groups: dict[tuple[Adapter, int], list[Handle]] = {}
-        for handle in self.run.handles:
-            if handle.adapter.mechanisms.decoupled is not None:
-                groups.setdefault((handle.adapter, handle.tokens.shape[1]), []).append(handle)
         projected: dict[tuple[int, Handle], tuple[Tensor, Tensor]] = {}
-        for (adapter, _), handles in groups.items():
+        for (adapter, _), handles in self.run.groups(lambda parts: parts.decoupled is not None).items():
             layers = adapter.mechanisms.decoupled
             assert layers is not None
             tokens = torch.cat([handle.tokens for handle in handles]).to(device)

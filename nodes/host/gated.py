@@ -76,12 +76,8 @@ class Gated(Cache):
         """
         if (device, dtype) in self._identities:
             return
-        groups: dict[tuple[Adapter, int], list[Handle]] = {}
-        for handle in self.run.handles:
-            if handle.adapter.mechanisms.gated is not None:
-                groups.setdefault((handle.adapter, handle.tokens.shape[1]), []).append(handle)
         found: dict[tuple[int, Handle], GateIdentity] = {}
-        for (adapter, _), handles in groups.items():
+        for (adapter, _), handles in self.run.groups(lambda parts: parts.gated is not None).items():
             tokens = torch.cat([handle.tokens for handle in handles]).to(device, dtype)
             found |= self._project(handles, tokens, layers[adapter])
         self._identities[device, dtype] = found

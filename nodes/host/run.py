@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ...idadapter_core import Adapter
+from ...idadapter_core.mechanisms import Mechanisms
 from ...idadapter_core.schedule import step_index
 from .compilation import has_compiled_modules
 from .plan import Application, Plan
@@ -53,6 +56,14 @@ class Run:
     def handles(self) -> tuple[Handle, ...]:
         """The handles of all identities of the run, one per role."""
         return tuple(self._handles.values())
+
+    def groups(self, has: Callable[[Mechanisms], bool]) -> dict[tuple[Adapter, int], list[Handle]]:
+        """Group the handles whose adapter has a mechanism: by adapter and number of tokens, to be projected together."""
+        found: dict[tuple[Adapter, int], list[Handle]] = {}
+        for handle in self.handles:
+            if has(handle.adapter.mechanisms):
+                found.setdefault((handle.adapter, handle.tokens.shape[1]), []).append(handle)
+        return found
 
     def clear(self) -> None:
         """Free all caches, because leftovers of a sampler may still reference a finished run."""

@@ -95,12 +95,13 @@ class FaceIDLayers(nn.Module):
     def deltas(self) -> dict[Place, Delta]:
         """Return the LoRA deltas by layer."""
         found: dict[Place, Delta] = {}
+        modules = dict(self.named_modules())
         for number in self.sites:
             for attention, owner in (("attn1", number - 1), ("attn2", number)):
                 for name in CHANGED:
-                    layer = "to_out.0" if name == "to_out" else name
-                    pair = dict(self.named_modules()).get(f"{owner}.{name}_lora")
+                    pair = modules.get(f"{owner}.{name}_lora")
                     if isinstance(pair, _LowRank):
+                        layer = "to_out.0" if name == "to_out" else name
                         found[Place(number, f"{attention}.{layer}")] = LowRankDelta(pair.up, pair.down)
         return found
 
