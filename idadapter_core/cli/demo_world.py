@@ -94,6 +94,12 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
     build.add_argument(
         "--settings", choices=("full", "tiny"), default="full", help="tiny: in a minute, to see that it works"
     )
+    build.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="of CLIP, with vocab.json and merges.txt, to train adapters (comfy/sd1_tokenizer of ComfyUI)",
+    )
     build.add_argument("--again", action="store_true", help="make the stages once more that were done before")
     build.add_argument("--list", action="store_true", help="say what the stages do, and which are done")
     build.add_argument(
@@ -117,7 +123,9 @@ def _build(options: argparse.Namespace) -> int:
             raise InputError(
                 f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
             )
-    bench = Bench(options.work, SETTINGS[options.settings], options.processes, options.again)
+    bench = Bench(
+        options.work, SETTINGS[options.settings], options.processes, options.again, options.tokenizer
+    )
     if options.list:
         sys.stdout.write(describe(STAGES, bench))
         return 0

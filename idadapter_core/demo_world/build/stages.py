@@ -29,6 +29,7 @@ class Bench:
     settings: Settings
     processes: int = 1
     again: bool = False  # make finished stages once more
+    tokenizer: Path | None = None  # folder of CLIP's tokenizer, for the adapters
 
     @property
     def pictures(self) -> Path:
