@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..demo_world import Factors, Person, Pictures, build_head, render, seed_of
+from ..demo_world import Factors, Person, Pictures, render, seed_of
 from ..demo_world.factors import STYLES
 from ..demo_world.identity import SPLITS
 from ..errors import InputError
@@ -139,7 +139,9 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _build_head(options: argparse.Namespace) -> int:
-    np.savez_compressed(options.output, **build_head.build())  # type: ignore[arg-type]
+    from ..demo_world.build.head import build
+
+    np.savez_compressed(options.output, **build())  # type: ignore[arg-type]
     return _wrote(options.output)
 
 
