@@ -62,17 +62,21 @@ def text_config(vocabulary: int) -> dict[str, Any]:
     }
 
 
+def new_text_encoder() -> Any:
+    """An untrained CLIP text encoder for rows of the small table (see `Words`)."""
+    transformers = require("transformers")
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_config(words().unknown + 1)))
+
+
 class BaseModel(nn.Module):
     """UNet and text encoder. The text encoder reads rows of the small table (see `Words`)."""
 
     def __init__(self) -> None:
         super().__init__()
-        transformers, diffusers = require("transformers"), require("diffusers")
+        diffusers = require("diffusers")
         self.schedule: NoiseSchedule = scaled_linear("v_prediction")
         self.unet = diffusers.UNet2DConditionModel(**unet_config())
-        self.text = transformers.CLIPTextModel(
-            transformers.CLIPTextConfig(**text_config(words().unknown + 1))
-        )
+        self.text = new_text_encoder()
 
     def states(self, rows: Tensor) -> Tensor:
         """Text states (B, 77, D) of rows (B, 77)."""

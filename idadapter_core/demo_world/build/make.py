@@ -44,12 +44,13 @@ from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, trai
 from .train_base import base_scores, encode_pictures, train_base
 from .train_readers import reader_scores, train_reader
 from .train_recognizers import embeddings_of, first_of, recognizer_scores, train_recognizer
+from .train_text import load_caption_reader, save_caption_reader, text_scores, train_text_encoder
 from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision, vision_scores
 from .trainer_files import write_base_folder, write_photos
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
 PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
-LATENTS = "latents/training.npy"  # of a build
+LATENTS, TEXT = "latents/training.npy", "text.safetensors"  # of a build
 EXAMPLE_SIDE = 320  # of the detector's input while it is exported; the file takes any
 
 
@@ -208,9 +209,16 @@ def _latents(bench: Bench) -> None:
     encode_pictures(network, _pool(bench, "training"), bench.home / LATENTS)
 
 
+def _text(bench: Bench) -> None:
+    reader = train_text_encoder(**_training(bench, "text"))
+    save_caption_reader(reader, bench.home / TEXT)
+    bench.score("text", text_scores(load_caption_reader(bench.home / TEXT)))
+
+
 def _base(bench: Bench) -> None:
     latents = np.load(bench.home / LATENTS)
-    base = train_base(_pool(bench, "training"), latents, **_training(bench, "base"))
+    text = load_caption_reader(bench.home / TEXT).text
+    base = train_base(_pool(bench, "training"), latents, text, **_training(bench, "base"))
     save_base(base, bench.files / BASE)
     judges = load_autoencoder(bench.files / AUTOENCODER), load_reader(bench.files / READER)
     scores, pictures = base_scores(load_base(bench.files / BASE), *judges, bench.settings.judged_prompts)
@@ -291,8 +299,9 @@ STAGES: Mapping[str, Stage] = {
             (f"{CLIP_VISION}/{WEIGHTS}", f"{CLIP_VISION}/{CONFIG_FILE}"), {"photo_auc": 0.8},
         ),
         Stage("latents", "encode the pictures", ("pictures", "autoencoder"), _latents, keeps=("latents",)),
+        Stage("text", "train the text encoder to name what captions say", (), _text),
         Stage(
-            "base", "train the base model", ("latents", "readers"), _base, (BASE,),
+            "base", "train the base model", ("latents", "readers", "text"), _base, (BASE,),
             {"style": 0.95, "background": 0.95, "sex": 0.95, "accessory": 0.90, "expression": 0.75, "direction": 0.95},
         ),
         Stage("photos", "write the pictures as a folder of photos", ("pictures",), _photos),

@@ -75,6 +75,7 @@ FULL = Settings(
         "detector": Course(10000, 8, 2e-3),
         "sex_and_age": Course(8000, 32, 2e-3),
         "vision": Course(3000, 64, 1e-3),
+        "text": Course(1000, 64, 1e-3),
         "base": Course(16000, 64, 1e-3),
     },
     judged_prompts=240,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ...files import replacing
 from .. import FACTORS, SEXES, Factors, Person, caption
@@ -26,6 +28,8 @@ UNSAID = 0.1  # chance that a factor is not named
 NAMED = 0.1  # chance of an identity word, which means nothing yet
 STRANGER = 0.08  # chance of a word that nobody knows, which must do no harm
 SEED_TAG = 1_213
+CELL = 8  # pixels along a side of a latent
+FACE_WEIGHT = 3.0  # of the error inside the box of the head, against 1 outside
 
 
 @torch.no_grad()
@@ -42,15 +46,21 @@ def encode_pictures(network: Autoencoder, pool: Pool, path: Path, batch: int = 3
 def train_base(
     pool: Pool,
     latents: npt.NDArray[np.float16],
+    text: nn.Module,
     course: Course,
     checkpoint: Path,
     *,
     seed: int,
     log: Callable[[str], None],
 ) -> BaseModel:
-    """A base model that has learnt from the latents (N, C, h, w) and captions of a pool."""
+    """A base model that has learnt from the latents (N, C, h, w) and captions of a pool.
+
+    Args:
+        text: the trained text encoder that it starts with.
+    """
     torch.manual_seed(seed)
     facts = [fact for part in pool.sets for fact in part.facts]
+    weights = face_weights(pool.boxes, latents.shape[-1])
     people = {seed: Person.sample(seed) for seed in {fact.person for fact in facts}}
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
@@ -61,13 +71,41 @@ def train_base(
         noise = torch.randn_like(clean)
         timesteps = torch.from_numpy(rng.integers(network.schedule.steps, size=course.batch))
         noisy = network.schedule.add_noise(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), AttentionInFloat32():
             found = network(noisy, timesteps, network.states(torch.tensor(rows)))
-        return F.mse_loss(found.float(), network.schedule.target(clean, noise, timesteps))
+        error = (found.float() - network.schedule.target(clean, noise, timesteps)).square().mean(1)
+        return (error * weights[numbers]).mean()
 
-    average = fit(BaseModel(), loss, course, checkpoint, seed=seed, log=log)
+    base = BaseModel()
+    base.text.load_state_dict(text.state_dict())
+    average = fit(base, loss, course, checkpoint, seed=seed, log=log)
     assert isinstance(average, BaseModel)
     return average
+
+
+def face_weights(boxes: npt.NDArray[np.float32], side: int) -> Tensor:
+    """Weights (N, side, side) of the error at each latent, of mean 1: more in the box (N, 4) of the head, where expressions are."""
+    cells = (np.arange(side) + 0.5) * CELL
+    left, top, right, bottom = boxes[:, :, None].transpose(1, 0, 2)
+    across, down = (cells > left) & (cells < right), (cells > top) & (cells < bottom)
+    inside = torch.from_numpy(down[:, :, None] & across[:, None, :])
+    weights = 1 + (FACE_WEIGHT - 1) * inside.float()
+    return weights / weights.mean((1, 2), keepdim=True)
+
+
+class AttentionInFloat32(TorchFunctionMode):
+    """Attention outside autocast: on a CPU, its backward pass takes two to three times as long in bfloat16."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_widened, args), **given).to(args[0].dtype)
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def varied_rows(person: Person, factors: Factors, rng: np.random.Generator) -> list[int]:

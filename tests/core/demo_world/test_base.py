@@ -8,10 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from idadapter_core.demo_world import FACTORS, Factors, Person, caption
-from idadapter_core.demo_world.build.train_base import prompts_to_judge, varied_rows
-from idadapter_core.demo_world.captions import vocabulary
+from idadapter_core.demo_world.build.train_base import (
+    AttentionInFloat32,
+    face_weights,
+    prompts_to_judge,
+    varied_rows,
+)
+from idadapter_core.demo_world.build.train_text import CaptionReader, random_captions
+from idadapter_core.demo_world.captions import vocabulary, words_of
 from idadapter_core.demo_world.readers import READ_FACTORS
 from idadapter_core.demo_world.words import BEGIN, END, Words, words
 
@@ -88,3 +95,58 @@ def test_base_model_draws_the_same_from_its_file(tmp_path: Path) -> None:
     assert torch.equal(loaded.draw(prompts, seed=3, steps=2), latents)
     assert not torch.equal(base.draw(prompts, seed=4, steps=2), latents)
     assert not torch.equal(base.draw(prompts[::-1], seed=3, steps=2), latents)
+
+
+def test_the_error_counts_more_in_the_box_of_the_head() -> None:
+    weights = face_weights(np.array([[8, 16, 24, 32], [0, 0, 64, 64]], np.float32), 8)
+    assert weights.shape == (2, 8, 8)
+    torch.testing.assert_close(weights.mean((1, 2)), torch.ones(2))
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:4, 1:3] = True  # rows, then columns, of 8 pixels each
+    first = weights[0]
+    assert (first[inside] / first[~inside].mean()).tolist() == pytest.approx([3.0] * 4)
+    assert torch.equal(weights[1], torch.ones(8, 8))
+
+
+def test_attention_in_float32_is_the_same_attention() -> None:
+    query, key, value = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
+    plain = F.scaled_dot_product_attention(query, key, value)
+    with AttentionInFloat32(), torch.autocast("cpu", torch.bfloat16):
+        found = F.scaled_dot_product_attention(query.bfloat16(), key.bfloat16(), value=value.bfloat16())
+        assert (query @ key.transpose(2, 3)).dtype == torch.bfloat16, "all else stays as it was"
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), plain, atol=0.03, rtol=0.03)
+    found.float().sum().backward()
+    assert query.grad is not None
+
+
+def test_captions_name_what_the_text_encoder_is_asked_for() -> None:
+    rows, named = random_captions(np.random.default_rng(0), 40)
+    assert rows.shape == (40, 77)
+    phrases = {
+        name: [
+            {tuple(words().rows(text)[1 : 1 + len(text.split())]) for text in words_of(name, value)}
+            for value in values
+        ]
+        for name, values in READ_FACTORS.items()
+        if name in ("expression", "background")
+    }
+    for name, classes in phrases.items():
+        for row, value in zip(rows.tolist(), named[name].tolist(), strict=True):
+            found = {
+                number
+                for number, texts in enumerate(classes)
+                for text in texts
+                if any(tuple(row[start : start + len(text)]) == text for start in range(77))
+            }
+            assert (value in found) if value >= 0 else not found
+
+
+def test_padding_does_not_change_what_a_caption_says() -> None:
+    reader = CaptionReader().eval()
+    rows, _ = random_captions(np.random.default_rng(1), 3)
+    together = reader(rows)
+    for number in range(3):
+        alone = reader(rows[number : number + 1])
+        for name, scores in together.items():
+            torch.testing.assert_close(scores[number], alone[name][0], atol=1e-5, rtol=1e-4)
