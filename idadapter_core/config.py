@@ -189,7 +189,7 @@ def _place(kind: type[Settings], where: Sequence[str | int]) -> tuple[str, type[
     return name, owner, here
 
 
-def decisive(config: S) -> S:
+def fixed_settings(config: S) -> S:
     """Return the configuration with the default in every setting that a resumed run may change."""
     marks = typing.get_type_hints(type(config), include_extras=True)
     default, values = type(config)(), dict[str, Any]()
@@ -198,7 +198,7 @@ def decisive(config: S) -> S:
         if any(m.when(config) for m in typing.get_args(marks[entry.name]) if isinstance(m, Changeable)):
             values[entry.name] = getattr(default, entry.name)
         elif isinstance(value, Settings):
-            values[entry.name] = decisive(value)
+            values[entry.name] = fixed_settings(value)
     found: S = dataclasses.replace(typing.cast(Any, config), **values)
     return found
 

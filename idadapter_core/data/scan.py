@@ -29,7 +29,7 @@ from ..errors import ConfigError, InputError
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import StreamedTensors, read_safetensors, some
 from ..waiting import PATIENCE, ignore_signals, kill_children, reason_of_death
-from .entries import Photo
+from .entries import ListedPhoto
 from .index import Index, draft_rows, write_index
 from .measure import Limits, Measured, Models, judge, measure
 from .people import People
@@ -128,7 +128,7 @@ def scan_share(
 
 
 def _open_progress(
-    output: Path, models: Models, photos: Sequence[Photo], root: Path, ranks: Ranks
+    output: Path, models: Models, photos: Sequence[ListedPhoto], root: Path, ranks: Ranks
 ) -> Progress:
     settings = {"version": _PROGRESS_VERSION, "codecs": codecs(), **models.facts()}
     # Skip photos whose text cannot be read: the text may be corrected before the next scan.
@@ -253,7 +253,7 @@ class _Notes:
     def __init__(self) -> None:
         self._remarked: dict[str, tuple[int, str]] = {}  # note: number of photos, and the first one
 
-    def take(self, photo: Photo, found: Measured) -> None:
+    def take(self, photo: ListedPhoto, found: Measured) -> None:
         if found.note:
             count, first = self._remarked.get(found.note, (0, photo.source))
             self._remarked[found.note] = count + 1, first
@@ -265,7 +265,7 @@ class _Notes:
         ]
 
 
-def _row(number: int, photo: Photo, found: Measured, limits: Limits) -> Row:
+def _row(number: int, photo: ListedPhoto, found: Measured, limits: Limits) -> Row:
     facts: dict[str, Any] = asdict(found)
     for name in ("rival", "sex", "status", "reason", "size", "note"):
         del facts[name]
@@ -288,8 +288,8 @@ def _row(number: int, photo: Photo, found: Measured, limits: Limits) -> Row:
 
 
 def _look(
-    photos: Sequence[Photo], looker: Looker, models: Models, workers: int
-) -> Iterator[tuple[Photo, Finding]]:
+    photos: Sequence[ListedPhoto], looker: Looker, models: Models, workers: int
+) -> Iterator[tuple[ListedPhoto, Finding]]:
     """Look at photos and yield each with its result, in any order."""
     if not workers:
         for photo in photos:
@@ -304,7 +304,7 @@ def _look(
     )
     others = multiprocessing.active_children()
     started: list[multiprocessing.process.BaseProcess] = []
-    pending: dict[Future[Finding], Photo] = {}
+    pending: dict[Future[Finding], ListedPhoto] = {}
     queue = iter(photos)
     try:
         while True:
@@ -347,7 +347,7 @@ def _reason(workers: Sequence[multiprocessing.process.BaseProcess]) -> str:
     return "it left no exit code"
 
 
-def _some_of(pending: Mapping[Future[Finding], Photo]) -> str:
+def _some_of(pending: Mapping[Future[Finding], ListedPhoto]) -> str:
     return some(photo.source for photo in pending.values())
 
 
@@ -387,7 +387,7 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _look_at(photo: Photo) -> Finding:
+def _look_at(photo: ListedPhoto) -> Finding:
     assert _worker is not None
     looker, models = _worker
     return measure(photo, looker.root, models)

@@ -21,7 +21,7 @@ from ..stable_diffusion.networks import load_networks
 from ..stable_diffusion.pipeline import Acting, Pipeline, to_levels
 from ..types import Identity, Mix
 from .config import EvaluationConfig, RunEntry, SamplingConfig
-from .people import Person, Photo
+from .people import Person, RealPhoto
 from .prompts import Prompt
 
 VERSION = 1  # of image generation; increase it to generate all images again
@@ -38,7 +38,7 @@ class Drawing:
     seed: int
 
     @property
-    def references(self) -> tuple[Photo, ...]:
+    def references(self) -> tuple[RealPhoto, ...]:
         """The adapter's reference photos."""
         if self.run is None:
             return ()

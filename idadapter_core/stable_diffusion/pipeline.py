@@ -97,7 +97,7 @@ class Pipeline:
         acting = acting or Acting()
         negatives = None if cfg == 1 else self.base.text.encode([negative])
         rows = torch.tensor([True] if negatives is None else [False, True])  # row order of `sample`
-        before_step: BeforeStep = _nothing
+        before_step: BeforeStep = _no_action
         if identity is None:
             positive = self.base.text.encode([prompt.replace(CLASS_WORD, "person")])
             self._set(None, 0.0)
@@ -164,7 +164,7 @@ class Pipeline:
         return conditioned(1.0), before_step
 
 
-def _nothing(step: int, steps: int) -> None:
+def _no_action(step: int, steps: int) -> None:
     return None
 
 

@@ -186,8 +186,8 @@ class _Run:
         facts = provenance.facts(self.parts, self.ranks, self.digests, parameters)
         write_file(self.folder / CONFIG, config_toml(self.config).encode())
         write_file(self.folder / provenance.FACTS, json.dumps(facts, indent=1).encode())
-        told = provenance.in_words(self.config, self.parts, self.ranks, parameters, self.progress.step)
-        sys.stderr.write(f"{self.folder}: {told}\n")
+        description = provenance.describe(self.config, self.parts, self.ranks, parameters, self.progress.step)
+        sys.stderr.write(f"{self.folder}: {description}\n")
         self.monitor.open_log()
 
     def _samples(self, rows: Sequence[Row]) -> Samples:

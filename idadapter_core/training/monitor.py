@@ -131,13 +131,13 @@ class Monitor:
             if self._log is not None:
                 values = self._values(interval, together)
                 values |= {"norm_ratios": norms} if norms else {}
-                self._tell(values)
+                self._report(values)
                 self._log.show(
                     self._progress.step,
                     *(values[name] for name in ("loss", "images_per_second", "seconds_left")),
                 )
 
-    def _tell(self, values: Mapping[str, Any]) -> None:
+    def _report(self, values: Mapping[str, Any]) -> None:
         log, step = self._log, self._progress.step
         if log is not None:
             self._disk.use(lambda: log.write(step, values))
@@ -207,7 +207,7 @@ class Monitor:
             "people": "test" if self._parts.test_rows else "train",
         }
         with ranks.together():
-            self._tell({"validation": measured})
+            self._report({"validation": measured})
 
     def _validation_batches(self) -> Batches:
         """This process's validation batches, equal each time."""
