@@ -83,7 +83,7 @@ def adapter(recipe: Recipe) -> Adapter:
     is_one_photo = recipe.parts.recipe is None or recipe.parts.recipe.known_by_target
     settings = {} if is_one_photo else {"references": REFERENCES}
     widths = networks.text_encoders(recipe.family).widths
-    wanted = Wanted(recipe.method, widths, (1024, 256), "", recipe.branch, settings)
+    wanted = Wanted(recipe.method, widths, (1024, 256), "", STAGE_WIDTHS, recipe.branch, settings)
     config = fresh_config(networks.unet(recipe.family), wanted)
     with torch.device("meta"):
         encoder, layers = recipe.parts.encoder(config), recipe.parts.layers(config, nn)

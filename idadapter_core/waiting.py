@@ -65,7 +65,7 @@ class Aside:
         )
         self._last: concurrent.futures.Future[Any] | None = None
         _asides.add(self)
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        start_thread(self._work, name)
 
     def do(self, work: Callable[[], T], look: Callable[[float], None]) -> T:
         """Run `work` in the thread and return its result or raise its exception.
@@ -102,11 +102,49 @@ class Aside:
 
 
 _asides: weakref.WeakSet[Aside] = weakref.WeakSet()  # each thread keeps its own object alive
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-def is_work_left() -> bool:
-    """Return whether any worker thread still runs a task whose caller gave up."""
-    return any(aside.is_busy for aside in _asides)
+def start_thread(work: Callable[[], object], name: str) -> threading.Thread:
+    """Start a thread that does not keep the program alive, and that `end_threads` waits for."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    _threads.add(thread)
+    thread.start()
+    return thread
+
+
+def end_threads(patience: float = 2.0) -> bool:
+    """Wait at the program's end until the threads of this package are over.
+
+    Python ends other threads wherever they are once it shuts down. If that is inside a library's C++ code, the process aborts
+    (SIGABRT), even in a thread that only releases its last tensors.
+
+    Args:
+        patience: seconds to wait. A task that its caller gave up is not waited for.
+
+    Returns:
+        Whether all threads are over. If not, leave with `exit_now`.
+    """
+    for aside in list(_asides):
+        if aside.is_busy:
+            return False
+        aside.close()
+    deadline = time.monotonic() + patience
+    for thread in list(_threads):
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in _threads)
+
+
+def leave_with_parent() -> None:
+    """End this process when the one that started it ends, however that happens."""
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def memory_advice() -> str:
@@ -170,11 +208,13 @@ __all__ = [
     "TURN",
     "Aside",
     "Terminated",
+    "end_threads",
     "exit_now",
     "ignore_signals",
-    "is_work_left",
     "kill_children",
+    "leave_with_parent",
     "memory_advice",
     "reason_of_death",
+    "start_thread",
     "terminable",
 ]

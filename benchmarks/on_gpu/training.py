@@ -16,7 +16,7 @@ from benchmarks.on_gpu.parts import Report, Sizes
 from benchmarks.on_gpu.sampling import Peak
 from idadapter_core.adapter import build_adapter
 from idadapter_core.config import parse_config
-from idadapter_core.faces.iresnet import IResNet
+from idadapter_core.faces.iresnet import STAGE_WIDTHS, IResNet
 from idadapter_core.stable_diffusion.base import Base
 from idadapter_core.stable_diffusion.networks import Networks
 from idadapter_core.stable_diffusion.noise import scaled_linear
@@ -151,7 +151,7 @@ def _text(case: _Case, dtype: torch.dtype) -> TextEncoders:
 def _adapter(case: _Case, base: Base) -> Any:
     """An adapter with open gates: closed ones would give most parameters no gradient."""
     settings = {"mixer_heads": 4} if case.sizes.tiny else {}
-    wanted = Wanted(METHOD, base.text.widths, _VISION[case.sizes.tiny], "", "adapter", settings)
+    wanted = Wanted(METHOD, base.text.widths, _VISION[case.sizes.tiny], "", STAGE_WIDTHS, "adapter", settings)
     config = fresh_config(base.unet, wanted)
     state = real.adapter_state(METHOD, config, torch.float32, device())
     return build_adapter(METHOD, config, state, "random")

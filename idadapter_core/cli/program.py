@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import IDAdapterError
-from ..waiting import TERMINATED, Terminated, exit_now, is_work_left, terminable
+from ..waiting import TERMINATED, Terminated, end_threads, exit_now, terminable
 
 INTERRUPTED = 130  # exit code after Ctrl+C, as in shells
 
@@ -34,7 +34,7 @@ def start(main: Callable[[], int]) -> None:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     code = main()
-    if is_work_left():  # Python's normal exit interrupts threads inside libraries, which may crash
+    if not end_threads():
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         exit_now(code)

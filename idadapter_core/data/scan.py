@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -28,7 +26,7 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import StreamedTensors, read_safetensors, some
-from ..waiting import PATIENCE, ignore_signals, kill_children, reason_of_death
+from ..waiting import PATIENCE, ignore_signals, kill_children, leave_with_parent, reason_of_death
 from .entries import ListedPhoto
 from .index import Index, draft_rows, write_index
 from .measure import Limits, Measured, Models, judge, measure
@@ -369,7 +367,7 @@ _worker: tuple[Looker, Models] | None = None
 
 def _start_worker(looker: Looker) -> None:
     global _worker
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()  # a killed parent closes no queues; this process would wait forever
     ignore_signals()
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
@@ -377,14 +375,6 @@ def _start_worker(looker: Looker) -> None:
 
         cv2.setNumThreads(1)
     _worker = looker, looker.open()
-
-
-def _leave_with_parent() -> None:
-    """A killed parent closes no queues; its workers would wait forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _look_at(photo: ListedPhoto) -> Finding:

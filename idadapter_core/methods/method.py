@@ -19,6 +19,7 @@ class Around:
 
     text_widths: width of each text encoder of the base, by ComfyUI's names (l, g, h).
     vision: width and number of patches of the CLIP vision model, if one is configured.
+    stage_widths: channels of the recogniser's four stages.
     branch: the branch of the method to train (`Recipe.branches`).
     settings: the user's settings for the method's config.
     """
@@ -28,6 +29,7 @@ class Around:
     site_heads: tuple[int, ...]
     text_widths: Mapping[str, int]
     vision: tuple[int, int] | None
+    stage_widths: tuple[int, ...]
     branch: str
     settings: Mapping[str, Any]
 

@@ -24,6 +24,7 @@ class Wanted:
     text_widths: width of each text encoder of the base, by ComfyUI's names (l, g, h).
     vision: width and number of patches of the CLIP vision model, if one is named.
     recognizer: record of the face network for the adapter's file.
+    stage_widths: channels of its four stages.
     branch: the branch to train (`Recipe.branches`).
     settings: overrides of the method's config.
     """
@@ -32,6 +33,7 @@ class Wanted:
     text_widths: Mapping[str, int]
     vision: tuple[int, int] | None
     recognizer: str
+    stage_widths: tuple[int, ...]
     branch: str
     settings: Mapping[str, Any]
 
@@ -89,6 +91,7 @@ def fresh_config(unet: Any, wanted: Wanted) -> Any:
         site_heads=tuple(block.attn1.heads for block in blocks.values()),
         text_widths=wanted.text_widths,
         vision=wanted.vision,
+        stage_widths=wanted.stage_widths,
         branch=wanted.branch,
         settings=wanted.settings,
     )

@@ -6,7 +6,6 @@ import errno
 import logging
 import multiprocessing.queues
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..errors import IDAdapterError, TrainingError
-from ..waiting import PATIENCE, Aside, ignore_signals, memory_advice, reason_of_death
+from ..waiting import PATIENCE, Aside, ignore_signals, memory_advice, reason_of_death, start_thread
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +131,7 @@ class Batches:
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
             # Torch waits long for each worker, and forever for an unfinished message of a dead one.
-            leave = threading.Thread(target=shutdown, name="leave", daemon=True)
-            leave.start()
+            leave = start_thread(shutdown, "leave")
             leave.join(_LEAVE)
             self._kill()
             leave.join(_LEAVE)

@@ -82,6 +82,7 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
         text_widths=parts.base.text.widths,
         vision=None if vision is None else (vision.width, vision.patches),
         recognizer=parts.recognizer_digest,
+        stage_widths=parts.networks.recognizer.widths,
         branch=section.branch,
         settings=_settings(config),
     )

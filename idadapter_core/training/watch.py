@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import Any
 
 from ..errors import TrainingError
-from ..waiting import TERMINATED, exit_now
+from ..waiting import TERMINATED, exit_now, start_thread
 
 ARRIVAL = 600.0
 """Seconds until all processes of a run must have started."""
@@ -65,7 +65,7 @@ class Watch:
         for end in (self._ears, self._mouth):
             end.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread: threading.Thread | None = None
         try:
             self._beat()
         except BaseException:
@@ -77,7 +77,7 @@ class Watch:
         now = time.monotonic()
         for seen in self._others.values():
             seen.heard = seen.since = now
-        self._thread.start()
+        self._thread = start_thread(self._run, "watch")
 
     @contextlib.contextmanager
     def doing(self, state: str) -> Iterator[None]:
@@ -105,7 +105,7 @@ class Watch:
         """Stop reporting. Unless the run's end is settled, the others will treat this process as lost."""
         self._ended.set()
         signal.set_wakeup_fd(self._fd_before)
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(2 * _BEAT)
         if is_settled:
             with contextlib.suppress(RuntimeError):  # the store may already be gone

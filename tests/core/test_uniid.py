@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from idadapter_core.adapter import Adapter, load_adapter
+from idadapter_core.adapter import Adapter, initial_adapter, load_adapter, save_adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.mechanisms.text import normalize_text_tokens
 from idadapter_core.methods.uniid import UniIDConfig, UniIDEncoder
@@ -125,6 +125,11 @@ def test_parameter_counts_are_the_published_ones(published: dict[str, dict[str, 
         ({"text_widths": (64, 64, 64)}, "at most 2 entries (l, g), got (64, 64, 64)"),
         ({"text_widths": (100,)}, "width 100 must be divisible by head_width 64"),
         ({"adapter_width": 96}, "width 96 must be divisible by head_width 64"),
+        (
+            {"stage_widths": (64, 128, 256)},
+            "stage_widths must have 4 entries, one per stage of the recogniser, got (64, 128, 256)",
+        ),
+        ({"stage_widths": (64, 128, 0, 512)}, "stage_widths must be at least 1, got (64, 128, 0, 512)"),
     ],
 )
 def test_impossible_configs(changes: dict[str, int], text: str) -> None:
@@ -137,6 +142,21 @@ def test_width_of_an_absent_branch_does_not_matter() -> None:
 
 
 # --- encode ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recogniser_with_narrower_stages(tiny: Adapter, tmp_path: Path) -> None:
+    """The file records the widths; features of another network are refused."""
+    narrow = dataclasses.replace(tiny.config, stage_widths=(16, 32, 64, 96))
+    adapter = initial_adapter(narrow, "narrow")
+    save_adapter(adapter, tmp_path / "narrow.safetensors")
+    read = load_adapter(tmp_path / "narrow.safetensors")
+    assert read.config == narrow
+    usual = face_features(1)
+    stages = tuple(stage[:, :width] for stage, width in zip(usual.stages, narrow.stage_widths, strict=True))
+    features = dataclasses.replace(usual, stages=stages)
+    assert torch.equal(read.encode(features).text_tokens["l"], adapter.encode(features).text_tokens["l"])
+    with pytest.raises(MismatchError, match=r"another kind of face network.*\(64, 56, 56\).*\(16, 56, 56\)"):
+        read.encode(usual)
 
 
 def test_an_identity_knows_where_it_comes_from(tiny: Adapter) -> None:

@@ -18,9 +18,7 @@ import functools
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -32,6 +30,7 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...files import replacing
+from ...waiting import leave_with_parent
 from .. import Factors, Light, Person, Pictures, render, seed_of
 from .settings import Group, Settings
 
@@ -172,27 +171,13 @@ def _draw(parts: Sequence[_Part], processes: int) -> Iterator[_Part]:
         for part in parts:
             yield _draw_part(part)
         return
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_leave_with_parent
-    )
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=leave_with_parent)
     try:
         futures = [pool.submit(_draw_part, part) for part in parts]
         for future in as_completed(futures):
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _leave_with_parent() -> None:
-    """End with the process that asked for pictures, however it ends."""
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _draw_part(part: _Part) -> _Part:

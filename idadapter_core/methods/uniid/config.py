@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import InputError
+from ...faces.iresnet import STAGE_WIDTHS
 from ...mechanisms import Mechanisms
 from ...sites import family_name
 from ..method import Needs
@@ -37,6 +38,7 @@ class UniIDConfig:
     )  # in checkpoint order
     head_width: int = 64
     embedding_width: int = 512
+    stage_widths: tuple[int, ...] = STAGE_WIDTHS  # channels of the recogniser's four stages
     recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
     unseen: ClassVar[tuple[str, ...]] = ("head_width",)  # affects an identity, but no weight
@@ -50,8 +52,13 @@ class UniIDConfig:
             raise InputError(
                 f"text_widths must have at most {len(ENCODERS)} entries ({', '.join(ENCODERS)}), got {self.text_widths}"
             )
+        if len(self.stage_widths) != len(STAGE_WIDTHS):
+            raise InputError(
+                f"stage_widths must have {len(STAGE_WIDTHS)} entries, one per stage of the recogniser, got {self.stage_widths}"
+            )
         names = (
             "head_width",
+            "stage_widths",
             *(TEXT_SIZES if self.has_text_branch else ()),
             *(ADAPTER_SIZES if self.has_adapter_branch else ()),
         )

@@ -8,7 +8,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...errors import InputError, MismatchError
-from ...faces.iresnet import STAGE_WIDTHS
 from ...mechanisms import Mechanisms
 from ...mechanisms.decoupled import SiteProjections
 from ...mixing import concatenate_tokens, select_references, token_bias, weighted_mean
@@ -43,7 +42,7 @@ class _TextResampler(nn.Module):
 
     def __init__(self, config: UniIDConfig, width: int):
         super().__init__()
-        self.proj_in = nn.Linear(STAGE_WIDTHS[3], width)
+        self.proj_in = nn.Linear(config.stage_widths[3], width)
         self.proj_out = nn.Linear(width, width)
         self.norm_out = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
@@ -73,7 +72,7 @@ class TextBranch(nn.Module):
             self.add_module(f"text_resampler_{number}", _TextResampler(config, width))
 
     def forward(self, embedding: Tensor, stage4: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
-        """embedding (B, 512), stage4 tokens (B, S, 512), bias (S,) -> {"l": (B, tokens, width), ...}."""
+        """embedding (B, 512), stage4 tokens (B, S, C4), bias (S,) -> {"l": (B, tokens, width), ...}."""
         out = {}
         for number, encoder in enumerate(self.encoders, start=1):
             tokens = getattr(self, f"norm_{number}")(getattr(self, f"proj_{number}")(embedding))
@@ -88,7 +87,7 @@ class _AdapterResampler(nn.Module):
         super().__init__()
         width = config.adapter_width
         self.proj_face_recog_model_layers = nn.ModuleList(
-            [nn.Linear(sum(STAGE_WIDTHS[:3]), width), nn.Linear(STAGE_WIDTHS[3], width)]
+            [nn.Linear(sum(config.stage_widths[:3]), width), nn.Linear(config.stage_widths[3], width)]
         )
         self.proj_out = nn.Linear(width, config.context_width)
         self.norm_out = nn.LayerNorm(config.context_width)
@@ -130,7 +129,7 @@ class AdapterBranch(nn.Module):
     def forward(
         self, fused: Tensor, stage4: Tensor, fused_bias: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """fused (B, S', 448), stage4 (B, S, 512), biases (S',) and (S,) -> (B, tokens, context width)."""
+        """fused (B, S', C1 + C2 + C3), stage4 (B, S, C4), biases (S',) and (S,) -> (B, tokens, context width)."""
         latents = self.latents.expand(stage4.shape[0], -1, -1)
         tokens: Tensor = self.adapter_resampler(latents, fused, stage4, fused_bias, bias)
         return tokens
@@ -240,7 +239,7 @@ def require_stages(features: FaceFeatures, config: UniIDConfig) -> None:
             "maps). In Load Face Analyzer set `recognizer` from 'from package' to UniID's network, the file of its iResNet-100 in "
             "models/idadapter/recognizers."
         )
-    expected = [(width, side, side) for width, side in zip(STAGE_WIDTHS, STAGE_SIDES, strict=True)]
+    expected = [(width, side, side) for width, side in zip(config.stage_widths, STAGE_SIDES, strict=True)]
     found = [tuple(stage.shape[1:]) for stage in features.stages]
     if found != expected or features.embedding.shape[1] != config.embedding_width:
         raise MismatchError(

@@ -173,6 +173,11 @@ def join(
             f"{first} and {second} were not made for each other: the attention heads of the first are "
             f"{config.head_width} wide, those of the second {text.head_width}. Choose the two branches of one training."
         )
+    if config.stage_widths != text.stage_widths:
+        raise MismatchError(
+            f"{first} and {second} were not made for each other: the stages of their face recognisers are {config.stage_widths} and "
+            f"{text.stage_widths} wide. Choose the two branches of one training."
+        )
     digests = {c.recognizer for c in configs} - {""}
     if len(digests) > 1:
         raise MismatchError(

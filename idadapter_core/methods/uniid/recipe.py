@@ -20,11 +20,11 @@ from .encoder import UniIDEncoder
 
 def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings that the base model and the branch fix, and default sizes that suit them."""
-    text_widths = around.text_widths
+    text_widths, facts = around.text_widths, {"stage_widths": around.stage_widths}
     if around.branch == "adapter":
         width = min(around.context_width, UniIDConfig.adapter_width)
         width = around.settings.get("adapter_width", width)
-        return {"text_widths": ()}, {"adapter_width": width, "head_width": head_width(width)}
+        return {**facts, "text_widths": ()}, {"adapter_width": width, "head_width": head_width(width)}
     names = ENCODERS[: len(text_widths)]
     if set(names) != set(text_widths):
         raise ConfigError(
@@ -36,7 +36,7 @@ def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
         "text_hidden": min(2 * max(widths), UniIDConfig.text_hidden),
         "head_width": head_width(*widths),
     }
-    return {"text_widths": widths, "adapter_tokens": 0}, sizes
+    return {**facts, "text_widths": widths, "adapter_tokens": 0}, sizes
 
 
 def branch_of(config: UniIDConfig, branch: str) -> UniIDConfig:

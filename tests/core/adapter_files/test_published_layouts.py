@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from idadapter_core.adapter import Adapter, load_adapter, save_adapter
+from idadapter_core.adapter import Adapter, initial_adapter, load_adapter, save_adapter
 from idadapter_core.errors import InputError, MismatchError
 from idadapter_core.files import state_digest
 from idadapter_core.identity import identical
@@ -181,6 +181,20 @@ def test_wrong_pairs_of_files_are_told_what_to_do(
     with pytest.raises(InputError) as refused:
         load_adapter(*paths)
     assert str(refused.value) == expected
+
+
+def test_branches_for_recognisers_of_two_sizes_are_refused(state: State, tmp_path: Path) -> None:
+    whole = load_adapter(write(tmp_path / "whole.bin", state)).config
+    widths = {"adapter": (16, 32, 64, 96), "text": whole.stage_widths}
+    configs = {
+        "adapter": dataclasses.replace(whole, text_widths=(), stage_widths=widths["adapter"]),
+        "text": dataclasses.replace(whole, adapter_tokens=0),
+    }
+    paths = [tmp_path / f"{name}.safetensors" for name in configs]
+    for path, config in zip(paths, configs.values(), strict=True):
+        save_adapter(initial_adapter(config, path.name), path)
+    with pytest.raises(MismatchError, match=r"stages of their face recognisers are \(16.*and \(64"):
+        load_adapter(*paths)
 
 
 def test_branches_of_two_recognisers_are_refused(state: State, tmp_path: Path) -> None:

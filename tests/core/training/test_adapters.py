@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from idadapter_core.adapter import Adapter, load_adapter, save_adapter
 from idadapter_core.errors import CheckpointError, ConfigError, MismatchError
+from idadapter_core.faces.iresnet import STAGE_WIDTHS
 from idadapter_core.methods.idadapter import PRESETS, IDAdapterConfig
 from idadapter_core.methods.uniid import UniIDConfig
 from idadapter_core.sites import attention_sites
@@ -63,7 +64,12 @@ def unets() -> dict[str, Any]:
 
 def base_of(kind: str) -> dict[str, Any]:
     """What the frozen models of a tiny base are like."""
-    return {"text_widths": TEXT_WIDTHS[kind], "vision": VISION, "recognizer": RECOGNIZER}
+    return {
+        "text_widths": TEXT_WIDTHS[kind],
+        "vision": VISION,
+        "recognizer": RECOGNIZER,
+        "stage_widths": STAGE_WIDTHS,
+    }
 
 
 def fresh(unet: Any, start: str = "idadapter", kind: str = "sd15", seed: int = 0, **settings: Any) -> Adapter:
@@ -107,8 +113,22 @@ def test_sizes_of_a_tiny_base_are_read_from_it(kind: str, unets: dict[str, Any])
         assert config == replace(wanted, adapter_depth=6, adapter_width=768)
 
 
+@pytest.mark.parametrize("branch", ["adapter", "text"])
+def test_uniid_has_the_stage_widths_of_the_recogniser(branch: str, unets: dict[str, Any]) -> None:
+    around = {**base_of("sd15"), "stage_widths": (16, 32, 64, 96), "branch": branch}
+    config = fresh_config(unets["sd15"], Wanted("uniid", **around, settings={}))
+    assert config.stage_widths == (16, 32, 64, 96)
+    with pytest.raises(ConfigError, match="stage_widths is .*, but the base and the run decide it"):
+        fresh_config(unets["sd15"], Wanted("uniid", **around, settings={"stage_widths": STAGE_WIDTHS}))
+
+
 def test_heads_divide_whatever_width_there_is(unets: dict[str, Any]) -> None:
-    given: dict[str, Any] = {"recognizer": "", "branch": "adapter", "settings": {}}
+    given: dict[str, Any] = {
+        "recognizer": "",
+        "stage_widths": STAGE_WIDTHS,
+        "branch": "adapter",
+        "settings": {},
+    }
     config = fresh_config(unets["sd15"], Wanted("idadapter", {"l": 64}, (96, 16), **given))
     assert isinstance(config, IDAdapterConfig)
     assert config.mixer_heads == 3
@@ -149,7 +169,12 @@ def test_sizes_of_the_real_bases_are_the_published_ones(family: str) -> None:
         unet = UNet2DConditionModel(**sizes)
 
     def config(method: str, branch: str) -> Any:
-        given = {"text_widths": text_widths, "vision": (1024, 256), "recognizer": ""}
+        given = {
+            "text_widths": text_widths,
+            "vision": (1024, 256),
+            "recognizer": "",
+            "stage_widths": STAGE_WIDTHS,
+        }
         return fresh_config(unet, Wanted(method, **given, branch=branch, settings={}))
 
     assert config("idadapter", "adapter") == PRESETS[family]

@@ -303,6 +303,32 @@ def test_a_program_ends_though_a_thread_is_stuck() -> None:
     assert (ended.returncode, ended.stdout) == (143, b"left\n"), ended.stderr
 
 
+def test_a_program_ends_after_its_threads() -> None:
+    """Its work is done, but its thread still releases memory or has not been closed."""
+    code = (
+        "import time\n"
+        "from idadapter_core.cli.program import start\n"
+        "from idadapter_core.waiting import Aside, start_thread\n"
+        "class Held:\n"
+        "    def __del__(self): time.sleep(0.3); print('released')\n"
+        "def main():\n"
+        "    held = Held()\n"
+        "    def work(held=held): pass\n"
+        "    del held\n"
+        "    tasks = [work]\n"
+        "    del work\n"
+        "    Aside('disk').do(tasks.pop(), print)\n"
+        "    start_thread(lambda: (time.sleep(0.3), print('helped')), 'helper')\n"
+        "    import atexit; atexit.register(print, 'over')\n"
+        "    return 3\n"
+        "start(main)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, timeout=240)
+    assert ended.returncode == 3, ended.stderr
+    *said, last = ended.stdout.decode().split()
+    assert (sorted(said), last) == (["helped", "released"], "over")
+
+
 def test_shared_memory_that_is_too_small(toy: Toy, tmp_path: Path) -> None:
     """With the file system of a container that has none to spare."""
     mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
