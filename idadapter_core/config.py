@@ -310,7 +310,7 @@ def existing(name: str, value: str) -> Path:
         is_there = path.exists()
     except OSError as error:  # no permission to enter a parent folder
         raise ConfigError(
-            f"{name}: {value} cannot be looked at ({error.strerror}); correct the path, or the rights of its folders"
+            f"{name}: {value} cannot be read ({error.strerror}); correct the path, or the rights of its folders"
         ) from error
     if not is_there:
         where = "" if path.is_absolute() else f" (that is {path.absolute()})"

@@ -43,15 +43,15 @@ def _run(options: argparse.Namespace) -> int:
     from ..training.cache import build, verify
     from ..training.parts import load_parts, require_files
     from ..training.ranks import has_accelerator
-    from ..training.watch import arrive
+    from ..training.watch import start_watch
 
     config = read_config(options.config, options.set)
     if not config.data.cache:
         raise ConfigError("data.cache is empty; name the folder of the cache there")
     require_files(config)
-    watch = arrive(set())
+    watch = start_watch(set())
     if watch is not None:  # each process computes its share independently
-        watch.close(is_settled=True)
+        watch.close(is_end_agreed=True)
     # Without `cpu`, accelerate assumes a single process on a machine without accelerators.
     state = require("accelerate").PartialState(cpu=not has_accelerator())
     parts = load_parts(config, state.device)

@@ -85,7 +85,7 @@ def _scan(options: argparse.Namespace) -> int:
     if not ranks.is_first:
         with progress_bar(f"photos of {ranks}", "photo") as progress:
             scan_share(source, options.index, ranks=ranks, progress=progress, **models)
-        print(f"{ranks}: all its photos are looked at; rank 0 writes the index")
+        print(f"{ranks}: all its photos are scanned; rank 0 writes the index")
         return 0
     print(f"{len(source.photos)} photos in {source.root} (layout {source.layout})")
     for text in (describe_inventory(source.files.facts()), *source.notes):

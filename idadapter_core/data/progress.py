@@ -84,7 +84,7 @@ class Progress:
             self._end = whole
             if not whole:
                 self._write(self._settings)
-            self.look()
+            self.read_others()
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror or error}). Choose another folder for the index."
@@ -147,7 +147,7 @@ class Progress:
         self._write(content)
         self._places[self._number[_key(photo)]] = self._file_number(self._own) << _FILE | place
 
-    def look(self) -> None:
+    def read_others(self) -> None:
         """Read new results of other processes and of earlier scans."""
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             if path != self._own:
@@ -168,7 +168,7 @@ class Progress:
             self._take(self._own, offset, entry)
         if reader.is_of_others:
             log.warning(
-                "%s is of other face models or of another version; all photos are looked at again", self._own
+                "%s is of other face models or of another version; all photos are scanned again", self._own
             )
         return reader.read
 

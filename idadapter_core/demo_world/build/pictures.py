@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...files import replacing
-from ...waiting import leave_with_parent
+from ...waiting import exit_with_parent
 from .. import Factors, Light, Person, Pictures, render, seed_of
 from .settings import Group, Settings
 
@@ -171,7 +171,7 @@ def _draw(parts: Sequence[_Part], processes: int) -> Iterator[_Part]:
         for part in parts:
             yield _draw_part(part)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=leave_with_parent)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=exit_with_parent)
     try:
         futures = [pool.submit(_draw_part, part) for part in parts]
         for future in as_completed(futures):
