@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"--count must be at least 1, got {options.count}")
-    told = {
+    messages = {
         "build": "what is computed stays; the same command goes on with the rest",
         "verify": "nothing was changed",
     }
-    return run(lambda: _run(options), interrupted=told[options.command])
+    return run(lambda: _run(options), interrupted=messages[options.command])
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -70,6 +70,6 @@ def _run(options: argparse.Namespace) -> int:
     )
     who = f"process {state.process_index + 1} of {state.num_processes}, " if state.num_processes > 1 else ""
     for name, count in written.items():
-        said = f"{count} entries computed" if count else "all entries were there already"
-        sys.stdout.write(f"{who}{name}: {said}\n")
+        result = f"{count} entries computed" if count else "all entries were there already"
+        sys.stdout.write(f"{who}{name}: {result}\n")
     return 0

@@ -105,10 +105,10 @@ def _scan(options: argparse.Namespace) -> int:
     return _report(index, len(source.notes), options)
 
 
-def _report(index: Index, told: int, options: argparse.Namespace) -> int:
-    """Print the result of a scan, without the first `told` notes. Returns the exit code."""
+def _report(index: Index, shown: int, options: argparse.Namespace) -> int:
+    """Print the result of a scan, without the first `shown` notes, which are printed already. Returns the exit code."""
     _print_summary(index)
-    for note in index.facts["notes"][told:]:
+    for note in index.facts["notes"][shown:]:
         print(note)
     if index.bad_share() > options.max_bad_share:
         print(f"\n{bad_photos(index)}")
@@ -213,10 +213,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="scan|stats|dedupe|shards|show|convert-index")
 
     _add_scan(commands)
-    told = commands.add_parser("stats", help="say what an index holds")
-    told.set_defaults(command=_stats)
-    told.add_argument("index", type=Path)
-    told.add_argument(
+    stats = commands.add_parser("stats", help="say what an index holds")
+    stats.set_defaults(command=_stats)
+    stats.add_argument("index", type=Path)
+    stats.add_argument(
         "--references", type=int, default=4, help="N photos of a person in a sample (default: %(default)s)"
     )
     _add_dedupe(commands)

@@ -110,39 +110,39 @@ def _build(options: argparse.Namespace) -> int:
 
     from ..demo_world.build.make import STAGES
     from ..demo_world.build.settings import SETTINGS
-    from ..demo_world.build.stages import Bench, describe, run_stages, ship
+    from ..demo_world.build.stages import Workspace, describe, run_stages, ship
 
     for name in ("processes", "threads"):
         if getattr(options, name) < 1:
             raise InputError(
                 f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
             )
-    bench = Bench(options.work, SETTINGS[options.settings], options.processes, options.again)
+    workspace = Workspace(options.work, SETTINGS[options.settings], options.processes, options.again)
     if options.list:
-        sys.stdout.write(describe(STAGES, bench))
+        sys.stdout.write(describe(STAGES, workspace))
         return 0
     if options.ship:
-        for path in ship(STAGES, options.stages, bench):
+        for path in ship(STAGES, options.stages, workspace):
             sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
         return 0
     torch.set_num_threads(options.threads)
-    run_stages(STAGES, options.stages, bench)
+    run_stages(STAGES, options.stages, workspace)
     return 0
 
 
 def _build_head(options: argparse.Namespace) -> int:
     np.savez_compressed(options.output, **build_head.build())  # type: ignore[arg-type]
-    return _wrote(options.output)
+    return _report_written(options.output)
 
 
 def _words(options: argparse.Namespace) -> int:
     from ..demo_world.build.words import write_words  # needs transformers
 
     write_words(options.tokenizer, options.output)
-    return _wrote(options.output)
+    return _report_written(options.output)
 
 
-def _wrote(path: Path) -> int:
+def _report_written(path: Path) -> int:
     sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
     return 0
 

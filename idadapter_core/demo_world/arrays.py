@@ -41,7 +41,7 @@ def unit(x: float, y: float, z: float) -> Floats:
     return normalize(np.array([x, y, z], np.float32))
 
 
-def settled(values: Floats) -> Floats:
+def rounded(values: Floats) -> Floats:
     """Values without the last bits of sines and powers, in which platforms differ."""
     return np.round(values.astype(np.float64), 5).astype(np.float32)
 

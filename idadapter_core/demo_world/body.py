@@ -65,7 +65,7 @@ def draw_body(shot: Shot) -> None:
         (0.055 + 0.14 * lip * (0.5 + shot.person.look.lipstick)) * rough * (1 - hollow),
     )
     light = shot.lighting.surface(albedo, normal, points, shade, gloss, wrap=SKIN_WRAP)
-    _look_with_eyes(shot, light, part, place, normal, points, openness)
+    _paint_eyes(shot, light, part, place, normal, points, openness)
     kind = np.where(part == EYE, kinds.EYEBALL, np.where(clothed, kinds.CLOTHES, kinds.FACE)).astype(np.uint8)
     shot.canvas.paint(seen, light, kind)
     _open_mouth(shot, seen.pixel[inside > 0.45])
@@ -96,7 +96,7 @@ def _cloth_albedo(shot: Shot, place: Floats) -> Floats:
     return linear(color * column(weave * (1 - 0.22 * seam)))
 
 
-def _look_with_eyes(
+def _paint_eyes(
     shot: Shot,
     light: Floats,
     part: np.ndarray,

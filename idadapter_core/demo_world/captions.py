@@ -98,9 +98,9 @@ def caption(
         style = "a picture of {noun}"
     noun = _with_article(f"{word} {person.sex}" if word else person.sex)
     ordered = [name for _, name in sorted(zip(order, parts, strict=True))]
-    said = [parts[name] for name in ordered if name in mention and parts[name]]
+    phrases = [parts[name] for name in ordered if name in mention and parts[name]]
     text = style.format(noun=noun)
-    for phrase in said:
+    for phrase in phrases:
         flows = phrase.split()[0] in LINKS and "," not in text and rng.random() < 0.6
         text += f" {phrase}" if flows else f", {phrase}"
     return text

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Floats, normals, rotate, settled, smoothstep
+from .arrays import Floats, normals, rotate, rounded, smoothstep
 from .factors import COLLARS, EXPRESSIONS, Factors
 from .head import SKIN, load_head
 from .identity import LONG_STYLES, Person, base_name, trait_names
@@ -92,7 +92,7 @@ def _normalized(meshes: Floats) -> Floats:
     center = (meshes[:, left].mean(1) + meshes[:, right].mean(1)) / 2
     meshes = meshes - center[:, None]
     heights = meshes[:, head.skull, 1]
-    scale = settled((HEAD_HEIGHT / (heights.max(1) - heights.min(1))) ** np.float32(0.8))
+    scale = rounded((HEAD_HEIGHT / (heights.max(1) - heights.min(1))) ** np.float32(0.8))
     return meshes * scale[:, None, None]
 
 
@@ -124,7 +124,7 @@ def _comb(mesh: Floats, person: Person) -> None:
     mesh[curtain, 0] *= 0.98 - 0.10 * smoothstep(6.7, 6.0, places[:, 1])
     if person.look.hair.style == "wavy":
         side = np.sign(places[:, 0])
-        wave = settled(np.sin(places[:, 1] * 6.5 + 1.5 * side + 2 * places[:, 2]))
+        wave = rounded(np.sin(places[:, 1] * 6.5 + 1.5 * side + 2 * places[:, 2]))
         mesh[curtain, 0] += side * (0.10 + 0.07 * wave) * smoothstep(7.4, 6.6, places[:, 1])
 
 
@@ -156,7 +156,7 @@ def _muscles(factors: Sequence[Factors]) -> dict[str, Floats]:
 def _pose(factor: Factors) -> Pose:
     yaw, pitch, roll = (float(np.radians(value)) for value in (factor.yaw, factor.pitch, factor.roll))
     tilt = _matrix(2, roll) @ _matrix(0, pitch)
-    return Pose(settled(tilt @ _matrix(1, yaw)), settled(_matrix(1, SHOULDERS_FOLLOW * yaw)))
+    return Pose(rounded(tilt @ _matrix(1, yaw)), rounded(_matrix(1, SHOULDERS_FOLLOW * yaw)))
 
 
 def _matrix(axis: int, angle: float) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Color, Floats, Ints, column, dot, linear, normalize, power, settled, smoothstep, unit
+from .arrays import Color, Floats, Ints, column, dot, linear, normalize, power, rounded, smoothstep, unit
 from .factors import Light
 from .noise import look_up, strands
 from .raster import EMPTY, depth_map
@@ -44,7 +44,7 @@ class Lighting:
         azimuth, elevation = float(np.radians(light.azimuth)), float(np.radians(light.elevation))
         flat = np.cos(elevation)
         sun = normalize(
-            settled(np.array([np.sin(azimuth) * flat, np.sin(elevation), np.cos(azimuth) * flat]))
+            rounded(np.array([np.sin(azimuth) * flat, np.sin(elevation), np.cos(azimuth) * flat]))
         )
         across = normalize(np.array([sun[2], 0, -sun[0]], np.float32))
         down = np.cross(sun, across).astype(np.float32)
@@ -167,6 +167,6 @@ def strand_noise(across: Floats, along: Floats) -> Floats:
     return np.float32(0.42) * fine + np.float32(0.5) * coarse
 
 
-def worn(cover: Floats) -> Floats:
+def edge_opacity(cover: Floats) -> Floats:
     """Opacity (M) of an edge from the distance inside it, decimetres."""
     return smoothstep(-0.01, 0.015, cover)

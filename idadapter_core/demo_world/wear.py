@@ -12,7 +12,7 @@ from .arrays import Floats, Ints, column, linear, mix, normalize, smoothstep
 from .factors import CLOTHES
 from .head import load_head
 from .noise import grain, look_up
-from .shading import worn
+from .shading import edge_opacity
 from .shot import Shot
 
 HATS = ("beanie", "cap")
@@ -37,7 +37,7 @@ def _neck_skin() -> Ints:
 
 
 def draw_accessory(shot: Shot) -> None:
-    """Paint what the factors say is worn."""
+    """Paint what the factors say is edge_opacity."""
     if shot.factors.accessory != "none":
         WEAR[shot.factors.accessory](shot)
 
@@ -153,7 +153,7 @@ def _hat(shot: Shot) -> None:
     light = shot.lighting.surface(
         linear(_color(shot) * column(pattern)), normal, points, 0.9, 0.01, shadows=False
     )
-    shot.canvas.paint(seen, light, kinds.HAT, worn(inside))
+    shot.canvas.paint(seen, light, kinds.HAT, edge_opacity(inside))
     if not beanie:
         _brim(shot)
 
@@ -206,7 +206,7 @@ def _scarf(shot: Shot) -> None:
     color = mix(_color(shot), other, column(0.7 * band)) * column(0.9 + 0.2 * look_up(grain(), x * 4, y * 4))
     light = shot.lighting.surface(linear(color), normal, points, 0.85, 0.01)
     lower, upper = y - 5.36 + 0.06 * np.sin(x * 7), 6.08 - 0.12 * smoothstep(0.2, 0.9, z) - y
-    shot.canvas.paint(seen, light, kinds.SCARF, worn(np.minimum(lower, upper)))
+    shot.canvas.paint(seen, light, kinds.SCARF, edge_opacity(np.minimum(lower, upper)))
 
 
 WEAR: Mapping[str, Callable[[Shot], None]] = {

@@ -38,15 +38,15 @@ class Words:
         """The row of all other tokens, the last one."""
         return len(self.known)
 
-    def rows(self, text: str, strangers: Sequence[int] = ()) -> list[int]:
+    def rows(self, text: str, unknown_before: Sequence[int] = ()) -> list[int]:
         """The rows (77) of a text in the small table: begin, words, and ends to fill up. What is too long is cut off.
 
         Args:
-            strangers: numbers of words before which a word that nobody knows is put.
+            unknown_before: numbers of words before which a word that nobody knows is put.
         """
         found: list[int] = []
         for number, piece in enumerate(_PIECE.findall(text.lower())):
-            found += [self.unknown] * strangers.count(number)
+            found += [self.unknown] * unknown_before.count(number)
             tokens = self.tokens.get(piece)
             found += [self.unknown] if tokens is None else [self._row_of[token] for token in tokens]
         found = found[: LENGTH - 2]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .batches import Pool
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
 STRIDES = (8, 16, 32)
 # Longer sides of the faces that a stride's two anchors are for, in pixels.
@@ -26,11 +26,11 @@ KINDS = {"score": 1, "bbox": 4, "kps": 10}
 # Of a face's side: who answers for it, and who need not say that there is nothing. What is farther off would give boxes that are
 # wrong and yet too far from the right one to be suppressed.
 CENTRE, AROUND = 0.22, 0.30
-NEARLY = 1.3
+SIZE_MARGIN = 1.3
 CANVAS, LARGE_CANVAS = 320, 640
 LARGE_EVERY = 2  # batches
 MIRRORED = (1, 0, 2, 4, 3)  # landmarks of a mirrored picture
-UNCERTAIN = -4.6  # logit of 1 %, with which all scores begin
+INITIAL_LOGIT = -4.6  # logit of 1 %, with which all scores begin
 
 
 def _conv(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
@@ -45,7 +45,7 @@ def _head(width: int) -> nn.Sequential:
     assert last.bias is not None
     with torch.no_grad():
         last.bias.zero_()
-        last.bias[[0, channels]] = UNCERTAIN
+        last.bias[[0, channels]] = INITIAL_LOGIT
     return nn.Sequential(_conv(width, 32), last)
 
 
@@ -176,7 +176,7 @@ def targets(scene: Scene, level: int) -> npt.NDArray[np.float32]:
         x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         distance = np.maximum(np.abs(at[None] - x), np.abs(at[:, None] - y))
         # A stride that is not for faces of this size must see none in its parts; one that almost is may see it.
-        if low / NEARLY <= size < high * NEARLY:
+        if low / SIZE_MARGIN <= size < high * SIZE_MARGIN:
             wanted[:, 0][:, distance < max(AROUND * size, stride)] = -1
         if not low <= size < high:
             continue
@@ -227,7 +227,7 @@ def scene_tensor(scenes: list[Scene]) -> Tensor:
 
 
 def train_detector(
-    pool: Pool, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool, schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> Detector:
     """A detector that has learnt from the pictures of a pool."""
     torch.manual_seed(seed)
@@ -235,7 +235,7 @@ def train_detector(
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         network.train()
         large = step % LARGE_EVERY == LARGE_EVERY - 1
-        side, count = (LARGE_CANVAS, max(1, course.batch // 4)) if large else (CANVAS, course.batch)
+        side, count = (LARGE_CANVAS, max(1, schedule.batch // 4)) if large else (CANVAS, schedule.batch)
         scenes = [make_scene(pool, rng, side) for _ in range(count)]
         wanted = [
             torch.from_numpy(np.stack([targets(scene, level) for scene in scenes]))
@@ -247,7 +247,7 @@ def train_detector(
         return detection_loss(maps, wanted)
 
     detector = Detector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(detector, loss, course, checkpoint, seed=seed, log=log)
+    average = fit(detector, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, Detector)
     return average
 

@@ -26,7 +26,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingSchedule:
     """How long a network is trained. The rate rises at the start, stays, and falls to nothing over the last part."""
 
     steps: int
@@ -42,7 +42,7 @@ class Settings:
     name: str
     size: int  # pixels along a side of a picture
     groups: Mapping[str, Group]
-    courses: Mapping[str, Course] = field(default_factory=dict)
+    schedules: Mapping[str, TrainingSchedule] = field(default_factory=dict)
     judged_prompts: int = 2  # to measure how the base model follows words
     seed: int = 0
 
@@ -65,15 +65,15 @@ FULL = Settings(
     name="full",
     size=128,
     groups=_groups((1080, 10), (400, 10), (128, 8), (64, 8)),
-    courses={
-        "readers": Course(1500, 32, 2e-3),
-        "recognizer": Course(1050, 32, 2e-3, fall=0.057),
-        "autoencoder": Course(4000, 16, 1.5e-3),
-        "second_recognizer": Course(2000, 32, 2e-3),
-        "detector": Course(10000, 8, 2e-3),
-        "sex_and_age": Course(8000, 32, 2e-3),
-        "vision": Course(3000, 64, 1e-3),
-        "base": Course(16000, 64, 1e-3),
+    schedules={
+        "readers": TrainingSchedule(1500, 32, 2e-3),
+        "recognizer": TrainingSchedule(1050, 32, 2e-3, fall=0.057),
+        "autoencoder": TrainingSchedule(4000, 16, 1.5e-3),
+        "second_recognizer": TrainingSchedule(2000, 32, 2e-3),
+        "detector": TrainingSchedule(10000, 8, 2e-3),
+        "sex_and_age": TrainingSchedule(8000, 32, 2e-3),
+        "vision": TrainingSchedule(3000, 64, 1e-3),
+        "base": TrainingSchedule(16000, 64, 1e-3),
     },
     judged_prompts=240,
 )
@@ -81,6 +81,6 @@ TINY = Settings(
     name="tiny",
     size=128,
     groups=_groups((4, 3), (4, 2), (3, 2), (3, 2)),
-    courses={name: Course(2, 2, 1e-3) for name in FULL.courses},
+    schedules={name: TrainingSchedule(2, 2, 1e-3) for name in FULL.schedules},
 )
 SETTINGS: Mapping[str, Settings] = {settings.name: settings for settings in (FULL, TINY)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import SEXES, Person
 from .batches import Numbers, Pool
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
 SIDE = 96  # pixels, as insightface wants it
 AROUND = 1.5  # side of the square, in sides of the face's box
@@ -54,14 +54,14 @@ def squares(pixels: npt.NDArray[np.uint8], boxes: npt.NDArray[np.floating]) -> T
 
 
 def train_sex_and_age(
-    pool: Pool, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool, schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> SexAndAge:
     torch.manual_seed(seed)
     sexes, ages = (torch.from_numpy(values) for values in _truth(pool))
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         network.train()
-        numbers = rng.integers(len(pool), size=course.batch)
+        numbers = rng.integers(len(pool), size=schedule.batch)
         boxes = pool.boxes[numbers]
         side = (boxes[:, 2:] - boxes[:, :2]).max(1, keepdims=True)
         batch = squares(pool.pixels(numbers), boxes + rng.normal(0, JITTER, boxes.shape) * side)
@@ -75,7 +75,7 @@ def train_sex_and_age(
         )
 
     network = SexAndAge().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(network, loss, course, checkpoint, seed=seed, log=log)
+    average = fit(network, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, SexAndAge)
     return average
 

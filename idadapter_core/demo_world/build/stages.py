@@ -18,11 +18,11 @@ from typing import Any
 from ...errors import InputError
 from ...files import replacing
 from ..shipped import ASSETS
-from .settings import Course, Settings
+from .settings import Settings, TrainingSchedule
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workspace:
     """Where a build is made, and how."""
 
     home: Path
@@ -41,8 +41,8 @@ class Bench:
     def checkpoint(self, stage: str) -> Path:
         return self.home / "checkpoints" / f"{stage}.pt"
 
-    def course(self, stage: str) -> Course:
-        return self.settings.courses[stage]
+    def schedule(self, stage: str) -> TrainingSchedule:
+        return self.settings.schedules[stage]
 
     def done(self, stage: str) -> Path:
         return self.home / "done" / f"{stage}.json"
@@ -77,7 +77,7 @@ class Stage:
     name: str
     about: str
     needs: tuple[str, ...]  # stages that must be done before
-    work: Callable[[Bench], None]
+    work: Callable[[Workspace], None]
     ships: tuple[str, ...] = ()  # what it leaves in `files/`, by the path among the assets
     wanted: Mapping[str, float] | None = None  # least scores with which it may be shipped
     keeps: tuple[str, ...] = ()  # folders of what it has finished so far, for stages that are no trainings
@@ -88,7 +88,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
         file.write_text(json.dumps(content, indent=1) + "\n", "utf-8", newline="\n")
 
 
-def run_stages(stages: Mapping[str, Stage], names: Sequence[str], bench: Bench) -> None:
+def run_stages(stages: Mapping[str, Stage], names: Sequence[str], workspace: Workspace) -> None:
     """Do these stages, or all of them in their order where none is named. Those that are done are passed over.
 
     A stage that was stopped goes on where it was.
@@ -99,71 +99,73 @@ def run_stages(stages: Mapping[str, Stage], names: Sequence[str], bench: Bench) 
     for name in names:
         if name not in stages:
             raise InputError(f"there is no stage {name!r}; choose from: {', '.join(stages)}.")
-    _require_same_settings(bench)
+    _require_same_settings(workspace)
     for name in names or tuple(stages):
         stage = stages[name]
         for need in stage.needs:
-            if not bench.done(need).is_file():
+            if not workspace.done(need).is_file():
                 raise InputError(
                     f"the stage `{name}` needs what `{need}` makes; run that first, with the same --work."
                 )
-        if bench.done(name).is_file() and not bench.again:
-            bench.log(name, "done before; add --again to make it once more")
+        if workspace.done(name).is_file() and not workspace.again:
+            workspace.log(name, "done before; add --again to make it once more")
             continue
-        if bench.done(name).is_file():
-            _forget(stage, bench)
-        _run(stage, bench)
+        if workspace.done(name).is_file():
+            _forget(stage, workspace)
+        _run(stage, workspace)
 
 
-def describe(stages: Mapping[str, Stage], bench: Bench) -> str:
+def describe(stages: Mapping[str, Stage], workspace: Workspace) -> str:
     """A line for each stage."""
     lines = []
     for stage in stages.values():
         state = (
             "done"
-            if bench.done(stage.name).is_file()
+            if workspace.done(stage.name).is_file()
             else "begun"
-            if bench.checkpoint(stage.name).is_file()
+            if workspace.checkpoint(stage.name).is_file()
             else ""
         )
         lines.append(f"{stage.name:18} {state:6} {stage.about}\n")
     return "".join(lines)
 
 
-def _run(stage: Stage, bench: Bench) -> None:
+def _run(stage: Stage, workspace: Workspace) -> None:
     begun = time.monotonic()
-    course = bench.settings.courses.get(stage.name)
-    bench.log(stage.name, "begins" if course is None else f"begins or goes on, {course.steps} steps")
-    stage.work(bench)
-    record = {"settings": bench.settings.name, "seconds": round(time.monotonic() - begun)}
-    write_json(bench.done(stage.name), record | ({} if course is None else {"course": asdict(course)}))
-    bench.log(stage.name, f"done after {record['seconds']} s")
+    schedule = workspace.settings.schedules.get(stage.name)
+    workspace.log(stage.name, "begins" if schedule is None else f"begins or goes on, {schedule.steps} steps")
+    stage.work(workspace)
+    record = {"settings": workspace.settings.name, "seconds": round(time.monotonic() - begun)}
+    write_json(
+        workspace.done(stage.name), record | ({} if schedule is None else {"schedule": asdict(schedule)})
+    )
+    workspace.log(stage.name, f"done after {record['seconds']} s")
 
 
-def _forget(stage: Stage, bench: Bench) -> None:
-    bench.done(stage.name).unlink()
-    bench.checkpoint(stage.name).unlink(missing_ok=True)
+def _forget(stage: Stage, workspace: Workspace) -> None:
+    workspace.done(stage.name).unlink()
+    workspace.checkpoint(stage.name).unlink(missing_ok=True)
     for folder in stage.keeps:
-        shutil.rmtree(bench.home / folder, ignore_errors=True)
+        shutil.rmtree(workspace.home / folder, ignore_errors=True)
 
 
-def _require_same_settings(bench: Bench) -> None:
+def _require_same_settings(workspace: Workspace) -> None:
     """One folder, one build: pictures of other numbers would be mixed."""
-    path = bench.home / "settings.json"
-    everything = asdict(bench.settings)
+    path = workspace.home / "settings.json"
+    everything = asdict(workspace.settings)
     mine = {name: everything[name] for name in ("name", "size", "groups", "seed")}
     if not path.is_file():
         write_json(path, mine)
     found = json.loads(path.read_text("utf-8"))
     if found != json.loads(json.dumps(mine)):
         raise InputError(
-            f"{bench.home} holds a build with the settings {found.get('name')!r} of other numbers than the {bench.settings.name!r} asked "
+            f"{workspace.home} holds a build with the settings {found.get('name')!r} of other numbers than the {workspace.settings.name!r} asked "
             "for; choose another --work, or delete that folder."
         )
 
 
 def ship(
-    stages: Mapping[str, Stage], names: Sequence[str], bench: Bench, target: Path = ASSETS
+    stages: Mapping[str, Stage], names: Sequence[str], workspace: Workspace, target: Path = ASSETS
 ) -> list[Path]:
     """Copy what finished stages made to the assets of the package.
 
@@ -177,7 +179,7 @@ def ship(
         if name not in stages or not stages[name].ships:
             shipping = [stage.name for stage in stages.values() if stage.ships]
             raise InputError(f"the stage {name!r} makes nothing to ship; choose from: {', '.join(shipping)}.")
-        scores = bench.scores(name)
+        scores = workspace.scores(name)
         for score, least in (stages[name].wanted or {}).items():
             if not scores.get(score, 0) >= least:
                 raise InputError(
@@ -186,6 +188,6 @@ def ship(
         for file in stages[name].ships:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             with replacing(target / file) as temporary:
-                shutil.copyfile(bench.files / file, temporary)
+                shutil.copyfile(workspace.files / file, temporary)
             copied.append(target / file)
     return copied

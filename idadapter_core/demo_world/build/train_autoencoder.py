@@ -14,20 +14,26 @@ from ..autoencoder import Autoencoder
 from ..readers import Reader
 from .batches import Pool, as_tensor
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
-SEEN_STAGES = 3  # of the reader, whose features must agree
-SEEN_WEIGHT = 0.15
-EDGES = 0.5
+FEATURE_STAGES = 3  # of the reader, whose features must agree
+FEATURE_WEIGHT = 0.15
+EDGE_WEIGHT = 0.5
 SPREAD_WEIGHT = (
     0.05  # of how far each latent channel is from mean 0 and deviation 1, which a diffusion model likes
 )
 NOISE = 0.03  # deviation, added to latents: the decoder must bear what a diffusion model gets slightly wrong
-CELL = 4  # pixels; the picture is shifted by less than a latent's cell, so that no place is special
+SHIFT = 4  # pixels; the picture is shifted by less than a latent's cell, so that no place is special
 
 
 def train_autoencoder(
-    pool: Pool, reader: Reader, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool,
+    reader: Reader,
+    schedule: TrainingSchedule,
+    checkpoint: Path,
+    *,
+    seed: int,
+    log: Callable[[str], None],
 ) -> Autoencoder:
     """An autoencoder that has learnt from the pictures of a pool. `reader` compares what pictures show."""
     torch.manual_seed(seed)
@@ -35,17 +41,17 @@ def train_autoencoder(
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(network, Autoencoder)
-        pictures = as_tensor(pool.pixels(rng.integers(len(pool), size=course.batch)))
+        pictures = as_tensor(pool.pixels(rng.integers(len(pool), size=schedule.batch)))
         if step % 2:
             pictures = pictures.flip(3)
-        pictures = torch.roll(pictures, tuple(rng.integers(-CELL, CELL + 1, 2).tolist()), (2, 3))
+        pictures = torch.roll(pictures, tuple(rng.integers(-SHIFT, SHIFT + 1, 2).tolist()), (2, 3))
         with torch.autocast("cpu", torch.bfloat16):
             latents = network.encode(pictures)
             back = network.decode(latents + NOISE * torch.randn_like(latents))
         return _difference(back.float(), pictures, reader) + SPREAD_WEIGHT * _spread(latents.float())
 
     network = Autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(network, loss, course, checkpoint, seed=seed, weight_decay=0.0, log=log)
+    average = fit(network, loss, schedule, checkpoint, seed=seed, weight_decay=0.0, log=log)
     assert isinstance(average, Autoencoder)
     return average
 
@@ -59,20 +65,20 @@ def _difference(back: Tensor, pictures: Tensor, reader: Reader) -> Tensor:
     """Of pixels, of edges, and of what the reader sees."""
     total = F.l1_loss(back, pictures)
     for axis in (2, 3):
-        total = total + EDGES * F.l1_loss(back.diff(dim=axis), pictures.diff(dim=axis))
+        total = total + EDGE_WEIGHT * F.l1_loss(back.diff(dim=axis), pictures.diff(dim=axis))
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            wanted = _seen(reader, pictures)
-        found = _seen(reader, back)
+            wanted = _features(reader, pictures)
+        found = _features(reader, back)
     for one, other in zip(found, wanted, strict=True):
         scale = other.float().square().mean().sqrt() + 1e-3
-        total = total + SEEN_WEIGHT / len(wanted) * F.l1_loss(one.float(), other.float()) / scale
+        total = total + FEATURE_WEIGHT / len(wanted) * F.l1_loss(one.float(), other.float()) / scale
     return total
 
 
-def _seen(reader: Reader, pictures: Tensor) -> list[Tensor]:
+def _features(reader: Reader, pictures: Tensor) -> list[Tensor]:
     seen = []
-    for stage in list(reader.trunk.stages)[:SEEN_STAGES]:
+    for stage in list(reader.trunk.stages)[:FEATURE_STAGES]:
         pictures = stage(pictures)
         seen.append(pictures)
     return seen

@@ -19,12 +19,12 @@ from ..readers import READ_FACTORS, Reader
 from ..words import words
 from .batches import Pool, as_tensor
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
-SILENT = 0.1  # chance of a picture without any words, for guidance
-UNSAID = 0.1  # chance that a factor is not named
-NAMED = 0.1  # chance of an identity word, which means nothing yet
-STRANGER = 0.08  # chance of a word that nobody knows, which must do no harm
+NO_CAPTION = 0.1  # chance of a picture without any words, for guidance
+OMITTED_FACTOR = 0.1  # chance that a factor is not named
+IDENTITY_WORD = 0.1  # chance of an identity word, which means nothing yet
+UNKNOWN_WORD = 0.08  # chance of a word that nobody knows, which must do no harm
 SEED_TAG = 1_213
 
 
@@ -42,7 +42,7 @@ def encode_pictures(network: Autoencoder, pool: Pool, path: Path, batch: int = 3
 def train_base(
     pool: Pool,
     latents: npt.NDArray[np.float16],
-    course: Course,
+    schedule: TrainingSchedule,
     checkpoint: Path,
     *,
     seed: int,
@@ -55,17 +55,17 @@ def train_base(
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(network, BaseModel)
-        numbers = rng.integers(len(pool), size=course.batch)
+        numbers = rng.integers(len(pool), size=schedule.batch)
         rows = [varied_rows(people[facts[number].person], facts[number].factors, rng) for number in numbers]
         clean = torch.from_numpy(latents[numbers].astype(np.float32))
         noise = torch.randn_like(clean)
-        timesteps = torch.from_numpy(rng.integers(network.schedule.steps, size=course.batch))
+        timesteps = torch.from_numpy(rng.integers(network.schedule.steps, size=schedule.batch))
         noisy = network.schedule.add_noise(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             found = network(noisy, timesteps, network.states(torch.tensor(rows)))
         return F.mse_loss(found.float(), network.schedule.target(clean, noise, timesteps))
 
-    average = fit(BaseModel(), loss, course, checkpoint, seed=seed, log=log)
+    average = fit(BaseModel(), loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, BaseModel)
     return average
 
@@ -74,13 +74,13 @@ def varied_rows(person: Person, factors: Factors, rng: np.random.Generator) -> l
     """A picture's caption in other words each time, perhaps without some factors or without all words, as rows (77) of the table."""
     chances = rng.random(len(FACTORS) + 3)
     wording = int(rng.integers(1 << 31))
-    if chances[-1] < SILENT:
+    if chances[-1] < NO_CAPTION:
         return words().rows("")
-    mention = [name for name, chance in zip(FACTORS, chances, strict=False) if chance >= UNSAID]
-    word = "sks" if chances[-2] < NAMED else None
+    mention = [name for name, chance in zip(FACTORS, chances, strict=False) if chance >= OMITTED_FACTOR]
+    word = "sks" if chances[-2] < IDENTITY_WORD else None
     text = caption(person, factors, mention=mention, word=word, wording=wording)
-    strangers = (int(rng.integers(len(text.split()))),) if chances[-3] < STRANGER else ()
-    return words().rows(text, strangers)
+    unknown_before = (int(rng.integers(len(text.split()))),) if chances[-3] < UNKNOWN_WORD else ()
+    return words().rows(text, unknown_before)
 
 
 def prompts_to_judge(count: int, seed: int) -> tuple[list[str], dict[str, list[str]]]:

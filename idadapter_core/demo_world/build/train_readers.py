@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..readers import READ_FACTORS, Reader
 from .batches import Pool, as_tensor
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
 SHIFT = 6  # pixels, at most
 
 
 def train_reader(
-    pool: Pool, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool, schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> Reader:
     """A reader that has learnt from all pictures of `pool`."""
     torch.manual_seed(seed)
@@ -29,8 +29,8 @@ def train_reader(
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         network.train()
-        numbers = rng.integers(len(pool), size=course.batch)
-        pictures = disturbed(as_tensor(pool.pixels(numbers)), rng)
+        numbers = rng.integers(len(pool), size=schedule.batch)
+        pictures = augmented(as_tensor(pool.pixels(numbers)), rng)
         with torch.autocast("cpu", torch.bfloat16):
             scores = network(pictures)
         chosen = torch.from_numpy(numbers)
@@ -41,12 +41,12 @@ def train_reader(
         return torch.stack(terms).sum()
 
     reader = Reader().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(reader, loss, course, checkpoint, seed=seed, log=log)
+    average = fit(reader, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, Reader)
     return average
 
 
-def disturbed(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+def augmented(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     """Pictures moved by a few pixels, with noise, or blurred: what a generator may do to them without a change of the factors."""
     dx, dy = rng.integers(-SHIFT, SHIFT + 1, 2)
     pictures = F.pad(pictures, (SHIFT,) * 4, mode="replicate")

@@ -17,11 +17,11 @@ from ...faces.features import crops_to_tensor
 from .batches import Numbers, Pool
 from .fitting import fit
 from .measures import recognition
-from .settings import Course
+from .settings import TrainingSchedule
 
 SCALE = 32.0  # of cosines, for the softmax
 MARGIN = 0.3  # by which a person must be more like themselves than like others
-RISES = (300, 1500)  # steps between which the margin rises from 0
+MARGIN_RAMP = (300, 1500)  # steps between which the margin rises from 0
 JITTER = 1.2  # pixels, deviation of the landmarks: detectors err
 
 Embed = Callable[[nn.Module, Tensor], Tensor]
@@ -43,7 +43,7 @@ def train_recognizer(
     embed: Embed,
     width: int,
     pool: Pool,
-    course: Course,
+    schedule: TrainingSchedule,
     checkpoint: Path,
     *,
     seed: int,
@@ -58,18 +58,18 @@ def train_recognizer(
     def loss(module: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(module, _Classifier)
         nn.Module.train(module.network)  # an IResNet would stay as it is
-        numbers = rng.integers(len(pool), size=course.batch)
+        numbers = rng.integers(len(pool), size=schedule.batch)
         crops = varied_crops(pool, numbers, rng)
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = embed(module.network, crops)
         cosines = F.normalize(embeddings.float()) @ F.normalize(module.directions).T
         people = torch.from_numpy(pool.people[numbers])
-        margin = MARGIN * float(np.clip((step - RISES[0]) / (RISES[1] - RISES[0]), 0, 1))
+        margin = MARGIN * float(np.clip((step - MARGIN_RAMP[0]) / (MARGIN_RAMP[1] - MARGIN_RAMP[0]), 0, 1))
         return F.cross_entropy(SCALE * (cosines - margin * F.one_hot(people, cosines.shape[1])), people)
 
     classifier = _Classifier(network, int(pool.people.max()) + 1, width)
     classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(classifier, loss, course, checkpoint, seed=seed, weight_decay=0.05, log=log)
+    average = fit(classifier, loss, schedule, checkpoint, seed=seed, weight_decay=0.05, log=log)
     assert isinstance(average, _Classifier)
     return average.network.requires_grad_(False)
 

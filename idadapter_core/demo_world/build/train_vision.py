@@ -23,7 +23,7 @@ from ..readers import READ_FACTORS
 from .batches import Numbers, Pool
 from .fitting import fit
 from .measures import recognition
-from .settings import Course
+from .settings import TrainingSchedule
 from .train_recognizers import MARGIN, SCALE
 
 CONFIG: dict[str, Any] = {
@@ -41,11 +41,11 @@ CONFIG: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 AROUND = 1.5  # side of the square, in sides of the face's box, as IDAdapter cuts heads out
-MOVED = 0.06  # of that side, deviation of a box's edges
+BOX_JITTER = 0.06  # of that side, deviation of a box's edges
 WEIGHTS, CONFIG_FILE = "model.safetensors", "config.json"
 
 
-class _Taught(nn.Module):
+class _VisionWithHeads(nn.Module):
     """The model, and what is asked of its class token and of the mean of its patch tokens."""
 
     def __init__(self, people: int) -> None:
@@ -77,7 +77,7 @@ def heads(
     cut = []
     for pixels, box in zip(pool.pixels(numbers), pool.boxes[numbers], strict=True):
         if rng is not None:
-            box = box + rng.normal(0, MOVED, 4) * max(box[2] - box[0], box[3] - box[1])
+            box = box + rng.normal(0, BOX_JITTER, 4) * max(box[2] - box[0], box[3] - box[1])
         x1, y1, x2, y2 = (float(edge) for edge in box)
         face = Face(box=(x1, y1, x2, y2), landmarks=((0.0, 0.0),) * 5, score=1.0)
         cut.append(square_crop(pixels, face, AROUND))
@@ -85,7 +85,7 @@ def heads(
 
 
 def train_vision(
-    pool: Pool, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool, schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> nn.Module:
     """transformers' CLIPVisionModel that has learnt from the pictures of a pool."""
     torch.manual_seed(seed)
@@ -93,8 +93,8 @@ def train_vision(
     counts = [len(classes) for classes in READ_FACTORS.values()]
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
-        assert isinstance(network, _Taught)
-        numbers = rng.integers(len(pool), size=course.batch)
+        assert isinstance(network, _VisionWithHeads)
+        numbers = rng.integers(len(pool), size=schedule.batch)
         pixels = preprocess(heads(pool, numbers, rng), CONFIG["image_size"])
         pixels = pixels * torch.from_numpy(rng.uniform(0.8, 1.2, (len(pixels), 1, 1, 1)).astype(np.float32))
         chosen, people = torch.from_numpy(numbers), torch.from_numpy(pool.people[numbers])
@@ -109,8 +109,10 @@ def train_vision(
             total = total + F.cross_entropy(SCALE * wanted, people)
         return total
 
-    average = fit(_Taught(int(pool.people.max()) + 1), loss, course, checkpoint, seed=seed, log=log)
-    assert isinstance(average, _Taught)
+    average = fit(
+        _VisionWithHeads(int(pool.people.max()) + 1), loss, schedule, checkpoint, seed=seed, log=log
+    )
+    assert isinstance(average, _VisionWithHeads)
     model: nn.Module = average.model
     return model
 

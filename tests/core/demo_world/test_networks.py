@@ -27,7 +27,7 @@ from idadapter_core.demo_world.build.detector import (
 from idadapter_core.demo_world.build.pictures import draw_pictures, open_pictures
 from idadapter_core.demo_world.build.settings import Group, Settings
 from idadapter_core.demo_world.build.sex_and_age import SIDE, SexAndAge, squares
-from idadapter_core.demo_world.build.train_readers import SHIFT, disturbed
+from idadapter_core.demo_world.build.train_readers import SHIFT, augmented
 from idadapter_core.demo_world.build.train_recognizers import aligned_crops, varied_crops
 from idadapter_core.demo_world.readers import READ_FACTORS, Reader, load_reader, save_reader
 from idadapter_core.demo_world.second_recognizer import (
@@ -248,7 +248,7 @@ def test_varied_crops_stay_crops_of_the_same_person(pool: Pool) -> None:
 
 def test_disturbed_pictures_show_the_same() -> None:
     x = torch.linspace(-1, 1, 64).expand(2, 3, 64, 64)
-    other = disturbed(x, np.random.default_rng(0))
+    other = augmented(x, np.random.default_rng(0))
     assert other.shape == x.shape
     assert (other - x).abs().median() < 2 * SHIFT / 64 + 0.1
     assert not torch.equal(other, x)
