@@ -29,7 +29,7 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config and --set, shared by all programs with a TOML file."""
     parser.epilog = (
-        "docs/training.md goes through it all. Examples of TOML files are in configs; every setting is explained in "
+        "See docs/training.md. Examples of TOML files are in configs. All settings are documented in "
         "idadapter_core/training/config.py, those of an evaluation in idadapter_core/evaluation/config.py."
     )
     parser.add_argument("--config", type=Path, required=True, help="the TOML file")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="change a setting of the file; may be given several times",
+        help="change a setting of the file; can be repeated",
     )
 
 

@@ -1,4 +1,4 @@
-"""What the stages of the build do."""
+"""The work of each stage of the build."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision, visio
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
 PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
-LATENTS = "latents/training.npy"  # of a build
-EXAMPLE_SIDE = 320  # of the detector's input while it is exported; the file takes any
+LATENTS = "latents/training.npy"  # in the folder of a build
+EXAMPLE_SIDE = 320  # of the detector's input during the export; the file accepts any size
 
 
 def _pool(workspace: Workspace, *groups: str) -> Pool:
@@ -55,7 +55,7 @@ def _pool(workspace: Workspace, *groups: str) -> Pool:
 
 
 def _training(workspace: Workspace, name: str) -> dict[str, Any]:
-    """What every training is given besides its network and pictures."""
+    """Arguments of a stage's training, besides its network and pictures."""
     schedule: TrainingSchedule = workspace.schedule(name)
     log: Callable[[str], None] = lambda line: workspace.log(name, line)  # noqa: E731
     return {
@@ -187,7 +187,7 @@ def _autoencoder(workspace: Workspace) -> None:
     photos = _pool(workspace, "test_photo")
     numbers = np.arange(len(photos))
     originals, copies = photos.pixels(numbers), rebuilt(loaded, photos)
-    # It took no part in the training, unlike the reader.
+    # Unlike the reader, it was not used in the training.
     judge = load_iresnet(workspace.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
     before, after = (
         recognition(embeddings_of(judge, _embed, pixels, photos.landmarks), photos.people)["rank_one"]
@@ -231,7 +231,7 @@ def _base(workspace: Workspace) -> None:
 
 
 def analyzer_of(folder: Path) -> FaceAnalyzer:
-    """The face package of a folder, on the CPU."""
+    """Open the face package in a folder, on the CPU."""
     return open_analyzer(folder, "cpu")
 
 
@@ -239,11 +239,11 @@ STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
-            "pictures", "draw what everything learns from", (), _pictures,
+            "pictures", "draw the pictures for training and tests", (), _pictures,
             keeps=tuple(f"pictures/{name}" for name in FULL.groups if name != SECOND),
         ),
         Stage(
-            "second_pictures", "draw people whom only the judge learns to know", (), _second_pictures,
+            "second_pictures", "draw the people of the second recogniser's training", (), _second_pictures,
             keeps=(f"pictures/{SECOND}",),
         ),
         Stage(
@@ -251,11 +251,11 @@ STAGES: Mapping[str, Stage] = {
             {"found": 0.98, "alone": 0.95, "landmarks": 0.92},
         ),
         Stage(
-            "sex_and_age", "train the network that guesses sex and age", ("pictures",), _sex_and_age,
+            "sex_and_age", "train the network that estimates sex and age", ("pictures",), _sex_and_age,
             (f"{PACKAGE}/{SEX_AND_AGE_FILE}",), {"sex": 0.95},
         ),
         Stage(
-            "readers", "train the network that reads factors", ("pictures",), _readers, (READER,),
+            "readers", "train the classifier of factors", ("pictures",), _readers, (READER,),
             {"expression": 0.85, "direction": 0.97, "background": 0.97, "style": 0.97, "sex": 0.95, "accessory": 0.93},
         ),
         Stage(
@@ -263,7 +263,7 @@ STAGES: Mapping[str, Stage] = {
             (f"{PACKAGE}/{RECOGNIZER_FILE}",), {"photo_auc": 0.98, "photo_rank_one": 0.9},
         ),
         Stage(
-            "second_recognizer", "train the recogniser that judges, on other people",
+            "second_recognizer", "train the second recogniser, which evaluates, on other people",
             ("pictures", "second_pictures"), _second_recognizer,
             (JUDGE,), {"photo_auc": 0.98, "photo_rank_one": 0.9},
         ),

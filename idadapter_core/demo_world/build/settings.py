@@ -1,11 +1,11 @@
-"""How large everything is: the world that is shipped, and a tiny one that is made in seconds to test the way there."""
+"""Sizes of a build: those of the shipped world, and tiny ones that test the build in a minute."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SECOND = "second_training"  # the group that only the recogniser that judges meets
+SECOND = "second_training"  # the group for the training of the second recogniser
 
 
 @dataclass(frozen=True)
@@ -13,12 +13,12 @@ class Group:
     """Pictures of a group of people."""
 
     people: int
-    each: int  # pictures of a person
-    split: str  # whose people (see `SPLITS`)
-    stream: int  # keeps the factors of one group apart from those of another
-    style: str | None = None  # of all pictures; any where it is None
+    each: int  # pictures per person
+    split: str  # group of the people in `SPLITS`
+    stream: int  # number of the random stream of the factors, different for each group
+    style: str | None = None  # of all pictures; None: any
     accessory: str | None = None
-    one_look: bool = False  # all women have one look and all men another: told apart by shape alone
+    one_look: bool = False  # all women share a look, and all men another: they differ in shape alone
 
     @property
     def count(self) -> int:
@@ -27,30 +27,30 @@ class Group:
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """How long a network is trained. The rate rises at the start, stays, and falls to nothing over the last part."""
+    """Length and learning rate of a training. The rate rises at the start, stays constant, and falls to 0 over the last part."""
 
     steps: int
     batch: int
     rate: float
-    fall: float = 0.25  # share of the steps in which the rate falls
+    fall: float = 0.25  # share of the steps over which the rate falls
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of a build. Everything that is made depends on these and on `seed` alone."""
+    """The settings of a build. Everything that is built depends on them alone."""
 
     name: str
     size: int  # pixels along a side of a picture
     groups: Mapping[str, Group]
     schedules: Mapping[str, TrainingSchedule] = field(default_factory=dict)
-    judged_prompts: int = 2  # to measure how the base model follows words
+    judged_prompts: int = 2  # number of prompts that measure how the base model follows them
     seed: int = 0
 
 
 def _groups(
     training: tuple[int, int], second: tuple[int, int], held_out: tuple[int, int], judged: tuple[int, int]
 ) -> Mapping[str, Group]:
-    """People and pictures of each: to learn from, for those who judge, unseen, and unseen in photos to measure recognition."""
+    """Groups of (people, pictures of each): for training, for the second recogniser, for validation and test, and to measure recognition."""
     return {
         "validation": Group(*held_out, "validation", 2),
         "test": Group(*held_out, "test", 3),

@@ -1,7 +1,7 @@
-"""The stages of a build: what each needs, what it makes, and where it goes on after a stop.
+"""The stages of a build: what each needs and writes, and how it resumes.
 
-A folder holds a build: `pictures/`, `checkpoints/` of trainings in progress, `files/` to be shipped, `scores/` of what was measured,
-`logs/`. A finished stage leaves `done/STAGE.json`, which names the settings it was made with.
+A folder holds a build: `pictures/`, `checkpoints/` of trainings, `files/` to ship, `scores/` with measurements, and `logs/`. A finished stage
+writes `done/STAGE.json`, which names its settings.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .settings import Settings, TrainingSchedule
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a build is made, and how."""
+    """The folder of a build, and its options."""
 
     home: Path
     settings: Settings
     processes: int = 1
-    again: bool = False  # make finished stages once more
+    again: bool = False  # run finished stages again
 
     @property
     def pictures(self) -> Path:
@@ -48,7 +48,7 @@ class Workspace:
         return self.home / "done" / f"{stage}.json"
 
     def log(self, stage: str, line: str) -> None:
-        """Say how far a stage is: on the screen, and in its log."""
+        """Print a line of progress, and append it to the stage's log."""
         text = f"{time.strftime('%H:%M:%S')} {stage}: {line}\n"
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -58,11 +58,12 @@ class Workspace:
             file.write(text)
 
     def score(self, stage: str, scores: Mapping[str, object]) -> None:
-        """Keep what was measured."""
+        """Write the measurements of a stage."""
         write_json(self.home / "scores" / f"{stage}.json", scores)
         self.log(stage, json.dumps(scores))
 
     def scores(self, stage: str) -> dict[str, Any]:
+        """Read the measurements of a stage. Raises InputError if there are none."""
         path = self.home / "scores" / f"{stage}.json"
         if not path.is_file():
             raise InputError(f"{path} is missing; run the stage `{stage}` first.")
@@ -76,11 +77,11 @@ class Stage:
 
     name: str
     about: str
-    needs: tuple[str, ...]  # stages that must be done before
+    needs: tuple[str, ...]  # stages that must be finished before
     work: Callable[[Workspace], None]
-    ships: tuple[str, ...] = ()  # what it leaves in `files/`, by the path among the assets
-    wanted: Mapping[str, float] | None = None  # least scores with which it may be shipped
-    keeps: tuple[str, ...] = ()  # folders of what it has finished so far, for stages that are no trainings
+    ships: tuple[str, ...] = ()  # its files in `files/`, by their paths in the assets
+    wanted: Mapping[str, float] | None = None  # minimum scores for shipping
+    keeps: tuple[str, ...] = ()  # folders with its results so far, for stages without a training
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -89,12 +90,10 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def run_stages(stages: Mapping[str, Stage], names: Sequence[str], workspace: Workspace) -> None:
-    """Do these stages, or all of them in their order where none is named. Those that are done are passed over.
-
-    A stage that was stopped goes on where it was.
+    """Run the named stages, or all in their order if none is named. Finished stages are skipped, interrupted ones resume.
 
     Raises:
-        InputError: a stage is unknown or lacks one it needs, or the folder holds a build with other settings.
+        InputError: a stage is unknown or lacks one that it needs, or the folder holds a build with other settings.
     """
     for name in names:
         if name not in stages:
@@ -105,10 +104,10 @@ def run_stages(stages: Mapping[str, Stage], names: Sequence[str], workspace: Wor
         for need in stage.needs:
             if not workspace.done(need).is_file():
                 raise InputError(
-                    f"the stage `{name}` needs what `{need}` makes; run that first, with the same --work."
+                    f"the stage `{name}` needs the results of `{need}`; run that first, with the same --work."
                 )
         if workspace.done(name).is_file() and not workspace.again:
-            workspace.log(name, "done before; add --again to make it once more")
+            workspace.log(name, "already done; add --again to run it again")
             continue
         if workspace.done(name).is_file():
             _forget(stage, workspace)
@@ -116,24 +115,24 @@ def run_stages(stages: Mapping[str, Stage], names: Sequence[str], workspace: Wor
 
 
 def describe(stages: Mapping[str, Stage], workspace: Workspace) -> str:
-    """A line for each stage."""
+    """Return a line for each stage: its name, its state and its description."""
     lines = []
     for stage in stages.values():
         state = (
             "done"
             if workspace.done(stage.name).is_file()
-            else "begun"
+            else "started"
             if workspace.checkpoint(stage.name).is_file()
             else ""
         )
-        lines.append(f"{stage.name:18} {state:6} {stage.about}\n")
+        lines.append(f"{stage.name:18} {state:7} {stage.about}\n")
     return "".join(lines)
 
 
 def _run(stage: Stage, workspace: Workspace) -> None:
     begun = time.monotonic()
     schedule = workspace.settings.schedules.get(stage.name)
-    workspace.log(stage.name, "begins" if schedule is None else f"begins or goes on, {schedule.steps} steps")
+    workspace.log(stage.name, "starts" if schedule is None else f"starts or resumes, {schedule.steps} steps")
     stage.work(workspace)
     record = {"settings": workspace.settings.name, "seconds": round(time.monotonic() - begun)}
     write_json(
@@ -150,7 +149,7 @@ def _forget(stage: Stage, workspace: Workspace) -> None:
 
 
 def _require_same_settings(workspace: Workspace) -> None:
-    """One folder, one build: pictures of other numbers would be mixed."""
+    """Refuse a folder with a build of other settings: their pictures would be mixed."""
     path = workspace.home / "settings.json"
     everything = asdict(workspace.settings)
     mine = {name: everything[name] for name in ("name", "size", "groups", "seed")}
@@ -159,18 +158,18 @@ def _require_same_settings(workspace: Workspace) -> None:
     found = json.loads(path.read_text("utf-8"))
     if found != json.loads(json.dumps(mine)):
         raise InputError(
-            f"{workspace.home} holds a build with the settings {found.get('name')!r} of other numbers than the {workspace.settings.name!r} asked "
-            "for; choose another --work, or delete that folder."
+            f"{workspace.home} holds a build whose settings {found.get('name')!r} differ from the requested {workspace.settings.name!r}; "
+            "choose another --work, or delete that folder."
         )
 
 
 def ship(
     stages: Mapping[str, Stage], names: Sequence[str], workspace: Workspace, target: Path = ASSETS
 ) -> list[Path]:
-    """Copy what finished stages made to the assets of the package.
+    """Copy the files of finished stages to the assets of the package. Returns the copies.
 
     Raises:
-        InputError: a stage is unknown, makes nothing to ship, or its scores are below those that it must reach.
+        InputError: no stage is named, one is unknown or has nothing to ship, or its scores are too low.
     """
     if not names:
         raise InputError("name the stages whose files are to be shipped.")
@@ -178,7 +177,7 @@ def ship(
     for name in names:
         if name not in stages or not stages[name].ships:
             shipping = [stage.name for stage in stages.values() if stage.ships]
-            raise InputError(f"the stage {name!r} makes nothing to ship; choose from: {', '.join(shipping)}.")
+            raise InputError(f"the stage {name!r} has nothing to ship; choose from: {', '.join(shipping)}.")
         scores = workspace.scores(name)
         for score, least in (stages[name].wanted or {}).items():
             if not scores.get(score, 0) >= least:

@@ -1,4 +1,4 @@
-"""Training the base model on latents and captions, and how well it follows words."""
+"""Trains the base model on latents and captions, and measures how well it follows prompts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .batches import Pool, as_tensor
 from .fitting import fit
 from .settings import TrainingSchedule
 
-NO_CAPTION = 0.1  # chance of a picture without any words, for guidance
-OMITTED_FACTOR = 0.1  # chance that a factor is not named
-IDENTITY_WORD = 0.1  # chance of an identity word, which means nothing yet
-UNKNOWN_WORD = 0.08  # chance of a word that nobody knows, which must do no harm
+NO_CAPTION = 0.1  # probability of an empty caption, for guidance
+OMITTED_FACTOR = 0.1  # probability that a factor is not named
+IDENTITY_WORD = 0.1  # probability of an identity word, which has no meaning yet
+UNKNOWN_WORD = 0.08  # probability of an unknown word, which must do no harm
 SEED_TAG = 1_213
 
 
@@ -48,7 +48,7 @@ def train_base(
     seed: int,
     log: Callable[[str], None],
 ) -> BaseModel:
-    """A base model that has learnt from the latents (N, C, h, w) and captions of a pool."""
+    """Train a base model on the latents (N, C, h, w) and captions of a pool."""
     torch.manual_seed(seed)
     facts = [fact for part in pool.sets for fact in part.facts]
     people = {seed: Person.sample(seed) for seed in {fact.person for fact in facts}}
@@ -71,7 +71,7 @@ def train_base(
 
 
 def varied_rows(person: Person, factors: Factors, rng: np.random.Generator) -> list[int]:
-    """A picture's caption in other words each time, perhaps without some factors or without all words, as rows (77) of the table."""
+    """Return 77 rows of the table for a random variant of a picture's caption: in other words, without some factors, or empty."""
     chances = rng.random(len(FACTORS) + 3)
     wording = int(rng.integers(1 << 31))
     if chances[-1] < NO_CAPTION:
@@ -84,7 +84,7 @@ def varied_rows(person: Person, factors: Factors, rng: np.random.Generator) -> l
 
 
 def prompts_to_judge(count: int, seed: int) -> tuple[list[str], dict[str, list[str]]]:
-    """Prompts that name every factor, and the classes that they name."""
+    """Return prompts that name every factor, and the named classes of each factor."""
     rng = np.random.default_rng([SEED_TAG, seed])
     people = {sex: next(p for p in map(Person.sample, range(1, 1000)) if p.sex == sex) for sex in SEXES}
     prompts: list[str] = []
@@ -102,7 +102,11 @@ def prompts_to_judge(count: int, seed: int) -> tuple[list[str], dict[str, list[s
 def base_scores(
     base: BaseModel, autoencoder: Autoencoder, reader: Reader, count: int, batch: int = 40
 ) -> tuple[dict[str, float], npt.NDArray[np.uint8]]:
-    """Share of prompts whose class of each factor the reader reads in the picture drawn, and the pictures (N, H, W, 3)."""
+    """Draw pictures of prompts, and compare the reader's classes with those of the prompts.
+
+    Returns:
+        The share of agreeing pictures by factor, and the pictures (count, H, W, 3), uint8.
+    """
     prompts, truth = prompts_to_judge(count, 0)
     pictures = torch.cat(
         [

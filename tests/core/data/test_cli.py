@@ -227,7 +227,7 @@ def test_a_rank_other_than_the_first(
     assert "wrote 3 photos" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
     assert scan(scanned.photos / "person_00", output, scanned.package) == 0
-    assert "i.parquet is there already, nothing is left to do" in capsys.readouterr().out
+    assert "i.parquet exists already; nothing is left to do" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "2")
     assert scan(scanned.photos / "person_00", output, scanned.package) == 1
 

@@ -184,7 +184,7 @@ def test_a_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> Non
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     fit(_fresh(), _loss, TrainingSchedule(1, 8, 0.05), tmp_path / "a.pt")
-    with pytest.raises(TrainingError, match=r"a\.pt is of another network .*delete it to begin anew"):
+    with pytest.raises(TrainingError, match=r"a\.pt is of another network .*delete it to start again"):
         fit(nn.Linear(3, 1), _loss, TrainingSchedule(1, 8, 0.05), tmp_path / "a.pt")
 
 
@@ -252,7 +252,7 @@ def test_all_stages_are_done_once_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_stage_needs_those_before_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the stage `second` needs what `first` makes; run that first"):
+    with pytest.raises(InputError, match=r"the stage `second` needs the results of `first`; run that first"):
         _run(["second"], tmp_path)
     assert _run(["first", "second"], tmp_path) == ["first", "second"]
 
@@ -277,9 +277,7 @@ def test_unknown_stages_are_named(tmp_path: Path) -> None:
 def test_one_folder_holds_one_build(tmp_path: Path) -> None:
     _run(["first"], tmp_path)
     other = dataclasses.replace(SMALL, size=64)
-    with pytest.raises(
-        InputError, match="with the settings 'small' of other numbers .*choose another --work"
-    ):
+    with pytest.raises(InputError, match="whose settings 'small' differ .*choose another --work"):
         _run(["first"], tmp_path, settings=other)
     longer = dataclasses.replace(SMALL, schedules={"first": TrainingSchedule(10, 2, 1e-3)})
     assert _run(["first"], tmp_path, settings=longer) == [], "a schedule may change"
@@ -302,7 +300,7 @@ def test_only_what_is_good_enough_is_shipped(tmp_path: Path) -> None:
     assert (target / "first.bin").read_bytes() == b"first"
     with pytest.raises(InputError, match=r"second: accuracy is 0\.5, at least 0\.6 is needed to ship it"):
         ship(_stages([]), ["second"], workspace, target)
-    with pytest.raises(InputError, match=r"'third' makes nothing to ship; choose from: first, second"):
+    with pytest.raises(InputError, match=r"'third' has nothing to ship; choose from: first, second"):
         ship(_stages([]), ["third"], workspace, target)
     with pytest.raises(InputError, match="name the stages"):
         ship(_stages([]), [], workspace, target)
@@ -375,7 +373,7 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (("nothing",), "there is no stage 'nothing'; choose from: pictures, second_pictures"),
-        (("readers",), "the stage `readers` needs what `pictures` makes"),
+        (("readers",), "the stage `readers` needs the results of `pictures`"),
         (("--processes", "0"), "--processes must be at least 1, got 0"),
         (("--threads", "0"), "--threads must be at least 1, got 0"),
         (("--ship",), "name the stages whose files are to be shipped"),

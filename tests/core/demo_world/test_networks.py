@@ -105,7 +105,7 @@ def test_the_trainer_reads_the_file(tmp_path: Path) -> None:
 
 def test_other_files_are_no_autoencoders(tmp_path: Path) -> None:
     save_reader(Reader(), tmp_path / "r.safetensors")
-    with pytest.raises(CheckpointError, match=r"r\.safetensors is no autoencoder of the demo world"):
+    with pytest.raises(CheckpointError, match=r"r\.safetensors is not an autoencoder of the demo world"):
         load_autoencoder(tmp_path / "r.safetensors")
 
 
@@ -130,7 +130,7 @@ def test_network_files(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(first, second, atol=0.02, rtol=0.02)
     other = next(kind for kind in NETWORKS if kind != name)
     with pytest.raises(
-        CheckpointError, match=rf"is no {other} of the demo world, but {name}; get the file again"
+        CheckpointError, match=rf"is not a {other} of the demo world, but {name}; get the file again"
     ):
         NETWORKS[other][2](tmp_path / "n.safetensors")
 
