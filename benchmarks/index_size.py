@@ -87,7 +87,7 @@ def batches(count: int, rows_of_a_batch: int) -> Iterator[Any]:
 
 
 def write(folder: Path, count: int) -> dict[str, Any]:
-    from idadapter_core.data import parquet
+    from idadapter_core.data import memory_map, parquet
     from idadapter_core.data.rows import BATCH
 
     path = folder / "index.parquet"
@@ -95,9 +95,9 @@ def write(folder: Path, count: int) -> dict[str, Any]:
     began = time.perf_counter()
     head = parquet.write_parquet(path, batches(count, BATCH), facts)
     written = time.perf_counter()
-    parquet.mapped_rows(path, head, path)
+    memory_map.mapped_rows(path, head, path)
     mapped = time.perf_counter()
-    beside = parquet.map_path(path, head.digest)
+    beside = memory_map.map_path(path, head.digest)
     return {
         "writing": written - began,
         "mapping": mapped - written,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..demo_world import Factors, Person, Pictures, build_head, render, seed_of
+from ..demo_world import Factors, Person, Pictures, render, seed_of
 from ..demo_world.factors import STYLES
 from ..demo_world.identity import SPLITS
 from ..errors import InputError
@@ -100,6 +100,12 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
         default="full",
         help="tiny: a build of a minute, to test the commands (default full)",
     )
+    build.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of CLIP's tokenizer with vocab.json and merges.txt, to train adapters (comfy/sd1_tokenizer of ComfyUI)",
+    )
     build.add_argument("--again", action="store_true", help="run finished stages again")
     build.add_argument("--list", action="store_true", help="list the stages and their states")
     build.add_argument(
@@ -123,7 +129,9 @@ def _build(options: argparse.Namespace) -> int:
             raise InputError(
                 f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
             )
-    workspace = Workspace(options.work, SETTINGS[options.settings], options.processes, options.again)
+    workspace = Workspace(
+        options.work, SETTINGS[options.settings], options.processes, options.again, options.tokenizer
+    )
     if options.list:
         sys.stdout.write(describe(STAGES, workspace))
         return 0
@@ -137,7 +145,9 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _build_head(options: argparse.Namespace) -> int:
-    np.savez_compressed(options.output, **build_head.build())  # type: ignore[arg-type]
+    from ..demo_world.build.head import build
+
+    np.savez_compressed(options.output, **build())  # type: ignore[arg-type]
     return _report_written(options.output)
 
 

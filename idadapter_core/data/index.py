@@ -1,8 +1,8 @@
 """The index of a dataset: every photo seen, the facts known about it, and whether it can be used.
 
 On disk, it is a Parquet file with one row per photo (see `parquet`). Next to it are a safetensors file with the recogniser's
-embeddings of all rows, and a memory map of the rows shared by all processes of a machine. Both file names include a digest, so the
-files always belong together, and a new index replaces an old one in one step.
+embeddings of all rows, and a memory map of the rows shared by all processes of a machine (see `memory_map`). Both file names include
+a digest, so the files always belong together, and a new index replaces an old one in one step.
 """
 
 from __future__ import annotations
@@ -27,15 +27,8 @@ from ..faces.images import Image
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import StreamedTensors, read_safetensors, replacing, state_digest
 from .columns import batch_of
-from .parquet import (
-    SUFFIX,
-    VERSION,
-    Head,
-    map_path,
-    mapped_rows,
-    read_head,
-    write_parquet,
-)
+from .memory_map import map_path, mapped_rows
+from .parquet import SUFFIX, VERSION, Head, read_head, write_parquet
 from .photos import decode
 from .rows import BATCH, CLASS_NOUNS, FIELDS, OK, SPLITS, STATUSES, Packed, Row, Rows, as_rows, in_batches
 from .texts import read_file
@@ -51,7 +44,7 @@ _DIGITS = "?" * 16
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """An index on disk. Its rows are memory-mapped (see `rows`); rows passed to the constructor are packed in memory."""
+    """An index on disk. Its rows are memory-mapped (see `memory_map`); rows passed to the constructor are packed in memory."""
 
     path: Path
     root: Path  # base folder of relative sources

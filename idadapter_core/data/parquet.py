@@ -1,39 +1,24 @@
-"""The Parquet file of an index, and its memory map with packed rows (`rows.Packed`).
-
-Parquet is the format to keep, copy and read in other programs. But decoding its columns takes memory in every process, so training
-reads a map next to it that all processes share. The map is written with the index, and rebuilt if it is missing or belongs to another
-file.
-"""
+"""The Parquet file of an index: the format to keep, copy and read in other programs. Training reads its map (`memory_map`)."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from ..errors import ConfigError
 from ..extra import require
-from ..files import StreamedTensors, read_metadata, replacing
-from .columns import COLUMNS, hash_into, packed, people_of, require_sense, schema
+from .columns import COLUMNS, hash_into, require_sense, schema
 from .jsonl import is_lines
-from .rows import BATCH, RECORD, Packed, open_map
-
-log = logging.getLogger(__name__)
+from .rows import BATCH
 
 VERSION = 2  # of the Parquet file; version 1 was JSON Lines
 SUFFIX = ".parquet"
-MAP_VERSION = "1"  # of the map; a map of another version is rebuilt
 _KEY = "idadapter_index"  # metadata key of the facts in the file
 _DIGEST = "digest"
-# ---------------------------------------------------------------------------------------------------- files
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,7 @@ def write_parquet(path: Path, batches: Iterable[Any], facts: Mapping[str, Any]) 
         facts: plain values, including those of `_WANTED` except the digest.
     """
     pa, pq = require("pyarrow"), require("pyarrow.parquet")
-    content = _content_digest(facts)
+    content = content_digest(facts)
     try:
         with pq.ParquetWriter(path, schema(), compression="zstd", write_page_checksum=True) as writer:
             for batch in batches:
@@ -68,7 +53,8 @@ def write_parquet(path: Path, batches: Iterable[Any], facts: Mapping[str, Any]) 
     return Head(digest, facts)
 
 
-def _content_digest(facts: Mapping[str, Any]) -> Any:
+def content_digest(facts: Mapping[str, Any]) -> Any:
+    """SHA-256 over the facts of an index, to be continued over its rows by `hash_into`."""
     return hashlib.sha256(json.dumps(facts, separators=(",", ":"), allow_nan=False).encode())
 
 
@@ -152,104 +138,3 @@ def batches_of(path: Path) -> Iterator[Any]:
         raise ConfigError(f"{path}: is damaged ({error}). Bring back a copy, or scan again.") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; it was edited. Scan again.") from error
-
-
-# ---------------------------------------------------------------------------------------------------- the map
-
-
-def map_path(path: Path, digest: str) -> Path:
-    """Path of the map of an index with this digest."""
-    return path.with_name(f"{path.stem}.{digest}.map")
-
-
-def mapped_rows(path: Path, head: Head, name: Path | None = None) -> Packed:
-    """Map the rows of an index from the file next to it, which is made if missing.
-
-    Args:
-        name: final name of a new index that is still being written under another one.
-
-    Raises:
-        ConfigError: the index is damaged, or the map cannot be written.
-    """
-    target = map_path(name or path, head.digest)
-    stamp = _stamp(path, head)
-    if not _is_of(target, stamp):
-        try:
-            with _only_one(target):
-                if not _is_of(target, stamp):
-                    if name is None:  # for an existing index, users do not expect this to take time
-                        log.info("%s is missing and made anew, once for all processes", target)
-                    write_map(path, target, head, stamp)
-        except OSError as error:
-            raise ConfigError(
-                f"{target}: cannot be written ({error.strerror or error}). It is made once beside an index; free some space, or run "
-                f"`python -m idadapter_core stats {path}` as somebody who may write there."
-            ) from error
-    try:
-        return open_map(target)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"{target}: cannot be read ({error}). Delete it: it is made again.") from error
-
-
-def _stamp(path: Path, head: Head) -> dict[str, str]:
-    """Identification of its index stored in a map. The end of a Parquet file has the sizes and ranges of all its content."""
-    with path.open("rb") as file:
-        file.seek(-8, os.SEEK_END)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, os.SEEK_END)
-        footer = hashlib.sha256(file.read(length)).hexdigest()
-    return {"map": MAP_VERSION, _DIGEST: head.digest, "footer": footer}
-
-
-def _is_of(target: Path, stamp: Mapping[str, str]) -> bool:
-    try:
-        return read_metadata(target) == stamp
-    except (OSError, safetensors.SafetensorError):
-        return False
-
-
-def write_map(path: Path, target: Path, head: Head, stamp: Mapping[str, str]) -> None:
-    """Write the map of an index. Raises OSError, or ConfigError if the index does not match its header."""
-    content = _content_digest(head.facts)
-    names: list[Any] = []
-    texts = 0
-    rows = head.facts["rows"]
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        "person": ("I32", (rows,)),
-        "records": ("U8", (rows, RECORD.itemsize)),
-        "status": ("U8", (rows,)),
-        "split": ("U8", (rows,)),
-    }
-    with replacing(target) as temporary, StreamedTensors(temporary, shapes, "texts", stamp) as file:
-        for batch in batches_of(path):
-            hash_into(content, batch)
-            records, joined = packed(batch, texts)
-            file.add("records", records)
-            file.add("status", records["status"])
-            file.add("split", records["split"])
-            file.add("texts", joined)
-            names.append(batch.column("identity"))
-            texts += len(joined)
-        if content.hexdigest()[:16] != head.digest:
-            raise ConfigError(
-                f"{path}: its rows are not those that were written (digest {content.hexdigest()[:16]}, it says {head.digest}); it was "
-                "edited. Scan again."
-            )
-        file.add("person", people_of(names))
-
-
-@contextlib.contextmanager
-def _only_one(target: Path) -> Iterator[None]:
-    """Context manager: one process of a machine at a time, if the system has such locks; the others wait for it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: each process makes the map, the last one stays
-        yield
-        return
-    lock = target.with_name(f".{target.name}.lock")
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)

@@ -1,8 +1,7 @@
 """The rows of an index, packed: fixed-size records, and all texts in one array of bytes.
 
-Packed rows are a few arrays, so a file of them can be memory-mapped: all processes and loader workers of a machine share the one copy
-in the page cache, and opening six million rows costs as much as opening one. `Row` objects are made on demand. Lists of rows (the
-usable ones, those of a person) are arrays of indices.
+Packed rows are a few arrays, so a file of them can be memory-mapped (see `memory_map`). `Row` objects are made on demand. Lists of
+rows (the usable ones, those of a person) are arrays of indices.
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import numpy as np
 from numpy.typing import NDArray
-
-from ..files import read_safetensors
 
 OK = "ok"
 STATUSES = (
@@ -121,7 +117,7 @@ def from_utf8(text: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Rows as arrays, in memory or mapped from a file."""
+    """Rows as arrays."""
 
     records: NDArray[np.void]  # (rows,) RECORD
     texts: NDArray[np.uint8]  # (bytes,)
@@ -129,15 +125,9 @@ class Packed:
     status: NDArray[np.uint8]
     split: NDArray[np.uint8]  # (rows,) indices into SPLITS
     person: NDArray[np.uint32]  # (rows,) index of the person's first row
-    path: Path | None = None  # mapped file
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def __reduce__(self) -> tuple[Callable[..., Packed], tuple[Any, ...]]:
-        if self.path is not None:  # a loader worker that is not forked maps the file itself
-            return open_map, (self.path,)
-        return Packed, (self.records, self.texts, self.status, self.split, self.person)
 
     def row(self, place: int) -> Row:
         """The row at an index, from 0."""
@@ -190,7 +180,7 @@ class Edited(Packed):
         copies = (packed.status.copy(), packed.split.copy(), packed.person.copy())
         return cls(packed.records, packed.texts, *copies, changes=changes)
 
-    def __reduce__(self) -> tuple[Callable[..., Packed], tuple[Any, ...]]:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("rows that are being edited belong to one process")
 
     def refuse(self, place: int, status: str, reason: str) -> None:
@@ -212,20 +202,6 @@ class Edited(Packed):
                 row, **{"status": status, "split": split, **self.changes.get(place, {})}
             )
         return row
-
-
-def open_map(path: Path) -> Packed:
-    """Map packed rows from a file. Raises OSError or SafetensorError."""
-    tensors, _ = read_safetensors(path, mapped=True)
-    arrays: dict[str, NDArray[Any]] = {name: tensor.numpy() for name, tensor in tensors.items()}
-    return Packed(
-        arrays["records"].reshape(-1).view(RECORD),
-        arrays["texts"],
-        arrays["status"],
-        arrays["split"],
-        arrays["person"].view(np.uint32),
-        path,
-    )
 
 
 class Rows(Sequence[Row]):

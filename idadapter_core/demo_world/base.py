@@ -18,7 +18,7 @@ from ..stable_diffusion.noise import NoiseSchedule, scaled_linear
 from ..stable_diffusion.sampler import simple_schedule
 from .autoencoder import Shape
 from .shipped import load_network, save_network
-from .words import LENGTH, words
+from .words import LENGTH, VOCABULARY, words
 
 LATENT_CHANNELS = Shape().latent_channels
 LATENT_SIDE = 16
@@ -26,6 +26,7 @@ TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 128, 3, 4
 UNET_WIDTHS = (64, 128)
 UNET_HEADS = 4
 KIND = "base model"
+TABLE = "embeddings.token_embedding.weight"  # the text encoder's embedding table
 _MODEL = "text_model."  # prefix of a text encoder's weight names in some releases of transformers
 
 
@@ -104,6 +105,13 @@ class BaseModel(nn.Module):
             clean = without + guidance * (with_text - without)
             latents = latents + (latents - clean) / sigma * (float(sigmas[step + 1]) - sigma)
         return latents
+
+
+def whole_table(small: Tensor) -> Tensor:
+    """Expand the embeddings (K + 1, D) of known tokens and of the unknown one to CLIP's vocabulary (49408, D)."""
+    table = small[words().unknown].repeat(VOCABULARY, 1)
+    table[list(words().known)] = small[: words().unknown]
+    return table
 
 
 def save_base(base: BaseModel, path: Path) -> None:

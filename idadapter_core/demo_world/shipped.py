@@ -15,6 +15,7 @@ KIND = "demo_world"  # in the metadata of a network's file
 READER = "reader.safetensors"
 CLIP_VISION = "clip_vision"  # a folder
 BASE = "base.safetensors"
+ADAPTERS = "adapters"  # a folder
 JUDGE = "second_recognizer.safetensors"
 FACE_PACKAGES = "insightface"  # a root folder of packages, in insightface's layout
 FACE_PACKAGE = "demo_world"  # the name of the package in it

@@ -92,6 +92,7 @@ def load_base(
         vae = load_autoencoder(Path(config.vae).expanduser(), config.family, source.kl_config)
     else:
         vae = source.autoencoder()
+    _require_channels(unet, vae, path)
     vae = vae.to(device)
     schedule = noise_schedule(source.scheduler(), config.prediction_type, path.name)
     return Base(config.family, unet, vae, text, schedule, _digest(unet, text, vae, schedule))
@@ -164,11 +165,19 @@ def _require_family(state: Mapping[str, Tensor], family: str, path: Path) -> Non
             f"base.family is {family}, but the model in {path.name} is {family_name(len(sites), width)}, of the family {found}. "
             f'Set base.family to "{found}", or choose another model.'
         )
-    entry = next(state[name] for name in ("input_blocks.0.0.weight", "conv_in.weight") if name in state)
-    if entry.shape[1] != 4:
+
+
+def _require_channels(unet: Any, vae: Autoencoder, path: Path) -> None:
+    found, wanted = unet.config.in_channels, vae.channels
+    if found > wanted:
         raise ConfigError(
-            f"{path.name}: its UNet reads {entry.shape[1]} channels instead of the 4 of a latent, so it is made for inpainting or "
-            "editing. Choose the plain text-to-image model."
+            f"{path.name}: its UNet reads {found} channels instead of the {wanted} of a latent, so it is made for inpainting or editing. "
+            "Choose the plain text-to-image model."
+        )
+    if found < wanted:
+        raise ConfigError(
+            f"{path.name}: its UNet reads latents of {found} channels, the VAE makes {wanted}. They do not belong together; set base.vae "
+            "to the VAE of this model, or leave it empty."
         )
 
 

@@ -31,6 +31,8 @@ class Autoencoder(nn.Module):
         """
         super().__init__()
         self.network = freeze(network, "cpu", torch.float32)
+        config: Any = network.config
+        self.channels: int = config.latent_channels  # of a latent
         self.gain = gain
         self.offset = offset
         numbers = f"{weights_digest(self.network.state_dict())} {gain:.6g} {offset:.6g}"
@@ -39,7 +41,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W), RGB in -1..1, to the mean and standard deviation (B, 8, h, w) of latents in the UNet's units.
+        """Encode images (B, 3, H, W), RGB in -1..1, to the mean and standard deviation (B, 2 C, h, w) of latents in the UNet's units.
 
         A latent is drawn as mean + deviation * noise. For TAESD the deviation is 0.
 

@@ -108,7 +108,7 @@ class Batch:
     landmarks: Tensor  # (B, 5, 2) in the target image
     sizes: Tensor  # (B, 6), see Placement.size_conditioning
     pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
-    moments: Tensor | None = None  # (B, 8, h, w)
+    moments: Tensor | None = None  # (B, 2 C, h, w)
     # (B, N + 1, 3, 112, 112): faces of the references, then of the target; or of the target alone.
     crops: Tensor | None = None
     heads: Tensor | None = None  # (B, N, 3, S, S) for CLIP vision

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from ...idadapter_core.demo_world import base
 from ...idadapter_core.demo_world.shipped import read_network
-from ...idadapter_core.demo_world.words import VOCABULARY, words
-
-_TABLE = "embeddings.token_embedding.weight"
+from ...idadapter_core.demo_world.words import VOCABULARY
 
 
 class DemoWorldLatents(comfy.latent_formats.SD15):
@@ -122,13 +120,11 @@ def _unet(path: Path, disable_dynamic: bool = False) -> Any:
 
 def _text_encoder(weights: dict[str, Tensor]) -> Any:
     """Build the CLIP. Words missing from the small table get the row of the unknown word."""
-    small = weights[_TABLE].float()
-    table = small[words().unknown].repeat(VOCABULARY, 1)
-    table[list(words().known)] = small[: words().unknown]
+    table = base.whole_table(weights[base.TABLE].float())
     clip = comfy.sd.CLIP(
         _config().clip_target(), embedding_directory=_embeddings(), model_options={"dtype": torch.float32}
     )
-    full = {f"text_model.{name}": value.float() for name, value in {**weights, _TABLE: table}.items()}
+    full = {f"text_model.{name}": value.float() for name, value in {**weights, base.TABLE: table}.items()}
     clip.cond_stage_model.clip_l.transformer.load_state_dict(full, strict=False)
     return clip
 

@@ -140,7 +140,8 @@ def _left_out(application: Application, plan: Plan, prompted: set[str]) -> list[
 def _silence(application: Application, cause: str) -> str:
     """Return the message for a run without model calls. Weight deltas are part of the model, so they still act."""
     if application.adapter.mechanisms.deltas:
-        return f"only the K and V weights of this identity acted in this picture, its gated layers did not: {cause}"
+        rest = "gated layers" if application.is_gated else "attention to the identity's tokens"
+        return f"only the changed weights of this adapter acted in this picture, its {rest} did not: {cause}"
     return f"the identity did not act in this picture: {cause}"
 
 
@@ -173,10 +174,10 @@ _WIRED_TO_NEGATIVE = (
     "prompt is an ordinary CLIP Text Encode."
 )
 _NOTHING_TO_RESCALE = (
-    f"{RESCALE} has nothing to rescale: every adapter on this model is an IDAdapter. Switch `gated` on to rescale its gated layers, or "
+    f"{RESCALE} has nothing to rescale: every adapter on this model acts through gated layers. Switch `gated` on to rescale its gated layers, or "
     "remove the node."
 )
 _UNPLACED = (
     "another node runs transformer blocks of its own without saying which, and the identity could not act in those. Remove that "
-    "node, or use an adapter that acts in cross-attention (UniID)."
+    "node, or use an adapter without gated layers, which acts in cross-attention."
 )

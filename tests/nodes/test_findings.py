@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.nodes.sampling import (
     attach,
     difference,
     draw,
+    node,
     noise,
     person,
     prompt,
@@ -29,6 +31,8 @@ from tests.nodes.sampling import (
     sample,
     unet,
 )
+from tests.tiny.features import face_features
+from tests.tiny.ip_adapter import CONFIGS as FACEID_CONFIGS, write_published
 
 APPLY, RESCALE = "Apply ID Adapter", "Normalized Identity Rescaling"
 Heard = Callable[[str], list[str]]
@@ -143,7 +147,7 @@ def test_wrappers_that_were_taken_away(kinds: tuple[str, ...], heard: Heard) -> 
 
 
 @pytest.mark.parametrize(
-    ("delta", "missing"), [(0.0, "the identity did not"), (0.3, "only the K and V weights")]
+    ("delta", "missing"), [(0.0, "the identity did not"), (0.3, "only the changed weights")]
 )
 def test_gated_adapters_are_told_too(delta: float, missing: str, heard: Heard) -> None:
     """Their changed K and V weights are the model's own, and act all the same."""
@@ -153,6 +157,21 @@ def test_gated_adapters_are_told_too(delta: float, missing: str, heard: Heard) -
     (said,) = heard(APPLY)
     assert said.startswith(missing)
     assert (difference(found, draw(unet("sd15"), "sd15")) > 1e-3) == bool(delta)
+
+
+def test_an_adapter_with_a_lora_is_told_too(heard: Heard, tmp_path: Path) -> None:
+    """Its LoRA is the model's own, and acts all the same."""
+    from ComfyUI_IDAdapter.nodes.adapter import load
+
+    loaded = load(write_published(tmp_path / "faceid.bin", FACEID_CONFIGS["sd15"]), None)
+    identity = loaded.adapter.encode(face_features(3))
+    model = node("IDAdapterApply", unet("sd15"), loaded, identity, 1.0, 0.0, 1.0, None)
+    found = draw(past_the_hooks(model), "sd15")
+    said = heard(APPLY)[-1]
+    assert said.startswith(
+        "only the changed weights of this adapter acted in this picture, its attention to the identity's tokens did"
+    )
+    assert difference(found, draw(unet("sd15"), "sd15")) > 1e-3
 
 
 def test_foreign_rescaling_is_told_too(heard: Heard) -> None:

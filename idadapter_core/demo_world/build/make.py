@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ...faces.detector import FaceAnalyzer, open_analyzer
-from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet
+from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet, save_iresnet
 from ...stable_diffusion.vision import load_vision
 from ..autoencoder import load_autoencoder, save_autoencoder
 from ..base import load_base, save_base
 from ..readers import load_reader, save_reader
 from ..second_recognizer import EMBEDDING, SecondRecognizer, load_second_recognizer, save_second_recognizer
 from ..shipped import (
+    ADAPTERS,
     AUTOENCODER,
     BASE,
     CLIP_VISION,
@@ -38,11 +39,13 @@ from .settings import FULL, SECOND, TrainingSchedule
 from .sex_and_age import SIDE, sex_and_age_scores, train_sex_and_age
 from .sheets import write_pairs, write_sheet
 from .stages import Stage, Workspace
+from .train_adapters import BASE_FOLDER, PHOTOS, RECOGNIZER, export_adapter, scan_photos, train_adapter
 from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, train_autoencoder
 from .train_base import base_scores, encode_pictures, train_base
 from .train_readers import reader_scores, train_reader
 from .train_recognizers import embeddings_of, first_of, recognizer_scores, train_recognizer
 from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision, vision_scores
+from .trainer_files import write_base_folder, write_photos
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
 PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
@@ -230,6 +233,35 @@ def _base(workspace: Workspace) -> None:
     workspace.score("base", scores)
 
 
+def _photos(workspace: Workspace) -> None:
+    write_photos(open_pictures(workspace.pictures, "training"), workspace.home / PHOTOS)
+
+
+def _index(workspace: Workspace) -> None:
+    network = load_iresnet(workspace.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
+    save_iresnet(network, workspace.home / RECOGNIZER)
+    scan_photos(workspace)
+
+
+def _base_folder(workspace: Workspace) -> None:
+    write_base_folder(
+        load_base(workspace.files / BASE), workspace.files / AUTOENCODER, workspace.home / BASE_FOLDER
+    )
+
+
+def _uniid(workspace: Workspace) -> None:
+    adapter, text = (train_adapter(workspace, f"uniid_{branch}") for branch in ("adapter", "text"))
+    export_adapter(workspace, "uniid", adapter, text)
+
+
+def _idadapter(workspace: Workspace) -> None:
+    export_adapter(workspace, "idadapter", train_adapter(workspace, "idadapter"))
+
+
+def _faceid(workspace: Workspace) -> None:
+    export_adapter(workspace, "faceid", train_adapter(workspace, "faceid"))
+
+
 def analyzer_of(folder: Path) -> FaceAnalyzer:
     """Open the face package in a folder, on the CPU."""
     return open_analyzer(folder, "cpu")
@@ -279,6 +311,21 @@ STAGES: Mapping[str, Stage] = {
         Stage(
             "base", "train the base model", ("latents", "readers"), _base, (BASE,),
             {"style": 0.95, "background": 0.95, "sex": 0.95, "accessory": 0.90, "expression": 0.75, "direction": 0.95},
+        ),
+        Stage("photos", "write the pictures as a folder of photos", ("pictures",), _photos),
+        Stage("index", "scan the photos", ("photos", "detector", "sex_and_age", "recognizer"), _index),
+        Stage("base_folder", "write the base model as a diffusers folder", ("base", "autoencoder"), _base_folder, keeps=(BASE_FOLDER,)),
+        Stage(
+            "uniid", "train UniID's two branches", ("index", "base_folder"), _uniid, (f"{ADAPTERS}/uniid.safetensors",),
+            keeps=("runs/uniid_adapter", "runs/uniid_text", "cache/uniid"),
+        ),
+        Stage(
+            "idadapter", "train IDAdapter", ("index", "base_folder", "vision"), _idadapter, (f"{ADAPTERS}/idadapter.safetensors",),
+            keeps=("runs/idadapter", "cache/idadapter"),
+        ),
+        Stage(
+            "faceid", "train an IP-Adapter FaceID", ("index", "base_folder"), _faceid, (f"{ADAPTERS}/faceid.safetensors",),
+            keeps=("runs/faceid", "cache/faceid"),
         ),
     )
 }  # fmt: skip

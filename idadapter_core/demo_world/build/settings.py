@@ -44,6 +44,8 @@ class Settings:
     groups: Mapping[str, Group]
     schedules: Mapping[str, TrainingSchedule] = field(default_factory=dict)
     judged_prompts: int = 2  # number of prompts that measure how the base model follows them
+    scan: tuple[str, ...] = ()  # further arguments of `scan`
+    training: tuple[str, ...] = ()  # overrides of the settings in the adapters' configuration files
     seed: int = 0
 
 
@@ -82,5 +84,15 @@ TINY = Settings(
     size=128,
     groups=_groups((4, 3), (4, 2), (3, 2), (3, 2)),
     schedules={name: TrainingSchedule(2, 2, 1e-3) for name in FULL.schedules},
+    scan=("--max-bad-share", "1", "--workers", "0", "--min-face", "1", "--min-sharpness", "0"),
+    training=(
+        "train.steps=2",
+        "train.global_batch_size=2",
+        "data.workers=0",
+        "data.references=2",
+        "data.max_bad_share=1.0",
+        "output.validate_every=0",
+        "output.sample_every=0",
+    ),
 )
 SETTINGS: Mapping[str, Settings] = {settings.name: settings for settings in (FULL, TINY)}

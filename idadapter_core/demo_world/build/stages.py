@@ -29,6 +29,7 @@ class Workspace:
     settings: Settings
     processes: int = 1
     again: bool = False  # run finished stages again
+    tokenizer: Path | None = None  # folder of CLIP's tokenizer, for the adapters
 
     @property
     def pictures(self) -> Path:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from idadapter_core.cli.demo_world import main
-from idadapter_core.demo_world import EXPRESSIONS, build_head
+from idadapter_core.demo_world import EXPRESSIONS
+from idadapter_core.demo_world.build import head as build_head
 from idadapter_core.demo_world.head import ASSET, EYE, above_hairline, inside_beard, load_head
 from idadapter_core.demo_world.identity import CENTERS, SPREAD_OF, SPREADS, trait_names
 

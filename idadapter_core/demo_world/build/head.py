@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
-from .arrays import Floats, Ints, dot, normalize, normals
-from .head import STEP
-from .raster import depth_map
+from ...errors import InputError
+from ..arrays import Floats, Ints, dot, normalize, normals
+from ..head import STEP
+from ..raster import depth_map
 
 REGIONS = ("cheek", "chin", "ears", "eyebrows", "eyes", "forehead", "head", "mouth", "neck", "nose")
 OUTLINES = (
