@@ -105,9 +105,9 @@ def described(entry: Mapping[str, Any]) -> ListedPhoto:
         raise InputError(
             f"class_noun must be one of {', '.join(CLASS_NOUNS)}, got {entry['class_noun']!r:.60}"
         )
-    said = value_of(entry, CAPTION_KEYS)
+    text = value_of(entry, CAPTION_KEYS)
     try:
-        caption = caption_of(said)
+        caption = caption_of(text)
     except InputError as error:
         raise InputError(f"its caption cannot be used: {error}") from error
     return ListedPhoto("", value_of(entry, IDENTITY_KEYS), caption, _NOUNS.get(noun, ""))

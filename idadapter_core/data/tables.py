@@ -214,10 +214,10 @@ def _json_list(path: Path, text: str) -> Iterator[Numbered]:
 
 
 def _csv_rows(path: Path, text: str, numbered: bool, needs_names: bool) -> Iterator[Numbered]:
-    said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's declaration of the delimiter
-    body = text[said.end() :] if said else text
-    skipped = int(said is not None)
-    delimiter = said[1] if said else _delimiter(body)
+    declared = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's declaration of the delimiter
+    body = text[declared.end() :] if declared else text
+    skipped = int(declared is not None)
+    delimiter = declared[1] if declared else _delimiter(body)
     rows = _parsed_csv(path, body, delimiter, skipped, numbered)
     line, fields = next((row for row in rows if _says_something(row[1])), (0, []))
     if isinstance(fields, str):

@@ -103,11 +103,11 @@ class Ranks:
             failure = error
         self.agree(failure)
 
-    def any(self, said: list[bool]) -> list[bool]:
+    def any(self, flags: list[bool]) -> list[bool]:
         """Element-wise "or" over all processes."""
         if self.world == 1:
-            return said
-        values = torch.tensor(said, dtype=torch.int32, device=self.device)
+            return flags
+        values = torch.tensor(flags, dtype=torch.int32, device=self.device)
         with self.waiting():
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
             return [bool(value) for value in values.tolist()]

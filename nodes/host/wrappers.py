@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...idadapter_core.errors import InputError
-from .call import CALL, Acting, Call, calling
+from .call import CALL, ActiveApplication, Call, calling
 from .compilation import has_compile_wrapper, uncompiled
 from .conditioning import TEXT_POSITIONS, Attached, attached_to, is_negative
 from .decoupled import Decoupled
@@ -226,16 +226,16 @@ def _call(
     # The noise level selects the applications. The host waits for it here, once per model call and never inside a layer.
     sigma = float(options.get("sigmas", t).max())
     scale = 1.0 if rescale is None else rescale.schedule.adapter_scale(run.step(sigma), run.steps)
-    decoupled: list[Acting] = []
-    gated: list[Acting] = []
+    decoupled: list[ActiveApplication] = []
+    gated: list[ActiveApplication] = []
     for number in present:
         application = plan.applications[number]
         strength, at_most = _strength(application, rescale, scale)
         if strength != 0 and at_most != 0 and run.in_window(number, model.model_sampling, sigma):
             on_device = torch.full((), strength, device=x.device)
-            acting = Acting(number, strength, at_most, on_device, application.mask is not None)
-            decoupled += [acting] if application.is_decoupled else []
-            gated += [acting] if application.is_gated else []
+            active = ActiveApplication(number, strength, at_most, on_device, application.mask is not None)
+            decoupled += [active] if application.is_decoupled else []
+            gated += [active] if application.is_gated else []
     if not decoupled and not gated and not foreign:
         return None
     tiled = tile_rows(rows.rows, x.shape[0])
@@ -263,7 +263,7 @@ def _call(
 
 
 def _strength(application: Application, rescale: Rescale | None, scale: float) -> tuple[float, float | None]:
-    """Return `strength` and `at_most` of an application in one step (see `Acting`)."""
+    """Return `strength` and `at_most` of an application in one step (see `ActiveApplication`)."""
     if rescale is None or (application.is_gated and not rescale.gated):
         return application.weight, None
     if rescale.mode == "limit":
