@@ -27,7 +27,7 @@ from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.stable_diffusion.inject.text import insert_states
 from idadapter_core.stable_diffusion.noise import scaled_linear
 from idadapter_core.stable_diffusion.text import LENGTH, Conditioning
-from idadapter_core.training.adapters import Wanted, fresh_config
+from idadapter_core.training.adapters import AdapterRequirements, fresh_config
 from idadapter_core.training.bundle import BORDER
 from idadapter_core.training.config import LossConfig, TrainConfig
 
@@ -83,7 +83,9 @@ def adapter(recipe: Recipe) -> Adapter:
     is_one_photo = recipe.parts.recipe is None or recipe.parts.recipe.known_by_target
     settings = {} if is_one_photo else {"references": REFERENCES}
     widths = networks.text_encoders(recipe.family).widths
-    wanted = Wanted(recipe.method, widths, (1024, 256), "", STAGE_WIDTHS, recipe.branch, settings)
+    wanted = AdapterRequirements(
+        recipe.method, widths, (1024, 256), "", STAGE_WIDTHS, recipe.branch, settings
+    )
     config = fresh_config(networks.unet(recipe.family), wanted)
     with torch.device("meta"):
         encoder, layers = recipe.parts.encoder(config), recipe.parts.layers(config, nn)

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from idadapter_core.config import parse_config
 from idadapter_core.data.index import Index
-from idadapter_core.data.references import Photo
+from idadapter_core.data.references import PhotoVariant
 from idadapter_core.data.rows import Row
 from idadapter_core.data.scan import scan
 from idadapter_core.data.sources import list_photos
@@ -117,7 +117,7 @@ class TimedStore:
         with CLOCK.part(READ):
             return self._store.latents(row, mirrored)
 
-    def photo(self, photo: Photo) -> Mapping[str, Tensor]:
+    def photo(self, photo: PhotoVariant) -> Mapping[str, Tensor]:
         with CLOCK.part(READ):
             return self._store.photo(photo)
 

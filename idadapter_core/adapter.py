@@ -17,7 +17,7 @@ from .errors import CheckpointError, InputError, MismatchError
 from .files import key_problems, read_tensors, some, state_digest, write_safetensors
 from .formats import FORMAT, FORMAT_VERSION, describe_foreign, require_kind
 from .mechanisms import Mechanisms
-from .mechanisms.deltas import that_change
+from .mechanisms.deltas import nonzero_deltas
 from .methods import METHODS, Config, Method, method_of
 from .sites import Site, family_name, is_known_family
 from .types import FaceFeatures, Identity, Mix
@@ -218,7 +218,7 @@ def build_adapter(
     made = parts.mechanisms(config, layers)
     openings = {} if made.gated is None else made.gated.openings()
     text = parts.text if config.has_text_branch else None
-    made = dataclasses.replace(made, deltas=that_change(made.deltas), openings=openings, text=text)
+    made = dataclasses.replace(made, deltas=nonzero_deltas(made.deltas), openings=openings, text=text)
     notes = parts.notes(config, made)
     return Adapter(
         name=source,

@@ -29,7 +29,7 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config and --set, shared by all programs with a TOML file."""
     parser.epilog = (
-        "docs/training.md goes through it all. Examples of TOML files are in configs; every setting is explained in "
+        "See docs/training.md. Examples of TOML files are in configs. All settings are documented in "
         "idadapter_core/training/config.py, those of an evaluation in idadapter_core/evaluation/config.py."
     )
     parser.add_argument("--config", type=Path, required=True, help="the TOML file")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="change a setting of the file; may be given several times",
+        help="change a setting of the file; can be repeated",
     )
 
 
@@ -189,7 +189,7 @@ def _place(kind: type[Settings], where: Sequence[str | int]) -> tuple[str, type[
     return name, owner, here
 
 
-def decisive(config: S) -> S:
+def fixed_settings(config: S) -> S:
     """Return the configuration with the default in every setting that a resumed run may change."""
     marks = typing.get_type_hints(type(config), include_extras=True)
     default, values = type(config)(), dict[str, Any]()
@@ -198,7 +198,7 @@ def decisive(config: S) -> S:
         if any(m.when(config) for m in typing.get_args(marks[entry.name]) if isinstance(m, Changeable)):
             values[entry.name] = getattr(default, entry.name)
         elif isinstance(value, Settings):
-            values[entry.name] = decisive(value)
+            values[entry.name] = fixed_settings(value)
     found: S = dataclasses.replace(typing.cast(Any, config), **values)
     return found
 
@@ -310,7 +310,7 @@ def existing(name: str, value: str) -> Path:
         is_there = path.exists()
     except OSError as error:  # no permission to enter a parent folder
         raise ConfigError(
-            f"{name}: {value} cannot be looked at ({error.strerror}); correct the path, or the rights of its folders"
+            f"{name}: {value} cannot be read ({error.strerror}); correct the path, or the rights of its folders"
         ) from error
     if not is_there:
         where = "" if path.is_absolute() else f" (that is {path.absolute()})"

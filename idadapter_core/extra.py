@@ -53,15 +53,15 @@ def require(name: str) -> ModuleType:
 @contextlib.contextmanager
 def progress_bar(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """Context manager with a callback (done, total) that shows progress: a bar on a terminal, else a log line per minute."""
-    told = time.monotonic()
+    last_line = time.monotonic()
     with require("tqdm").tqdm(desc=name, unit=unit, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
-            nonlocal told
+            nonlocal last_line
             bar.total = total
             bar.update(done - bar.n)
-            if bar.disable and time.monotonic() - told > BETWEEN_LINES:
-                told = time.monotonic()
+            if bar.disable and time.monotonic() - last_line > BETWEEN_LINES:
+                last_line = time.monotonic()
                 sys.stderr.write(f"{name}: {done} of {total}\n")
 
         yield progress

@@ -69,11 +69,11 @@ def select_references(features: FaceFeatures, mix: Mix) -> tuple[FaceFeatures, T
         dtype=torch.float32,
         device=features.embedding.device,
     )
-    heard = [
+    positive = [
         number for number, weight in enumerate(kept.tolist()) if weight > 0
     ]  # smaller weights are below fp32's range
-    kept = kept[heard]
-    return features.pick([choice.chosen[number] for number in heard]), kept / kept.sum()
+    kept = kept[positive]
+    return features.pick([choice.chosen[number] for number in positive]), kept / kept.sum()
 
 
 def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:

@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-TURN = 0.5
+POLL_INTERVAL = 0.5
 """Polling interval in seconds."""
-PATIENCE = 1800.0
+WAIT_TIMEOUT = 1800.0
 """Seconds without data or a response of the disk after which waiting ends."""
 SHARED_MEMORY = Path("/dev/shm")
 TERMINATED = 143  # usual exit code of a program ended by SIGTERM
@@ -53,7 +53,7 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Aside:
+class WorkerThread:
     """A worker thread that runs one task at a time, while the caller waits and can give up.
 
     It is a daemon thread: a blocked task does not delay the end of the program.
@@ -64,22 +64,22 @@ class Aside:
             queue.SimpleQueue()
         )
         self._last: concurrent.futures.Future[Any] | None = None
-        _asides.add(self)
+        _workers.add(self)
         start_thread(self._work, name)
 
-    def do(self, work: Callable[[], T], look: Callable[[float], None]) -> T:
+    def run(self, work: Callable[[], T], poll: Callable[[float], None]) -> T:
         """Run `work` in the thread and return its result or raise its exception.
 
         Args:
-            look: callback every `TURN` seconds with the seconds waited so far. If it raises, waiting ends; the work continues, and
-                its result is lost.
+            poll: callback every `POLL_INTERVAL` seconds with the seconds waited so far. If it raises, waiting ends; the work
+                continues, and its result is lost.
         """
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         began = time.monotonic()
         self._last = future
         self._tasks.put((future, work))
-        while not concurrent.futures.wait([future], TURN).done:
-            look(time.monotonic() - began)
+        while not concurrent.futures.wait([future], POLL_INTERVAL).done:
+            poll(time.monotonic() - began)
         return future.result()
 
     @property
@@ -101,7 +101,7 @@ class Aside:
             del task, future, work  # otherwise the last result stays alive until the next task
 
 
-_asides: weakref.WeakSet[Aside] = weakref.WeakSet()  # each thread keeps its own object alive
+_workers: weakref.WeakSet[WorkerThread] = weakref.WeakSet()  # each thread keeps its own object alive
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
@@ -113,29 +113,29 @@ def start_thread(work: Callable[[], object], name: str) -> threading.Thread:
     return thread
 
 
-def end_threads(patience: float = 2.0) -> bool:
+def end_threads(timeout: float = 2.0) -> bool:
     """Wait at the program's end until the threads of this package are over.
 
     Python ends other threads wherever they are once it shuts down. If that is inside a library's C++ code, the process aborts
     (SIGABRT), even in a thread that only releases its last tensors.
 
     Args:
-        patience: seconds to wait. A task that its caller gave up is not waited for.
+        timeout: seconds to wait. A task that its caller gave up is not waited for.
 
     Returns:
         Whether all threads are over. If not, leave with `exit_now`.
     """
-    for aside in list(_asides):
-        if aside.is_busy:
+    for worker in list(_workers):
+        if worker.is_busy:
             return False
-        aside.close()
-    deadline = time.monotonic() + patience
+        worker.close()
+    deadline = time.monotonic() + timeout
     for thread in list(_threads):
         thread.join(max(0.0, deadline - time.monotonic()))
     return not any(thread.is_alive() for thread in _threads)
 
 
-def leave_with_parent() -> None:
+def exit_with_parent() -> None:
     """End this process when the one that started it ends, however that happens."""
     parent = multiprocessing.parent_process()
 
@@ -202,17 +202,17 @@ def exit_now(code: int) -> None:
 
 
 __all__ = [
-    "PATIENCE",
+    "POLL_INTERVAL",
     "SHARED_MEMORY",
     "TERMINATED",
-    "TURN",
-    "Aside",
+    "WAIT_TIMEOUT",
     "Terminated",
+    "WorkerThread",
     "end_threads",
     "exit_now",
+    "exit_with_parent",
     "ignore_signals",
     "kill_children",
-    "leave_with_parent",
     "memory_advice",
     "reason_of_death",
     "start_thread",

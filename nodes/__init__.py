@@ -32,7 +32,7 @@ NODES: tuple[type[io.ComfyNode], ...] = tuple(
 class IDAdapterExtension(ComfyExtension):
     async def on_load(self) -> None:
         paths.register()
-        graph.listen()
+        graph.register()
         exceptions.use_short_names()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

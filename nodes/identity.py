@@ -182,7 +182,7 @@ class SaveIdentity(io.ComfyNode):
         path = paths.folder_of(paths.IDENTITIES) / identity_file(name)
         if not path.exists():
             save_identity(identity, path)
-            _saves.done(path)
+            _save_fingerprints.record(path)
             log.info("saved identity %s", path)
             done = f"Saved as {path.name} in {path.parent}. Load Identity lists it after a refresh (R)."
         elif identical(identity, load_identity(path)):
@@ -198,10 +198,10 @@ class SaveIdentity(io.ComfyNode):
     def fingerprint_inputs(cls, name: str | None, **_: Any) -> str:
         if name is None:  # comes from another node, unknown until that ran
             return ""
-        return _saves.fingerprint(paths.folder_of(paths.IDENTITIES) / identity_file(name))
+        return _save_fingerprints.fingerprint(paths.folder_of(paths.IDENTITIES) / identity_file(name))
 
 
-class _Saves:
+class _SaveFingerprints:
     """Fingerprints for Save Identity: a missing file is always written; a file unchanged since the node wrote it is not.
 
     The fingerprint of a missing file stays valid for the file written next. Otherwise queueing the prompt again would save each new
@@ -220,12 +220,12 @@ class _Saves:
         written, fingerprint = self._done.get(path, ("", ""))
         return fingerprint if written == now else now
 
-    def done(self, path: Path) -> None:
+    def record(self, path: Path) -> None:
         if path in self._begun:
             self._done[path] = (paths.stamp(path), self._begun.pop(path))
 
 
-_saves = _Saves()
+_save_fingerprints = _SaveFingerprints()
 
 
 class LoadIdentity(io.ComfyNode):

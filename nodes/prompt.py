@@ -88,7 +88,7 @@ class IDPrompt(io.ComfyNode):
         conditioning = encode_prompt(clip, prompt, identity, token_weight, node_id_of(cls))
         messages = [info(f'Encoded: "{prompt}"')]
         if prompt != text:
-            messages.insert(0, info(_why(word, class_word, identity)))
+            messages.insert(0, info(_class_word_line(word, class_word, identity)))
         if prompt != filled:
             messages.insert(
                 1, info(f'The text had no "{IDENTIFIER}", the word of the identity, so it was added.')
@@ -98,7 +98,7 @@ class IDPrompt(io.ComfyNode):
         return io.NodeOutput(conditioning, prompt, ui=report_ui(messages, PROMPT))
 
 
-def _why(word: str, class_word: str, identity: Identity) -> str:
+def _class_word_line(word: str, class_word: str, identity: Identity) -> str:
     """Name the class word and the source of the choice."""
     if class_word != AUTO:
         return f'Class word: "{word}", as chosen.'

@@ -22,7 +22,7 @@ from idadapter_core.stable_diffusion.networks import Networks
 from idadapter_core.stable_diffusion.noise import scaled_linear
 from idadapter_core.stable_diffusion.text import TextEncoders
 from idadapter_core.stable_diffusion.vae import SCALING, Autoencoder
-from idadapter_core.training.adapters import Wanted, fresh_config, trainable
+from idadapter_core.training.adapters import AdapterRequirements, fresh_config, trainable
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.samples import Batch
@@ -151,7 +151,9 @@ def _text(case: _Case, dtype: torch.dtype) -> TextEncoders:
 def _adapter(case: _Case, base: Base) -> Any:
     """An adapter with open gates: closed ones would give most parameters no gradient."""
     settings = {"mixer_heads": 4} if case.sizes.tiny else {}
-    wanted = Wanted(METHOD, base.text.widths, _VISION[case.sizes.tiny], "", STAGE_WIDTHS, "adapter", settings)
+    wanted = AdapterRequirements(
+        METHOD, base.text.widths, _VISION[case.sizes.tiny], "", STAGE_WIDTHS, "adapter", settings
+    )
     config = fresh_config(base.unet, wanted)
     state = real.adapter_state(METHOD, config, torch.float32, device())
     return build_adapter(METHOD, config, state, "random")

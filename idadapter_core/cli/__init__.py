@@ -21,18 +21,18 @@ class Command:
 
 
 COMMANDS = {
-    "scan": Command("data", "look at every photo and write an index", is_named=True),
-    "stats": Command("data", "say what an index holds", is_named=True),
-    "dedupe": Command("data", "mark photos and people that are there twice", is_named=True),
+    "scan": Command("data", "measure every photo and write an index", is_named=True),
+    "stats": Command("data", "describe an index", is_named=True),
+    "dedupe": Command("data", "mark duplicate photos and people", is_named=True),
     "shards": Command("data", "copy the usable photos into webdataset shards", is_named=True),
-    "show": Command("data", "print the rows of an index as JSON, one a line", is_named=True),
-    "convert-index": Command("data", "write an index of the former kind as Parquet", is_named=True),
-    "cache": Command("cache", "latents and features of a run's photos, computed once"),
+    "show": Command("data", "print the rows of an index as JSON, one per line", is_named=True),
+    "convert-index": Command("data", "convert an index of an earlier version to Parquet", is_named=True),
+    "cache": Command("cache", "compute or verify the latents and features of a run's photos"),
     "train": Command("train", "train an adapter"),
-    "export": Command("export", "the file for Load ID Adapter, from a run"),
-    "evaluate": Command("evaluate", "measure adapters: likeness, prompts, variety"),
-    "convert": Command("convert", "say what a checkpoint is; convert it; write an untrained IDAdapter"),
-    "demo-world": Command("demo_world", "pictures of people who do not exist"),
+    "export": Command("export", "write a trained adapter as a file for Load ID Adapter"),
+    "evaluate": Command("evaluate", "measure adapters: identity, prompt adherence, variety"),
+    "convert": Command("convert", "describe or convert a checkpoint; write an untrained IDAdapter"),
+    "demo-world": Command("demo_world", "draw synthetic people; build the networks of their world"),
 }
 
 
@@ -58,8 +58,8 @@ def _parser() -> Parser:
         prog="python -m idadapter_core",
         usage="%(prog)s COMMAND ...",
         description="commands:\n" + "\n".join(lines),
-        epilog="Each explains itself with --help; docs/training.md goes through them, docs/demo_world.md through the last.",
+        epilog="COMMAND --help lists the options of a command. See docs/training.md, and docs/demo_world.md for demo-world.",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands above")
     return parser

@@ -1,6 +1,6 @@
-"""`python -m idadapter_core cache build|verify --config run.toml`: latents and features of a run's photos, computed once.
+"""`python -m idadapter_core cache build|verify --config run.toml`: computes the latents and features of a run's photos in advance.
 
-`build` goes on where it was cut off, and shares its work among the processes of `torchrun` or `accelerate launch`.
+`build` resumes an interrupted build, and shares its work among the processes of `torchrun` or `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -24,34 +24,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m idadapter_core cache",
         description="Build or verify the cache of a training run.",
     )
-    parser.add_argument("command", choices=("build", "verify"))
+    parser.add_argument(
+        "command", choices=("build", "verify"), help="compute missing entries, or recompute some and compare"
+    )
     add_arguments(parser)
     parser.add_argument(
-        "--count", type=int, default=64, help="entries of each kind that verify computes again (default: 64)"
+        "--count", type=int, default=64, help="entries of each kind that verify recomputes (default: 64)"
     )
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"--count must be at least 1, got {options.count}")
-    told = {
-        "build": "what is computed stays; the same command goes on with the rest",
+    messages = {
+        "build": "computed entries are kept; the same command computes the rest",
         "verify": "nothing was changed",
     }
-    return run(lambda: _run(options), interrupted=told[options.command])
+    return run(lambda: _run(options), interrupted=messages[options.command])
 
 
 def _run(options: argparse.Namespace) -> int:
     from ..training.cache import build, verify
     from ..training.parts import load_parts, require_files
     from ..training.ranks import has_accelerator
-    from ..training.watch import arrive
+    from ..training.watch import start_watch
 
     config = read_config(options.config, options.set)
     if not config.data.cache:
         raise ConfigError("data.cache is empty; name the folder of the cache there")
     require_files(config)
-    watch = arrive(set())
+    watch = start_watch(set())
     if watch is not None:  # each process computes its share independently
-        watch.close(is_settled=True)
+        watch.close(is_end_agreed=True)
     # Without `cpu`, accelerate assumes a single process on a machine without accelerators.
     state = require("accelerate").PartialState(cpu=not has_accelerator())
     parts = load_parts(config, state.device)
@@ -70,6 +72,6 @@ def _run(options: argparse.Namespace) -> int:
     )
     who = f"process {state.process_index + 1} of {state.num_processes}, " if state.num_processes > 1 else ""
     for name, count in written.items():
-        said = f"{count} entries computed" if count else "all entries were there already"
-        sys.stdout.write(f"{who}{name}: {said}\n")
+        result = f"{count} entries computed" if count else "all entries exist already"
+        sys.stdout.write(f"{who}{name}: {result}\n")
     return 0

@@ -1,5 +1,6 @@
-"""`python -m idadapter_core convert`: says what a checkpoint is, and writes it in the project's own format; or writes an untrained
-IDAdapter, the start of a training."""
+"""`python -m idadapter_core convert`: describes a checkpoint, and writes it in the project's own format; or writes an untrained IDAdapter,
+from which a training starts.
+"""
 
 from __future__ import annotations
 
@@ -53,44 +54,46 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m idadapter_core convert",
         usage="%(prog)s [options] INPUT [OUTPUT]\n       %(prog)s [options] --init PRESET OUTPUT",
-        description="Print what an adapter checkpoint is; with an output file, write it as .safetensors with its config inside. "
-        "With --init, write an untrained IDAdapter instead: the start of a training.",
+        description="Describe an adapter checkpoint; with an output file, write it as .safetensors with its config inside. "
+        "With --init, write an untrained IDAdapter instead, from which a training starts.",
     )
     parser.add_argument(
         "files",
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="INPUT, a checkpoint file or a published folder, and OUTPUT, the .safetensors file to write; with --init OUTPUT alone",
+        help="INPUT: a checkpoint file or a published folder; OUTPUT: the .safetensors file to write. With --init, only OUTPUT",
     )
-    parser.add_argument("--text-branch", type=Path, help="a second checkpoint whose text branch is added")
+    parser.add_argument("--text-branch", type=Path, help="a second checkpoint, whose text branch is added")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="keep",
-        help="precision of the written weights (default: the input's, the encoder's being fp32; fp32 with --init)",
+        help="precision of the written weights (default: that of the input, with the encoder in fp32; with --init fp32)",
     )
     parser.add_argument(
         "--recognizer",
         type=Path,
-        help="the face network's file that the adapter was (or will be) trained with: it is recorded, and any other is refused "
-        "from then on. For an IDAdapter, an .onnx file is the recogniser of a face package (w600k_r50.onnx of buffalo_l)",
+        help="file of the face recogniser that the adapter was (or will be) trained with. Its digest is recorded, and other recognisers "
+        "are refused from then on. For an IDAdapter, an .onnx file is the recogniser of a face package (w600k_r50.onnx of buffalo_l)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     new = parser.add_argument_group("a new adapter")
-    new.add_argument("--init", choices=_presets(), help="the UNet family it is for")
-    new.add_argument("--references", type=int, help="photos of a person in training, N (default: 4)")
+    new.add_argument("--init", choices=_presets(), help="UNet family of the adapter")
+    new.add_argument(
+        "--references", type=int, help="reference photos of a person in training, N (default: 4)"
+    )
     new.add_argument(
         "--tokens",
         type=int,
-        help="identity tokens kept: 0 all of them, else a learned resampling to this many (default: 0)",
+        help="number of identity tokens after a learned resampling; 0: keep all tokens (default: 0)",
     )
     new.add_argument(
         "--unconditional",
         choices=UNCONDITIONAL,
-        help="what the adapter does on negative prompts: nothing, or the tokens of zeroed features (default: skip)",
+        help="on negative prompts: skip the adapter, or use the tokens of zeroed features (default: skip)",
     )
-    new.add_argument("--seed", type=int, help="of the random weights (default: 0)")
+    new.add_argument("--seed", type=int, help="seed of the random weights (default: 0)")
     return parser
 
 

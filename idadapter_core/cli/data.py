@@ -1,4 +1,4 @@
-"""`python -m idadapter_core scan|stats|dedupe|shards|show|convert-index`: from photos to what a training reads."""
+"""`python -m idadapter_core scan|stats|dedupe|shards|show|convert-index`: prepares photos for training."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _scan(options: argparse.Namespace) -> int:
         raise ConfigError(f"--workers must be at least 0, got {options.workers}")
     ranks = ranks_of()
     if not ranks.is_first and options.index.exists() and not options.overwrite:
-        print(f"{ranks}: {options.index} is there already, nothing is left to do")
+        print(f"{ranks}: {options.index} exists already; nothing is left to do")
         return 0
     _check_output(options)
     source = list_photos(
@@ -85,7 +85,7 @@ def _scan(options: argparse.Namespace) -> int:
     if not ranks.is_first:
         with progress_bar(f"photos of {ranks}", "photo") as progress:
             scan_share(source, options.index, ranks=ranks, progress=progress, **models)
-        print(f"{ranks}: all its photos are looked at; rank 0 writes the index")
+        print(f"{ranks}: all its photos are scanned; rank 0 writes the index")
         return 0
     print(f"{len(source.photos)} photos in {source.root} (layout {source.layout})")
     for text in (describe_inventory(source.files.facts()), *source.notes):
@@ -105,16 +105,16 @@ def _scan(options: argparse.Namespace) -> int:
     return _report(index, len(source.notes), options)
 
 
-def _report(index: Index, told: int, options: argparse.Namespace) -> int:
-    """Print the result of a scan, without the first `told` notes. Returns the exit code."""
+def _report(index: Index, shown: int, options: argparse.Namespace) -> int:
+    """Print the result of a scan, without the first `shown` notes, which are printed already. Returns the exit code."""
     _print_summary(index)
-    for note in index.facts["notes"][told:]:
+    for note in index.facts["notes"][shown:]:
         print(note)
     if index.bad_share() > options.max_bad_share:
         print(f"\n{bad_photos(index)}")
         sys.stderr.write(
             f"{index.bad_share():.1%} of the photos cannot be used, more than --max-bad-share {options.max_bad_share:.1%}; see the list "
-            f"above. The index is written. Mend the photos or the limits and scan again, or allow a larger share (a training has its "
+            f"above. The index is written. Correct the photos or the limits and scan again, or allow a larger share (a training has its "
             "own limit, data.max_bad_share).\n"
         )
         return TOO_MANY_BAD
@@ -207,32 +207,32 @@ def _check_output(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m idadapter_core",
-        description="From photos to an index that a training reads.",
-        epilog="docs/datasets.md has the commands for the datasets that people use, docs/training.md what comes after.",
+        description="Make and edit an index of photos for training.",
+        epilog="See docs/datasets.md for the commands for common datasets, and docs/training.md for training.",
     )
     commands = parser.add_subparsers(required=True, metavar="scan|stats|dedupe|shards|show|convert-index")
 
     _add_scan(commands)
-    told = commands.add_parser("stats", help="say what an index holds")
-    told.set_defaults(command=_stats)
-    told.add_argument("index", type=Path)
-    told.add_argument(
-        "--references", type=int, default=4, help="N photos of a person in a sample (default: %(default)s)"
+    stats = commands.add_parser("stats", help="describe an index")
+    stats.set_defaults(command=_stats)
+    stats.add_argument("index", type=Path)
+    stats.add_argument(
+        "--references", type=int, default=4, help="reference photos in a sample, N (default: %(default)s)"
     )
     _add_dedupe(commands)
     packed = commands.add_parser("shards", help="copy the usable photos into webdataset shards")
     packed.set_defaults(command=_shards)
     packed.add_argument("index", type=Path)
-    packed.add_argument("folder", type=Path, help=f"gets the shards and {INDEX_NAME}")
-    packed.add_argument("--photos", type=int, default=1000, help="of a shard (default: %(default)s)")
+    packed.add_argument("folder", type=Path, help=f"folder for the shards and {INDEX_NAME}")
+    packed.add_argument("--photos", type=int, default=1000, help="photos per shard (default: %(default)s)")
     _add_show_and_convert(commands)
     return parser
 
 
 def _add_scan(commands: Any) -> None:
-    new = commands.add_parser("scan", help="look at every photo and write the index")
+    new = commands.add_parser("scan", help="measure every photo and write an index")
     new.set_defaults(command=_scan)
-    new.add_argument("source", help="folder, table, list or shards (patterns like 'a-{000..099}.tar' too)")
+    new.add_argument("source", help="folder, table, list or shards (also a pattern like 'a-{000..099}.tar')")
     new.add_argument("index", type=Path, help="the index to write, .parquet")
     new.add_argument(
         "--face-package", type=Path, required=True, help="folder of an insightface package (buffalo_l)"
@@ -240,31 +240,33 @@ def _add_scan(commands: Any) -> None:
     new.add_argument(
         "--recognizer",
         type=Path,
-        help="a torch IResNet whose embeddings are taken in place of the package's own recogniser",
+        help="file of a torch IResNet, whose embeddings replace those of the package's recogniser",
     )
     new.add_argument(
-        "--layout", choices=LAYOUTS, default="auto", help="how the photos lie (default: by what is there)"
+        "--layout", choices=LAYOUTS, default="auto", help="layout of the source (default: detected)"
     )
     new.add_argument(
-        "--root", type=Path, help="where names in a table or list start from (default: its folder)"
+        "--root",
+        type=Path,
+        help="folder that names in a table or list are relative to (default: its own folder)",
     )
-    new.add_argument("--captions", type=Path, help="a folder with a text file for each photo")
-    new.add_argument("--identities", type=Path, help='a file with lines "image identity"')
+    new.add_argument("--captions", type=Path, help="folder with a text file for each photo")
+    new.add_argument("--identities", type=Path, help='file with lines "image identity"')
     new.add_argument(
         "--numbered", action="store_true", help="line N of the table, from 0, belongs to N.png (FaceID-6M)"
     )
     new.add_argument(
         "--encoding",
         default="",
-        help="of captions and tables that are no UTF-8 and have no byte order mark, for example cp1251 (default: such a photo "
+        help="encoding of captions and tables that are not UTF-8 and have no byte order mark, for example cp1251 (default: such a photo "
         "cannot be used)",
     )
     new.add_argument(
         "--min-match",
         type=float,
         default=0.0,
-        help="share of the photos that --captions and --identities must each have something for (default: %(default)s, they only say "
-        "how many)",
+        help="minimum share of the photos for which --captions, and also --identities, must have an entry (default: %(default)s: the "
+        "share is only reported)",
     )
     _add_running(new)
     _add_split_and_limits(new)
@@ -275,16 +277,19 @@ def _add_running(new: argparse.ArgumentParser) -> None:
         "--provider",
         choices=("auto", *PROVIDERS),
         default="auto",
-        help="what runs the face models (default: auto, the fastest there is)",
+        help="onnxruntime provider of the face models (default: auto, the fastest available)",
     )
     new.add_argument(
         "--workers",
         type=int,
         default=min(_cores(), MAX_WORKERS),
-        help="processes; 0: all in this one (default: one per core, %(default)s here). The result is the same",
+        help="worker processes; 0: use this process (default: one per core, %(default)s here). The result does not depend on it",
     )
     new.add_argument(
-        "--max-bad-share", type=float, default=0.05, help="above it the exit code is 3 (default: %(default)s)"
+        "--max-bad-share",
+        type=float,
+        default=0.05,
+        help="share of unusable photos above which the exit code is 3 (default: %(default)s)",
     )
 
 
@@ -293,16 +298,16 @@ def _add_split_and_limits(new: argparse.ArgumentParser) -> None:
         "--test-share",
         type=float,
         default=SplitSettings.share,
-        help="share of the photos whose people are set aside for tests (default: %(default)s)",
+        help="share of the photos whose people are kept for tests (default: %(default)s)",
     )
     new.add_argument(
-        "--seed", type=int, default=SplitSettings.seed, help="of the split (default: %(default)s)"
+        "--seed", type=int, default=SplitSettings.seed, help="seed of the split (default: %(default)s)"
     )
     new.add_argument(
         "--threshold",
         type=float,
         default=SplitSettings.threshold,
-        help="cosine above which two people are one in the split (default: %(default)s)",
+        help="cosine above which two people count as one in the split (default: %(default)s)",
     )
     new.add_argument("--overwrite", action="store_true", help="replace an existing index")
     limits = new.add_argument_group("limits of a usable photo")
@@ -317,40 +322,40 @@ def _add_split_and_limits(new: argparse.ArgumentParser) -> None:
 
 
 def _add_dedupe(commands: Any) -> None:
-    single = commands.add_parser(
-        "dedupe", help="mark photos and people that are there twice; writes a new index"
-    )
+    single = commands.add_parser("dedupe", help="mark duplicate photos and people in a new index")
     single.set_defaults(command=_dedupe)
     single.add_argument("source", type=Path, metavar="index")
     single.add_argument("index", type=Path, metavar="output", help="the index to write, .parquet")
     which = single.add_mutually_exclusive_group()
     for name, text in zip(
         PEOPLE,
-        ("of people who are one, keep the largest (default)", "give their photos one identity"),
+        ("of several people who are one, keep the largest (default)", "give their photos one identity"),
         strict=True,
     ):
         which.add_argument(
             f"--{name}", dest="people", action="store_const", const=name, default=PEOPLE[0], help=text
         )
     single.add_argument(
-        "--threshold", type=float, help="cosine above which two people are one (default: the scan's)"
+        "--threshold", type=float, help="cosine above which two people count as one (default: as in the scan)"
     )
-    single.add_argument("--test-share", type=float, help="default: the scan's")
-    single.add_argument("--seed", type=int, help="of the split (default: the scan's)")
+    single.add_argument("--test-share", type=float, help="as in scan (default: as in the scan)")
+    single.add_argument("--seed", type=int, help="seed of the split (default: as in the scan)")
     single.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def _add_show_and_convert(commands: Any) -> None:
-    shown = commands.add_parser("show", help="print the rows of an index as JSON, one a line")
+    shown = commands.add_parser("show", help="print the rows of an index as JSON, one per line")
     shown.set_defaults(command=_show)
-    shown.add_argument("index", type=Path, help="also one in JSON Lines, of an earlier version")
-    shown.add_argument("--status", choices=STATUSES, help="rows of this status alone")
-    shown.add_argument("--start", type=int, default=0, help="leave out so many rows first")
-    shown.add_argument("--count", type=int, help="so many rows at most (default: all)")
-    shown.add_argument("--facts", action="store_true", help="what holds for all rows, in place of the rows")
+    shown.add_argument("index", type=Path, help="an index; also one of an earlier version, in JSON Lines")
+    shown.add_argument("--status", choices=STATUSES, help="print only rows of this status")
+    shown.add_argument("--start", type=int, default=0, help="number of rows to skip at the beginning")
+    shown.add_argument("--count", type=int, help="maximum number of rows (default: all)")
+    shown.add_argument(
+        "--facts", action="store_true", help="print the facts about the whole index instead of its rows"
+    )
 
     old = commands.add_parser(
-        "convert-index", help="write an index in JSON Lines, of an earlier version, as Parquet"
+        "convert-index", help="convert an index of an earlier version, in JSON Lines, to Parquet"
     )
     old.set_defaults(command=_convert)
     old.add_argument("source", type=Path, metavar="index")

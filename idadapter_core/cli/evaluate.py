@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(
         lambda: _evaluate(options),
         error=2,
-        interrupted="pictures stay; the same command goes on with the rest",
+        interrupted="pictures are kept; the same command draws and measures the rest",
     )
 
 
@@ -45,8 +45,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     summary, generated = evaluate(config, index, PipelineGenerator(config, index), observer)
     pictures = sum(len(row.pictures) for row in summary.rows)
     sys.stdout.write(
-        f"{pictures} pictures measured, {generated} of them generated now (pasted photos need none, people of one noun share the base "
-        "model's, and what was drawn before is kept).\n"
+        f"{pictures} pictures measured, {generated} of them generated now (pasted photos need none, people of one noun share "
+        "those of the base model, and pictures drawn before are kept).\n"
     )
     for row in summary.rows:
         found = row.metrics["id_sim"]
@@ -62,17 +62,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m idadapter_core evaluate",
-        description="Measure identity adapters: how much a person is kept, how well prompts are followed, how varied pictures are.",
+        description="Measure identity adapters: preservation of identity, prompt adherence, variety of the pictures.",
     )
     add_arguments(parser)
     parser.add_argument(
-        "--preset", metavar="NAME", help="rows of a paper's ablation: idadapter-table2 or uniid-ablation"
+        "--preset",
+        metavar="NAME",
+        help="add the rows of a paper's ablation: idadapter-table2 or uniid-ablation",
     )
     parser.add_argument(
         "--require",
         action="append",
         default=[],
         metavar="'METRIC>=VALUE'",
-        help="exit with 1 unless every adapter reaches it at every scale; 'RUN/METRIC>=VALUE' for one run; may be given several times",
+        help="exit with 1 unless every adapter meets it at every scale; 'RUN/METRIC>=VALUE' for one run; can be repeated",
     )
     return parser

@@ -1,4 +1,4 @@
-"""`python -m idadapter_core export RUN OUTPUT.safetensors`: the file that Load ID Adapter reads, from a run or a checkpoint."""
+"""`python -m idadapter_core export RUN OUTPUT.safetensors`: writes the adapter of a run or checkpoint as a file for Load ID Adapter."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
         default="auto",
-        help="trained: as the last step left them; ema: averaged over the run; auto: ema where there are some (default)",
+        help="trained: weights after the last step; ema: their moving average; auto: ema if there is one (default)",
     )
     parser.add_argument(
-        "--text-branch", type=Path, help="UniID: the run of the other branch; both become one file"
+        "--text-branch", type=Path, help="UniID: run of the text branch; one file then holds both branches"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="keep", help="precision of the weights (default: fp32, as trained)"

@@ -1,4 +1,4 @@
-"""What all programs of this package do with what goes wrong."""
+"""Common parts of all commands: options, exit codes, and messages after errors and signals."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`python -m idadapter_core train --config run.toml`: trains an adapter.
 
-The same file runs on one machine or many: `accelerate launch -m idadapter_core train --config run.toml`, or
+The same configuration runs on one machine or several: `accelerate launch -m idadapter_core train --config run.toml`, or
 `torchrun --nproc-per-node 8 -m idadapter_core train --config run.toml`.
 """
 
@@ -26,18 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--resume",
         choices=("never", "auto"),
         default="never",
-        help="auto: go on from the newest checkpoint in output.folder, if there is one (default: never)",
+        help="auto: resume from the newest checkpoint in output.folder, if there is one (default: never)",
     )
     parser.add_argument(
         "--allow-config-change",
         action="store_true",
-        help="go on although settings or data are others than when the checkpoint was written",
+        help="resume even if settings or data have changed since the checkpoint",
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     return run(
         lambda: _train(options),
-        interrupted="go on from the last checkpoint with --resume auto, if there is one",
+        interrupted="resume from the last checkpoint, if there is one, with --resume auto",
     )
 
 

@@ -28,7 +28,7 @@ _WOMEN = frozenset("woman women female females girl girls lady she her hers wife
 
 
 @dataclass(frozen=True, slots=True)
-class Photo:
+class ListedPhoto:
     """A photo before scanning: its location and its description."""
 
     source: str  # as in `Row.source`
@@ -39,7 +39,7 @@ class Photo:
     size: int = 0
     problem: str = ""  # reason why it cannot be used, even with a good face
     # False: no such file, or the row is not about a photo, for example an unreadable line.
-    is_there: bool = True
+    exists: bool = True
 
 
 def noun_of_caption(caption: str) -> str:
@@ -49,7 +49,7 @@ def noun_of_caption(caption: str) -> str:
     return "" if men == women else "man" if men else "woman"
 
 
-def with_noun(photo: Photo) -> Photo:
+def with_noun(photo: ListedPhoto) -> ListedPhoto:
     return photo if photo.class_noun else replace(photo, class_noun=noun_of_caption(photo.caption))
 
 
@@ -94,7 +94,7 @@ def plain_key(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip("\ufeff \t\r\n").casefold())
 
 
-def described(entry: Mapping[str, Any]) -> Photo:
+def described(entry: Mapping[str, Any]) -> ListedPhoto:
     """The description of a photo from an entry (normalised keys), without its location.
 
     Raises:
@@ -105,12 +105,12 @@ def described(entry: Mapping[str, Any]) -> Photo:
         raise InputError(
             f"class_noun must be one of {', '.join(CLASS_NOUNS)}, got {entry['class_noun']!r:.60}"
         )
-    said = value_of(entry, CAPTION_KEYS)
+    text = value_of(entry, CAPTION_KEYS)
     try:
-        caption = caption_of(said)
+        caption = caption_of(text)
     except InputError as error:
         raise InputError(f"its caption cannot be used: {error}") from error
-    return Photo("", value_of(entry, IDENTITY_KEYS), caption, _NOUNS.get(noun, ""))
+    return ListedPhoto("", value_of(entry, IDENTITY_KEYS), caption, _NOUNS.get(noun, ""))
 
 
 def value_of(entry: Mapping[str, Any], keys: Sequence[str], *, lenient: bool = False) -> str:

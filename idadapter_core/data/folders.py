@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Captions, folded
-from .entries import FILE_KEYS, Photo, described, value_of
+from .entries import FILE_KEYS, ListedPhoto, described, value_of
 from .inventory import HIDDEN, LINKED, NO_TABLE, TEXT_SUFFIXES, Counter, ending_of, is_photo, path_in
 from .photos import unread_suffixes
 from .tables import read_entries
@@ -65,14 +65,14 @@ class Walk:
         place = _posix(Path(os.fsdecode(error.filename or self.root)).relative_to(self.root))
         self.closed.append((place or ".", error.strerror or str(error)))
 
-    def leave_rest(self, counter: Counter) -> list[Photo]:
+    def count_rest(self, counter: Counter) -> list[ListedPhoto]:
         """Count the files and folders collected separately. Returns a row per folder that cannot be opened."""
         for name in self.hidden:
-            counter.leave(name, HIDDEN)
+            counter.add_unread(name, HIDDEN)
         for name in self.linked:
-            counter.leave(name, LINKED)
+            counter.add_unread(name, LINKED)
         return [
-            Photo(place, problem=f"the folder cannot be opened ({why})", is_there=False)
+            ListedPhoto(place, problem=f"the folder cannot be opened ({why})", exists=False)
             for place, why in self.closed
         ]
 
@@ -93,13 +93,13 @@ def _is_hidden_link(place: str, name: str) -> bool:
 
 def photos_in_folder(
     folder: Path, encoding: str, counter: Counter, output: Path | None
-) -> tuple[list[Photo], list[Photo]]:
+) -> tuple[list[ListedPhoto], list[ListedPhoto]]:
     """All photos below a folder, by path, and a row for each unreadable item that may hold photos.
 
     Identities come from metadata tables only.
     """
     walk = Walk(folder, output)
-    photos: list[Photo] = []
+    photos: list[ListedPhoto] = []
     metadata = _Metadata(folder, encoding)
     texts: dict[str, Captions] = {}
     for inside, names in walk:
@@ -107,19 +107,19 @@ def photos_in_folder(
         for name in names:
             path = path_in(inside, name)
             if is_photo(name):
-                photos.append(Photo(path))
+                photos.append(ListedPhoto(path))
             elif folded(name) in _METADATA:
                 _count_table(metadata, inside, name, counter)
             elif ending_of(name) not in TEXT_SUFFIXES:
-                counter.leave(path)
+                counter.add_unread(path)
     counter.photos += len(photos)
     photos = [_with_text(photo, texts) for photo in metadata.described(photos)]
     for inside, captions in texts.items():
         counter.texts += len(captions.used)
         for name in captions.names():
             if name not in captions.used:
-                counter.leave(path_in(inside, name))
-    rows = metadata.unplaced() + walk.leave_rest(counter)
+                counter.add_unread(path_in(inside, name))
+    rows = metadata.unplaced() + walk.count_rest(counter)
     return sorted(photos, key=lambda photo: photo.source), sorted(rows, key=lambda row: row.source)
 
 
@@ -127,10 +127,10 @@ def _count_table(metadata: _Metadata, inside: str, name: str, counter: Counter) 
     if metadata.add(inside, name):
         counter.tables += 1
     else:
-        counter.leave(path_in(inside, name), NO_TABLE)
+        counter.add_unread(path_in(inside, name), NO_TABLE)
 
 
-def folder_of(photo: Photo) -> str:
+def folder_of(photo: ListedPhoto) -> str:
     """Folder of a photo, relative to the root; "" for the root."""
     return photo.source.rpartition("/")[0]
 
@@ -154,9 +154,9 @@ class _Metadata:
     def __init__(self, root: Path, encoding: str) -> None:
         self._root = root
         self._encoding = encoding
-        self._photos: dict[str, Photo] = {}
+        self._photos: dict[str, ListedPhoto] = {}
         self._by_case: dict[str, list[str]] = {}
-        self._rows: list[Photo] = []  # for unreadable lines
+        self._rows: list[ListedPhoto] = []  # for unreadable lines
         self._met: set[str] = set()
 
     def add(self, inside: str, name: str) -> bool:
@@ -165,7 +165,7 @@ class _Metadata:
         try:
             entries = list(read_entries(path, "captions", self._encoding, needs_names=False))
         except ConfigError as error:
-            self._rows.append(Photo(path_in(inside, name), problem=str(error), is_there=False))
+            self._rows.append(ListedPhoto(path_in(inside, name), problem=str(error), exists=False))
             return True
         if not any(
             isinstance(entry, str) or any(key in entry for key in FILE_KEYS) for _, _, entry in entries
@@ -174,7 +174,7 @@ class _Metadata:
         for _, line, entry in entries:
             where = f"{path_in(inside, name)}:{line}"
             if isinstance(entry, str):
-                self._rows.append(Photo(where, problem=entry, is_there=False))
+                self._rows.append(ListedPhoto(where, problem=entry, exists=False))
             else:
                 self._take(inside, where, entry)
         return True
@@ -185,16 +185,16 @@ class _Metadata:
             if not named:
                 raise InputError("the entry names no photo")
         except InputError as error:
-            self._rows.append(Photo(where, problem=str(error), is_there=False))
+            self._rows.append(ListedPhoto(where, problem=str(error), exists=False))
             return
         source = self._source(inside, named)
         try:
             photo = replace(described(entry), source=source)
         except InputError as error:
-            photo = Photo(source, problem=f"{where}: {error}")
+            photo = ListedPhoto(source, problem=f"{where}: {error}")
         before = self._photos.get(source)
         if before is not None and before != photo:
-            photo = Photo(
+            photo = ListedPhoto(
                 source, problem=f"{where} says something else about it than an earlier line; keep one of them"
             )
         self._photos[source] = photo
@@ -210,12 +210,12 @@ class _Metadata:
         except ValueError:  # on another drive (Windows)
             return Path(path).as_posix()
 
-    def described(self, photos: Sequence[Photo]) -> list[Photo]:
+    def described(self, photos: Sequence[ListedPhoto]) -> list[ListedPhoto]:
         """Add the facts from the tables to the photos of the folder."""
         sources = {photo.source for photo in photos}
         return [self._described(photo, sources) for photo in photos]
 
-    def _described(self, photo: Photo, sources: Collection[str]) -> Photo:
+    def _described(self, photo: ListedPhoto, sources: Collection[str]) -> ListedPhoto:
         name = photo.source
         if name not in self._photos:
             # Ignore case, unless the name is exactly another photo's.
@@ -226,10 +226,10 @@ class _Metadata:
         self._met.add(name)
         return replace(self._photos[name], source=photo.source)
 
-    def unplaced(self) -> list[Photo]:
+    def unplaced(self) -> list[ListedPhoto]:
         """Rows for lines that are unreadable, or name no photo of the folder."""
         absent = [
-            replace(photo, problem=photo.problem or _absent(self._root, photo.source), is_there=False)
+            replace(photo, problem=photo.problem or _absent(self._root, photo.source), exists=False)
             for name, photo in self._photos.items()
             if name not in self._met
         ]
@@ -244,7 +244,7 @@ def _absent(root: Path, source: str) -> str:
     return "a metadata table names it, but it is no photo of this folder"
 
 
-def _with_text(photo: Photo, texts: Mapping[str, Captions]) -> Photo:
+def _with_text(photo: ListedPhoto, texts: Mapping[str, Captions]) -> ListedPhoto:
     if photo.caption or photo.problem:
         return photo
     inside, _, name = photo.source.rpartition("/")

@@ -47,7 +47,7 @@ _ADVICE = {
 
 
 @dataclass(frozen=True)
-class Unread:
+class UnreadFiles:
     """Unread files of one kind."""
 
     kind: str  # lower-case extension, or another common property
@@ -67,7 +67,7 @@ class Inventory:
     photos: int = 0
     texts: int = 0  # captions, and sample descriptions
     tables: int = 0
-    unread: tuple[Unread, ...] = ()
+    unread: tuple[UnreadFiles, ...] = ()
 
     @property
     def files(self) -> int:
@@ -93,7 +93,7 @@ class Counter:
         self._unread: dict[str, tuple[int, str]] = {}
         self._texts: dict[str, int] = {}  # unread so far, by name; a shard may hold a name twice
 
-    def leave(self, name: str, kind: str = "") -> None:
+    def add_unread(self, name: str, kind: str = "") -> None:
         """Count a file as unread, by its extension or by the given kind."""
         kind = kind or kind_of(name)
         if kind in TEXT_SUFFIXES:
@@ -117,7 +117,7 @@ class Counter:
         unread = dict(self._unread)
         for name, count in self._texts.items():
             unread[kind_of(name)] = _with(unread.get(kind_of(name)), name, count)
-        kinds = [Unread(kind, *found) for kind, found in unread.items()]
+        kinds = [UnreadFiles(kind, *found) for kind, found in unread.items()]
         kinds.sort(key=lambda kind: (not kind.advice, -kind.count, kind.kind))
         return Inventory(self.photos, self.texts, self.tables, tuple(kinds))
 
@@ -161,16 +161,16 @@ def describe_inventory(facts: Mapping[str, Any]) -> str:
     left = sum(int(kind["count"]) for kind in unread.values())
     counts = ", ".join(f"{facts[kind]} {kind}" for kind in ("photos", "texts", "tables"))
     head = f"files: {facts['files']}, of these {counts}, {left} not read"
-    kinds = [Unread(kind, int(found["count"]), str(found["first"])) for kind, found in unread.items()]
+    kinds = [UnreadFiles(kind, int(found["count"]), str(found["first"])) for kind, found in unread.items()]
     return "\n".join([head, *map(_line, kinds)])
 
 
-def describe_unread(unread: Iterable[Unread]) -> str:
+def describe_unread(unread: Iterable[UnreadFiles]) -> str:
     """Describe unread files on one line, for a message."""
     return some(f"{kind.count} {kind.kind}{f' ({kind.advice})' * bool(kind.advice)}" for kind in unread)
 
 
-def _line(kind: Unread) -> str:
+def _line(kind: UnreadFiles) -> str:
     return (
         f"  not read: {kind.count} {kind.kind} (first {kind.first}){f': {kind.advice}' * bool(kind.advice)}"
     )

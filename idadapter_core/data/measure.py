@@ -22,7 +22,7 @@ from ..faces.iresnet import EMBEDDING_WIDTH, IResNet, digest, load_iresnet
 from ..faces.pose import estimate_pose
 from ..files import file_digest
 from ..types import Face
-from .entries import Photo
+from .entries import ListedPhoto
 from .index import read_photo
 from .photos import decode_with_note
 from .rows import OK
@@ -103,7 +103,7 @@ class Models:
         return embedding
 
 
-def measure(photo: Photo, root: Path, models: Models) -> tuple[Measured, NDArray[np.float32] | None]:
+def measure(photo: ListedPhoto, root: Path, models: Models) -> tuple[Measured, NDArray[np.float32] | None]:
     """Measure a photo: its facts, and the embedding of its largest face, if any. An unreadable photo has facts, too."""
     if photo.problem:
         return Measured(status="corrupt", reason=photo.problem), None

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
-from .entries import Photo
+from .entries import ListedPhoto
 from .index import IN_SHARD
 from .measure import Measured
 from .ranks import ALONE, Ranks
@@ -55,7 +55,7 @@ class Progress:
         self,
         output: Path,
         settings: Mapping[str, Any],
-        photos: Sequence[Photo],
+        photos: Sequence[ListedPhoto],
         root: Path,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -64,7 +64,7 @@ class Progress:
         self._settings = json.loads(json.dumps(settings))
         self._root = root
         self._number: dict[_Key, int] = {}
-        self._unique: list[Photo] = []  # a photo may be listed twice
+        self._unique: list[ListedPhoto] = []  # a photo may be listed twice
         for photo in photos:
             if self._number.setdefault(_key(photo), len(self._number)) == len(self._unique):
                 self._unique.append(photo)
@@ -84,7 +84,7 @@ class Progress:
             self._end = whole
             if not whole:
                 self._write(self._settings)
-            self.look()
+            self.read_others()
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror or error}). Choose another folder for the index."
@@ -104,7 +104,7 @@ class Progress:
                 file.close()
         self._files = [None] * len(self._files)
 
-    def knows(self, photo: Photo) -> bool:
+    def knows(self, photo: ListedPhoto) -> bool:
         """Whether this photo was scanned and has not changed since."""
         return bool(self._places[self._number[_key(photo)]] >= 0)
 
@@ -117,7 +117,7 @@ class Progress:
         """Sources of some photos not scanned yet."""
         return [self._unique[number].source for number in np.flatnonzero(self._places < 0)[:4]]
 
-    def finding(self, photo: Photo) -> Finding:
+    def finding(self, photo: ListedPhoto) -> Finding:
         """The result of a scanned photo."""
         number, offset = divmod(int(self._places[self._number[_key(photo)]]), 1 << _FILE)
         file = self._files[number]
@@ -133,7 +133,7 @@ class Progress:
         embedding = None if text is None else np.frombuffer(base64.b64decode(text), "<f4").copy()
         return Measured(**facts), embedding
 
-    def add(self, photo: Photo, finding: Finding) -> None:
+    def add(self, photo: ListedPhoto, finding: Finding) -> None:
         """Save the result of a photo."""
         found, embedding = finding
         text = None if embedding is None else base64.b64encode(embedding.astype("<f4").tobytes()).decode()
@@ -147,7 +147,7 @@ class Progress:
         self._write(content)
         self._places[self._number[_key(photo)]] = self._file_number(self._own) << _FILE | place
 
-    def look(self) -> None:
+    def read_others(self) -> None:
         """Read new results of other processes and of earlier scans."""
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             if path != self._own:
@@ -168,7 +168,7 @@ class Progress:
             self._take(self._own, offset, entry)
         if reader.is_of_others:
             log.warning(
-                "%s is of other face models or of another version; all photos are looked at again", self._own
+                "%s is of other face models or of another version; all photos are scanned again", self._own
             )
         return reader.read
 
@@ -240,11 +240,11 @@ def _require_finding(entry: Any) -> None:
     base64.b64decode(entry["embedding"] or "", validate=True)
 
 
-def _key(photo: Photo) -> _Key:
+def _key(photo: ListedPhoto) -> _Key:
     return photo.source, photo.offset
 
 
-def _stamp(photo: Photo, root: Path) -> list[int]:
+def _stamp(photo: ListedPhoto, root: Path) -> list[int]:
     """Changes with the photo's file: size, modification time, and position in a shard."""
     path = root / (photo.source.rpartition(IN_SHARD)[0] if photo.offset else photo.source)
     try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import ConfigError, InputError
-from ..waiting import PATIENCE
+from ..waiting import WAIT_TIMEOUT
 
 POLL = 0.5
 """Seconds between polls for the others' progress."""
@@ -53,22 +53,22 @@ def ranks_of(environ: Mapping[str, str] = os.environ) -> Ranks:
     except (KeyError, ValueError):
         ranks = Ranks(-1, 0)
     if not 0 <= ranks.rank < ranks.world:
-        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        values = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(
-            f"RANK must be a number from 0 and below WORLD_SIZE, got {told}. Set both, as torchrun does, or none of them."
+            f"RANK must be a number from 0 and below WORLD_SIZE, got {values}. Set both, as torchrun does, or none of them."
         )
     return ranks
 
 
-def wait_for(left: Callable[[], int], say: Callable[[int], str], patience: float = PATIENCE) -> None:
+def wait_for(left: Callable[[], int], describe: Callable[[int], str], timeout: float = WAIT_TIMEOUT) -> None:
     """Wait until the other processes are done.
 
     Args:
         left: returns how many items they still have to do.
-        say: describes the remaining items for messages, given their number.
+        describe: describes the remaining items for messages, given their number.
 
     Raises:
-        InputError: no progress for `patience` seconds.
+        InputError: no progress for `timeout` seconds.
     """
     before = left()
     since = time.monotonic()
@@ -77,8 +77,8 @@ def wait_for(left: Callable[[], int], say: Callable[[int], str], patience: float
         now = left()
         if now != before:
             before, since = now, time.monotonic()
-        elif time.monotonic() - since > patience:
+        elif time.monotonic() - since > timeout:
             raise InputError(
-                f"no other process has done anything for {patience:.0f} s: {say(now)}. See why in the output of the other ranks, and give "
+                f"no other process has done anything for {timeout:.0f} s: {describe(now)}. See why in the output of the other ranks, and give "
                 "the same command to those that ended, or to all: they go on from where they were."
             )

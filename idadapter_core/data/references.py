@@ -19,7 +19,7 @@ from ..faces.features import crops_to_tensor
 from ..faces.images import Image
 from ..methods import views_read
 from ..randomness import seed_of
-from ..stable_diffusion.networks import Networks, see, see_views
+from ..stable_diffusion.networks import Networks, encode_heads, encode_views
 from ..types import Face, FaceFeatures, ViewKey
 from .index import Index
 from .people import People, photos_beside_target
@@ -30,14 +30,14 @@ _SEX = {"man": "M", "woman": "F"}
 
 
 @dataclass(frozen=True)
-class Photo:
+class PhotoVariant:
     """A photo of a person: the row unchanged (0) or one of its variants (1, 2, ...)."""
 
     row: Row
     variant: int = 0
 
 
-def photo_pictures(image: Image, photo: Photo) -> tuple[Image, Image]:
+def photo_pictures(image: Image, photo: PhotoVariant) -> tuple[Image, Image]:
     """Crop the aligned face (112, 112, 3) and the head (S, S, 3) from a photo, RGB uint8, as Extract Face Features does.
 
     Variants depend only on the photo, not on the run, so that runs can share a cache. A variant that would rotate more than half of the
@@ -72,7 +72,7 @@ def _cut_out(image: Image, points: NDArray[np.float64], row: Row) -> tuple[Image
     return align_face(image, face.landmarks), square_crop(image, face)
 
 
-def photo_tensors(image: Image, photo: Photo, preprocess: Preprocess | None) -> dict[str, Tensor]:
+def photo_tensors(image: Image, photo: PhotoVariant, preprocess: Preprocess | None) -> dict[str, Tensor]:
     """Tensors of a photo: `crops` (3, 112, 112) in -1..1 and, for CLIP vision, `heads` (3, S, S). `image` is the row's (H, W, 3)."""
     crop, head = photo_pictures(image, photo)
     tensors = {"crops": crops_to_tensor([crop])[0]}
@@ -97,7 +97,9 @@ def variants_of(rows: Rows, references: int) -> tuple[NDArray[np.uint32], NDArra
     return positions.astype(np.uint32), np.concatenate([np.zeros(len(rows)), numbers]).astype(np.uint32)
 
 
-def references_for(target: Row, person: Sequence[Row], count: int, random: torch.Generator) -> list[Photo]:
+def references_for(
+    target: Row, person: Sequence[Row], count: int, random: torch.Generator
+) -> list[PhotoVariant]:
     """Draw N reference photos of a person, in random order, without the target.
 
     If there are too few, variants of them are added. A person with a single photo gets that photo and its variants.
@@ -108,7 +110,7 @@ def references_for(target: Row, person: Sequence[Row], count: int, random: torch
     ).tolist()  # only few of many photos are looked up
     order = torch.randperm(len(others) or 1, generator=random).tolist()
     chosen = [rows[others[place]] for place in order[:count]] if others else [target]
-    return [Photo(chosen[n % len(order)], n // len(order)) for n in range(count)]
+    return [PhotoVariant(chosen[n % len(order)], n // len(order)) for n in range(count)]
 
 
 def features_of(
@@ -126,7 +128,7 @@ def features_of(
         read: calls the function that reads the photos and returns its result.
     """
     photos = read(lambda: [index.load(row) for row in rows])
-    pictures = [photo_pictures(photo, Photo(row)) for photo, row in zip(photos, rows, strict=True)]
+    pictures = [photo_pictures(photo, PhotoVariant(row)) for photo, row in zip(photos, rows, strict=True)]
     crops = crops_to_tensor([crop for crop, _ in pictures])
     faces = tuple(
         Face(
@@ -143,8 +145,10 @@ def features_of(
     seen: dict[str, Tensor] = {}
     views: dict[ViewKey, Tensor] = {}
     if networks.vision is not None:
-        views = see_views(networks.vision, views_read(), list(zip(photos, faces, strict=True)), device)
-        seen = see(networks.vision, networks.vision.preprocess([head for _, head in pictures]).to(device))
+        views = encode_views(networks.vision, views_read(), list(zip(photos, faces, strict=True)), device)
+        seen = encode_heads(
+            networks.vision, networks.vision.preprocess([head for _, head in pictures]).to(device)
+        )
     return FaceFeatures(
         embedding=embedding.cpu(),
         stages=tuple(stage.cpu() for stage in stages),

@@ -26,8 +26,8 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..faces.iresnet import EMBEDDING_WIDTH
 from ..files import StreamedTensors, read_safetensors, some
-from ..waiting import PATIENCE, ignore_signals, kill_children, leave_with_parent, reason_of_death
-from .entries import Photo
+from ..waiting import WAIT_TIMEOUT, exit_with_parent, ignore_signals, kill_children, reason_of_death
+from .entries import ListedPhoto
 from .index import Index, draft_rows, write_index
 from .measure import Limits, Measured, Models, judge, measure
 from .people import People
@@ -48,8 +48,8 @@ _NOUNS = {"M": "man", "F": "woman"}
 
 
 @dataclass(frozen=True)
-class Looker:
-    """Settings for opening the networks in a worker."""
+class ModelLoader:
+    """Opens the networks, in this process or in a worker."""
 
     root: Path
     package: Path
@@ -92,12 +92,12 @@ def scan(
         InputError: a worker process died, or the other processes make no progress.
     """
     limits = limits or Limits()
-    looker = Looker(source.root, package, recognizer, provider)
+    loader = ModelLoader(source.root, package, recognizer, provider)
     ranks = Ranks(0, world)
     with _single_thread():
-        models = looker.open()
+        models = loader.open()
         with _open_progress(output, models, source.photos, source.root, ranks) as known:
-            _look_at_share(known, source, ranks, looker, models, workers, progress)
+            _measure_share(known, source, ranks, loader, models, workers, progress)
             _wait_for_others(known, source, ranks, progress)
             index = _write(source, output, known, models, limits, split or SplitSettings())
         known.forget()
@@ -116,33 +116,33 @@ def scan_share(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Scan one process's share of the photos, for the `scan` run by rank 0. Arguments and errors as in `scan`."""
-    looker = Looker(source.root, package, recognizer, provider)
+    loader = ModelLoader(source.root, package, recognizer, provider)
     with _single_thread():
-        models = looker.open()
+        models = loader.open()
         share = ranks.share(len(source.photos))
         photos = source.photos[share.start : share.stop]
         with _open_progress(output, models, photos, source.root, ranks) as known:
-            _look_at_share(known, source, ranks, looker, models, workers, progress)
+            _measure_share(known, source, ranks, loader, models, workers, progress)
 
 
 def _open_progress(
-    output: Path, models: Models, photos: Sequence[Photo], root: Path, ranks: Ranks
+    output: Path, models: Models, photos: Sequence[ListedPhoto], root: Path, ranks: Ranks
 ) -> Progress:
     settings = {"version": _PROGRESS_VERSION, "codecs": codecs(), **models.facts()}
     # Skip photos whose text cannot be read: the text may be corrected before the next scan.
     return Progress(output, settings, [photo for photo in photos if not photo.problem], root, ranks)
 
 
-def _look_at_share(
+def _measure_share(
     known: Progress,
     source: Source,
     ranks: Ranks,
-    looker: Looker,
+    loader: ModelLoader,
     models: Models,
     workers: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Look at those photos of this process's share that have no result yet."""
+    """Measure the photos of this process's share that have no result yet."""
     share = ranks.share(len(source.photos))
     waiting = [
         photo
@@ -153,9 +153,9 @@ def _look_at_share(
     done = len(share) - len(waiting)
     before = sum(not photo.problem for photo in source.photos[share.start : share.stop]) - len(waiting)
     if before:
-        log.info("%d of %d photos were looked at before", before, len(share))
+        log.info("%d of %d photos were scanned before", before, len(share))
     progress(done, total)
-    for photo, finding in _look(waiting, looker, models, workers):
+    for photo, finding in _measure_all(waiting, loader, models, workers):
         known.add(photo, finding)
         done += 1
         progress(done, total)
@@ -165,18 +165,16 @@ def _wait_for_others(
     known: Progress, source: Source, ranks: Ranks, progress: Callable[[int, int], None]
 ) -> None:
     def left() -> int:
-        known.look()
+        known.read_others()
         progress(len(source.photos) - known.left, len(source.photos))
         return known.left
 
-    def say(count: int) -> str:
+    def describe(count: int) -> str:
         return f"{count} photos are waited for, among them {some(known.first_left())}"
 
     if known.left:
-        log.info(
-            "%s has looked at its photos and waits for the others (WORLD_SIZE is %d)", ranks, ranks.world
-        )
-        wait_for(left, say, PATIENCE)
+        log.info("%s has scanned its photos and waits for the others (WORLD_SIZE is %d)", ranks, ranks.world)
+        wait_for(left, describe, WAIT_TIMEOUT)
 
 
 def _write(
@@ -195,7 +193,7 @@ def _write(
                     found, embedding = (
                         measure(photo, source.root, models) if photo.problem else known.finding(photo)
                     )
-                    notes.take(photo, found)
+                    notes.add(photo, found)
                     file.add(
                         "embeddings", np.zeros(EMBEDDING_WIDTH, "<f4") if embedding is None else embedding
                     )
@@ -217,7 +215,7 @@ def _write(
         "limits": asdict(limits),
         "split": split_facts,
         "files": source.files.facts(),
-        "notes": [*source.notes, *notes.in_words(count)],
+        "notes": [*source.notes, *notes.lines(count)],
     }
     return write_index(output, source.root, marked, embeddings, facts)
 
@@ -251,19 +249,19 @@ class _Notes:
     def __init__(self) -> None:
         self._remarked: dict[str, tuple[int, str]] = {}  # note: number of photos, and the first one
 
-    def take(self, photo: Photo, found: Measured) -> None:
+    def add(self, photo: ListedPhoto, found: Measured) -> None:
         if found.note:
             count, first = self._remarked.get(found.note, (0, photo.source))
             self._remarked[found.note] = count + 1, first
 
-    def in_words(self, photos: int) -> list[str]:
+    def lines(self, photos: int) -> list[str]:
         return [
             f"{count} of {photos} photos: {note}; first: {first}"
             for note, (count, first) in self._remarked.items()
         ]
 
 
-def _row(number: int, photo: Photo, found: Measured, limits: Limits) -> Row:
+def _row(number: int, photo: ListedPhoto, found: Measured, limits: Limits) -> Row:
     facts: dict[str, Any] = asdict(found)
     for name in ("rival", "sex", "status", "reason", "size", "note"):
         del facts[name]
@@ -282,27 +280,27 @@ def _row(number: int, photo: Photo, found: Measured, limits: Limits) -> Row:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- who looks
+# ---------------------------------------------------------------------------------------------------- workers
 
 
-def _look(
-    photos: Sequence[Photo], looker: Looker, models: Models, workers: int
-) -> Iterator[tuple[Photo, Finding]]:
-    """Look at photos and yield each with its result, in any order."""
+def _measure_all(
+    photos: Sequence[ListedPhoto], loader: ModelLoader, models: Models, workers: int
+) -> Iterator[tuple[ListedPhoto, Finding]]:
+    """Measure photos and yield each with its result, in any order."""
     if not workers:
         for photo in photos:
-            yield photo, measure(photo, looker.root, models)
+            yield photo, measure(photo, loader.root, models)
         return
     pool = ProcessPoolExecutor(
         workers,
         # Not forked: the runtime's threads do not survive a fork.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(looker,),
+        initargs=(loader,),
     )
     others = multiprocessing.active_children()
     started: list[multiprocessing.process.BaseProcess] = []
-    pending: dict[Future[Finding], Photo] = {}
+    pending: dict[Future[Finding], ListedPhoto] = {}
     queue = iter(photos)
     try:
         while True:
@@ -310,16 +308,16 @@ def _look(
                 with (
                     _interrupts_wait()
                 ):  # a process started here would react to signals before `_start_worker` runs
-                    pending[pool.submit(_look_at, photo)] = photo
+                    pending[pool.submit(_measure_one, photo)] = photo
                 if len(pending) >= workers * _AHEAD:
                     break
             if not pending:
                 return
             started = started or [child for child in multiprocessing.active_children() if child not in others]
-            done = wait(pending, PATIENCE, FIRST_COMPLETED).done
+            done = wait(pending, WAIT_TIMEOUT, FIRST_COMPLETED).done
             if not done:
                 raise InputError(
-                    f"no photo was looked at for {PATIENCE:.0f} s: a worker is stuck at one of {_some_of(pending)}. Look at the disk that "
+                    f"no photo was scanned for {WAIT_TIMEOUT:.0f} s: a worker is stuck at one of {_some_of(pending)}. Look at the disk that "
                     "they are on, then give the same command again: it goes on from where it was."
                 )
             for future in done:
@@ -345,7 +343,7 @@ def _reason(workers: Sequence[multiprocessing.process.BaseProcess]) -> str:
     return "it left no exit code"
 
 
-def _some_of(pending: Mapping[Future[Finding], Photo]) -> str:
+def _some_of(pending: Mapping[Future[Finding], ListedPhoto]) -> str:
     return some(photo.source for photo in pending.values())
 
 
@@ -362,25 +360,25 @@ def _interrupts_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_worker: tuple[Looker, Models] | None = None
+_worker: tuple[ModelLoader, Models] | None = None
 
 
-def _start_worker(looker: Looker) -> None:
+def _start_worker(loader: ModelLoader) -> None:
     global _worker
-    leave_with_parent()  # a killed parent closes no queues; this process would wait forever
+    exit_with_parent()  # a killed parent closes no queues; this process would wait forever
     ignore_signals()
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         import cv2
 
         cv2.setNumThreads(1)
-    _worker = looker, looker.open()
+    _worker = loader, loader.open()
 
 
-def _look_at(photo: Photo) -> Finding:
+def _measure_one(photo: ListedPhoto) -> Finding:
     assert _worker is not None
-    looker, models = _worker
-    return measure(photo, looker.root, models)
+    loader, models = _worker
+    return measure(photo, loader.root, models)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ..errors import ConfigError, InputError
-from .entries import Photo, described, parse_json, with_plain_keys
+from .entries import ListedPhoto, described, parse_json, with_plain_keys
 from .folders import Walk
 from .index import IN_SHARD
 from .inventory import (
@@ -30,7 +30,7 @@ from .texts import decode_text, first_line
 
 def photos_in_shards(
     given: str, encoding: str, counter: Counter, output: Path | None
-) -> tuple[Path, list[Photo]]:
+) -> tuple[Path, list[ListedPhoto]]:
     """List the photos of a shard, of all shards below a folder, or of those that match a pattern.
 
     Returns the base folder of their sources and the photos. Files next to the shards are counted as unread.
@@ -39,7 +39,7 @@ def photos_in_shards(
         ConfigError: there is no shard, or one is compressed.
     """
     path = Path(given)
-    rest: list[Photo] = []
+    rest: list[ListedPhoto] = []
     if path.is_dir():
         root = path
         shards, rest = _shards_below(path, counter, output)
@@ -51,7 +51,7 @@ def photos_in_shards(
             raise ConfigError(
                 f"{shard}: a shard must be a .tar that is not compressed, because photos are read from its middle. Unpack it first."
             )
-    photos: list[Photo] = []
+    photos: list[ListedPhoto] = []
     for shard in shards:
         photos += _Reader(
             shard, PurePosixPath(os.path.relpath(shard, root)).as_posix(), encoding, counter
@@ -59,7 +59,9 @@ def photos_in_shards(
     return root, photos + rest
 
 
-def _shards_below(folder: Path, counter: Counter, output: Path | None) -> tuple[list[Path], list[Photo]]:
+def _shards_below(
+    folder: Path, counter: Counter, output: Path | None
+) -> tuple[list[Path], list[ListedPhoto]]:
     walk = Walk(folder, output)
     shards = []
     for inside, names in walk:
@@ -67,8 +69,8 @@ def _shards_below(folder: Path, counter: Counter, output: Path | None) -> tuple[
             if ending_of(name) == ".tar":
                 shards.append(folder / inside / name)
             else:
-                counter.leave(path_in(inside, name), OUTSIDE if is_photo(name) else "")
-    return sorted(shards), walk.leave_rest(counter)
+                counter.add_unread(path_in(inside, name), OUTSIDE if is_photo(name) else "")
+    return sorted(shards), walk.count_rest(counter)
 
 
 class _Reader:
@@ -83,19 +85,21 @@ class _Reader:
         self._seconds: set[int] = set()
         self._of_samples: set[int] = set()
 
-    def photos(self) -> Iterator[Photo]:
+    def photos(self) -> Iterator[ListedPhoto]:
         """One photo per sample, and one more row if part of the shard is unreadable."""
         found = read_shard(self._shard)
         for sample in found.samples:
             yield self._photo(sample)
         for part in found.parts:
             if part.place not in self._used:
-                self._counter.leave(f"{self._name}{IN_SHARD}{part.name}", self._kind(part, found.problem))
+                self._counter.add_unread(
+                    f"{self._name}{IN_SHARD}{part.name}", self._kind(part, found.problem)
+                )
         if not found.parts and not found.problem:
-            yield Photo(self._name, problem="the shard holds no files; get it again", is_there=False)
+            yield ListedPhoto(self._name, problem="the shard holds no files; get it again", exists=False)
         if found.problem:
             problem = f"the shard gave {len(found.samples)} whole samples, then {found.problem}"
-            yield Photo(self._name, problem=problem, is_there=False)
+            yield ListedPhoto(self._name, problem=problem, exists=False)
 
     def _kind(self, part: Part, problem: str) -> str:
         """Reason why a member was not read."""
@@ -105,23 +109,25 @@ class _Reader:
             return SECOND
         return CUT if problem and part.place not in self._of_samples else kind_of(part.name)
 
-    def _photo(self, sample: Sample) -> Photo:
+    def _photo(self, sample: Sample) -> ListedPhoto:
         source = f"{self._name}{IN_SHARD}{sample.key}"
         self._of_samples |= {part.place for part in sample.parts.values()}
         kind = next((ending for ending in _endings() if ending in sample.parts), None)
         if kind is None:
-            return Photo(source, problem=sample.problem or _no_photo(sample), is_there=False)
+            return ListedPhoto(source, problem=sample.problem or _no_photo(sample), exists=False)
         part = sample.parts[kind]
         self._seconds |= {other.place for other in sample.parts.values() if is_photo(other.name)}
         self._used.add(part.place)
         self._counter.photos += 1
-        photo = Photo(source, offset=part.offset, size=part.size, problem=sample.problem or part.problem)
+        photo = ListedPhoto(
+            source, offset=part.offset, size=part.size, problem=sample.problem or part.problem
+        )
         try:
             return photo if photo.problem else self._described(photo, kind, sample)
         except InputError as error:
             return replace(photo, problem=str(error))
 
-    def _described(self, photo: Photo, kind: str, sample: Sample) -> Photo:
+    def _described(self, photo: ListedPhoto, kind: str, sample: Sample) -> ListedPhoto:
         """Add the facts from the sample's other files to a photo. A caption file takes precedence over the JSON's caption."""
         facts = _beside(kind, sample, (".json",))
         if facts is not None:
@@ -135,7 +141,7 @@ class _Reader:
             raise InputError(f"its caption {part.name} cannot be read: {error}") from error
         return replace(photo, caption=caption or photo.caption)
 
-    def _facts(self, part: Part) -> Photo:
+    def _facts(self, part: Part) -> ListedPhoto:
         try:
             facts = parse_json(self._text(part))
             if not isinstance(facts, dict):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import replacing, write_lines
-from ..waiting import PATIENCE
+from ..waiting import WAIT_TIMEOUT
 from .index import IN_SHARD, Index, write_index
 from .photos import PHOTO_SUFFIXES, suffix
 from .ranks import Ranks, wait_for
@@ -56,7 +56,7 @@ def write_shards(
         missing.difference_update([number for number in missing if shards.is_whole(number)])
         return len(missing)
 
-    wait_for(left, lambda count: f"{count} shards of {folder} are waited for", PATIENCE)
+    wait_for(left, lambda count: f"{count} shards of {folder} are waited for", WAIT_TIMEOUT)
     facts = {**index.facts, "layout": "shards"}
     return write_index(folder / INDEX_NAME, folder, _with_places(index, shards), index.embeddings(), facts)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from ..errors import ConfigError, InputError
 from ..files import some
 from .captions import Captions, folded, stem_of
-from .entries import Photo, noun_of_caption, with_noun
+from .entries import ListedPhoto, noun_of_caption, with_noun
 from .folders import PARTS, Walk, folder_of, nested_people, photos_in_folder
 from .index import IN_SHARD
 from .inventory import (
     TEXT_SUFFIXES,
     Counter,
     Inventory,
-    Unread,
+    UnreadFiles,
     describe_unread,
     ending_of,
     is_photo,
@@ -30,7 +30,7 @@ from .sharded import photos_in_shards
 from .tables import TABLE_SUFFIXES, named_photos, read_entries, read_lines
 from .texts import check_encoding
 
-__all__ = ["LAYOUTS", "Photo", "Source", "list_photos", "noun_of_caption"]
+__all__ = ["LAYOUTS", "ListedPhoto", "Source", "list_photos", "noun_of_caption"]
 
 _PACKED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 LAYOUTS = ("auto", "folders", "captions", "list", "ip-adapter", "webdataset")
@@ -42,7 +42,7 @@ class Source:
 
     layout: str
     root: Path
-    photos: tuple[Photo, ...]
+    photos: tuple[ListedPhoto, ...]
     files: Inventory = Inventory()  # files of a folder or of shards; a table lists its photos only
     notes: tuple[str, ...] = ()  # remarks that are not errors, as whole sentences
 
@@ -96,7 +96,7 @@ def list_photos(
     else:
         source = _from_table(Path(text), chosen, root, numbered, encoding)
     if not source.photos:
-        raise ConfigError(_nothing(text, replace(source, files=counter.inventory())))
+        raise ConfigError(_no_photos_found(text, replace(source, files=counter.inventory())))
     if identities is not None:
         source = _with_identities(source, identities, encoding, min_match)
         counter.tables += counter.take_texts(source.root, [identities])
@@ -104,7 +104,7 @@ def list_photos(
         source = _with_captions(source, captions, encoding, min_match, counter)
     source = replace(source, photos=tuple(map(with_noun, source.photos)), files=counter.inventory())
     share = _Share("captions", source.photos, lambda photo: bool(photo.caption))
-    if captions is None and share.having:
+    if captions is None and share.count:
         source = _with_note(source, f"{share}")
     return source
 
@@ -131,7 +131,7 @@ def _is_table(path: Path) -> bool:
     return path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir()
 
 
-def _nothing(text: str, source: Source) -> str:
+def _no_photos_found(text: str, source: Source) -> str:
     if Path(text).is_file() and source.layout != "webdataset":
         return f"{text} names no photos. Name a table or list that does."
     beside = f" It has {describe_unread(source.files.unread)}." if source.files.unread else ""
@@ -155,7 +155,7 @@ def _layout(text: str) -> str:
         raise ConfigError(f"{text}: no such folder and no such file. Check the path.")
     if _PACKED_TAR.search(path.name):
         return "webdataset"  # its reader explains what to do
-    advice = "" if ending in TEXT_SUFFIXES else Unread(ending, 1, text).advice
+    advice = "" if ending in TEXT_SUFFIXES else UnreadFiles(ending, 1, text).advice
     raise ConfigError(
         f"{text}: neither a folder nor a file of a known kind (.tar, {', '.join(TABLE_SUFFIXES)}, .json, .txt). "
         + (
@@ -269,8 +269,8 @@ def _with_captions(source: Source, folder: Path, encoding: str, least: float, co
     texts = _Texts(folder, encoding, map(folder_of, source.photos))
     photos = tuple(texts.describe(photo, _Names.name_of(source, photo)) for photo in source.photos)
     if not texts.used():
-        there = next((photo for photo in source.photos if photo.is_there), source.photos[0])
-        first = stem_of(_Names.name_of(source, there))
+        existing = next((photo for photo in source.photos if photo.exists), source.photos[0])
+        first = stem_of(_Names.name_of(source, existing))
         raise ConfigError(
             f"{folder} has no text file for any photo, for example none that is named {first}.txt. Name another folder."
         )
@@ -300,7 +300,7 @@ class _Texts:
         self._by_case = {folded(inside): inside for inside in self._folders}
         self._mirrors = any(home and folded(home) in self._by_case for home in homes)
 
-    def describe(self, photo: Photo, name: str) -> Photo:
+    def describe(self, photo: ListedPhoto, name: str) -> ListedPhoto:
         """Add the caption to a photo, if there is one."""
         if photo.problem:
             return photo
@@ -361,7 +361,7 @@ class _Names:
                 level[key].add(photo.source)
 
     @staticmethod
-    def name_of(source: Source, photo: Photo) -> str:
+    def name_of(source: Source, photo: ListedPhoto) -> str:
         path = photo.source.rpartition(IN_SHARD)[2] if source.layout == "webdataset" else photo.source
         return path.rpartition("/")[2]
 
@@ -392,21 +392,21 @@ class _Names:
 class _Share:
     """Counts the existing photos that have something, such as a caption. Rows about missing files and bad lines do not count."""
 
-    def __init__(self, kind: str, photos: Iterable[Photo], has: Callable[[Photo], bool]) -> None:
-        there = [photo for photo in photos if photo.is_there]
-        self._without = [photo.source for photo in there if not has(photo)]
+    def __init__(self, kind: str, photos: Iterable[ListedPhoto], has: Callable[[ListedPhoto], bool]) -> None:
+        existing = [photo for photo in photos if photo.exists]
+        self._without = [photo.source for photo in existing if not has(photo)]
         self._kind = kind
-        self._total = len(there)
-        self.having = len(there) - len(self._without)
+        self._total = len(existing)
+        self.count = len(existing) - len(self._without)
 
     def __str__(self) -> str:
         """For example "captions for 1 of 3 photos; first without: 2.jpg"."""
-        text = f"{self._kind} for {self.having} of {self._total} photos"
+        text = f"{self._kind} for {self.count} of {self._total} photos"
         return f"{text}; first without: {self._without[0]}" if self._without else text
 
     def check(self, option: str, least: float) -> None:
         """Raise ConfigError if the share is smaller than `least`."""
-        if self.having < least * self._total:
+        if self.count < least * self._total:
             raise ConfigError(
                 f"{option}: {self}. At least {least:.1%} are asked for by --min-match; correct the names, or lower it."
             )

@@ -21,7 +21,7 @@ from .entries import (
     FILE_KEYS,
     IDENTITY_KEYS,
     NOUN_KEYS,
-    Photo,
+    ListedPhoto,
     described,
     is_absent,
     parse_json,
@@ -81,7 +81,7 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
 
 def named_photos(
     path: Path, root: Path, entries: Iterator[Numbered], numbered: bool, encoding: str
-) -> Iterator[Photo]:
+) -> Iterator[ListedPhoto]:
     """The photo named by each entry of a table; a missing caption is read from the file next to the photo.
 
     Raises:
@@ -91,7 +91,7 @@ def named_photos(
     has_names = False
     for number, line, entry in entries:
         if isinstance(entry, str):
-            yield Photo(f"{path.name}:{line}", problem=entry, is_there=False)
+            yield ListedPhoto(f"{path.name}:{line}", problem=entry, exists=False)
             continue
         try:
             name = f"{number}.png" if numbered else value_of(entry, FILE_KEYS)
@@ -103,7 +103,7 @@ def named_photos(
             if not _is_name(name):
                 raise InputError("the entry names a photo with half a character or a NUL in its name")
         except InputError as error:
-            yield Photo(f"{path.name}:{line}", problem=str(error), is_there=False)
+            yield ListedPhoto(f"{path.name}:{line}", problem=str(error), exists=False)
             continue
         yield _named(root, name, entry, listings)
 
@@ -116,13 +116,13 @@ def _is_name(name: str) -> bool:
         return False
 
 
-def _named(root: Path, name: str, entry: Entry, listings: Listings) -> Photo:
+def _named(root: Path, name: str, entry: Entry, listings: Listings) -> ListedPhoto:
     problem = ""
     try:
         name = listings.find(root, name)
         photo = described(entry)
     except InputError as error:
-        photo, problem = Photo(""), str(error)
+        photo, problem = ListedPhoto(""), str(error)
     found = root / name
     if not photo.caption and not problem:
         try:
@@ -131,7 +131,7 @@ def _named(root: Path, name: str, entry: Entry, listings: Listings) -> Photo:
             problem = str(error)
     inside = found.is_relative_to(root)
     source = found.relative_to(root).as_posix() if inside else found.as_posix()
-    return replace(photo, source=source, problem=problem, is_there=os.path.lexists(found))
+    return replace(photo, source=source, problem=problem, exists=os.path.lexists(found))
 
 
 def _nameless(path: Path, number: int, entry: Entry) -> str:
@@ -214,10 +214,10 @@ def _json_list(path: Path, text: str) -> Iterator[Numbered]:
 
 
 def _csv_rows(path: Path, text: str, numbered: bool, needs_names: bool) -> Iterator[Numbered]:
-    said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's declaration of the delimiter
-    body = text[said.end() :] if said else text
-    skipped = int(said is not None)
-    delimiter = said[1] if said else _delimiter(body)
+    declared = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's declaration of the delimiter
+    body = text[declared.end() :] if declared else text
+    skipped = int(declared is not None)
+    delimiter = declared[1] if declared else _delimiter(body)
     rows = _parsed_csv(path, body, delimiter, skipped, numbered)
     line, fields = next((row for row in rows if _says_something(row[1])), (0, []))
     if isinstance(fields, str):

@@ -1,4 +1,4 @@
-"""People who don't exist, drawn with numpy alone: a small world in which everything about a picture is known.
+"""Synthetic portraits of people who don't exist, rendered with numpy alone. Every property of a picture is known.
 
     pictures = render([Person.sample(seed)], [Factors.sample(numpy.random.default_rng(0))])
 

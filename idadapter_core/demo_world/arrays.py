@@ -1,5 +1,7 @@
-"""Small array functions that the parts of the renderer share. No matrix products: their last bits depend on the number
-of rows and on threads, and pictures must not."""
+"""Small array functions shared by the renderer.
+
+They use no matrix products: the last bits of those depend on the number of rows and on threads, and pictures must not.
+"""
 
 from __future__ import annotations
 
@@ -11,48 +13,48 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int32]
-Color = tuple[float, float, float]  # red, green, blue; 0..1, as on the screen unless said otherwise
+Color = tuple[float, float, float]  # red, green, blue, 0..1; display values unless noted as light
 
 
 def smoothstep(start: float, end: float, x: Floats) -> Floats:
-    """0 before `start`, 1 after `end` (or the other way round), smooth between."""
+    """Interpolate smoothly from 0 at `start` to 1 at `end`, constant outside. `start` may be the larger one."""
     t = np.clip((x - np.float32(start)) * np.float32(1.0 / (end - start)), 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def dot(a: Floats, b: Floats | Sequence[float]) -> Floats:
-    """Scalar products (..., 3) × (3) or (..., 3) -> (...)."""
+    """Dot products (...) of vectors a (..., 3) and b (3,) or (..., 3)."""
     b = np.asarray(b, np.float32)
     return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
 
 
 def normalize(vectors: Floats) -> Floats:
-    """Vectors (..., 3) of length 1."""
+    """Scale vectors (..., 3) to length 1."""
     return vectors / (np.sqrt(dot(vectors, vectors)) + np.float32(1e-8))[..., None]
 
 
 def rotate(points: Floats, matrix: Floats) -> Floats:
-    """Points (..., 3) turned by a matrix (3, 3)."""
+    """Multiply points (..., 3) by a rotation matrix (3, 3)."""
     return np.stack([dot(points, row) for row in matrix], -1)
 
 
 def unit(x: float, y: float, z: float) -> Floats:
-    """A direction of length 1."""
+    """The unit vector (3,) in the direction (x, y, z)."""
     return normalize(np.array([x, y, z], np.float32))
 
 
-def settled(values: Floats) -> Floats:
-    """Values without the last bits of sines and powers, in which platforms differ."""
+def rounded(values: Floats) -> Floats:
+    """Round to 5 decimals, which drops the last bits of sines and powers: they differ between platforms."""
     return np.round(values.astype(np.float64), 5).astype(np.float32)
 
 
 def column(values: Floats) -> Floats:
-    """(M) -> (M, 1), to multiply colours."""
+    """Reshape (M,) to (M, 1), for products with colours (M, 3)."""
     return values[:, None]
 
 
 def power(x: Floats, exponent: int) -> Floats:
-    """x to a power of two, by squaring: the same bits everywhere."""
+    """Raise x to an exponent that is a power of two, by repeated squaring: the same bits on every platform."""
     assert exponent & (exponent - 1) == 0
     while exponent > 1:
         x = x * x
@@ -61,24 +63,24 @@ def power(x: Floats, exponent: int) -> Floats:
 
 
 def mix(a: Floats, b: Floats | Sequence[float], share: Floats | float) -> Floats:
-    """`share` of b and the rest of a."""
+    """Interpolate linearly from a (share 0) to b (share 1)."""
     return a + (np.asarray(b, np.float32) - a) * np.asarray(share, np.float32)
 
 
 def linear(color: Floats | Sequence[float]) -> Floats:
-    """Light of a colour on the screen. The screen's curve is taken as a square: exact on every platform."""
+    """Convert display values to linear light. The display curve is taken as a square, which is exact on every platform."""
     values = np.asarray(color, np.float32)
     return values * values
 
 
 def screen(light: Floats) -> Floats:
-    """The inverse of `linear`, with highlights bent softly below 1."""
+    """Convert linear light to display values, 0..1: the inverse of `linear`, with compressed highlights."""
     light = np.clip(light, 0, None)
     return np.sqrt(np.clip(light * (1 + light * np.float32(0.10)) / (1 + light * np.float32(0.30)), 0, 1))
 
 
 def normals(vertices: Floats, triangles: Ints) -> Floats:
-    """Directions (..., V, 3) that the surface faces, of meshes (..., V, 3) that share triangles."""
+    """Vertex normals (..., V, 3), of length 1, of meshes (..., V, 3) that share triangles (T, 3)."""
     meshes = vertices.reshape(-1, *vertices.shape[-2:])
     sides = np.stack([_summed_normals(mesh, triangles) for mesh in meshes])
     return normalize(sides).reshape(vertices.shape)
@@ -99,7 +101,7 @@ def _summed_normals(mesh: Floats, triangles: Ints) -> Floats:
 
 
 def blur(image: Floats, sigma: float) -> Floats:
-    """Gaussian blur over the first two axes of (H, W) or (H, W, C); the border is repeated."""
+    """Gaussian blur of an image (H, W) or (H, W, C); `sigma` in pixels. Pixels of the border are repeated outwards."""
     reach = max(1, round(2.5 * sigma))
     offsets = np.arange(-reach, reach + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
@@ -110,14 +112,14 @@ def blur(image: Floats, sigma: float) -> Floats:
 
 
 def smear(image: Floats, sigma: float, axis: int) -> Floats:
-    """Gaussian blur along one axis, which goes round."""
+    """Gaussian blur along one axis, which is periodic; `sigma` in pixels."""
     reach = max(1, round(2.5 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     return _slide(image, (kernel / kernel.sum()).astype(np.float32), axis, "wrap")
 
 
 def box_mean(image: Floats, width: int) -> Floats:
-    """Mean of squares of an odd width around each pixel; the border is repeated."""
+    """Mean of the square of odd side `width` around each pixel. Pixels of the border are repeated outwards."""
     kernel = np.full(width, 1 / width, np.float32)
     return _slide(_slide(image, kernel, 0, "edge"), kernel, 1, "edge")
 
@@ -136,7 +138,7 @@ def _slide(image: Floats, kernel: Floats, axis: int, border: str) -> Floats:
 
 
 def slope(image: Floats) -> Floats:
-    """How steep an image (H, W) is, by Sobel's two filters."""
+    """Gradient magnitude (H, W) of an image (H, W), by Sobel filters."""
     p = np.pad(image, 1, mode="edge")
     across = p[:-2, 2:] - p[:-2, :-2] + 2 * (p[1:-1, 2:] - p[1:-1, :-2]) + p[2:, 2:] - p[2:, :-2]
     down = p[2:, :-2] - p[:-2, :-2] + 2 * (p[2:, 1:-1] - p[:-2, 1:-1]) + p[2:, 2:] - p[:-2, 2:]
@@ -144,7 +146,7 @@ def slope(image: Floats) -> Floats:
 
 
 def reduce(image: Floats, factor: int) -> Floats:
-    """Means of squares of `factor` pixels."""
+    """Downscale an image (H, W) or (H, W, C) by an integer: each pixel is the mean of `factor` × `factor` pixels."""
     height, width = image.shape[0] // factor, image.shape[1] // factor
     parts = [image[i::factor, k::factor] for i in range(factor) for k in range(factor)]
     total = np.zeros((height, width, *image.shape[2:]), np.float32)

@@ -1,8 +1,9 @@
-"""The autoencoder: a picture to an eighth of its sides, and back.
+"""The autoencoder: encodes a picture to latents of an eighth of its side, and decodes them.
 
-Its file has the form of the tiny autoencoders that ComfyUI loads (TAESD: 64 channels everywhere, three blocks a level). Such a network is too
-slow to be trained on a CPU. So most of it is left out while it learns: the larger a level's pictures, the fewer channels and blocks it has. In the file
-the missing channels are zeros. A block of zeros passes on what it gets, as long as that is not negative, so both compute the same.
+Its file has the layout of the tiny autoencoders that ComfyUI loads (TAESD: 64 channels at every level, three blocks per level). A network
+of that size is too slow to train on a CPU, so the trained one is smaller: the higher a level's resolution, the fewer channels and blocks
+it has. In the file the missing channels and blocks are zeros. A block of zeros is the identity for inputs that are not negative, so both
+networks compute the same.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from ..errors import CheckpointError
 from ..files import read_tensors, write_safetensors
 
 METADATA_KEY = "demo_world.autoencoder"
-FULL_WIDTH, FULL_BLOCKS = 64, (1, 3, 3, 3)  # of the file's form
+FULL_WIDTH, FULL_BLOCKS = 64, (1, 3, 3, 3)  # of the file's layout
 FACTOR = 8
 SCALING = 0.18215  # Stable Diffusion 1's
-_ENCODER_CONVS = (0, 2, 6, 10)  # where the file has the convolution that leads into a level; then its blocks
+_ENCODER_CONVS = (0, 2, 6, 10)  # each level's first convolution in the file; its blocks follow
 _DECODER_CONVS = (17, 12, 7, 1)
 _DECODER_BLOCKS = (18, 13, 8, 3)
 _ENCODER_LAST, _DECODER_LAST = 14, 19
@@ -31,7 +32,7 @@ _ENCODER_LAST, _DECODER_LAST = 14, 19
 
 @dataclass(frozen=True)
 class Shape:
-    """Levels from the picture's own size down to an eighth of it."""
+    """Size of the trained network, by level: full resolution, 1/2, 1/4 and 1/8."""
 
     latent_channels: int = 12
     widths: tuple[int, ...] = (16, 32, 64, 64)
@@ -51,7 +52,7 @@ class _Block(nn.Module):
         )
         with torch.no_grad():
             for weight in self.conv[4].parameters():
-                weight.mul_(0.1)  # many blocks in a row begin as little more than nothing
+                weight.mul_(0.1)  # a chain of blocks starts close to the identity
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.conv(x))
@@ -62,13 +63,13 @@ def _blocks(width: int, count: int) -> nn.Sequential:
 
 
 def _level(hidden: Tensor, blocks: nn.Module) -> Tensor:
-    """What a level's blocks make of what is led into it. Where there are none, the file's blocks of zeros still cut off below 0."""
+    """Apply the blocks of a level. Without any, apply the ReLU that remains of the blocks of zeros in the file."""
     result: Tensor = blocks(hidden) if len(list(blocks.children())) else F.relu(hidden)
     return result
 
 
 class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) in 0..1 to latents (B, C, H/8, W/8)."""
+    """Maps pictures (B, 3, H, W) in 0..1 to latents (B, C, H/8, W/8)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w), of about -3..3, to pictures (B, 3, 8h, 8w) of about 0..1."""
+    """Maps latents (B, C, h, w), of about -3..3, to pictures (B, 3, 8h, 8w) of about 0..1."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Both ways. Pictures are RGB in -1..1."""
+    """Encoder and decoder for RGB pictures in -1..1."""
 
     def __init__(self, shape: Shape | None = None) -> None:
         super().__init__()
@@ -127,13 +128,16 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = Encoder(self.shape), Decoder(self.shape)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), with sides that 8 divides, to latents (B, C, H/8, W/8) of a deviation
-        near 1 in each channel."""
+        """Encode pictures (B, 3, H, W), RGB in -1..1 with sides divisible by 8.
+
+        Returns:
+            Latents (B, C, H/8, W/8) with a standard deviation near 1 in each channel.
+        """
         latents: Tensor = self.encoder(pictures * 0.5 + 0.5)
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to pictures (B, 3, 8h, 8w), which may reach a little beyond -1..1."""
+        """Decode latents (B, C, h, w) to RGB pictures (B, 3, 8h, 8w), whose values may slightly exceed -1..1."""
         pictures: Tensor = self.decoder(latents)
         return pictures * 2 - 1
 
@@ -144,7 +148,7 @@ class Autoencoder(nn.Module):
 def save_autoencoder(net: Autoencoder, path: Path) -> None:
     """Write the file that ComfyUI loads as a VAE, in half precision.
 
-    As with every VAE of Stable Diffusion 1, what it calls latents are ours divided by `SCALING`, which the diffusion model undoes.
+    As with every VAE of Stable Diffusion 1, the file's latents are ours divided by `SCALING`; the diffusion model multiplies them again.
     """
     state: dict[str, Tensor] = {"vae_scale": torch.tensor(SCALING), "vae_shift": torch.zeros(())}
     for name, source in _names(net.shape).items():
@@ -153,7 +157,7 @@ def save_autoencoder(net: Autoencoder, path: Path) -> None:
 
 
 def load_autoencoder(path: Path) -> Autoencoder:
-    """The network without its zeros, in float32 and eval mode.
+    """Load the network without the padding of zeros, in float32 and eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind.
@@ -173,13 +177,13 @@ def load_autoencoder(path: Path) -> Autoencoder:
         net.load_state_dict(cut)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path.name} is no autoencoder of the demo world; get the file again."
+            f"{path.name} is not an autoencoder of the demo world; get the file again."
         ) from error
     return net.eval().requires_grad_(False)
 
 
 def _names(shape: Shape) -> Mapping[str, str]:
-    """The file's names of all weights, and ours; a name of a block that we lack points to nothing."""
+    """Map the file's weight names to ours. Names of blocks that the trained network lacks map to names that it does not have."""
     names: dict[str, str] = {}
 
     def both(theirs: str, ours: str, bias: bool = True) -> None:
@@ -204,7 +208,7 @@ def _names(shape: Shape) -> Mapping[str, str]:
 
 
 def _padded(name: str, value: Tensor | None, shape: Shape) -> Tensor:
-    """A weight in the size that the file's form has, with zeros for what we lack."""
+    """Pad a weight with zeros to its size in the file; None: zeros only."""
     outside = inside = FULL_WIDTH
     if name.startswith("taesd_encoder.0."):
         inside = 3

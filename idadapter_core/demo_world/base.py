@@ -1,7 +1,7 @@
-"""The base model: a small latent diffusion model of Stable Diffusion 1's form that knows the demo world's people.
+"""The base model: a small latent diffusion model with Stable Diffusion 1's structure, trained on the demo world's pictures.
 
-A UNet and a CLIP text encoder of diffusers and transformers, whose names of weights are kept in the file; it predicts v on Stable
-Diffusion's noise levels. Needs the packages of the `train` extra.
+It consists of diffusers' UNet and transformers' CLIP text encoder, whose weight names the file keeps. It predicts v with Stable Diffusion's
+noise schedule. Needs the packages of the `train` extra.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS = 128, 3, 4
 UNET_WIDTHS = (64, 128)
 UNET_HEADS = 4
 KIND = "base model"
-TABLE = "embeddings.token_embedding.weight"  # of the text encoder
-_MODEL = "text_model."  # which some releases of transformers put before all names of a text encoder
+TABLE = "embeddings.token_embedding.weight"  # the text encoder's embedding table
+_MODEL = "text_model."  # prefix of a text encoder's weight names in some releases of transformers
 
 
 def unet_config() -> dict[str, Any]:
-    """diffusers' configuration of the UNet."""
+    """Configuration of the UNet, for diffusers."""
     return {
         "sample_size": LATENT_SIDE,
         "in_channels": LATENT_CHANNELS,
@@ -46,7 +46,7 @@ def unet_config() -> dict[str, Any]:
 
 
 def text_config(vocabulary: int) -> dict[str, Any]:
-    """transformers' configuration of the text encoder."""
+    """Configuration of the text encoder with `vocabulary` embedding rows, for transformers."""
     return {
         "vocab_size": vocabulary,
         "hidden_size": TEXT_WIDTH,
@@ -69,7 +69,7 @@ def new_text_encoder() -> Any:
 
 
 class BaseModel(nn.Module):
-    """UNet and text encoder. The text encoder reads rows of the small table (see `Words`)."""
+    """UNet and text encoder. The token ids of the text encoder are rows of a small embedding table (see `Words`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,18 +79,18 @@ class BaseModel(nn.Module):
         self.text = new_text_encoder()
 
     def states(self, rows: Tensor) -> Tensor:
-        """Text states (B, 77, D) of rows (B, 77)."""
+        """Encode rows (B, 77) to text states (B, 77, D)."""
         states: Tensor = self.text(input_ids=rows).last_hidden_state
         return states
 
     def forward(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        """The predicted v (B, C, 16, 16) of noisy latents at timesteps (B)."""
+        """Predict v (B, C, 16, 16) of noisy latents (B, C, 16, 16) at timesteps (B,), with text states (B, 77, D)."""
         prediction: Tensor = self.unet(noisy, timesteps, encoder_hidden_states=states).sample
         return prediction
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], *, seed: int, steps: int = 20, guidance: float = 3.0) -> Tensor:
-        """Latents (B, C, 16, 16) of pictures of prompts, by Euler's method. A picture depends on its own prompt, place and the seed."""
+        """Sample latents (B, C, 16, 16) for B prompts by Euler's method. A sample depends only on its prompt, its index and the seed."""
         rows = torch.tensor([words().rows(text) for text in (*prompts, "")])
         states = self.states(rows)
         wanted, nothing = states[:-1], states[-1:].expand(len(prompts), -1, -1)
@@ -124,7 +124,7 @@ def save_base(base: BaseModel, path: Path) -> None:
 
 
 def load_base(path: Path) -> BaseModel:
-    """The base model in float32 and eval mode.
+    """Load the base model, in float32 and eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another model.

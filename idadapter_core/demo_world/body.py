@@ -1,4 +1,4 @@
-"""Skin, clothes, eyes and the inside of the mouth."""
+"""Paints skin, clothes, eyes and the inside of the mouth."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .skin import SkinMap, skin_map
 IRIS = 0.077  # decimetres of the template
 PUPIL = 0.032
 NECK = 6.6  # height of the template below which the plain skin is used beside the face
-LIPS = {"woman": (0.92, 0.60, 0.58), "man": (0.90, 0.70, 0.67)}  # of the light of the skin
+LIPS = {"woman": (0.92, 0.60, 0.58), "man": (0.90, 0.70, 0.67)}  # relative to the light of the skin
 MOUTH_COLOR = (0.30, 0.11, 0.10)
 GUM_COLOR, TEETH_COLOR = (0.66, 0.30, 0.30), (0.92, 0.89, 0.83)
-MOUTH_DEEP, MOUTH_FRONT = 1.0, 1.42  # z of the template between which the inside of the mouth gets lighter
+MOUTH_DEEP, MOUTH_FRONT = 1.0, 1.42  # template z between which the inside of the mouth gets lighter
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _mouth() -> Ints:
 
 @functools.cache
 def _attributes() -> Floats:
-    """What the surface is made of, by vertex (V, 6): canonical place, openness, lips, inside of the mouth."""
+    """Vertex attributes (V, 6) of the surface: canonical coordinates (3), openness, lips, inside of the mouth."""
     head = load_head()
     inside = (head.mouth > 0.5) & (head.template[:, 1] > 6.2)
     return np.concatenate(
@@ -43,7 +43,7 @@ def _attributes() -> Floats:
 
 
 def draw_body(shot: Shot) -> None:
-    """Paint skin, clothes and eyes, then what an open mouth shows, then the lashes."""
+    """Paint skin, clothes and eyes, then teeth and tongue in an open mouth, then the lashes."""
     head = shot.head
     triangles = head.surface[shot.mesh[head.surface][:, :, 1].max(1) > -3.2]
     seen = shot.draw(shot.mesh, triangles, cull=True)
@@ -65,7 +65,7 @@ def draw_body(shot: Shot) -> None:
         (0.055 + 0.14 * lip * (0.5 + shot.person.look.lipstick)) * rough * (1 - hollow),
     )
     light = shot.lighting.surface(albedo, normal, points, shade, gloss, wrap=SKIN_WRAP)
-    _look_with_eyes(shot, light, part, place, normal, points, openness)
+    _paint_eyes(shot, light, part, place, normal, points, openness)
     kind = np.where(part == EYE, kinds.EYEBALL, np.where(clothed, kinds.CLOTHES, kinds.FACE)).astype(np.uint8)
     shot.canvas.paint(seen, light, kind)
     _open_mouth(shot, seen.pixel[inside > 0.45])
@@ -73,7 +73,7 @@ def draw_body(shot: Shot) -> None:
 
 
 def _skin_albedo(shot: Shot, skin: SkinMap, place: Floats, lips: Floats) -> tuple[Floats, Floats]:
-    """Light (M, 3) of the skin, and how much lip there is (M)."""
+    """Return the albedo (M, 3) of the skin, in linear light, and the share of lip (M,), 0..1."""
     look, base = shot.person.look, skin.base
     albedo = skin(place)
     x, y, z = np.abs(place[:, 0]), place[:, 1], place[:, 2]
@@ -89,14 +89,14 @@ def _skin_albedo(shot: Shot, skin: SkinMap, place: Floats, lips: Floats) -> tupl
 
 
 def _cloth_albedo(shot: Shot, place: Floats) -> Floats:
-    """Light (M, 3) of the clothes: a weave, and a darker seam at the collar."""
+    """Return the albedo (M, 3) of the clothes, in linear light: a weave, and a darker seam at the collar."""
     color = np.array(CLOTHES[shot.factors.clothes], np.float32)
     weave = 0.94 + 0.12 * look_up(grain(), place[:, 0] * 2, place[:, 1] * 2)
     seam = smoothstep(-0.09, -0.07, above_neckline(place, shot.factors.collar))
     return linear(color * column(weave * (1 - 0.22 * seam)))
 
 
-def _look_with_eyes(
+def _paint_eyes(
     shot: Shot,
     light: Floats,
     part: np.ndarray,
@@ -105,7 +105,7 @@ def _look_with_eyes(
     points: Floats,
     openness: Floats,
 ) -> None:
-    """Paint the eyeballs into the light (M, 3) of the surface."""
+    """Paint the eyeballs into the light (M, 3) of the surface, in place."""
     color = np.array(EYE_COLORS[shot.person.look.eyes], np.float32)
     for k, center in enumerate(shot.head.eye_centers):
         eye = np.flatnonzero((part == EYE) & ((place[:, 0] > 0) == (k == 0)))
@@ -130,7 +130,7 @@ def _look_with_eyes(
 
 
 def _open_mouth(shot: Shot, gap: np.ndarray) -> None:
-    """Teeth and tongue, only where the inside of the mouth is seen."""
+    """Paint teeth and tongue at the samples `gap` (K,), where the inside of the mouth is visible."""
     if not len(gap):
         return
     seen = shot.draw(shot.mesh, _mouth(), cull=True)
@@ -145,7 +145,7 @@ def _open_mouth(shot: Shot, gap: np.ndarray) -> None:
     light = shot.lighting.surface(albedo, normal, points, 0.25 + 0.65 * front, 0.04, shadows=False)
     beside = smoothstep(
         0.12, 0.28, np.abs(place[:, 0])
-    )  # the lip's shadow lies on the lower row, the cheek's on its sides
+    )  # the lip shades the lower row, the cheeks shade its sides
     row = np.where(kind == LOWER_TEETH, 0.5 - 0.4 * beside, 1)
     light = light * column((0.3 + 0.55 * front) * row)
     alpha = np.where(hole[seen.pixel], np.float32(1), np.float32(0))

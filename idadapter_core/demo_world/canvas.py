@@ -1,4 +1,4 @@
-"""A picture that surfaces are painted on, nearest in front."""
+"""A picture with a depth buffer, on which surfaces are painted."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import numpy.typing as npt
 from .arrays import Floats, mix
 from .raster import EMPTY, Fragments
 
-# What is in front at a sample; lines of drawn styles run where it changes.
+# Kinds of the front surface at a sample. Drawn styles put lines where the kind changes.
 NOTHING, FACE, CLOTHES, EYEBALL, MOUTH, LASH, HAIR, BEARD, GLASSES, HAT, SCARF = range(11)
 
-FAINT = 0.02  # opacity that nobody sees
+FAINT = 0.02  # opacity too low to be visible
 
 
 @dataclass(eq=False)
 class Canvas:
+    """The samples of a square picture in linear light, row by row."""
+
     size: int
     light: Floats  # (size * size, 3)
     depth: Floats  # (size * size)
@@ -26,7 +28,7 @@ class Canvas:
 
     @classmethod
     def over(cls, background: Floats) -> Canvas:
-        """A canvas on a background (size, size, 3) of light."""
+        """Make a canvas that shows a background (size, size, 3) in linear light."""
         size = len(background)
         light = background.reshape(-1, 3).astype(np.float32).copy()
         return cls(
@@ -38,7 +40,7 @@ class Canvas:
         )
 
     def visible(self, fragments: Fragments, lift: float = 0.0) -> npt.NDArray[np.bool_]:
-        """Fragments (M) in front of what is there, seen `lift` decimetres nearer than they are."""
+        """Mask (M,) of the fragments that are in front of the canvas after moving them `lift` decimetres towards the camera."""
         return fragments.depth + np.float32(lift) > self.depth[fragments.pixel]
 
     def paint(
@@ -50,12 +52,13 @@ class Canvas:
         lift: float = 0.0,
         hides: float = 0.5,
     ) -> None:
-        """Lay colours (M, 3) of light over the canvas where they are in front.
+        """Blend colours (M, 3), in linear light, over the canvas where the fragments are visible.
 
         Args:
-            kind: one of the constants, or one per fragment.
-            alpha: opacity (M) of 0..1; what is more than half opaque counts as in front.
-            hides: opacity above which it hides what is painted later and lies behind.
+            kind: one of the constants, or one per fragment (M,). Fragments with an opacity above 0.5 set the kind of their sample.
+            alpha: opacity (M,), 0..1; None: opaque.
+            lift: decimetres by which the fragments are moved towards the camera.
+            hides: opacity above which a fragment hides surfaces that are behind it and painted later.
         """
         shown = self.visible(fragments, lift)
         if alpha is None:

@@ -1,4 +1,4 @@
-"""Sentences about pictures, in varied wording, and the words behind them."""
+"""Captions of pictures in varied wording, and their vocabulary."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..errors import InputError
 from .factors import Factors
 from .identity import Person
 
-SEED_TAG = 1_209  # as for people
+SEED_TAG = 1_209  # separates this random stream, as in identity.py
 FACTORS = ("style", "expression", "direction", "clothes", "accessory", "background")
 
-# Alternatives of each class; "{noun}" is who is seen, "{color}" the colour of the clothes. Words of one class name no other one.
+# Phrases of each class: "{noun}" stands for the person, "{color}" for the colour of the clothes. No phrase fits two classes.
 STYLE_WORDS: Mapping[str, Sequence[str]] = {
     "photo": ("a photo of {noun}", "a portrait photo of {noun}", "a photograph of {noun}"),
     "sketch": ("a pencil sketch of {noun}", "a pencil drawing of {noun}", "a sketch of {noun}"),
@@ -61,7 +61,7 @@ BACKGROUND_WORDS: Mapping[str, Sequence[str]] = {
     "sunset": ("at sunset", "in front of a sunset", "with a sunset behind"),
 }
 
-# Phrases that begin with one of these may follow without a comma, as long as there was none before.
+# Phrases that begin with one of these words may follow without a comma if the text has no comma yet.
 LINKS = (
     "with", "in", "at", "on", "before", "against", "among", "wearing", "dressed", "looking", "facing", "turned", "smiling", "laughing",
 )  # fmt: skip
@@ -75,20 +75,19 @@ def caption(
     word: str | None = None,
     wording: int | None = None,
 ) -> str:
-    """A sentence that says who is seen and names each factor once.
+    """Return a caption that names the person and each factor once.
 
     Args:
-        mention: the factors to name, of `FACTORS`; a style that is not named becomes "a picture of". Without an accessory there is none
-            to name.
-        word: an identity word to put before the noun, such as "sks".
-        wording: a seed; another one says the same in other words. Without it the factors' own seed is taken.
+        mention: the factors to name, of `FACTORS`. Without "style" the caption begins with "a picture of". The accessory "none" has no words.
+        word: identity word to put before the noun, such as "sks".
+        wording: seed of the choice of phrases and their order; None: the factors' own seed.
 
     Raises:
-        InputError: a factor to mention does not exist.
+        InputError: `mention` has an unknown factor.
     """
     if unknown := set(mention) - set(FACTORS):
         raise InputError(
-            f"captions know no factor {sorted(unknown)[0]!r}; choose from: {', '.join(FACTORS)}."
+            f"captions have no factor {sorted(unknown)[0]!r}; choose from: {', '.join(FACTORS)}."
         )
     rng = np.random.default_rng([SEED_TAG, factors.seed if wording is None else wording])
     parts = {name: _pick(rng, words) for name, words in _alternatives(factors).items()}
@@ -98,16 +97,16 @@ def caption(
         style = "a picture of {noun}"
     noun = _with_article(f"{word} {person.sex}" if word else person.sex)
     ordered = [name for _, name in sorted(zip(order, parts, strict=True))]
-    said = [parts[name] for name in ordered if name in mention and parts[name]]
+    phrases = [parts[name] for name in ordered if name in mention and parts[name]]
     text = style.format(noun=noun)
-    for phrase in said:
+    for phrase in phrases:
         flows = phrase.split()[0] in LINKS and "," not in text and rng.random() < 0.6
         text += f" {phrase}" if flows else f", {phrase}"
     return text
 
 
 def words_of(factor: str, value: str) -> tuple[str, ...]:
-    """All the ways in which a caption may name a class of a factor."""
+    """Return all phrases with which a caption may name a class of a factor."""
     table: Mapping[str, Sequence[str]] = {
         "style": STYLE_WORDS, "expression": EXPRESSION_WORDS, "direction": DIRECTION_WORDS, "accessory": ACCESSORY_WORDS,
         "background": BACKGROUND_WORDS,
@@ -118,7 +117,7 @@ def words_of(factor: str, value: str) -> tuple[str, ...]:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that captions are made of, sorted."""
+    """Return all words of captions, sorted."""
     from .factors import CLOTHES
     from .identity import SEXES
 

@@ -1,4 +1,4 @@
-"""What changes from picture to picture of a person."""
+"""Factors: the properties that may differ between pictures of the same person."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CLOTHES: Mapping[str, Color] = {
     "black": (0.11, 0.11, 0.12),
 }
 
-# Muscles of each expression, by the names of ARKit without their side. An expression shows in the mouth and in the
-# brows or eyes at once, so that it is read at 128 pixels and behind sunglasses.
+# Facial actions of each expression, by ARKit's names without their side. Each expression changes the mouth and also brows or
+# eyes, so that it is recognisable at 128 pixels and behind sunglasses.
 EXPRESSIONS: Mapping[str, Mapping[str, float]] = {
     "neutral": {"mouthSmile": 0.08},
     "smiling": {
@@ -53,10 +53,10 @@ EXPRESSIONS: Mapping[str, Mapping[str, float]] = {
 
 YAW_OF: Mapping[str, float] = {"left": -26, "ahead": 0, "right": 26}  # degrees, the middle of each class
 YAW_SPREAD = 8.0
-YAW_BORDER = 13.0  # half way between the classes
+YAW_BORDER = 13.0  # halfway between the classes
 LIMITS: Mapping[str, float] = {"yaw": 45, "pitch": 25, "roll": 25}
 
-# Light from all around, by background; the sampler takes it from here, but it is a factor of its own.
+# Ambient light by background. `Factors.sample` uses these values, but the light is a factor of its own.
 AMBIENT: Mapping[str, Color] = {
     "studio": (0.64, 0.64, 0.67), "snow": (0.78, 0.83, 0.92), "beach": (0.76, 0.79, 0.82), "forest": (0.54, 0.62, 0.50),
     "city_night": (0.44, 0.42, 0.56), "brick": (0.62, 0.56, 0.52), "bookshelf": (0.62, 0.54, 0.46), "sunset": (0.66, 0.52, 0.50),
@@ -73,6 +73,8 @@ ACCESSORY_COLORS: tuple[Color, ...] = (
 
 @dataclass(frozen=True)
 class Light:
+    """A lamp and ambient light. The values of their colours may exceed 1."""
+
     azimuth: float  # degrees, positive from the right of the picture
     elevation: float  # degrees above the horizon
     key: Color  # brightness and colour of the lamp
@@ -81,7 +83,7 @@ class Light:
 
 @dataclass(frozen=True)
 class Factors:
-    """One picture's factors. They are independent of each other: changing one leaves what the others draw."""
+    """The factors of one picture. They are independent: changing one does not change what the others draw."""
 
     style: str
     background: str
@@ -91,7 +93,7 @@ class Factors:
     clothes: str  # name of a colour
     collar: str
     expression: str
-    strength: float  # of the expression; 1 is the middle
+    strength: float  # of the expression; 1: as in `EXPRESSIONS`
     yaw: float  # degrees; positive looks to the right of the picture
     pitch: float  # degrees; positive looks down
     roll: float  # degrees; positive tilts the head to the left of the picture
@@ -119,7 +121,7 @@ class Factors:
 
     @property
     def direction(self) -> str:
-        """The class of the yaw, as seen in the picture."""
+        """Class of the yaw, one of `DIRECTIONS`."""
         return "left" if self.yaw < -YAW_BORDER else "right" if self.yaw > YAW_BORDER else "ahead"
 
     @classmethod
@@ -134,10 +136,10 @@ class Factors:
         expression: str | None = None,
         direction: str | None = None,
     ) -> Factors:
-        """Draw all factors, but for those that are given. `dataclasses.replace` sets the others.
+        """Draw random factors, except the given ones. Use `dataclasses.replace` to set the other fields.
 
-        A given class does not change what is drawn for the rest: the generator advances by the same steps. Light suits
-        the background. Closed eyes and sunglasses meet only where one of the two is given.
+        A given class does not change the draws of the rest: the generator advances by the same steps. The light matches the background.
+        Closed eyes and sunglasses occur together only if one of them is given.
 
         Raises:
             InputError: a given class does not exist.
@@ -161,7 +163,7 @@ class Factors:
             and drawn["expression"] == "eyes_closed"
             and drawn["accessory"] == "sunglasses"
         ):
-            drawn["accessory"] = "glasses"  # nobody sees closed eyes behind sunglasses
+            drawn["accessory"] = "glasses"  # closed eyes are invisible behind sunglasses
         require_one_of("direction", drawn["direction"], DIRECTIONS)
         require_one_of("background", drawn["background"], BACKGROUNDS)
         return cls(

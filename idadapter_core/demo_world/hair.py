@@ -16,25 +16,27 @@ from .noise import blotches, grain, look_up
 from .shading import strand_noise
 from .shot import Shot
 
-CLOSE = 0.012  # decimetres that the innermost shell stands off the skin
-# Height of each shell in the hair, the share of strands that reach it, and its brightness: hair is dark inside.
+CLOSE = 0.012  # decimetres between the skin and the innermost shell
+# Of each shell: height relative to the thickness of the hair, share of strands that reach it, brightness (hair is darker inside).
 SHELLS = ((0.62, 1.0, 0.72), (0.84, 0.62, 0.92), (1.0, 0.36, 1.08))
 CURLY_SHELLS = ((0.2, 1.0, 0.55), (0.5, 1.0, 0.7), *SHELLS[1:])
-# The same of the sheets of long hair: offset, share, brightness. The inner ones give it depth when seen from its edge.
+# Of each sheet of long hair: offset in decimetres, share of strands, brightness. The inner sheets give depth to hair seen edge-on.
 CURTAIN = ((0.0, 1.0, 0.85), (-0.08, 1.0, 0.72), (-0.16, 1.0, 0.62), (0.04, 0.55, 1.0))
-# Where the curtain opens to the face: height of the template, degrees to the side.
+# Opening of the curtain at the face: template heights, and degrees from the front.
 OPENING_HEIGHTS, OPENING_ANGLES = (4, 6.2, 7.2, 7.9, 8.4), (40, 46, 50, 40, 10)
-FRINGE = 0.36  # decimetres by which a fringe hangs below the line of the hair
+FRINGE = 0.36  # decimetres by which a fringe hangs below the hairline
 CURLY = ("curly", "afro")
 UNDER_HAT = 0.07
 
 Thickness = Callable[[Hair, Floats, Floats, Floats], Floats]
-Cover = Callable[[Floats, Floats, Floats], Floats]  # opacity (M) from canonical places, normals and streaks
+Cover = Callable[
+    [Floats, Floats, Floats], Floats
+]  # opacity (M,) from canonical coordinates, normals and streaks
 
 
 @functools.cache
 def scalp() -> Ints:
-    """Triangles that hair may grow on."""
+    """Triangles (T, 3) that hair may grow on."""
     head = load_head()
     return head.skin_where(above_hairline(head.template, FRINGE) > -0.05)
 
@@ -55,13 +57,13 @@ def _front(places: Floats) -> Floats:
 
 
 def _parted(hair: Hair, places: Floats) -> Floats:
-    """Where hair lies flat along the parting, 0..1."""
+    """How flat the hair lies along the parting (V,), 0..1."""
     side = places[:, 0] * hair.part
     return np.exp(-(((side - 0.42) / 0.07) ** 2)) * smoothstep(7.6, 7.9, places[:, 1])
 
 
-# Decimetres of hair over the skin, from the hair, canonical places (V, 3), how far each lies on top of the head (V, 0..1), and soft
-# noise (V, -0.5..0.5).
+# Thickness of the hair (V,) in decimetres. Arguments: hair, canonical coordinates (V, 3), weight of the top of the head (V,) in 0..1,
+# and soft noise (V,) in -0.5..0.5.
 THICKNESS: Mapping[str, Thickness] = {
     "buzz": lambda hair, p, top, n: np.full(len(p), 0.02, np.float32),
     "short": lambda hair, p, top, n: 0.05 + (0.07 + 0.10 * hair.length) * top + 0.05 * n,
@@ -83,7 +85,7 @@ def _line(hair: Hair, places: Floats) -> Floats:
 
 
 def thickness(hair: Hair, hat: bool) -> Floats:
-    """Decimetres (V) that hair stands off each vertex."""
+    """Thickness of the hair (V,) at each vertex, in decimetres."""
     places = load_head().template
     shift = 0.137 * hair.length
     soft = (
@@ -103,7 +105,7 @@ def thickness(hair: Hair, hat: bool) -> Floats:
 
 
 def casters(mesh: Floats, directions: Floats, hair: Hair, hat: bool) -> tuple[Floats, Ints] | None:
-    """The hair that throws a shadow: vertices and triangles, or None."""
+    """The part of the hair that casts shadows, as vertices (V, 3) and triangles (T, 3), or None."""
     if hair.style in ("bald", "buzz"):
         return None
     dense = scalp()[(_line(hair, load_head().template) > 0.05)[scalp()].all(1)]
@@ -112,7 +114,7 @@ def casters(mesh: Floats, directions: Floats, hair: Hair, hat: bool) -> tuple[Fl
 
 
 def draw_hair(shot: Shot, hat: bool) -> None:
-    """Paint what grows on the head."""
+    """Paint the hair of the head."""
     hair = shot.person.look.hair
     if hair.style in LONG_STYLES:
         _draw_curtain(shot, hair, hat)
@@ -127,7 +129,7 @@ def draw_hair(shot: Shot, hat: bool) -> None:
 
 
 def _across(hair: Hair, place: Floats) -> Floats:
-    """Which strand (M) a place belongs to, in turns around the crown or from side to side."""
+    """Coordinate across the strands (M,), around the crown or from side to side, in periods of the noise."""
     if hair.style in ("quiff", "side_part"):
         return place[:, 0] * 0.75 + 0.6 * place[:, 2] * smoothstep(0.4, 0.7, np.abs(place[:, 0]))
     if hair.style in LONG_STYLES and hair.style != "fringe":
@@ -172,7 +174,7 @@ def _paint(
     cover: Cover,
     swing: float = 0.0,
 ) -> None:
-    """Paint a sheet of strands where it is in front and covers something; only there is light computed."""
+    """Paint a sheet of strands. Light is computed only where the sheet is visible and not transparent."""
     seen = shot.draw(vertices, triangles)
     seen = seen.select(shot.canvas.visible(seen))
     if not len(seen):
@@ -204,19 +206,19 @@ def _draw_shell(shot: Shot, hair: Hair, height: Floats, share: float, brightness
 
 
 def _no_loose_dots(normal: Floats) -> Floats:
-    """Strands that are seen from their edge would be dots around the outline."""
+    """Opacity (M,), 0..1, that hides strands seen edge-on: they would be dots around the outline."""
     return smoothstep(0.05, 0.45, normal[:, 2])
 
 
 def _cut(hair: Hair) -> float:
-    """Height of the template where long hair ends."""
+    """Template height at which long hair ends, in decimetres."""
     if hair.style in ("bob", "fringe"):
         return 6.15 + 0.4 * hair.length
     return 4.5 + 1.1 * hair.length
 
 
 def curtain(hair: Hair) -> Ints:
-    """Triangles of hair that hangs beside the neck and down the back."""
+    """Triangles (T, 3) of the hair that hangs beside the neck and down the back."""
     head = load_head()
     if hair.style not in LONG_STYLES:
         return head.hair[:0]
@@ -248,7 +250,7 @@ def _draw_curtain(shot: Shot, hair: Hair, hat: bool) -> None:
 
 @functools.cache
 def _ball() -> tuple[Floats, Ints]:
-    """A sphere of radius 1."""
+    """Vertices (V, 3) and triangles (T, 3) of a sphere of radius 1."""
     turns, steps = 24, 14
     u, v = np.meshgrid(np.linspace(0, 2 * np.pi, turns), np.linspace(0, np.pi, steps))
     vertices = np.stack([np.cos(u) * np.sin(v), np.cos(v), np.sin(u) * np.sin(v)], -1).reshape(-1, 3)
@@ -277,7 +279,7 @@ def _draw_bun(shot: Shot, hair: Hair) -> None:
 
 
 def draw_beard(shot: Shot) -> None:
-    """Paint a moustache, a goatee or a full beard; stubble belongs to the skin."""
+    """Paint a moustache, a goatee or a full beard. Stubble is part of the skin map."""
     look = shot.person.look
     if look.beard not in ("moustache", "goatee", "full"):
         return

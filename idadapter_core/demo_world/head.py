@@ -1,7 +1,7 @@
-"""The head that everybody shares: one mesh, displacements that make it a person, and where things are on it.
+"""The head mesh shared by all people: a template, displacements that shape it, and its regions.
 
-Vertices are in decimetres, x to the person's left (right in the picture), y up, z towards the camera. Places on the skin are named by the
-coordinates of the template ("canonical"), which stay the same whatever shape a person has.
+Vertices are in decimetres, x to the person's left (right in the picture), y up, z towards the camera. Points on the skin are identified
+by their coordinates on the template ("canonical coordinates"), which do not depend on the shape of a person.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from .arrays import Floats, Ints, smoothstep
 
 ASSET = Path(__file__).parent / "assets" / "head.npz"
 STEP = 1e-3  # decimetres; coordinates are stored as whole multiples, 0.1 mm
-SKIN, EYE, UPPER_TEETH, LOWER_TEETH, TONGUE = range(5)  # what a vertex of the mesh belongs to
-AXIS = 0.35  # z of the upright axis that angles around the head are measured from
+SKIN, EYE, UPPER_TEETH, LOWER_TEETH, TONGUE = range(5)  # kinds of vertices
+AXIS = 0.35  # z of the vertical axis of angles around the head
 
 
 @dataclass(frozen=True, eq=False)
 class Morphs:
-    """Named displacements, each kept at the vertices that it moves."""
+    """Named displacements, each stored for the vertices that it moves."""
 
     names: tuple[str, ...]
     moved: tuple[Ints, ...]
     offsets: tuple[Floats, ...]  # (number moved, 3)
 
     def add(self, meshes: Floats, index: int, amounts: Floats) -> None:
-        """Displace meshes (N, V, 3) in place by amounts (N). Products and sums alone, so that a mesh does not depend
-        on the others."""
+        """Add a displacement times amounts (N,) to meshes (N, V, 3), in place.
+
+        Only products and sums are used, so that a mesh does not depend on the others of its batch.
+        """
         where = self.moved[index]
         acting = np.flatnonzero(amounts)
         if len(acting) and len(where):
@@ -39,13 +41,15 @@ class Morphs:
 
 @dataclass(frozen=True, eq=False)
 class Head:
+    """The template mesh with its displacements and regions: V vertices; regions of triangles have the shape (T, 3)."""
+
     template: Floats  # (V, 3)
     grown: Floats  # (2, 2, 3, 3, V, 3): man or woman, young or old, thin to heavy, African, Asian, European
-    shapes: Morphs  # local shapes of identity, a pair of ends per name: "name+", "name-"
+    shapes: Morphs  # local shapes of identity, two ends per name: "name+", "name-"
     shape_names: tuple[str, ...]  # (139) those of the pairs; "l-" and "r-" for the sides
     shape_regions: tuple[str, ...]  # (139) part of the face
     outlines: Morphs  # shapes of the whole face
-    actions: Morphs  # muscles, by the names of ARKit
+    actions: Morphs  # facial actions, by ARKit's names
     body: Ints
     eyes: tuple[Ints, Ints]  # the person's left and right
     teeth: Ints
@@ -56,52 +60,54 @@ class Head:
     lips: Floats  # (V,) 0..1
     ears: Floats
     mouth: Floats  # inside of the mouth
-    openness: Floats  # (V,) share of the sky that a place of the template sees
+    openness: Floats  # (V,) share of the sky that each vertex of the template sees, 0..1
 
     @functools.cached_property
     def surface(self) -> Ints:
-        """Skin and eyes."""
+        """Triangles of skin and eyes."""
         return np.concatenate([self.body, *self.eyes])
 
     @functools.cached_property
     def everything(self) -> Ints:
+        """Triangles of all parts except the lashes."""
         return np.concatenate([self.surface, self.hair, self.teeth, self.tongue])
 
     @functools.cached_property
     def eye_vertices(self) -> tuple[Ints, Ints]:
+        """Indices of the vertices of the person's left and right eye."""
         left, right = (np.unique(part) for part in self.eyes)
         return left, right
 
     @functools.cached_property
     def eye_centers(self) -> Floats:
-        """(2, 3) of the template: the person's left and right."""
+        """Centers (2, 3) of the template's eyes: the person's left and right."""
         return np.stack([self.template[part].mean(0) for part in self.eye_vertices])
 
     @functools.cached_property
     def skull(self) -> Ints:
-        """Vertices of the head without the neck: they span the box."""
+        """Indices of the vertices of the head without the neck. The box of a face is their bounding box."""
         return np.unique(self.body[(self.template[self.body][:, :, 1] > 6.25).all(1)])
 
     @functools.cached_property
     def landmark_vertices(self) -> tuple[int, int, int]:
-        """Tip of the nose, and the corners of the mouth: left and right in the picture of a face from the front."""
+        """Vertex indices of the tip of the nose and the left and right corner of the mouth, as seen in a frontal picture."""
         return self.nearest(0, 6.94, 1.69), self.nearest(-0.27, 6.62, 1.4), self.nearest(0.27, 6.62, 1.4)
 
     @functools.cached_property
     def follows(self) -> Floats:
-        """(V,) how far a place goes with a turn of the head: 1 on the head, 0 at the shoulders."""
+        """(V,) share of the head's rotation that a vertex follows: 1 on the head, 0 at the shoulders."""
         share = smoothstep(5.35, 6.55, self.template[:, 1])
         hair = np.unique(self.hair)
         share[hair] = smoothstep(4.6, 6.4, self.template[hair, 1])
         return share
 
     def nearest(self, x: float, y: float, z: float) -> int:
-        """The vertex of the skin that is nearest to a place of the template."""
+        """Return the index of the skin vertex nearest to a point of the template."""
         away = ((self.template - np.array([x, y, z], np.float32)) ** 2).sum(1)
         return int(np.argmin(np.where(self.kind == SKIN, away, np.inf)))
 
     def skin_where(self, chosen: np.ndarray) -> Ints:
-        """Triangles of the outer skin with a vertex among those chosen (V,)."""
+        """Return the triangles (T, 3) of the outer skin with a vertex in the mask `chosen` (V,)."""
         inside = (self.mouth > 0.5) & (self.template[:, 1] > 6.2)
         usable = ~inside[self.body].any(1) & ~(self.ears > 0.5)[self.body].any(1)
         return self.body[usable & chosen[self.body].any(1)]
@@ -109,7 +115,7 @@ class Head:
 
 @functools.cache
 def load_head() -> Head:
-    """The head, from the file beside this module."""
+    """Load the head from the assets. The result is cached."""
     with np.load(ASSET, allow_pickle=False) as file:
         stored = {name: file[name] for name in file.files}
     template = _lengths(stored["template"])
@@ -157,16 +163,16 @@ def _morphs(names: list[str], stored: np.ndarray) -> Morphs:
     return Morphs(tuple(names), moved, offsets)
 
 
-# The line of the hair: height of the template over the angle around the head, 0° in front, 180° behind.
+# The hairline: template height over the angle around the head, 0° in front, 180° behind.
 HAIRLINE_ANGLES = (0, 20, 38, 50, 58, 64, 72, 80, 95, 105, 130, 180)
 HAIRLINE_HEIGHTS = (7.96, 7.95, 7.84, 7.66, 7.52, 7.25, 7.2, 7.40, 7.42, 7.0, 6.78, 6.70)
-# The upper edge of a full beard.
+# The upper edge of a full beard, likewise.
 BEARD_ANGLES = (0, 14, 22, 45, 62, 75)
 BEARD_HEIGHTS = (6.5, 6.6, 6.62, 6.72, 7.15, 7.2)
 
 
 def angle(places: Floats) -> Floats:
-    """Degrees around the head (...), 0 in front and 180 behind, of canonical places (..., 3)."""
+    """Degrees around the head (...), 0 in front and 180 behind, at canonical coordinates (..., 3)."""
     return np.degrees(np.arctan2(np.abs(places[..., 0]), places[..., 2] - np.float32(AXIS)))
 
 
@@ -175,11 +181,11 @@ def _line(x: Floats, places: tuple[float, ...], heights: tuple[float, ...]) -> F
 
 
 def above_hairline(places: Floats, fringe: float = 0.0, recession: float = 0.0) -> Floats:
-    """Decimetres above the line of the hair, positive where hair grows.
+    """Height above the hairline (...), in decimetres, at canonical coordinates (..., 3). It is positive where hair grows.
 
     Args:
-        fringe: by how much the front of the line lies lower.
-        recession: 0..1, how far it went back at the temples.
+        fringe: decimetres by which the front of the hairline is lower.
+        recession: 0..1, how far the hairline has receded at the temples.
     """
     theta = angle(places)
     back = 0.3 * np.exp(-(((theta - 38) / 16) ** 2)) + 0.1 * smoothstep(30, 0, theta)
@@ -188,7 +194,7 @@ def above_hairline(places: Floats, fringe: float = 0.0, recession: float = 0.0) 
 
 
 def inside_beard(places: Floats) -> tuple[Floats, Floats]:
-    """Decimetres inside the area of a full beard, and inside that of a moustache."""
+    """Distances (...) inside the area of a full beard and that of a moustache, in decimetres; negative outside."""
     theta, side, y = angle(places), np.abs(places[..., 0]), places[..., 1]
     full = np.minimum(
         _line(theta, BEARD_ANGLES, BEARD_HEIGHTS) - y, (y - 5.98 - 0.2 * smoothstep(0, 60, theta)) * 0.8

@@ -1,4 +1,4 @@
-"""Who somebody is: everything that stays the same in all pictures of a person."""
+"""Identity: everything that is the same in all pictures of a person."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .head import load_head
 Sex = Literal["woman", "man"]
 SEXES: tuple[Sex, ...] = ("woman", "man")
 
-# A seed belongs to the group of its last digit (seed % 10), so a group never meets another one however many are drawn.
+# The last digit of a seed (seed % 10) decides its group, so groups do not overlap, however many people are drawn.
 SPLITS: Mapping[str, tuple[int, ...]] = {
     "training": (0, 1, 2, 3),
-    "second_training": (4, 5, 6, 7),  # for the recogniser that judges and has seen nobody of "training"
+    "second_training": (4, 5, 6, 7),  # for the second recogniser, which must not know people of "training"
     "validation": (8,),
     "test": (9,),
 }
 MAX_SEED = 2**63 - 1
-SEED_TAG = 1_206  # keeps the streams of people apart from those of other things with the same seed
+SEED_TAG = 1_206  # separates the random stream of people from others with the same seed
 
 HAIR_STYLES = (
     "bald", "buzz", "short", "quiff", "side_part", "curly", "afro", "bob", "fringe", "long", "wavy", "bun",
@@ -51,16 +51,16 @@ HAIR_COLORS: Mapping[str, Color] = {
     "white": (0.86, 0.86, 0.87),
 }
 
-# How strongly shapes of a part of the face vary: half the width of the range, 1 is the end that the sculptors made.
-# A flat range tells people apart as well as a bell curve of the same deviation, and has no tails that look odd.
+# Half the width of the range of shapes, by part of the face; 1 is the full sculpted shape. A uniform distribution separates people
+# as well as a normal one of the same deviation, and has no tails that look odd.
 SPREADS: Mapping[str, float] = {
     "cheek": 0.90, "chin": 0.60, "ears": 0.55, "eyebrows": 0.65, "eyes": 0.75, "forehead": 0.35, "head": 0.36,
     "mouth": 0.62, "neck": 0.25, "nose": 0.80, "outline": 0.72,
 }  # fmt: skip
 SPREAD_OF: Mapping[str, float] = {
-    # Shifts to one side are no shapes of faces.
+    # Faces are not shifted to one side.
     "head-trans-out": 0, "nose-trans-out": 0, "mouth-trans-out": 0, "neck-trans-out": 0,
-    # At full strength these read as a caricature, or fold the skin.
+    # At full strength these look like a caricature, or fold the skin.
     "nose-scale-depth-incr": 0.40, "nose-scale-vert-incr": 0.42, "nose-trans-forward": 0.25, "nose-nostrils-angle-up": 0.3,
     "nose-hump-incr": 0.45, "nose-compression-uncompress": 0.3, "nose-curve-convex": 0.45,
     "chin-jaw-drop-incr": 0.30, "chin-height-incr": 0.35, "chin-prognathism-incr": 0.22, "chin-prominent-incr": 0.4,
@@ -70,8 +70,8 @@ SPREAD_OF: Mapping[str, float] = {
     "eye-bag-incr": 0.2, "eye-bag-out": 0.2, "eye-bag-height-incr": 0.2, "eye-push1-out": 0.3, "eye-push2-out": 0.3,
     "eye-trans-up": 0.35, "eye-trans-out": 0.5, "eye-height1-incr": 0.35, "eye-height3-incr": 0.35, "mouth-angles-up": 0.35,
 }  # fmt: skip
-# Where the middle of the range lies. Eyes are larger than the sculptors' for everybody: at 128 pixels an eye is
-# ten pixels wide, and people look at eyes.
+# Centers of the ranges. All eyes are larger than the sculpted ones, because an eye is only ten pixels wide in a picture of 128 pixels,
+# and people look at eyes.
 CENTERS: Mapping[Sex, Mapping[str, float]] = {
     "woman": {
         "eye-scale-incr": 0.62, "eye-height2-incr": 0.35, "eyebrows-trans-up": 0.30, "eye-corner2-up": 0.2,
@@ -94,10 +94,12 @@ ASYMMETRY = 0.04  # standard deviation of each shape between the two sides
 
 @dataclass(frozen=True)
 class Hair:
+    """The hair of the head."""
+
     style: str
     color_name: str  # before it turned gray
     color: Color
-    length: float  # 0..1, within what the style allows
+    length: float  # 0..1, within the range of the style
     part: int  # -1 or 1: side of the parting
     recession: float  # 0..1
 
@@ -120,7 +122,7 @@ class Brows:
 
 @dataclass(frozen=True)
 class Look:
-    """What is painted on a shape."""
+    """Appearance apart from the shape: skin, hair, brows, eyes, beard and make-up."""
 
     tone: float  # 0 light .. 6 dark
     undertone: tuple[float, float, float]  # deviation in red, green, blue, in standard deviations
@@ -128,7 +130,7 @@ class Look:
     brows: Brows
     eyes: str
     beard: str
-    lips: tuple[float, float, float]  # 0..1: darkness, and two for the colour of a lipstick
+    lips: tuple[float, float, float]  # 0..1: darkness, and two values for the colour of the lipstick
     lipstick: float  # 0..1, strength
     freckles: float  # 0..1
     moles: int
@@ -141,7 +143,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Person:
-    """A person who doesn't exist. Equal persons look equal; the same seed gives the same person on every run."""
+    """A person who does not exist. Equal persons look equal, and a seed gives the same person on every run."""
 
     seed: int
     sex: Sex
@@ -163,10 +165,10 @@ class Person:
 
     @classmethod
     def sample(cls, seed: int) -> Person:
-        """The person of a seed, 0..2**63-1.
+        """Return the person of a seed, 0..2**63-1.
 
         Raises:
-            InputError: the seed is no whole number of that range.
+            InputError: the seed is not a whole number in that range.
         """
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed <= MAX_SEED:
             raise InputError(
@@ -175,10 +177,10 @@ class Person:
         return _sample(int(seed))
 
     def with_look_of(self, other: Person) -> Person:
-        """This person with another one's skin, hair, brows, eyes and beard: an impostor by shape alone.
+        """Return this person with the skin, hair, brows, eyes and beard of another one, so that the two differ in shape alone.
 
         Raises:
-            InputError: the two are of different sex, so that a look would not fit.
+            InputError: the two differ in sex, so the look would not fit.
         """
         if self.sex != other.sex:
             raise InputError(
@@ -188,13 +190,13 @@ class Person:
 
 
 def require_one_of(what: str, value: str, names: Sequence[str]) -> None:
-    """Refuse a class that does not exist."""
+    """Raise InputError if `value` is not in `names`. `what` describes the value in the message."""
     if value not in names:
         raise InputError(f"there is no {what} {value!r}; choose one of: {', '.join(names)}.")
 
 
 def seed_of(split: str, index: int) -> int:
-    """The seed of person `index` (0, 1, 2, ...) of a group of `SPLITS`.
+    """Return the seed of person `index` (0, 1, 2, ...) in a group of `SPLITS`.
 
     Raises:
         InputError: the group is unknown, or the index is negative.
@@ -207,25 +209,25 @@ def seed_of(split: str, index: int) -> int:
 
 
 def split_of(seed: int) -> str:
-    """The group that a seed belongs to."""
+    """Return the group of a seed."""
     return next(name for name, digits in SPLITS.items() if seed % 10 in digits)
 
 
 def base_name(shape: str) -> str:
-    """A shape's name without its side: both sides vary together."""
+    """Return a shape's name without its side. Both sides vary together."""
     return shape[2:] if shape.startswith(("l-", "r-")) else shape
 
 
 @functools.cache
 def trait_names() -> tuple[str, ...]:
-    """Names of the values in `Person.shape`: shapes of the head, sides joined, then outlines."""
+    """Names of the values in `Person.shape`: local shapes, with both sides as one, then outlines."""
     head = load_head()
     return (*dict.fromkeys(base_name(name) for name in head.shape_names), *head.outlines.names)
 
 
 @functools.cache
 def _ranges(sex: Sex) -> tuple[tuple[float, float], ...]:
-    """Center and spread of each value of `Person.shape`."""
+    """Center and half width of the range of each value of `Person.shape`."""
     head = load_head()
     regions = {
         base_name(name): region for name, region in zip(head.shape_names, head.shape_regions, strict=True)
@@ -237,7 +239,7 @@ def _ranges(sex: Sex) -> tuple[tuple[float, float], ...]:
 
 
 def choose(rng: np.random.Generator, chances: Mapping[str, float]) -> str:
-    """One of the names, each with its chance; chances need not sum to 1."""
+    """Draw one of the names with probabilities proportional to `chances`."""
     names = list(chances)
     total, at = sum(chances.values()), float(rng.random())
     for name in names:
@@ -248,6 +250,7 @@ def choose(rng: np.random.Generator, chances: Mapping[str, float]) -> str:
 
 
 def between(rng: np.random.Generator, low: float, high: float) -> float:
+    """Draw uniformly from `low`..`high`."""
     return low + (high - low) * float(rng.random())
 
 
@@ -272,7 +275,7 @@ def _sample(seed: int) -> Person:
 
 
 def _look(rng: np.random.Generator, sex: Sex, age: float, african: float, european: float) -> Look:
-    # Skin follows ancestry loosely: each kind of face is seen in most tones.
+    # Skin tone follows ancestry loosely, so that faces of each ancestry occur in most tones.
     tone = (
         4.3 * african + 1.9 * (1 - african - european) + 0.9 * european + 0.95 * float(rng.standard_normal())
     )

@@ -1,4 +1,4 @@
-"""From persons and factors to posed meshes, many at a time. Sums and products alone: a mesh never depends on its batch."""
+"""Makes posed meshes of people and factors, in batches. Only sums and products are used, so a mesh never depends on its batch."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Floats, normals, rotate, settled, smoothstep
+from .arrays import Floats, normals, rotate, rounded, smoothstep
 from .factors import COLLARS, EXPRESSIONS, Factors
 from .head import SKIN, load_head
 from .identity import LONG_STYLES, Person, base_name, trait_names
 
 HEAD_HEIGHT = 2.36  # decimetres, of the template
 OLD, YOUNG = 70.0, 24.0  # years of the two sculpted ages
-PIVOT = (0.0, -1.0, -1.0)  # a head turns about this place of the neck, seen from between the eyes
-SHOULDERS_FOLLOW = 0.25  # of a turn to the side
-CLOTH = 0.055  # decimetres that clothes stand off the body
+PIVOT = (0.0, -1.0, -1.0)  # center of rotation in the neck, relative to the point between the eyes
+SHOULDERS_FOLLOW = 0.25  # share of the head's yaw
+CLOTH = 0.055  # decimetres between body and clothes
 
 
 @dataclass(frozen=True, eq=False)
 class Pose:
-    """Turn of the head and of the shoulders under it."""
+    """Rotations of the head and of the shoulders."""
 
     head: Floats  # (3, 3)
     shoulders: Floats  # (3, 3)
 
     def __call__(self, points: Floats, follows: Floats | float = 1.0) -> Floats:
-        """Points (M, 3), each turned with the head to the extent (M) that it follows it."""
+        """Rotate points (M, 3). `follows` (M,) blends the rotations: 1 as the head, 0 as the shoulders."""
         share = np.asarray(follows, np.float32)[..., None]
         centered = points - np.array(PIVOT, np.float32)
         turned = rotate(centered, self.head) * share + rotate(centered, self.shoulders) * (1 - share)
@@ -35,7 +35,7 @@ class Pose:
 
 
 def rest_meshes(people: Sequence[Person]) -> Floats:
-    """Meshes (N, V, 3) of persons with a face at rest; the origin lies between the eyes."""
+    """Return the meshes (N, V, 3) of people with neutral faces, in decimetres. The origin lies between the eyes."""
     head = load_head()
     meshes = np.repeat(head.template[None], len(people), 0)
     for grown, amounts in _growth(people):
@@ -50,7 +50,7 @@ def rest_meshes(people: Sequence[Person]) -> Floats:
     outlines = np.maximum(values[:, [column[name] for name in head.outlines.names]], 0)
     outlines = (
         outlines / np.maximum(_row_sums(outlines), 1)[:, None]
-    )  # together no more than one at full strength
+    )  # their sum is at most one at full strength
     for k in range(len(head.outlines.names)):
         head.outlines.add(meshes, k, outlines[:, k])
     return _normalized(meshes)
@@ -64,7 +64,7 @@ def _row_sums(values: Floats) -> Floats:
 
 
 def _growth(people: Sequence[Person]) -> list[tuple[Floats, Floats]]:
-    """The sculpted bodies and how much of each (N) every person has."""
+    """Return the sculpted bodies (V, 3), each with its weights (N,) for the people."""
     head = load_head()
     found = []
     for sex in range(2):  # the file has men first
@@ -86,20 +86,20 @@ def _share(person: Person, sex: int, age: int, weight: int) -> float:
 
 
 def _normalized(meshes: Floats) -> Floats:
-    """Origin between the eyes, and heads of nearly one height."""
+    """Move the origin between the eyes, and scale all heads to nearly the same height."""
     head = load_head()
     left, right = head.eye_vertices
     center = (meshes[:, left].mean(1) + meshes[:, right].mean(1)) / 2
     meshes = meshes - center[:, None]
     heights = meshes[:, head.skull, 1]
-    scale = settled((HEAD_HEIGHT / (heights.max(1) - heights.min(1))) ** np.float32(0.8))
+    scale = rounded((HEAD_HEIGHT / (heights.max(1) - heights.min(1))) ** np.float32(0.8))
     return meshes * scale[:, None, None]
 
 
 def posed_meshes(
     rest: Floats, people: Sequence[Person], factors: Sequence[Factors]
 ) -> tuple[Floats, Floats, list[Pose]]:
-    """Meshes (N, V, 3) with expression, clothes and turn, the same before the turn, and the turns."""
+    """Return meshes (N, V, 3) with expression, clothes and rotation, the same meshes before the rotation, and the N rotations."""
     head = load_head()
     still = rest.copy()
     for name, amounts in _muscles(factors).items():
@@ -117,19 +117,19 @@ def posed_meshes(
 
 
 def _comb(mesh: Floats, person: Person) -> None:
-    """Lay the curtain of long hair closer to the neck, or in waves."""
+    """Move the curtain of long hair closer to the neck, and wavy hair into waves, in place."""
     head = load_head()
     curtain = np.unique(head.hair)
     places = head.template[curtain]
     mesh[curtain, 0] *= 0.98 - 0.10 * smoothstep(6.7, 6.0, places[:, 1])
     if person.look.hair.style == "wavy":
         side = np.sign(places[:, 0])
-        wave = settled(np.sin(places[:, 1] * 6.5 + 1.5 * side + 2 * places[:, 2]))
+        wave = rounded(np.sin(places[:, 1] * 6.5 + 1.5 * side + 2 * places[:, 2]))
         mesh[curtain, 0] += side * (0.10 + 0.07 * wave) * smoothstep(7.4, 6.6, places[:, 1])
 
 
 def _muscles(factors: Sequence[Factors]) -> dict[str, Floats]:
-    """Amounts (N) of every muscle that moves in one of the pictures."""
+    """Return the amounts (N,) of each facial action that occurs in one of the pictures, by name."""
     names = load_head().actions.names
     amounts: dict[str, Floats] = {}
 
@@ -149,14 +149,14 @@ def _muscles(factors: Sequence[Factors]) -> dict[str, Floats]:
         move(row, inward, abs(right))
         move(row, outward, abs(right))
         move(row, "eyeLookUp" if up > 0 else "eyeLookDown", 0.7 * abs(up))
-    # One order for all batches: sums of floats depend on it.
+    # The same order in all batches: sums of floats depend on it.
     return {name: amounts[name] for name in sorted(amounts)}
 
 
 def _pose(factor: Factors) -> Pose:
     yaw, pitch, roll = (float(np.radians(value)) for value in (factor.yaw, factor.pitch, factor.roll))
     tilt = _matrix(2, roll) @ _matrix(0, pitch)
-    return Pose(settled(tilt @ _matrix(1, yaw)), settled(_matrix(1, SHOULDERS_FOLLOW * yaw)))
+    return Pose(rounded(tilt @ _matrix(1, yaw)), rounded(_matrix(1, SHOULDERS_FOLLOW * yaw)))
 
 
 def _matrix(axis: int, angle: float) -> np.ndarray:
@@ -169,7 +169,7 @@ def _matrix(axis: int, angle: float) -> np.ndarray:
 
 
 def above_neckline(places: Floats, collar: str) -> Floats:
-    """Decimetres above the edge of the clothes (...), negative where they cover, of canonical places (..., 3)."""
+    """Height above the edge of the clothes (...), in decimetres, at canonical coordinates (..., 3). It is negative under the clothes."""
     deeper = dict(zip(COLLARS, (0.0, 0.12, 0.05, -0.16), strict=True))[collar]
     x, y, z = places[..., 0], places[..., 1], places[..., 2]
     edge = 5.60 + 0.55 * (np.sqrt(x * x + (z - 0.1) ** 2) - 0.55) - deeper * smoothstep(-0.1, 0.6, z)

@@ -1,4 +1,4 @@
-"""Tables of noise that repeat without a seam: blotches, grain and strands. Made once, always the same."""
+"""Seamlessly repeating tables of noise: blotches, grain and strands. They are computed once and are always the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from .arrays import Floats, smear
 
-SIDE = 256  # samples of a table; a power of two, so that indices wrap by a mask
+SIDE = 256  # samples along a side of a table; a power of two, so that indices wrap by a mask
 
 
 def _blurred(rng: np.random.Generator, sigma: float) -> Floats:
@@ -27,19 +27,19 @@ def _fractal(seed: int, octaves: int, persistence: float) -> Floats:
 
 @functools.cache
 def blotches() -> Floats:
-    """Soft noise, 0..1."""
+    """Table (256, 256) of soft noise, 0..1."""
     return _fractal(1, 5, 0.55)
 
 
 @functools.cache
 def grain() -> Floats:
-    """Rough noise, 0..1."""
+    """Table (256, 256) of rough noise, 0..1."""
     return _fractal(2, 6, 0.95)
 
 
 @functools.cache
 def strands() -> Floats:
-    """Noise drawn out along the second axis, of mean 0 and deviation 1."""
+    """Table (256, 256) of noise stretched along the second axis, with mean 0 and standard deviation 1."""
     rng = np.random.default_rng(3)
     fine = smear(rng.standard_normal((SIDE, SIDE)).astype(np.float32), 20, 1)
     coarse = smear(smear(rng.standard_normal((SIDE, SIDE)).astype(np.float32), 28, 1), 2.5, 0)
@@ -48,7 +48,7 @@ def strands() -> Floats:
 
 
 def look_up(table: Floats, across: Floats, along: Floats) -> Floats:
-    """Values of a table at places in periods (1 goes once round)."""
+    """Return the values of a table at coordinates in periods: tables repeat after 1."""
     mask = SIDE - 1
     rows = np.floor(across * SIDE).astype(np.int64) & mask
     columns = np.floor(along * SIDE).astype(np.int64) & mask

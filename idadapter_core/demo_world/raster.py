@@ -1,7 +1,7 @@
-"""Triangles to pixels with a depth buffer, in numpy, and faster where numba is installed: both give the same bits.
+"""Rasterises triangles with a depth buffer, in numpy, or faster in numba where it is installed. Both give the same bits.
 
-Corners are rounded to 1/256 sample first, so which samples a triangle covers is decided in whole numbers and does not
-depend on the platform. A sample with the whole coordinates (x, y) lies at the point (x, y).
+Corners are first rounded to 1/256 sample, so which samples a triangle covers is decided in integers and does not depend on the platform.
+The sample with the integer coordinates (x, y) lies at the point (x, y).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Fill = Callable[[npt.NDArray[np.int64], npt.NDArray[np.float64], Ints, int], Fil
 
 @dataclass(frozen=True, eq=False)
 class Fragments:
-    """The front surface of a mesh at the samples that it covers, in reading order."""
+    """The front surface of a mesh at the M samples that it covers, row by row."""
 
     pixel: npt.NDArray[np.int64]  # (M,) y * size + x
     corners: Ints  # (M, 3) vertices of the triangle
@@ -41,11 +41,11 @@ class Fragments:
         return len(self.pixel)
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> Fragments:
-        """Those fragments for which `chosen` (M) is true."""
+        """Return the fragments in the mask `chosen` (M,)."""
         return Fragments(self.pixel[chosen], self.corners[chosen], self.weights[chosen], self.depth[chosen])
 
     def interpolate(self, values: Floats) -> Floats:
-        """Values (V, C) of the vertices at the fragments (M, C)."""
+        """Interpolate values (V, C) of the vertices at the fragments, to (M, C)."""
         a, b, c = self.corners.T
         weights = self.weights
         return (
@@ -58,14 +58,14 @@ class Fragments:
 def rasterize(
     points: Floats, triangles: Ints, size: int, *, cull: bool = False, backend: str | None = None
 ) -> Fragments:
-    """The nearest triangle at every sample of a square.
+    """Find the nearest triangle at every sample of a square picture.
 
     Args:
         points: (V, 3) x to the right and y down in samples, and depth, larger is nearer.
         triangles: (T, 3).
         size: samples along a side.
-        cull: leave out triangles that show their back (corners run clockwise in the picture).
-        backend: "numpy", "numba", or the faster one that is installed.
+        cull: omit back faces (their corners run clockwise in the picture).
+        backend: "numpy" or "numba"; None: numba where it is installed.
     """
     depth, index, weights = _filled(points, triangles, size, cull, backend)
     pixel = np.flatnonzero(index >= 0)
@@ -79,7 +79,7 @@ def rasterize(
 
 
 def depth_map(points: Floats, triangles: Ints, size: int, *, backend: str | None = None) -> Floats:
-    """Depth (size, size) of the nearest triangle, `EMPTY` where there is none; arguments as for `rasterize`."""
+    """Return the depth (size, size) of the nearest triangle, `EMPTY` where there is none. Arguments as for `rasterize`."""
     return _filled(points, triangles, size, False, backend)[0].reshape(size, size).astype(np.float32)
 
 
@@ -121,7 +121,7 @@ def _fill_with_numpy(
     inside = np.flatnonzero(
         (across * side >= 0) & (along * side >= 0) & ((area - across - along) * side >= 0)
     )
-    inside = inside[::-1]  # of equal depths the first triangle stays, and the last assignment counts
+    inside = inside[::-1]  # the first of equal depths counts, and numpy keeps the last assignment
     triangle, area = triangle[inside], area[inside]
     u, v = across[inside] / area, along[inside] / area
     z = depths[triangle, 0] * (1.0 - u - v) + depths[triangle, 1] * u + depths[triangle, 2] * v
@@ -174,16 +174,16 @@ def _compiled() -> Fill | None:
         import numba
     except ImportError:
         return None
-    # No fastmath: the compiler must not reorder or fuse, so that the bits are those of numpy.
+    # Without fastmath: reordered or fused operations would give other bits than numpy.
     compiled: Any = numba.njit(_fill_in_loops)
     return compiled
 
 
 def fill_for(backend: str | None) -> Fill:
-    """The function behind a name; see `rasterize`.
+    """Return the fill function of a backend; see `rasterize`.
 
     Raises:
-        InputError: there is none of that name, or numba is not installed.
+        InputError: the backend is unknown, or numba is not installed.
     """
     if backend not in (None, *BACKENDS):
         raise InputError(f"there is no renderer {backend!r}; choose one of: {', '.join(BACKENDS)}.")
@@ -192,6 +192,6 @@ def fill_for(backend: str | None) -> Fill:
     compiled = _compiled()
     if backend == "numba" and compiled is None:
         raise InputError(
-            "numba is not installed: pip install numba, or take the backend numpy, which draws the same."
+            "numba is not installed: pip install numba, or use the backend numpy, which gives the same pixels."
         )
     return compiled or _fill_with_numpy

@@ -1,4 +1,4 @@
-"""A network that reads from a picture what it shows: the judge of prompts."""
+"""A classifier of the factors of a picture. It measures how well pictures follow their prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READ_FACTORS: Mapping[str, tuple[str, ...]] = {
 }
 READER_SIZE = 128
 WIDTHS = (32, 64, 96, 128)
-_FEATURE_CELLS = 4  # along a side: what is seen where
+_FEATURE_CELLS = 4  # along a side; keeps where in the picture a feature is
 
 
 class _Block(nn.Module):
@@ -47,7 +47,7 @@ def _down(inside: int, outside: int, stride: int = 2) -> nn.Sequential:
 
 
 class Trunk(nn.Module):
-    """Pictures (B, 3, S, S) to what four stages see (B, C, H, W), at S/2, S/4, S/8 and S/16 cells along a side."""
+    """Maps pictures (B, 3, S, S) to the features (B, C, H, W) of four stages, of sides S/2, S/4, S/8 and S/16."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Trunk(nn.Module):
 
 
 class Reader(nn.Module):
-    """Pictures (B, 3, 128, 128), RGB in -1..1, to scores of the classes of each factor in `READ_FACTORS`."""
+    """Maps pictures (B, 3, 128, 128), RGB in -1..1, to logits (B, K) of the K classes of each factor in `READ_FACTORS`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Reader(nn.Module):
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> dict[str, list[str]]:
-        """The class of each factor, for each picture."""
+        """Return the most likely class of each factor for each picture (B, 3, 128, 128)."""
         return {
             factor: [READ_FACTORS[factor][k] for k in scores.argmax(1).tolist()]
             for factor, scores in self(pictures).items()
@@ -98,7 +98,7 @@ def save_reader(reader: Reader, path: Path) -> None:
 
 
 def load_reader(path: Path) -> Reader:
-    """A reader in float32 and eval mode.
+    """Load a reader, in float32 and eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another network.

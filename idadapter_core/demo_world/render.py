@@ -1,4 +1,4 @@
-"""Pictures of people, with what is known about them."""
+"""Renders pictures of people together with their ground truth."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .styles import Sheet, finish
 from .wear import HATS, draw_accessory
 
 MIN_SIZE, MAX_SIZE = 32, 1024
-BATCH = 16  # meshes made at a time: enough to share their work, few enough to stay in the cache
+BATCH = 16  # meshes computed at a time: enough to share work, few enough for the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """N pictures. Pixel coordinates have x to the right and y down; the middle of the first pixel is (0, 0)."""
+    """N pictures of H × W pixels. Pixel coordinates: x to the right, y down; (0, 0) is the center of the first pixel."""
 
     pixels: npt.NDArray[np.uint8]  # (N, H, W, 3) RGB
     masks: npt.NDArray[np.uint8]  # (N, H, W) 255 where the person hides the background
@@ -49,14 +49,14 @@ class Pictures:
 def render(
     people: Sequence[Person], factors: Sequence[Factors], size: int = 128, *, backend: str | None = None
 ) -> Pictures:
-    """One picture per pair of person and factors. A picture depends on its own pair and size alone.
+    """Render one picture per pair of person and factors. A picture depends only on its own pair and the size.
 
     Args:
         size: pixels along a side, 32..1024.
-        backend: "numpy" or "numba", which give the same pixels; None takes numba where it is installed.
+        backend: "numpy" or "numba", which give the same pixels; None: numba where it is installed.
 
     Raises:
-        InputError: there are not as many people as factors, or none, or the size is out of range.
+        InputError: the numbers of people and factors differ or are 0, or the size is out of range.
     """
     if len(people) != len(factors) or not people:
         raise InputError(
@@ -113,7 +113,7 @@ def _picture(
 
 
 def _develop(shot: Shot) -> tuple[np.ndarray, ...]:
-    """Pixels, mask, landmarks and box of a finished canvas."""
+    """Return the pixels, mask, landmarks and box of a painted canvas."""
     canvas, n = shot.canvas, shot.camera.size
     kind = canvas.kind.reshape(n, n)
     sheet = Sheet(

@@ -1,4 +1,4 @@
-"""Backgrounds, a little out of focus."""
+"""Paints backgrounds, slightly out of focus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .noise import blotches, look_up
 
 @dataclass(eq=False)
 class Painting:
-    """A square picture with coordinates 0..1 from the upper left corner."""
+    """A square picture of display values, with coordinates 0..1 from the upper left corner."""
 
     image: Floats  # (size, size, 3)
     x: Floats  # (1, size)
@@ -32,7 +32,7 @@ class Painting:
     def lay(
         self, color: Floats | Color, cover: Floats | float, at: tuple[slice, slice] | None = None
     ) -> None:
-        """Colour over the whole picture or a window of it, with opacities (h, w) of 0..1."""
+        """Blend a colour over the picture, or over a window of it. `cover` is the opacity, 0..1: a number or an array (h, w)."""
         window = self.image[at] if at else self.image
         share = np.asarray(cover, np.float32)
         window[...] = mix(window, color, share[..., None] if share.ndim else share)
@@ -77,26 +77,26 @@ class Painting:
         return slice(top, max(top, bottom)), slice(left, max(left, right))
 
     def noise(self, periods: float, rng: np.random.Generator) -> Floats:
-        """Blotches (size, size) of 0..1."""
+        """Return soft noise (size, size) in 0..1, with `periods` periods along a side and a random offset."""
         across, along = float(rng.random()), float(rng.random())
         full = np.broadcast_arrays(self.y, self.x)
         return look_up(blotches(), full[0] * periods + across, full[1] * periods + along)
 
 
 def background(name: str, seed: int, size: int) -> Floats:
-    """Light (size, size, 3) of a background; the same seed gives the same place."""
+    """Return a background (size, size, 3) in linear light. A seed always gives the same scene."""
     painting = Painting.blank(size)
     PAINTERS[name](painting, np.random.default_rng([SEED_TAG, seed]))
     return linear(np.clip(painting.image, 0, 1))
 
 
-SEED_TAG = 1_207  # as for people
+SEED_TAG = 1_207  # separates this random stream, as in identity.py
 
 
 def _landscape(
     painting: Painting, rng: np.random.Generator, top: Color, horizon: Color, near: Color, far: Color
 ) -> float:
-    """Sky and ground; returns the height of the horizon."""
+    """Paint sky and ground. Returns the y coordinate of the horizon."""
     level = between(rng, 0.42, 0.56)
     sky = mix(np.array(top, np.float32), horizon, np.clip(painting.y / level, 0, 1)[..., None])
     ground = mix(

@@ -1,4 +1,4 @@
-"""A second face recogniser, which judges: of another form than the face package's, trained on other people."""
+"""A second face recogniser, for evaluation. It has another architecture than the face package's and was trained on other people."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from .readers import WIDTHS, Trunk
 from .shipped import load_network, save_network
 
 EMBEDDING = 192
-_CELLS = 3  # along a side: what is seen where
+_CELLS = 3  # along a side; keeps where in the crop a feature is
 
 
 class SecondRecognizer(nn.Module):
-    """Aligned crops (B, 3, 112, 112), RGB in -1..1, to embeddings (B, 192), not normalised."""
+    """Maps aligned crops (B, 3, 112, 112), RGB in -1..1, to embeddings (B, 192), not normalised.
+
+    Raises:
+        InputError: the crops have another shape.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,12 +39,12 @@ class SecondRecognizer(nn.Module):
 
 
 def save_second_recognizer(network: SecondRecognizer, path: Path) -> None:
-    """Write it in half precision."""
+    """Write the recogniser in half precision."""
     save_network(network, "second recogniser", path)
 
 
 def load_second_recognizer(path: Path) -> SecondRecognizer:
-    """In float32 and eval mode.
+    """Load the recogniser, in float32 and eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another network.

@@ -1,4 +1,4 @@
-"""Light on skin, cloth and hair."""
+"""Shading of skin, cloth and hair, with a lamp, its shadows and ambient light."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Color, Floats, Ints, column, dot, linear, normalize, power, settled, smoothstep, unit
+from .arrays import Color, Floats, Ints, column, dot, linear, normalize, power, rounded, smoothstep, unit
 from .factors import Light
 from .noise import look_up, strands
 from .raster import EMPTY, depth_map
@@ -23,13 +23,13 @@ KEY, AMBIENT, FILL, RIM = (
     0.52,
     0.17,
     0.10,
-)  # strengths of lamp, surroundings, the side away from the lamp, edges
-SKIN_WRAP: Color = (0.36, 0.22, 0.18)  # light goes on under the skin, red the farthest
+)  # strengths of the lamp, the ambient light, the light on the far side and at the rim
+SKIN_WRAP: Color = (0.36, 0.22, 0.18)  # light spreads under the skin, red the farthest
 
 
 @dataclass(frozen=True, eq=False)
 class Lighting:
-    """One picture's light."""
+    """The light of one picture."""
 
     sun: Floats  # (3) direction of the lamp
     key: Floats  # (3)
@@ -40,11 +40,11 @@ class Lighting:
 
     @classmethod
     def of(cls, light: Light, casters: list[tuple[Floats, Ints]], backend: str | None) -> Lighting:
-        """Light with the shadows of meshes, pairs of vertices (V, 3) and triangles (T, 3)."""
+        """Make the light of a picture. `casters`: the meshes that cast shadows, as vertices (V, 3) and triangles (T, 3)."""
         azimuth, elevation = float(np.radians(light.azimuth)), float(np.radians(light.elevation))
         flat = np.cos(elevation)
         sun = normalize(
-            settled(np.array([np.sin(azimuth) * flat, np.sin(elevation), np.cos(azimuth) * flat]))
+            rounded(np.array([np.sin(azimuth) * flat, np.sin(elevation), np.cos(azimuth) * flat]))
         )
         across = normalize(np.array([sun[2], 0, -sun[0]], np.float32))
         down = np.cross(sun, across).astype(np.float32)
@@ -75,7 +75,7 @@ class Lighting:
         )
 
     def lit(self, points: Floats) -> Floats:
-        """Share of the lamp (M) that reaches points (M, 3)."""
+        """Share (M,), 0..1, of the lamp's light that reaches points (M, 3)."""
         place = self._from_lamp(points)
         total = np.zeros(len(points), np.float32)
         limit = place[:, 2] + np.float32(SHADOW_BIAS)
@@ -96,13 +96,15 @@ class Lighting:
         wrap: Color = (0.15, 0.15, 0.15),
         shadows: bool = True,
     ) -> Floats:
-        """Light (M, 3) from a surface.
+        """Return the linear light (M, 3) that surface points reflect.
 
         Args:
-            albedo: light (M, 3) of the plain colour.
-            openness: share of the surroundings (M) that reach it.
-            gloss, sharpness: strength (M) of the highlight, and its exponent, a power of two.
-            wrap: how far the lamp's light goes on behind the edge of the shade, by colour.
+            albedo: (M, 3), linear.
+            normal, points: (M, 3), unit vectors and positions in decimetres.
+            openness: share of the ambient light (M,) that reaches the points.
+            gloss, sharpness: strength of the highlight (M,), and its exponent, a power of two.
+            wrap: how far the lamp's light extends into the shade, by colour.
+            shadows: whether the surface receives cast shadows.
         """
         facing = dot(normal, self.sun)
         lit = self.lit(points + normal * np.float32(0.03)) if shadows else np.ones(len(points), np.float32)
@@ -135,12 +137,14 @@ class Lighting:
     def hair(
         self, color: Floats, normal: Floats, points: Floats, down: Floats, streaks: Floats, gloss: float = 1.0
     ) -> Floats:
-        """Light (M, 3) from hair: a band of shine across the strands.
+        """Return the linear light (M, 3) that hair reflects, with a band of shine across the strands.
 
         Args:
-            color: on the screen, (3) or (M, 3).
-            down: direction (M, 3) that strands run in.
-            streaks: lighter and darker strands (M), about -1..1.
+            color: display values (3,) or (M, 3).
+            normal, points: (M, 3), unit vectors and positions in decimetres.
+            down: direction of the strands (M, 3).
+            streaks: lighter and darker strands (M,), about -1..1.
+            gloss: strength of the shine.
         """
         tangent = normalize(down - normal * column(dot(down, normal)))
         along = dot(tangent, normalize(self.sun + VIEW))
@@ -159,7 +163,7 @@ class Lighting:
 
 
 def strand_noise(across: Floats, along: Floats) -> Floats:
-    """Fine and coarse strands (M), about -1..1."""
+    """Noise of fine and coarse strands (M,), about -1..1, at coordinates (M,) in periods."""
     fine, coarse = (
         look_up(strands(), across, along),
         look_up(strands(), across * np.float32(0.37), along + 0.4),
@@ -167,6 +171,6 @@ def strand_noise(across: Floats, along: Floats) -> Floats:
     return np.float32(0.42) * fine + np.float32(0.5) * coarse
 
 
-def worn(cover: Floats) -> Floats:
-    """Opacity (M) of an edge from the distance inside it, decimetres."""
+def edge_opacity(cover: Floats) -> Floats:
+    """Opacity (M,), 0..1, near the edge of a garment, from the distance inside the edge (M,) in decimetres."""
     return smoothstep(-0.01, 0.015, cover)

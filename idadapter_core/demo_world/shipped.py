@@ -1,4 +1,4 @@
-"""Where the files are that the demo world is made of."""
+"""Paths of the demo world's shipped files, and the files of its networks."""
 
 from __future__ import annotations
 
@@ -17,34 +17,36 @@ CLIP_VISION = "clip_vision"  # a folder
 BASE = "base.safetensors"
 ADAPTERS = "adapters"  # a folder
 JUDGE = "second_recognizer.safetensors"
-FACE_PACKAGES = "insightface"  # a root of packages, as insightface has it
-FACE_PACKAGE = "demo_world"  # the name of the one in it
+FACE_PACKAGES = "insightface"  # a root folder of packages, in insightface's layout
+FACE_PACKAGE = "demo_world"  # the name of the package in it
 DETECTOR_FILE, RECOGNIZER_FILE, SEX_AND_AGE_FILE = "detector.onnx", "recognizer.onnx", "sex_and_age.onnx"
 
 
 def shipped(name: str) -> Path:
-    """A file or folder of the assets.
+    """Return the path of a file or folder of the assets.
 
     Raises:
-        CheckpointError: this copy of the project lacks it.
+        CheckpointError: this copy of the project does not have it.
     """
     path = ASSETS / name
     if not path.exists():
         raise CheckpointError(
-            f"{name} is missing in {ASSETS}; get this project once more, or make it with `python -m idadapter_core demo-world build`."
+            f"{name} is missing in {ASSETS}; get this project again, or build it with `python -m idadapter_core demo-world build`."
         )
     return path
 
 
 def face_package() -> Path:
-    """The folder of the demo world's own insightface package."""
+    """Return the folder of the demo world's insightface package."""
     return shipped(f"{FACE_PACKAGES}/models/{FACE_PACKAGE}")
 
 
 def save_network(network: nn.Module, kind: str, path: Path, left_out: str = "") -> None:
-    """Write a network in half precision; `kind` names it in the file.
+    """Write a network in half precision.
 
-    `left_out`: a part of the names of weights that the file does without, because not every release of a library has it.
+    Args:
+        kind: name of the network in the metadata of the file.
+        left_out: part of weight names that the file omits, because not every release of a library has it.
     """
     state = {
         _without(left_out, key): value.half().contiguous()
@@ -55,19 +57,21 @@ def save_network(network: nn.Module, kind: str, path: Path, left_out: str = "") 
 
 
 def read_network(kind: str, path: Path) -> dict[str, Tensor]:
-    """The weights in a file of `save_network`.
+    """Read the weights from a file of `save_network`, in half precision.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind.
     """
     state, metadata = read_tensors(path)
     if (found := metadata.get(KIND, "something else")) != kind:
-        raise CheckpointError(f"{path.name} is no {kind} of the demo world, but {found}; get the file again.")
+        raise CheckpointError(
+            f"{path.name} is not a {kind} of the demo world, but {found}; get the file again."
+        )
     return state
 
 
 def load_network(network: nn.Module, kind: str, path: Path, left_out: str = "") -> None:
-    """Fill a network from a file of `save_network`; it is then in float32 and eval mode, and not to be trained.
+    """Load a file of `save_network` into a network, which is then in float32 and eval mode, without gradients.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another network.
@@ -76,7 +80,7 @@ def load_network(network: nn.Module, kind: str, path: Path, left_out: str = "") 
     expected = {key: value for key, value in network.state_dict().items() if value.is_floating_point()}
     if problems := key_problems({_without(left_out, key): value for key, value in expected.items()}, state):
         raise CheckpointError(
-            f"{path.name} is no {kind} of the demo world, but another one: {problems}; get the file again."
+            f"{path.name} is not the {kind} of the demo world, but another one: {problems}; get the file again."
         )
     network.load_state_dict({key: state[_without(left_out, key)].float() for key in expected}, strict=False)
     network.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""One picture in the making: who, how, the mesh in front of the camera, its light and its canvas."""
+"""One picture while it is rendered: person, factors, mesh, camera, light and canvas."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from .shading import Lighting
 
 SUPERSAMPLING = 2  # samples along a side of a pixel
 DISTANCE = 13.0  # decimetres from the camera to the head
-SPAN = 3.4  # decimetres that the picture shows at the distance of the head
-CENTER = (0.0, -0.22, -0.6)  # place in the middle of the picture, seen from between the eyes
+SPAN = 3.4  # width of the picture in decimetres, at the distance of the head
+CENTER = (0.0, -0.22, -0.6)  # point in the middle of the picture, relative to the point between the eyes
 
 
 @dataclass(frozen=True)
 class Camera:
+    """A perspective camera on the z axis."""
+
     size: int  # samples along a side
     zoom: float
     shift: tuple[float, float]
 
     def project(self, points: Floats) -> Floats:
-        """Points (M, 3) in space -> x, y in samples and depth in decimetres."""
+        """Project points (M, 3), in decimetres, to (M, 3): x and y in samples, depth in decimetres."""
         center = np.array([CENTER[0] + self.shift[0], CENTER[1] + self.shift[1], CENTER[2]], np.float32)
         seen = points - center
         scale = np.float32(self.size / SPAN * self.zoom * DISTANCE) / (np.float32(DISTANCE) - seen[:, 2])
@@ -36,18 +38,20 @@ class Camera:
         return np.stack([middle + seen[:, 0] * scale, middle - seen[:, 1] * scale, seen[:, 2]], 1)
 
     def in_pixels(self, points: Floats) -> Floats:
-        """Points (M, 3) in space -> pixels (M, 2) of the finished picture; the middle of the first pixel is (0, 0)."""
+        """Project points (M, 3), in decimetres, to pixels (M, 2) of the finished picture; (0, 0) is the center of the first pixel."""
         return (self.project(points)[:, :2] + np.float32(0.5)) / SUPERSAMPLING - np.float32(0.5)
 
 
 @dataclass(frozen=True, eq=False)
 class Shot:
+    """One picture while it is rendered."""
+
     head: Head
     person: Person
     factors: Factors
     camera: Camera
     still: Floats  # (V, 3) mesh before the head turns
-    mesh: Floats  # (V, 3) as the camera sees it
+    mesh: Floats  # (V, 3) after the head turns
     normals: Floats  # (V, 3) of the mesh
     pose: Pose
     lighting: Lighting
@@ -55,7 +59,7 @@ class Shot:
     backend: str | None
 
     def draw(self, vertices: Floats, triangles: Ints, cull: bool = False) -> Fragments:
-        """What the camera sees of a mesh; see `rasterize`."""
+        """Rasterise a mesh as the camera sees it; see `rasterize`."""
         return rasterize(
             self.camera.project(vertices), triangles, self.camera.size, cull=cull, backend=self.backend
         )
@@ -63,13 +67,13 @@ class Shot:
     def attributes(
         self, fragments: Fragments, vertices: Floats, directions: Floats, places: Floats
     ) -> tuple[Floats, ...]:
-        """Points, normals towards the camera and canonical places (M, 3) of fragments, from those of the vertices."""
+        """Interpolate points, normals towards the camera and canonical coordinates (M, 3) of fragments from those of the vertices."""
         values = fragments.interpolate(np.concatenate([vertices, directions, places], 1).astype(np.float32))
         normal = normalize(values[:, 3:6])
         return values[:, :3], np.where(normal[:, 2:] < 0, -normal, normal), values[:, 6:9]
 
     def draw_solid(self, vertices: Floats, triangles: Ints) -> tuple[Fragments, Floats, Floats]:
-        """A separate thing: its fragments, their normals and points (M, 3)."""
+        """Rasterise a separate object. Returns its fragments, their normals (M, 3) and their points (M, 3)."""
         fragments = self.draw(vertices, triangles)
         points, normal, _ = self.attributes(fragments, vertices, normals(vertices, triangles), vertices)
         return fragments, normal, points

@@ -1,4 +1,4 @@
-"""What is painted on the skin: a map around the head, in canonical coordinates."""
+"""The texture of the skin: a map around the head, in canonical coordinates."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .head import AXIS, above_hairline, inside_beard
 from .identity import Brows, Person
 from .noise import blotches, grain, look_up, strands
 
-WIDTH, HEIGHT = 640, 352  # texels; at 128 pixels a sample of the picture is a little wider than one
+WIDTH, HEIGHT = 640, 352  # texels, slightly narrower than the samples of a picture of 128 pixels
 BOTTOM, TOP = 5.9, 8.6  # heights of the template that the map spans
-RADIUS = 1.08  # of the cylinder
-BROW_BRIGHTNESS = 0.45  # brows of fair people are darker than their hair
+RADIUS = 1.08  # of the cylinder, in decimetres
+BROW_BRIGHTNESS = 0.45  # upper limit: the brows of fair people are darker than their hair
 BROW_LINE = 7.455  # height of the template
 
-# Skin from light to dark, on the screen; `Look.tone` goes through them.
+# Skin from light to dark, display values. `Look.tone` interpolates between them.
 TONES = (
     np.array(
         [[244, 205, 184], [236, 188, 160], [219, 165, 130], [191, 136, 100], [147, 98, 69], [108, 70, 50], [80, 52, 39]],
@@ -30,11 +30,13 @@ TONES = (
 
 @dataclass(frozen=True, eq=False)
 class SkinMap:
-    colors: Floats  # (HEIGHT, WIDTH, 3) light
-    base: Floats  # (3) light of the plain skin
+    """The painted skin of a person."""
+
+    colors: Floats  # (HEIGHT, WIDTH, 3), linear light
+    base: Floats  # (3,) the plain skin, linear light
 
     def __call__(self, places: Floats) -> Floats:
-        """Light of the skin (M, 3) at canonical places (M, 3), between texels."""
+        """Return the light of the skin (M, 3) at canonical coordinates (M, 3), interpolated between texels."""
         turn = np.degrees(np.arctan2(places[:, 0], places[:, 2] - np.float32(AXIS)))
         column = (turn + 180) * np.float32(WIDTH / 360) - np.float32(0.5)
         row = np.clip(
@@ -64,7 +66,7 @@ def _grid() -> _Grid:
     y = TOP - (np.arange(HEIGHT) + 0.5) * (TOP - BOTTOM) / HEIGHT
     turn = (np.arange(WIDTH) + 0.5) * 360 / WIDTH - 180
     height, theta = (part.astype(np.float32) for part in np.meshgrid(y, turn, indexing="ij"))
-    # A face is flatter than the cylinder: x of the surface over the angle that it is seen under from the axis.
+    # A face is flatter than the cylinder: map the angle around the axis to x of the surface.
     x = np.linspace(0, 1.15, 100)
     side = np.sign(theta) * np.interp(np.abs(theta), np.degrees(np.arctan2(x, 1.18 - 0.84 * x * x)), x)
     radians = np.radians(theta)
@@ -75,7 +77,7 @@ def _grid() -> _Grid:
 
 
 def tone_color(person: Person) -> Floats:
-    """Plain skin (3) on the screen."""
+    """Display colour (3,) of the plain skin."""
     below = min(int(person.look.tone), len(TONES) - 2)
     color = mix(TONES[below], TONES[below + 1], person.look.tone - below)
     under = np.array(person.look.undertone, np.float32) * np.array([0.6, 0.5, 0.9], np.float32)
@@ -84,7 +86,7 @@ def tone_color(person: Person) -> Floats:
 
 @functools.lru_cache(maxsize=64)
 def skin_map(person: Person) -> SkinMap:
-    """The painted skin of a person."""
+    """Paint the skin of a person. The results are cached."""
     grid, look = _grid(), person.look
     rng = np.random.default_rng(look.texture_seed)
     base = tone_color(person)
@@ -102,7 +104,7 @@ def skin_map(person: Person) -> SkinMap:
 
 
 def _spot(x: float, y: float, width: float, height: float) -> Floats:
-    """A soft spot on both sides of the face."""
+    """Opacity (HEIGHT, WIDTH), 0..1, of a soft spot on both sides of the face."""
     grid = _grid()
     return np.exp(-(((np.abs(grid.side) - x) / width) ** 2) - ((grid.height - y) / height) ** 2) * grid.front
 
@@ -119,7 +121,7 @@ def _places_of_color() -> dict[str, Floats]:
 
 
 def _flush(colors: Floats, person: Person) -> Floats:
-    """Cheeks, shadows under the eyes, and paint on the lids."""
+    """Paint the cheeks, the shadows under the eyes, and make-up on the lids."""
     look, woman = person.look, person.sex == "woman"
     spots = _places_of_color()
     shows = float(smoothstep(4.5, 2.0, np.float32(look.tone)))
@@ -134,7 +136,7 @@ def _flush(colors: Floats, person: Person) -> Floats:
 
 
 def _hair_roots(colors: Floats, person: Person, rough: Floats) -> Floats:
-    """Shaved hair of head and beard."""
+    """Paint the roots of hair and beard."""
     grid, look = _grid(), person.look
     hair = np.array(look.hair.color, np.float32)
     if person.sex == "man":
@@ -171,7 +173,7 @@ def _freckles_and_moles(colors: Floats, person: Person, rng: np.random.Generator
 def _dot(
     colors: Floats, x: float, y: float, radius: float, color: tuple[float, float, float], opacity: float
 ) -> None:
-    """Paint a dot in place; the radius is in texels."""
+    """Paint a dot in place. `x` and `y` are canonical, the radius is in texels."""
     turn = np.degrees(np.arctan2(x, 1.18 - 0.84 * x * x))
     column, row = (turn + 180) / 360 * WIDTH - 0.5, (TOP - y) / (TOP - BOTTOM) * HEIGHT - 0.5
     left, top = int(column) - 3, int(row) - 3
@@ -183,7 +185,7 @@ def _dot(
 
 
 def _brow(brows: Brows) -> Floats:
-    """How much brow covers every texel, 0..1."""
+    """Opacity (HEIGHT, WIDTH), 0..1, of the brows."""
     grid = _grid()
     along = (np.abs(grid.side) - brows.gap) / (brows.reach - brows.gap)
     u = np.clip(along, 0, 1)
@@ -199,6 +201,6 @@ def _brow(brows: Brows) -> Floats:
         * smoothstep(-0.06, 0.08, along)
         * smoothstep(1.03, 0.9, along)
     )
-    lean = 1.4 - 1.1 * u  # hairs stand up at the inner end and lie down at the outer one
+    lean = 1.4 - 1.1 * u  # hairs are upright at the inner end and flat at the outer end
     hairs = look_up(strands(), np.abs(grid.side) * 0.55 - off * 0.4 / (lean + 0.3) + 0.37, off * 0.6)
     return inside * np.clip((0.55 + 0.4 * brows.density) + 0.16 * hairs, 0, 0.97) * grid.front

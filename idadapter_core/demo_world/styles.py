@@ -1,4 +1,4 @@
-"""Photo, drawing, painting: what a picture is made with."""
+"""Styles of pictures: photo, sketch, oil painting, comic, night."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ GRAY = np.array([0.30, 0.59, 0.11], np.float32)
 
 @dataclass(frozen=True, eq=False)
 class Sheet:
-    """What a style sees: the picture in samples, before pixels are made of them."""
+    """The input of a style: a picture in samples, before they are averaged to pixels."""
 
-    image: Floats  # (size, size, 3) on the screen, 0..1
-    depth: Floats  # (size, size) decimetres, about -3 behind
-    kind: npt.NDArray[np.uint8]  # (size, size) see canvas.py
+    image: Floats  # (size, size, 3), display values 0..1
+    depth: Floats  # (size, size), decimetres; larger is nearer
+    kind: npt.NDArray[np.uint8]  # (size, size), constants of canvas.py
     seed: int
     scale: float  # samples of the sheet per sample of a picture of 128 pixels
 
@@ -30,7 +30,7 @@ class Sheet:
         return image[..., 0] + image[..., 1] + image[..., 2]
 
     def lines(self) -> Floats:
-        """Where a thing ends (size, size), 0..1."""
+        """Strength of outlines (size, size), 0..1.5: edges of the depth, and borders between kinds."""
         border = np.zeros(self.kind.shape, bool)
         border[1:] |= self.kind[1:] != self.kind[:-1]
         border[:, 1:] |= self.kind[:, 1:] != self.kind[:, :-1]
@@ -38,13 +38,13 @@ class Sheet:
         return np.clip(0.55 * edges, 0, 1) + 0.5 * border
 
     def grid(self) -> tuple[Floats, Floats]:
-        """x and y of the samples as those of a picture of 128 pixels, 0..256."""
+        """Return x (1, size) and y (size, 1) of the samples, scaled to 0..256 as in a picture of 128 pixels."""
         places = np.arange(len(self.image), dtype=np.float32) / np.float32(self.scale)
         return places[None], places[:, None]
 
 
 def finish(style: str, sheet: Sheet) -> Floats:
-    """The picture (size, size, 3) in a style, 0..1."""
+    """Apply a style to a picture. Returns display values (size, size, 3), 0..1."""
     return np.clip(STYLES[style](sheet), 0, 1)
 
 
@@ -73,7 +73,7 @@ def _sketch(sheet: Sheet) -> Floats:
 
 
 def _flattened(sheet: Sheet, reach: int) -> Floats:
-    """Kuwahara's filter: every sample takes the mean of the calmest of four squares around it."""
+    """Kuwahara filter (size, size, 3): a sample becomes the mean of the one of four squares around it with the least variance."""
     gray, width = sheet.gray, 2 * (reach // 2) + 1
     means = box_mean(sheet.image, width)
     mean = box_mean(gray, width)
@@ -98,8 +98,10 @@ def _saturated(image: Floats, amount: float) -> Floats:
 
 
 def _oil(sheet: Sheet) -> Floats:
-    """Strokes of a brush in warm, dense colours."""
-    flat = mix(_flattened(sheet, max(2, round(4 * sheet.scale))), sheet.image, 0.3)  # eyes stay eyes
+    """Brush strokes in warm, saturated colours."""
+    flat = mix(
+        _flattened(sheet, max(2, round(4 * sheet.scale))), sheet.image, 0.3
+    )  # keeps the eyes recognisable
     flat = np.clip((_saturated(flat, 1.4) - 0.5) * 1.1 + 0.53, 0, 1)
     rng = np.random.default_rng([SEED_TAG, sheet.seed])
     size = len(flat)
@@ -114,14 +116,14 @@ def _oil(sheet: Sheet) -> Floats:
 
 
 def _comic(sheet: Sheet) -> Floats:
-    """Flat colours in a few steps, and ink."""
+    """Flat colours in a few steps, and ink lines."""
     flat = mix(_flattened(sheet, max(2, round(4 * sheet.scale))), sheet.image, 0.35)
     mean = (flat[..., 0] + flat[..., 1] + flat[..., 2])[..., None] / 3
     level = mean * 5 + 0.3
     whole = np.floor(level)
     stepped = (
         whole + smoothstep(0.42, 0.58, level - whole) - 0.05
-    ) / 5  # steps with a narrow slope: no jump at a border
+    ) / 5  # narrow ramps between the steps instead of jumps
     flat = np.clip(_saturated(flat, 1.5) * stepped / (mean + 0.02) * 1.12, 0, 1)
     detail = np.clip(slope(blur(sheet.gray, 1.0 * sheet.scale)) * sheet.scale - 0.20, 0, 1) * 1.5
     lines = blur(sheet.lines(), 0.8 * sheet.scale)
@@ -130,7 +132,7 @@ def _comic(sheet: Sheet) -> Floats:
 
 
 def _night(sheet: Sheet) -> Floats:
-    """Moonlight from above, and a warm lamp from below on who is there."""
+    """Moonlight from above, and a warm lamp that lights the person from below."""
     x, y = sheet.grid()
     x, y = x / 256, y / 256
     gray = sheet.gray[..., None]
@@ -143,7 +145,7 @@ def _night(sheet: Sheet) -> Floats:
     return moon * dark + warm * lifted * np.array([1.0, 0.62, 0.28], np.float32)
 
 
-SEED_TAG = 1_208  # as for people
+SEED_TAG = 1_208  # separates this random stream, as in identity.py
 
 STYLES: Mapping[str, Callable[[Sheet], Floats]] = {
     "photo": _photo,

@@ -1,4 +1,4 @@
-"""What people put on: glasses, hats, scarves."""
+"""Paints accessories: glasses, hats and scarves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .arrays import Floats, Ints, column, linear, mix, normalize, smoothstep
 from .factors import CLOTHES
 from .head import load_head
 from .noise import grain, look_up
-from .shading import worn
+from .shading import edge_opacity
 from .shot import Shot
 
 HATS = ("beanie", "cap")
@@ -37,7 +37,7 @@ def _neck_skin() -> Ints:
 
 
 def draw_accessory(shot: Shot) -> None:
-    """Paint what the factors say is worn."""
+    """Paint the accessory of the factors, if there is one."""
     if shot.factors.accessory != "none":
         WEAR[shot.factors.accessory](shot)
 
@@ -48,7 +48,7 @@ def _color(shot: Shot) -> Floats:
 
 # ----------------------------------------------------------------------------------------------------------- glasses
 def _tube(path: Floats, radius: float, closed: bool) -> tuple[Floats, Ints]:
-    """A tube of six sides along points (M, 3)."""
+    """Vertices (V, 3) and triangles (T, 3) of a tube of six sides along points (M, 3)."""
     sides, count = 6, len(path)
     ahead = np.roll(path, -1, 0) - np.roll(path, 1, 0) if closed else np.gradient(path, axis=0)
     ahead = normalize(ahead.astype(np.float32))
@@ -72,7 +72,7 @@ def _joined(parts: Sequence[tuple[Floats, Ints]]) -> tuple[Floats, Ints]:
 
 
 def _rim(center: Floats, forward: float, roundness: float) -> Floats:
-    """Points (RIM_POINTS, 3) around a lens before the head turns: a square with round corners, bent to the face."""
+    """Points (RIM_POINTS, 3) around a lens before the head's rotation: a square with round corners, bent to the face."""
     turn = np.arange(RIM_POINTS) / RIM_POINTS * 2 * np.pi
 
     def squared(wave: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ def _rim(center: Floats, forward: float, roundness: float) -> Floats:
 
 
 def _frame(eyes: Floats, forward: float, roundness: float, radius: float) -> tuple[Floats, Ints]:
-    """Rims, bridge and temples before the head turns."""
+    """Vertices (V, 3) and triangles (T, 3) of rims, bridge and temples before the head's rotation."""
     parts = [_tube(_rim(eye, forward, roundness), radius, True) for eye in eyes]
     height = float(eyes[0][1])
     bridge = np.stack([np.linspace(-0.08, 0.08, 5), np.full(5, height + 0.06), np.full(5, forward + 0.01)], 1)
@@ -153,18 +153,18 @@ def _hat(shot: Shot) -> None:
     light = shot.lighting.surface(
         linear(_color(shot) * column(pattern)), normal, points, 0.9, 0.01, shadows=False
     )
-    shot.canvas.paint(seen, light, kinds.HAT, worn(inside))
+    shot.canvas.paint(seen, light, kinds.HAT, edge_opacity(inside))
     if not beanie:
         _brim(shot)
 
 
 def _inside_hat(place: Floats, edge: float) -> Floats:
-    """Decimetres (M) above the edge of a hat, which lies lower at the back."""
+    """Height above the edge of a hat (M,), in decimetres. The edge is lower at the back."""
     return place[:, 1] - edge + 0.22 * smoothstep(0.6, -0.6, place[:, 2])
 
 
 def _shade_under_hat(shot: Shot, edge: float) -> None:
-    """Darken forehead and hair below the edge."""
+    """Darken forehead and hair below the edge of a hat."""
     vertices = (shot.mesh + shot.normals * np.float32(0.015)).astype(np.float32)
     seen = shot.draw(vertices, _hat_skin(), cull=True)
     alpha = 0.45 * smoothstep(-0.20, 0.0, _inside_hat(seen.interpolate(shot.head.template), edge))
@@ -206,7 +206,7 @@ def _scarf(shot: Shot) -> None:
     color = mix(_color(shot), other, column(0.7 * band)) * column(0.9 + 0.2 * look_up(grain(), x * 4, y * 4))
     light = shot.lighting.surface(linear(color), normal, points, 0.85, 0.01)
     lower, upper = y - 5.36 + 0.06 * np.sin(x * 7), 6.08 - 0.12 * smoothstep(0.2, 0.9, z) - y
-    shot.canvas.paint(seen, light, kinds.SCARF, worn(np.minimum(lower, upper)))
+    shot.canvas.paint(seen, light, kinds.SCARF, edge_opacity(np.minimum(lower, upper)))
 
 
 WEAR: Mapping[str, Callable[[Shot], None]] = {

@@ -1,4 +1,4 @@
-"""Captions as the tokens of CLIP's tokenizer, of which the demo world knows few: each has a row of its own in a small table."""
+"""Tokenises prompts for the text encoder, whose small embedding table has rows only for the tokens that captions use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PIECE = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")
 
 @dataclass(frozen=True)
 class Words:
-    """Which tokens CLIP's tokenizer makes of the words that captions are made of."""
+    """The tokens of CLIP's tokenizer for each word of captions."""
 
     tokens: Mapping[str, tuple[int, ...]]
 
     @functools.cached_property
     def known(self) -> tuple[int, ...]:
-        """The tokens that have rows of their own: begin, end, then those of all words in rising order."""
+        """The tokens with rows in the table, in the order of the rows: begin, end, then the tokens of all words, ascending."""
         used = {token for tokens in self.tokens.values() for token in tokens}
         return (BEGIN, END, *sorted(used))
 
@@ -35,18 +35,18 @@ class Words:
 
     @property
     def unknown(self) -> int:
-        """The row of all other tokens, the last one."""
+        """Row of all other tokens: the last one."""
         return len(self.known)
 
-    def rows(self, text: str, strangers: Sequence[int] = ()) -> list[int]:
-        """The rows (77) of a text in the small table: begin, words, and ends to fill up. What is too long is cut off.
+    def rows(self, text: str, unknown_before: Sequence[int] = ()) -> list[int]:
+        """Return the 77 rows of a text in the table: begin, words, and end as padding. Longer texts are cut off.
 
         Args:
-            strangers: numbers of words before which a word that nobody knows is put.
+            unknown_before: numbers of the words before which an unknown word is inserted.
         """
         found: list[int] = []
         for number, piece in enumerate(_PIECE.findall(text.lower())):
-            found += [self.unknown] * strangers.count(number)
+            found += [self.unknown] * unknown_before.count(number)
             tokens = self.tokens.get(piece)
             found += [self.unknown] if tokens is None else [self._row_of[token] for token in tokens]
         found = found[: LENGTH - 2]
@@ -55,6 +55,6 @@ class Words:
 
 @functools.cache
 def words() -> Words:
-    """Those of the shipped file."""
+    """Return the words of the shipped file. The result is cached."""
     content: dict[str, list[int]] = json.loads(shipped(FILE).read_text("utf-8"))
     return Words({word: tuple(tokens) for word, tokens in content.items()})

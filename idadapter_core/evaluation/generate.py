@@ -18,10 +18,10 @@ from ..methods import METHODS
 from ..schedule import RescaleSchedule
 from ..stable_diffusion.base import load_base
 from ..stable_diffusion.networks import load_networks
-from ..stable_diffusion.pipeline import Acting, Pipeline, to_levels
+from ..stable_diffusion.pipeline import Pipeline, Strengths, to_levels
 from ..types import Identity, Mix
 from .config import EvaluationConfig, RunEntry, SamplingConfig
-from .people import Person, Photo
+from .people import Person, RealPhoto
 from .prompts import Prompt
 
 VERSION = 1  # of image generation; increase it to generate all images again
@@ -38,7 +38,7 @@ class Drawing:
     seed: int
 
     @property
-    def references(self) -> tuple[Photo, ...]:
+    def references(self) -> tuple[RealPhoto, ...]:
         """The adapter's reference photos."""
         if self.run is None:
             return ()
@@ -131,7 +131,7 @@ class PipelineGenerator:
             width=sampling.size,
             height=sampling.size,
             negative=sampling.negative,
-            acting=None if adapter is None else _acting(drawing, adapter),
+            strengths=None if adapter is None else _strengths(drawing, adapter),
         )
         try:
             return to_levels(picture, sampling.precision, "sampling.precision")
@@ -195,11 +195,11 @@ def _text_acts(drawing: Drawing, adapter: Adapter) -> bool:
     return drawing.run is not None and drawing.run.parts != "adapter" and adapter.config.has_text_branch
 
 
-def _acting(drawing: Drawing, adapter: Adapter) -> Acting:
+def _strengths(drawing: Drawing, adapter: Adapter) -> Strengths:
     assert drawing.run is not None
     # An identity word is in the prompt or not; the scale then applies only in the UNet.
     text_scale = 1.0 if adapter.mechanisms.text == "word" else drawing.scale
-    return Acting(
+    return Strengths(
         adapter=0.0 if drawing.run.parts == "text" else drawing.scale,
         text=text_scale if _text_acts(drawing, adapter) else 0.0,
         rescale=RescaleSchedule() if drawing.run.rescale else None,

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..faces.images import Image
 from ..faces.pose import estimate_pose
-from .observe import Look, Vector
+from .observe import Observation, Vector
 from .people import Person
 from .prompts import EXPRESSION, POSE, Prompt, asked_pose_is_hit, expression_name
 from .statistics import copy_of, threshold_at
@@ -67,12 +67,12 @@ COLUMNS = tuple(entry.name for entry in fields(ImageRow))
 
 
 @dataclass(frozen=True, eq=False)
-class SeenPerson:
+class ObservedPerson:
     """A person and the observations of the photos."""
 
     person: Person
-    references: tuple[Look, ...]
-    other: Look | None
+    references: tuple[Observation, ...]
+    other: Observation | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +96,11 @@ class Subject:
     picture: str
     seconds: float | None
     text: Vector | None = None  # CLIP's embedding of the prompt
-    base: Look | None = None  # the base model's image of the same prompt and seed
+    base: Observation | None = None  # the base model's image of the same prompt and seed
     outside: float | None = None
 
 
-def bands(people: Sequence[SeenPerson], part: str = "embedding") -> Bands | None:
+def bands(people: Sequence[ObservedPerson], part: str = "embedding") -> Bands | None:
     """Cosines of pairs of the people's photos; `part`: embedding or second. None without embeddings.
 
     Uses all pairs of one person, and pairs of two people among at most 1000 photos (half a million pairs).
@@ -108,8 +108,8 @@ def bands(people: Sequence[SeenPerson], part: str = "embedding") -> Bands | None
     photos: list[tuple[int, Vector]] = []
     genuine: list[float] = []
     for number, seen in enumerate(people):
-        looks = (*seen.references, *([seen.other] if seen.other else []))
-        own = [vector for look in looks if (vector := getattr(look, part)) is not None]
+        observations = (*seen.references, *([seen.other] if seen.other else []))
+        own = [vector for observation in observations if (vector := getattr(observation, part)) is not None]
         genuine += [float(a @ b) for a, b in combinations(own, 2)]
         photos += [(number, vector) for vector in own]
     if not photos:
@@ -122,21 +122,25 @@ def bands(people: Sequence[SeenPerson], part: str = "embedding") -> Bands | None
 
 
 def measure(
-    subject: Subject, look: Look, seen: SeenPerson, first: Bands | None, second: Bands | None
+    subject: Subject,
+    observation: Observation,
+    seen: ObservedPerson,
+    first: Bands | None,
+    second: Bands | None,
 ) -> ImageRow:
-    """Compute the row of an image from `look`, its observation."""
+    """Compute the row of an image from `observation`."""
     reference = seen.references[0]
     prompt = subject.prompt
-    mean, highest, verified = _cosines(look.embedding, [r.embedding for r in seen.references], first)
-    mean_2, highest_2, verified_2 = _cosines(look.second, [r.second for r in seen.references], second)
-    pose, reference_pose = _pose(look), _pose(reference)
-    clip_t = _cosine(look.clip, subject.text)
+    mean, highest, verified = _cosines(observation.embedding, [r.embedding for r in seen.references], first)
+    mean_2, highest_2, verified_2 = _cosines(observation.second, [r.second for r in seen.references], second)
+    pose, reference_pose = _pose(observation), _pose(reference)
+    clip_t = _cosine(observation.clip, subject.text)
     base_clip_t = None if subject.base is None else _cosine(subject.base.clip, subject.text)
-    clip_i = [_cosine(look.clip, r.clip) for r in seen.references]
+    clip_i = [_cosine(observation.clip, r.clip) for r in seen.references]
     copy = None
-    if look.embedding is not None and reference.embedding is not None:
+    if observation.embedding is not None and reference.embedding is not None:
         if seen.other is not None and seen.other.embedding is not None:
-            copy = copy_of(look.embedding, reference.embedding, seen.other.embedding)
+            copy = copy_of(observation.embedding, reference.embedding, seen.other.embedding)
     has_expressions = reference.expression is not None
     return ImageRow(
         run=subject.run,
@@ -149,9 +153,9 @@ def measure(
         asks=prompt.asks,
         seed=subject.seed,
         picture=subject.picture,
-        det_ok=look.has_face,
-        n_faces=look.faces,
-        face_fraction=look.face_fraction,
+        det_ok=observation.has_face,
+        n_faces=observation.faces,
+        face_fraction=observation.face_fraction,
         id_cos=mean,
         id_cos_max=highest,
         id_cos_2=mean_2,
@@ -162,9 +166,11 @@ def measure(
         pitch=pose[1] if pose else None,
         d_yaw=abs(pose[0] - reference_pose[0]) if pose and reference_pose else None,
         d_pitch=abs(pose[1] - reference_pose[1]) if pose and reference_pose else None,
-        expr=look.expression,
-        expr_changed=None if look.expression is None else look.expression != reference.expression,
-        asked_expr_hit=look.expression == expression_name(prompt.asks)
+        expr=observation.expression,
+        expr_changed=None
+        if observation.expression is None
+        else observation.expression != reference.expression,
+        asked_expr_hit=observation.expression == expression_name(prompt.asks)
         if prompt.group == EXPRESSION and has_expressions
         else None,
         asked_pose_hit=None if prompt.group != POSE else _pose_is_hit(prompt, pose, seen),
@@ -177,19 +183,19 @@ def measure(
     )
 
 
-def _pose_is_hit(prompt: Prompt, pose: tuple[float, float] | None, seen: SeenPerson) -> bool:
+def _pose_is_hit(prompt: Prompt, pose: tuple[float, float] | None, seen: ObservedPerson) -> bool:
     """Compares the pitch with the person's photos: from five landmarks, it has an offset specific to the person."""
     known = [found[1] for found in map(_pose, seen.references) if found]
     usual = float(np.mean(known)) if known else 0.0
     return pose is not None and asked_pose_is_hit(prompt.asks, pose[0], pose[1] - usual)
 
 
-def outside_faces(image: Image, base: Image, looks: Sequence[Look]) -> float | None:
+def outside_faces(image: Image, base: Image, observations: Sequence[Observation]) -> float | None:
     """Mean absolute difference, 0..1, of two images (H, W, 3) outside the faces' boxes; None if nothing lies outside."""
     kept = np.ones(image.shape[:2], bool)
-    for look in looks:
-        if look.box is not None:
-            x1, y1, x2, y2 = (max(round(value), 0) for value in look.box)
+    for observation in observations:
+        if observation.box is not None:
+            x1, y1, x2, y2 = (max(round(value), 0) for value in observation.box)
             kept[y1:y2, x1:x2] = False
     if not kept.any():
         return None
@@ -230,9 +236,9 @@ def _cosines(
     return float(np.mean(found)), max(found), verified
 
 
-def _pose(look: Look) -> tuple[float, float] | None:
+def _pose(observation: Observation) -> tuple[float, float] | None:
     """Yaw and pitch of the recognised face, in degrees."""
-    if look.landmarks is None or not look.has_face:
+    if observation.landmarks is None or not observation.has_face:
         return None
-    pose = estimate_pose(look.landmarks)
+    pose = estimate_pose(observation.landmarks)
     return pose.yaw, pose.pitch

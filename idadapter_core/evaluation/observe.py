@@ -39,7 +39,7 @@ Embed = Callable[[Image], Vector]
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class Observation:
     """The observation of one image. Of several faces, the largest counts."""
 
     width: int
@@ -76,13 +76,13 @@ class Look:
         return found
 
     @staticmethod
-    def of(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Look:
+    def of(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Observation:
         """Inverse of `arrays`."""
         width, height, faces = (int(value) for value in arrays["size"])
         box = arrays.get("box")
         points = arrays.get("landmarks")
         expression = arrays.get("expression")
-        return Look(
+        return Observation(
             width,
             height,
             faces,
@@ -123,14 +123,14 @@ class Observer:
         }
         self.key = key_of({"version": VERSION, **self.digests})
 
-    def look(self, image: Image) -> Look:
+    def observe(self, image: Image) -> Observation:
         """Observe an image (H, W, 3), RGB uint8."""
         height, width = image.shape[:2]
         faces = order_faces(self.analyzer.detect(image), "largest")
         seen: dict[str, Any] = {} if self.clip is None else {"clip": self.clip.of_picture(image)}
         if faces:
             seen |= {"box": faces[0].box, "landmarks": faces[0].landmarks, **self._of_face(image, faces[0])}
-        return Look(width, height, len(faces), **seen)
+        return Observation(width, height, len(faces), **seen)
 
     def _of_face(self, image: Image, face: Face) -> dict[str, Any]:
         try:

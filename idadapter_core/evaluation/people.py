@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Photo:
+class RealPhoto:
     """A real photo."""
 
     row: Row
@@ -37,12 +37,12 @@ class Person:
 
     name: str
     class_word: str  # man, woman or person
-    references: tuple[Photo, ...]
-    other: Photo | None  # a photo that no adapter receives, if there is one
+    references: tuple[RealPhoto, ...]
+    other: RealPhoto | None  # a photo that no adapter receives, if there is one
 
 
 def choose_people(
-    index: Index, settings: PeopleConfig, has_face: Callable[[Photo], bool]
+    index: Index, settings: PeopleConfig, has_face: Callable[[RealPhoto], bool]
 ) -> tuple[Person, ...]:
     """Choose people from an index, each with `settings.references` photos. A row without identity is a person of its own.
 
@@ -70,7 +70,9 @@ def choose_people(
         person = everyone[rows[name]]
         if len(person) < wanted:
             continue
-        shuffled = [Photo(row, partial(index.load, row)) for row in _shuffled(person, settings.seed, name)]
+        shuffled = [
+            RealPhoto(row, partial(index.load, row)) for row in _shuffled(person, settings.seed, name)
+        ]
         photos = _with_face(shuffled, has_face, wanted + 1)  # the references and one more
         if len(photos) < wanted:
             continue
@@ -95,9 +97,11 @@ def choose_people(
     return tuple(people)
 
 
-def _with_face(photos: Iterable[Photo], has_face: Callable[[Photo], bool], count: int) -> list[Photo]:
+def _with_face(
+    photos: Iterable[RealPhoto], has_face: Callable[[RealPhoto], bool], count: int
+) -> list[RealPhoto]:
     """The first photos, up to `count`, in which the evaluation models find the face."""
-    found: list[Photo] = []
+    found: list[RealPhoto] = []
     for photo in photos:
         if has_face(photo):
             found.append(photo)

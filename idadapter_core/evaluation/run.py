@@ -19,10 +19,10 @@ from ..faces.images import Image
 from ..files import write_file
 from .config import BASE_MODEL, PASTE, EvaluationConfig, RunEntry
 from .generate import Drawing, Generator
-from .measure import Bands, ImageRow, SeenPerson, Subject, bands, measure, outside_faces, to_csv
+from .measure import Bands, ImageRow, ObservedPerson, Subject, bands, measure, outside_faces, to_csv
 from .metrics import available
-from .observe import Look, Observer, Vector
-from .people import Person, Photo, choose_people
+from .observe import Observation, Observer, Vector
+from .people import Person, RealPhoto, choose_people
 from .prompts import POSE, Prompt
 from .report import Pictures as ReportPictures, to_html
 from .statistics import FAR
@@ -59,15 +59,15 @@ class _Evaluation:
         self.generated = 0
         self.prompts = config.all_prompts()
         self.texts: dict[str, Vector] = {}
-        self.base: dict[tuple[str, int], tuple[Look, Picture]] = {}  # by text and seed
-        self.people: tuple[SeenPerson, ...] = ()
+        self.base: dict[tuple[str, int], tuple[Observation, Picture]] = {}  # by text and seed
+        self.people: tuple[ObservedPerson, ...] = ()
         self.bands: tuple[Bands | None, Bands | None] = (None, None)
 
     def run(self) -> tuple[Summary, int]:
         config = self.config
         write_file(self.folder / "config.toml", config_toml(config).encode())
-        chosen = choose_people(self.index, config.data, lambda photo: self._photo(photo).has_face)
-        self.people = tuple(map(self._see, chosen))
+        chosen = choose_people(self.index, config.data, lambda photo: self._observe_photo(photo).has_face)
+        self.people = tuple(map(self._observe_person, chosen))
         self.bands = bands(self.people), bands(self.people, "second")
         rows = [*self._anchors(), *(row for run in config.runs for row in self._of_run(run))]
         summary = self._summary(rows)
@@ -82,16 +82,16 @@ class _Evaluation:
 
     # -------------------------------------------------------------------------------------------- looking
 
-    def _photo(self, photo: Photo) -> Look:
-        return self._look(photo.row.sha256, photo.read)
+    def _observe_photo(self, photo: RealPhoto) -> Observation:
+        return self._observe(photo.row.sha256, photo.read)
 
-    def _look(self, name: str, read: Any) -> Look:
+    def _observe(self, name: str, read: Any) -> Observation:
         key = key_of({"picture": name, "observer": self.observer.key})
-        return Look.of(self.seen.get(key, lambda: self.observer.look(read()).arrays()))
+        return Observation.of(self.seen.get(key, lambda: self.observer.observe(read()).arrays()))
 
-    def _see(self, person: Person) -> SeenPerson:
-        other = None if person.other is None else self._photo(person.other)
-        return SeenPerson(person, tuple(map(self._photo, person.references)), other)
+    def _observe_person(self, person: Person) -> ObservedPerson:
+        other = None if person.other is None else self._observe_photo(person.other)
+        return ObservedPerson(person, tuple(map(self._observe_photo, person.references)), other)
 
     def _text(self, prompt: Prompt, person: Person) -> Vector | None:
         if self.observer.clip is None:
@@ -103,13 +103,13 @@ class _Evaluation:
 
     # -------------------------------------------------------------------------------------------- drawing
 
-    def _draw(self, drawing: Drawing) -> tuple[Look, Picture]:
+    def _draw(self, drawing: Drawing) -> tuple[Observation, Picture]:
         recipe = self.generator.recipe(drawing)
         picture = self.pictures.get(recipe, lambda: self.generator.generate(drawing), time.perf_counter)
         self.generated += picture.is_new
-        return self._look(picture.key, picture.read), picture
+        return self._observe(picture.key, picture.read), picture
 
-    def _base(self, prompt: Prompt, person: Person, seed: int) -> tuple[Look, Picture]:
+    def _base(self, prompt: Prompt, person: Person, seed: int) -> tuple[Observation, Picture]:
         """The base model knows no identities: people with the same noun share its images."""
         key = (prompt.words(person.class_word), seed)
         if key not in self.base:
@@ -121,7 +121,7 @@ class _Evaluation:
         for seen in _progress(self.people, BASE_MODEL):
             for prompt in self.prompts:
                 for seed in seeds:
-                    look, picture = self._base(prompt, seen.person, seed)
+                    observation, picture = self._base(prompt, seen.person, seed)
                     subject = Subject(
                         run=BASE_MODEL,
                         scale=None,
@@ -131,9 +131,9 @@ class _Evaluation:
                         picture=self._name(picture),
                         seconds=picture.seconds,
                         text=self._text(prompt, seen.person),
-                        base=look,
+                        base=observation,
                     )
-                    yield measure(subject, look, seen, *self.bands)
+                    yield measure(subject, observation, seen, *self.bands)
         for seen in self.people:
             photo = seen.person.references[0]
             for prompt in self.prompts:
@@ -157,10 +157,10 @@ class _Evaluation:
                     for seed in self.config.sampling.seeds:
                         yield self._row(Drawing(run, scale, seen.person, prompt, seed), seen)
 
-    def _row(self, drawing: Drawing, seen: SeenPerson) -> ImageRow:
+    def _row(self, drawing: Drawing, seen: ObservedPerson) -> ImageRow:
         assert drawing.run is not None
-        look, picture = self._draw(drawing)
-        base_look, base_picture = self._base(drawing.prompt, drawing.person, drawing.seed)
+        observation, picture = self._draw(drawing)
+        base_observation, base_picture = self._base(drawing.prompt, drawing.person, drawing.seed)
         subject = Subject(
             run=drawing.run.name,
             scale=drawing.scale,
@@ -170,10 +170,10 @@ class _Evaluation:
             picture=self._name(picture),
             seconds=picture.seconds,
             text=self._text(drawing.prompt, drawing.person),
-            base=base_look,
-            outside=outside_faces(picture.read(), base_picture.read(), (look, base_look)),
+            base=base_observation,
+            outside=outside_faces(picture.read(), base_picture.read(), (observation, base_observation)),
         )
-        return measure(subject, look, seen, *self.bands)
+        return measure(subject, observation, seen, *self.bands)
 
     def _name(self, picture: Picture) -> str:
         return picture.path.relative_to(self.folder).as_posix()
@@ -249,6 +249,6 @@ def _named(path: str, digest: str) -> str:
     return f"{path}, digest {digest}" if path else "none"
 
 
-def _progress(people: tuple[SeenPerson, ...], name: str) -> Any:
+def _progress(people: tuple[ObservedPerson, ...], name: str) -> Any:
     # Without a terminal, a progress bar would fill the log.
     return require("tqdm").tqdm(people, desc=name, unit="person", disable=None)

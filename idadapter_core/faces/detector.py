@@ -18,7 +18,7 @@ from ..files import file_digest
 from ..types import Face
 from .images import Image, to_bgr_uint8
 from .packages import DETECTION, GENDER_AGE, RECOGNITION, WANTED_FILES, Package, read_package
-from .windows import SeenFace, bordered, is_cut, likeness, tile_starts
+from .windows import DetectedFace, bordered, is_cut, likeness, tile_starts
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class _Attempt(NamedTuple):
     kind: str  # name of all attempts of this kind: "at 640 to 128 px"
     step: str  # name of this attempt: "at 512 px"
     size: int  # of the detector's input
-    faces: list[SeenFace]  # including unusable ones
+    faces: list[DetectedFace]  # including unusable ones
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,10 @@ class FaceAnalyzer:
 
     def _detect_in_tiles(
         self, bgr: NDArray[np.uint8], side: int, size: tuple[int, int], check: Callable[[], None]
-    ) -> list[SeenFace]:
+    ) -> list[DetectedFace]:
         """Return the faces that lie entirely in a tile and are confirmed by `_is_confirmed`, best score first, without duplicates."""
         height, width = bgr.shape[:2]
-        candidates: list[SeenFace] = []
+        candidates: list[DetectedFace] = []
         for top in tile_starts(height, side):
             for left in tile_starts(width, side):
                 check()
@@ -204,7 +204,7 @@ class FaceAnalyzer:
                     moved = face.moved((left, top), 1.0)
                     if face.score >= TILE_THRESHOLD and not is_cut(moved, (left, top, side), (width, height)):
                         candidates.append(moved)
-        kept: list[SeenFace] = []
+        kept: list[DetectedFace] = []
         for face in sorted(candidates, key=lambda face: -face.score):
             if all(likeness(face, other) < _SAME_FACE for other in kept):
                 check()
@@ -212,7 +212,7 @@ class FaceAnalyzer:
                     kept.append(face)
         return kept
 
-    def _is_confirmed(self, bgr: NDArray[np.uint8], face: SeenFace, size: tuple[int, int]) -> bool:
+    def _is_confirmed(self, bgr: NDArray[np.uint8], face: DetectedFace, size: tuple[int, int]) -> bool:
         """Return whether the detector also finds the face in a crop around it, at another scale."""
         x1, y1, x2, y2 = face.box
         reach = 2 * max(x2 - x1, y2 - y1)
@@ -225,16 +225,16 @@ class FaceAnalyzer:
             for other in self._detect_at(part, at if len(self._sizes) > 1 else size)
         )
 
-    def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[SeenFace]:
+    def _detect_at(self, bgr: NDArray[np.uint8], size: tuple[int, int]) -> list[DetectedFace]:
         height, width = bgr.shape[:2]
         if min(size[0] * height // width, size[1] * width // height) < 1:
             return []  # a very long photo would be resized to 0 pixels
         boxes, landmarks = self._model(DETECTION).detect(bgr, input_size=size, max_num=0, metric="default")
         return [
-            SeenFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
+            DetectedFace(row[:4], points, float(row[4])) for row, points in zip(boxes, landmarks, strict=True)
         ]
 
-    def _face(self, bgr: NDArray[np.uint8], raw: SeenFace, image_index: int, size: int) -> Face:
+    def _face(self, bgr: NDArray[np.uint8], raw: DetectedFace, image_index: int, size: int) -> Face:
         # insightface's face objects cannot be copied and return None for any attribute, so they stay inside this function.
         face = self._libraries.Face(
             bbox=raw.box.astype(np.float32), kps=raw.landmarks.astype(np.float32), det_score=raw.score

@@ -76,10 +76,10 @@ def extract_features(
     for position, given in enumerate(images):
         image = check_image(given, position, len(images))
         photo = _Photo(image, position, len(images), origins[position] if origins else None)
-        outcomes.append(_look(photo, analyzer, select, index, on_missing, check))
+        outcomes.append(_find_faces(photo, analyzer, select, index, on_missing, check))
         progress()
 
-    report = "\n".join(line for outcome in outcomes for line in outcome.account.lines())
+    report = "\n".join(line for outcome in outcomes for line in outcome.report.lines())
     crops = [crop for outcome in outcomes for crop in outcome.crops]
     if not crops:
         raise NoFaceFoundError(f"no photo shows a usable face.\n{report}")
@@ -97,7 +97,7 @@ def extract_features(
         recognizer=recognizer_digest,
         crops=crop_tensor,
     )
-    remarks = tuple(remark for outcome in outcomes for remark in outcome.account.remarks())
+    remarks = tuple(remark for outcome in outcomes for remark in outcome.report.remarks())
     found = tuple(outcome.found for outcome in outcomes)
     chosen = tuple(outcome.chosen for outcome in outcomes)
     return Extraction(features, report, remarks, found, chosen)
@@ -140,13 +140,13 @@ class _Photo:
 class _Outcome:
     """The faces of one photo, and its report; a skipped photo has no chosen faces."""
 
-    account: _Account
+    report: _PhotoReport
     found: tuple[Face, ...]  # in the order used by `index`
     chosen: tuple[Face, ...] = ()
     crops: tuple[Image, ...] = ()
 
 
-def _look(
+def _find_faces(
     photo: _Photo,
     analyzer: FaceAnalyzer,
     select: str,
@@ -164,9 +164,9 @@ def _look(
         if on_missing == "error":
             hint = "; or set on_missing to skip, to leave this photo out" if photo.count > 1 else ""
             raise type(error)(f"{photo.name}: {reason}{hint}") from error
-        return _Outcome(_Account(photo.name, skipped=reason), tuple(faces))
-    account = _describe(photo.name, search.step, faces, picked, left_out, photo.scale)
-    return _Outcome(account, tuple(faces), tuple(picked), tuple(crops))
+        return _Outcome(_PhotoReport(photo.name, skipped=reason), tuple(faces))
+    report = _describe(photo.name, search.step, faces, picked, left_out, photo.scale)
+    return _Outcome(report, tuple(faces), tuple(picked), tuple(crops))
 
 
 def _pick(
@@ -253,7 +253,7 @@ def _crop_hint(photo: _Photo) -> str:
 
 
 @dataclass(frozen=True)
-class _Account:
+class _PhotoReport:
     """Report on one photo."""
 
     name: str
@@ -278,7 +278,7 @@ class _Account:
 
 def _describe(
     name: str, step: str, faces: Sequence[Face], picked: Sequence[Face], left_out: Sequence[str], scale: float
-) -> _Account:
+) -> _PhotoReport:
     """`scale`: pixels of the photo per pixel of the user's file."""
     noun = "1 face" if len(faces) == 1 else f"{len(faces)} faces"
     warnings = list(left_out)
@@ -296,7 +296,7 @@ def _describe(
     for warning in warnings:
         log.warning("%s: %s", name, warning)
     lines = tuple(_describe_face(faces.index(face), face, scale) for face in picked)
-    return _Account(name, f"{noun} found {step}", lines, tuple(warnings))
+    return _PhotoReport(name, f"{noun} found {step}", lines, tuple(warnings))
 
 
 def _describe_face(index: int, face: Face, scale: float) -> str:

@@ -14,7 +14,7 @@ _LONGEST_PADDED = 1280  # larger photos are shrunk before a border is added; the
 
 
 @dataclass(frozen=True, eq=False)
-class SeenFace:
+class DetectedFace:
     """A detected face, in pixels of its window."""
 
     box: NDArray[np.floating]  # (4,) x1, y1, x2, y2
@@ -45,10 +45,10 @@ class SeenFace:
     def _eye_distance(self) -> float:
         return float(np.linalg.norm(self.landmarks[1] - self.landmarks[0]))
 
-    def moved(self, by: tuple[float, float], scale: float) -> SeenFace:
+    def moved(self, by: tuple[float, float], scale: float) -> DetectedFace:
         """Return the face with its coordinates shifted by `by`, then multiplied by `scale`."""
         x, y = by
-        return SeenFace((self.box + [x, y, x, y]) * scale, (self.landmarks + [x, y]) * scale, self.score)
+        return DetectedFace((self.box + [x, y, x, y]) * scale, (self.landmarks + [x, y]) * scale, self.score)
 
 
 def tile_starts(length: int, side: int) -> list[int]:
@@ -59,7 +59,7 @@ def tile_starts(length: int, side: int) -> list[int]:
     return [round(number * (length - side) / (count - 1)) for number in range(count)]
 
 
-def is_cut(face: SeenFace, tile: tuple[int, int, int], photo: tuple[int, int]) -> bool:
+def is_cut(face: DetectedFace, tile: tuple[int, int, int], photo: tuple[int, int]) -> bool:
     """Return whether the edge of a tile (left, top, side), other than the edge of the photo (width, height), cuts a face."""
     (left, top, side), (width, height) = tile, photo
     x1, y1, x2, y2 = face.box
@@ -72,7 +72,7 @@ def is_cut(face: SeenFace, tile: tuple[int, int, int], photo: tuple[int, int]) -
     return any(cut)
 
 
-def likeness(one: SeenFace, other: SeenFace) -> float:
+def likeness(one: DetectedFace, other: DetectedFace) -> float:
     """Return the intersection over union of two faces' boxes; 0 for a degenerate box."""
     low, high = np.maximum(one.box[:2], other.box[:2]), np.minimum(one.box[2:], other.box[2:])
     shared = float(np.prod(np.clip(high - low, 0, None)))

@@ -28,7 +28,7 @@ class FullDelta:
         """(out, in)."""
         return self.layer.weight
 
-    def changes(self) -> bool:
+    def is_nonzero(self) -> bool:
         """Return whether the delta is not zero."""
         return bool(self.weight.any())
 
@@ -60,7 +60,7 @@ class LowRankDelta:
         """A weight with the dtype and device of the delta, for hosts."""
         return self.up
 
-    def changes(self) -> bool:
+    def is_nonzero(self) -> bool:
         """Return whether the delta is not zero."""
         return self.scale != 0 and bool(self.up.any()) and bool(self.down.any())
 
@@ -74,6 +74,6 @@ Delta = FullDelta | LowRankDelta
 Deltas = Mapping[Place, Delta]
 
 
-def that_change(deltas: Deltas) -> dict[Place, Delta]:
+def nonzero_deltas(deltas: Deltas) -> dict[Place, Delta]:
     """Return the deltas that are not zero."""
-    return {place: delta for place, delta in deltas.items() if delta.changes()}
+    return {place: delta for place, delta in deltas.items() if delta.is_nonzero()}

@@ -131,7 +131,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ForeignFormat:
     """A kind of file that users mistake for an adapter."""
 
     pattern: str  # matches a key that only this kind has
@@ -146,7 +146,7 @@ class Files:
     layers_prefix: str  # prefix of the layers' weights in files; the encoder's weights have none
     layers_head: str  # beginning of the names of all layers' weights, and of no encoder weight
     layouts: tuple[Layout, ...] = ()
-    foreign: tuple[Foreign, ...] = ()
+    foreign_formats: tuple[ForeignFormat, ...] = ()
     join: Callable[..., tuple[State, Any]] | None = None
     """Joins two files of one adapter; None if one file holds everything (see `adapter.load_adapter`)."""
     keep: Callable[[str, Any], bool] = lambda key, config: True
@@ -196,7 +196,7 @@ __all__ = [
     "Config",
     "Encoded",
     "Files",
-    "Foreign",
+    "ForeignFormat",
     "Layout",
     "Method",
     "Needs",

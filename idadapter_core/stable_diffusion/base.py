@@ -234,14 +234,14 @@ def noise_schedule(scheduler: Mapping[str, Any], prediction_type: str, name: str
             f"{name}: the noise schedule of {scheduler.get('_class_name', 'its scheduler')} ({given}) is not supported; only "
             "Stable Diffusion's own, scaled_linear, is. Choose another base model."
         )
-    told = scheduler.get("prediction_type", "epsilon")
+    declared = scheduler.get("prediction_type", "epsilon")
     log.info(
         "%s: predicts %s%s",
         name,
-        told if prediction_type == "auto" else prediction_type,
-        "" if prediction_type == "auto" else f" (set in base.prediction_type; the model says {told})",
+        declared if prediction_type == "auto" else prediction_type,
+        "" if prediction_type == "auto" else f" (set in base.prediction_type; the model says {declared})",
     )
-    predicts = told if prediction_type == "auto" else prediction_type
+    predicts = declared if prediction_type == "auto" else prediction_type
     # Built as v-prediction first, because alpha-bar may still have to be rescaled to zero terminal SNR.
     schedule = scaled_linear(
         "v_prediction",

@@ -62,13 +62,13 @@ def load_networks(base: BaseConfig, needs: Needs, needs_detector: bool) -> tuple
 
 
 @torch.no_grad()
-def see(vision: VisionEncoder, heads: Tensor) -> dict[str, Tensor]:
+def encode_heads(vision: VisionEncoder, heads: Tensor) -> dict[str, Tensor]:
     """Compute `patch_tokens` (F, P, d) and `class_embedding` (F, d) of heads (F, 3, S, S)."""
     patches, classes = vision(heads)
     return {"patch_tokens": patches.float(), "class_embedding": classes.float()}
 
 
-def see_views(
+def encode_views(
     vision: VisionEncoder,
     views: Sequence[View],
     photos: Sequence[tuple[Image, Face]],

@@ -28,7 +28,7 @@ BeforeStep = Callable[[int, int], Conditioning | None]
 
 
 @dataclass(frozen=True)
-class Acting:
+class Strengths:
     """Strengths of an identity in an image."""
 
     adapter: float = 1.0  # as `weight` of Apply ID Adapter; 0: not in the UNet
@@ -44,7 +44,7 @@ class Pipeline:
     Args:
         adapter: its layers are moved to the base's device; None generates with the base alone.
         injected: the adapter's injection, if it is already in the UNet.
-        look: callback before each sampler step; it may raise to stop the generation.
+        poll: callback before each sampler step; it may raise to stop the generation.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Pipeline:
         base: Base,
         adapter: Adapter | None = None,
         injected: Any = None,
-        look: Callable[[], None] = lambda: None,
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.base, self.adapter = base, adapter
-        self._look = look
+        self._poll = poll
         self._device = next(base.unet.parameters()).device
         self._owns = injected is None
         self.injected = injected
@@ -82,7 +82,7 @@ class Pipeline:
         width: int = 512,
         height: int = 512,
         negative: str = "",
-        acting: Acting | None = None,
+        strengths: Strengths | None = None,
     ) -> Tensor:
         """Generate an image (3, height, width), RGB in 0..1.
 
@@ -91,13 +91,13 @@ class Pipeline:
             identity: an identity from this adapter; None: no identity, and the adapter has no effect.
 
         Raises:
-            InputError: an identity without an adapter, or `acting` settings that the method does not support.
+            InputError: an identity without an adapter, or `strengths` settings that the method does not support.
             MismatchError: the identity was made with another adapter.
         """
-        acting = acting or Acting()
+        strengths = strengths or Strengths()
         negatives = None if cfg == 1 else self.base.text.encode([negative])
         rows = torch.tensor([True] if negatives is None else [False, True])  # row order of `sample`
-        before_step: BeforeStep = _nothing
+        before_step: BeforeStep = _no_action
         if identity is None:
             positive = self.base.text.encode([prompt.replace(CLASS_WORD, "person")])
             self._set(None, 0.0)
@@ -106,11 +106,11 @@ class Pipeline:
                 raise InputError("an identity was given, but no adapter; give the adapter that made it")
             self.adapter.require_identity(identity, "the identity")
             text = prompt.replace(CLASS_WORD, identity.class_word or "person")
-            positive, before_step = self._with_identity(self.adapter, text, identity, acting, rows)
+            positive, before_step = self._with_identity(self.adapter, text, identity, strengths, rows)
         own = before_step
 
         def each_step(step: int, steps: int) -> Conditioning | None:
-            self._look()
+            self._poll()
             return own(step, steps)
 
         latents = sample(
@@ -133,20 +133,20 @@ class Pipeline:
             self.injected.set_identity(tokens, strength, **more)
 
     def _with_identity(
-        self, adapter: Adapter, text: str, identity: Identity, acting: Acting, rows: Tensor
+        self, adapter: Adapter, text: str, identity: Identity, strengths: Strengths, rows: Tensor
     ) -> tuple[Conditioning, BeforeStep]:
         """Return the first conditioning and the callback for each step.
 
         Rows of negative prompts get the identity's unconditional tokens or, if it has none, no tokens.
         """
-        kind, schedule = adapter.mechanisms.text, acting.rescale
+        kind, schedule = adapter.mechanisms.text, strengths.rescale
         can_rescale = adapter.mechanisms.decoupled is not None or kind == "states"
-        if (schedule is not None and not can_rescale) or (kind == "word" and acting.text not in (0, 1)):
+        if (schedule is not None and not can_rescale) or (kind == "word" and strengths.text not in (0, 1)):
             raise InputError(
-                f"an {adapter.kind.title} acts with text 0 or 1 and without rescaling, got text {acting.text} and rescale {acting.rescale}"
+                f"an {adapter.kind.title} acts with text 0 or 1 and without rescaling, got text {strengths.text} and rescale {strengths.rescale}"
             )
         conditioned = with_identity(
-            self.base.text, text, kind, identity.text_tokens, identity.class_word, acting.text
+            self.base.text, text, kind, identity.text_tokens, identity.class_word, strengths.text
         )
         more: dict[str, Any] = {}
         if identity.adapter_tokens is not None:
@@ -156,15 +156,15 @@ class Pipeline:
         def before_step(step: int, steps: int) -> Conditioning | None:
             if schedule is None:
                 return None
-            strength = acting.adapter * schedule.adapter_scale(step, steps)
+            strength = strengths.adapter * schedule.adapter_scale(step, steps)
             self._set(identity.adapter_tokens, strength, rescale=True, **more)
             return conditioned(schedule.text_scale(step, steps))
 
-        self._set(identity.adapter_tokens, acting.adapter, **more)
+        self._set(identity.adapter_tokens, strengths.adapter, **more)
         return conditioned(1.0), before_step
 
 
-def _nothing(step: int, steps: int) -> None:
+def _no_action(step: int, steps: int) -> None:
     return None
 
 

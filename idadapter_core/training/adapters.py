@@ -18,7 +18,7 @@ from ..stable_diffusion.inject import fitting_blocks, transformer_blocks
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AdapterRequirements:
     """Requirements of a run on its adapter, and the models around it.
 
     text_widths: width of each text encoder of the base, by ComfyUI's names (l, g, h).
@@ -38,7 +38,7 @@ class Wanted:
     settings: Mapping[str, Any]
 
 
-def fresh_adapter(unet: Any, wanted: Wanted, seed: int) -> Adapter:
+def fresh_adapter(unet: Any, wanted: AdapterRequirements, seed: int) -> Adapter:
     """Make a new adapter, in fp32, that does not change the output of the base model's UNet.
 
     A method may start from the UNet's own weights (`Recipe.start`).
@@ -58,7 +58,7 @@ def fresh_adapter(unet: Any, wanted: Wanted, seed: int) -> Adapter:
     return adapter
 
 
-def fresh_config(unet: Any, wanted: Wanted) -> Any:
+def fresh_config(unet: Any, wanted: AdapterRequirements) -> Any:
     """The config of a new adapter: sizes from the base model, everything else from the method or the user.
 
     For Stable Diffusion's real sizes, these are the method's presets, or its published values.
@@ -109,7 +109,7 @@ def fresh_config(unet: Any, wanted: Wanted) -> Any:
     return config
 
 
-def load_start(path: Path, unet: Any, wanted: Wanted) -> Adapter:
+def load_start(path: Path, unet: Any, wanted: AdapterRequirements) -> Adapter:
     """Read the adapter file to continue from, and check it against the base. Of two branches, only the one to train is kept.
 
     If the file does not record its face network, the run's is recorded.
@@ -162,7 +162,7 @@ def _require_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _require_base(adapter: Adapter, unet: Any, around: Wanted) -> None:
+def _require_base(adapter: Adapter, unet: Any, around: AdapterRequirements) -> None:
     text_widths, vision = around.text_widths, around.vision
     fitting_blocks(unet, adapter)
     needs = adapter.kind.needs(adapter.config)
@@ -217,7 +217,7 @@ def to_adapter(adapter: Adapter, state: Mapping[str, Tensor], name: str) -> Adap
 
 
 __all__ = [
-    "Wanted",
+    "AdapterRequirements",
     "fresh_adapter",
     "fresh_config",
     "load_start",

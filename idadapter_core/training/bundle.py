@@ -27,7 +27,7 @@ from ..methods.method import Encoded, Needs, Seen
 from ..stable_diffusion.base import Base
 from ..stable_diffusion.inject import inject
 from ..stable_diffusion.inject.text import insert_states, with_clause
-from ..stable_diffusion.networks import Networks, see
+from ..stable_diffusion.networks import Networks, encode_heads
 from ..stable_diffusion.text import Conditioning
 from .config import RunConfig
 from .identity_loss import align_faces, crop_to_image, identity_cosines
@@ -126,7 +126,7 @@ class Bundle(nn.Module):
         if needs.vision is not None and batch.patch_tokens is None:
             assert batch.heads is not None
             assert self._networks.vision is not None
-            seen = see(self._networks.vision, batch.heads.flatten(0, 1))
+            seen = encode_heads(self._networks.vision, batch.heads.flatten(0, 1))
             patches, classes = (rearrange(t, "(b n) ... -> b n ...", b=len(batch)) for t in seen.values())
             batch = replace(batch, patch_tokens=patches, class_embedding=classes)
         return batch

@@ -31,11 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import writable
 from ..data.index import Index
-from ..data.references import Photo, Preprocess, photo_tensors
+from ..data.references import PhotoVariant, Preprocess, photo_tensors
 from ..data.rows import Row, as_rows
 from ..errors import ConfigError, IDAdapterError
 from ..files import read_metadata, write_file, write_safetensors
-from ..stable_diffusion.networks import see
+from ..stable_diffusion.networks import encode_heads
 from .bundle import recognize
 from .config import RunConfig
 from .entries import Entries, Entry, Keys, keys_of, latents_key, photo_key
@@ -164,7 +164,7 @@ class Cache:
     def latents(self, row: Row, mirrored: bool) -> Tensor:
         return self._latents.read(latents_key(row, mirrored))["moments"]
 
-    def photo(self, photo: Photo) -> dict[str, Tensor]:
+    def photo(self, photo: PhotoVariant) -> dict[str, Tensor]:
         tensors = self._photos.read(photo_key(photo))
         for name in ("crops", "heads"):
             if name in tensors:
@@ -198,7 +198,7 @@ def build(
     rank: int = 0,
     world: int = 1,
     progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]] = lambda name: nullcontext(
-        _nothing
+        _no_progress
     ),
 ) -> dict[str, int]:
     """Compute the missing entries and return their number per kind. Processes share the work.
@@ -215,15 +215,15 @@ def build(
         # Shared out before checking what exists: processes check at different times.
         share = kind.entries[rank::world]
         missing = share.where(~present.has(share.keys))
-        with progress(kind.name) as told:
-            for entries, tensors in _computed(kind, missing, parts, config, device, told):
+        with progress(kind.name) as report:
+            for entries, tensors in _computed(kind, missing, parts, config, device, report):
                 keys = json.dumps([entry.key for entry in entries])
                 write_safetensors(tensors, {KEYS: keys}, folder / f"part-{entries[0].key}.safetensors")
         written[kind.name] = len(missing)
     return written
 
 
-def _nothing(done: int, total: int) -> None:
+def _no_progress(done: int, total: int) -> None:
     pass
 
 
@@ -286,7 +286,7 @@ class _Pixels(Dataset["dict[str, Tensor] | IDAdapterError"]):
         return photo_tensors(image, entry.photo, self._preprocess)
 
 
-def _side_by_side(entries: Sequence[dict[str, Tensor] | IDAdapterError]) -> dict[str, Tensor]:
+def _stacked(entries: Sequence[dict[str, Tensor] | IDAdapterError]) -> dict[str, Tensor]:
     for entry in entries:
         if isinstance(entry, IDAdapterError):
             raise entry
@@ -300,7 +300,7 @@ def _computed(
     parts: Parts,
     config: RunConfig,
     device: torch.device | str,
-    progress: Callable[[int, int], None] = _nothing,
+    progress: Callable[[int, int], None] = _no_progress,
 ) -> Iterator[tuple[list[Entry], dict[str, Tensor]]]:
     """Groups of entries, one per part, with their stacked tensors. A part ends when it is full or has taken `_LONGEST` seconds."""
     vision = parts.networks.vision
@@ -320,7 +320,7 @@ def _computed(
     began = time.monotonic()
     with closing(Batches(loader, advice="The same command goes on with what is left to compute.")) as batches:
         for batch in batches:
-            group.append(_compute(kind.name, _side_by_side(batch), parts, config, device))
+            group.append(_compute(kind.name, _stacked(batch), parts, config, device))
             last += len(batch)
             progress(last, len(entries))
             if last - first >= PART or last == len(entries) or time.monotonic() - began > _LONGEST:
@@ -345,7 +345,7 @@ def _compute(
     if needs.vision is not None:
         assert parts.networks.vision is not None
         tensors |= (
-            see(parts.networks.vision, given["heads"])
+            encode_heads(parts.networks.vision, given["heads"])
             if config.data.cache_features
             else {"heads": given["heads"].half()}
         )

@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 
 from ..errors import TrainingError
-from ..waiting import PATIENCE, Aside
+from ..waiting import WAIT_TIMEOUT, WorkerThread
 from .checkpoints import Checkpoint, latest
 from .signals import Signals
 from .state import Progress
-from .watch import WRITES, Watch
+from .watch import WRITING, Watch
 
 T = TypeVar("T")
 
@@ -39,16 +39,16 @@ class Disk:
     ) -> None:
         self._folder, self._progress, self._signals, self._watch = folder, progress, signals, watch
         self._device = device
-        self._aside = Aside("disk")
+        self._worker = WorkerThread("disk")
 
     @property
     def is_busy(self) -> bool:
         """Whether abandoned work is still running."""
-        return self._aside.is_busy
+        return self._worker.is_busy
 
     def close(self) -> None:
         """Accept no more work."""
-        self._aside.close()
+        self._worker.close()
 
     def use(self, work: Callable[[], T]) -> T:
         """Do work that may hang on the disk of output.folder.
@@ -56,16 +56,16 @@ class Disk:
         After a signal, the work has `_GRACE` seconds left, because a checkpoint takes time; a second signal ends the wait.
 
         Raises:
-            TrainingError: the work is not done after the grace period, or after `PATIENCE` seconds without a signal.
+            TrainingError: the work is not done after the grace period, or after `WAIT_TIMEOUT` seconds without a signal.
         """
         warned = 0.0
-        heard = PATIENCE - _GRACE  # time of a signal, in seconds of this wait
+        signal_at = WAIT_TIMEOUT - _GRACE  # time of a signal, in seconds of this wait
 
-        def look(seconds: float) -> None:
-            nonlocal warned, heard
+        def poll(seconds: float) -> None:
+            nonlocal warned, signal_at
             if self._signals.is_stopping:
-                heard = min(heard, seconds)
-            if seconds - heard > _GRACE:
+                signal_at = min(signal_at, seconds)
+            if seconds - signal_at > _GRACE:
                 raise TrainingError(
                     f"step {self._progress.step}: {self._folder} has not answered for {seconds:.0f} s. {self._last_saved()} Look at the "
                     "disk, then go on with --resume auto."
@@ -74,14 +74,14 @@ class Disk:
                 warned = seconds
                 log.warning("%s has not answered for %.0f s", self._folder, seconds)
 
-        with contextlib.nullcontext() if self._watch is None else self._watch.doing(WRITES):
-            return self._aside.do(work, look)
+        with contextlib.nullcontext() if self._watch is None else self._watch.in_state(WRITING):
+            return self._worker.run(work, poll)
 
     def load(self, work: Callable[[], T]) -> T:
         """Read models or a checkpoint before the first step. A signal ends it immediately: there is nothing to save yet.
 
         Raises:
-            TrainingError: not done after `PATIENCE` seconds.
+            TrainingError: not done after `WAIT_TIMEOUT` seconds.
         """
 
         def read() -> T:
@@ -89,14 +89,14 @@ class Disk:
                 torch.cuda.set_device(self._device)
             return work()
 
-        def look(seconds: float) -> None:
-            if seconds > PATIENCE:
+        def poll(seconds: float) -> None:
+            if seconds > WAIT_TIMEOUT:
                 raise TrainingError(
                     f"models and checkpoints are not read after {seconds:.0f} s. Look at the disks of output.folder ({self._folder}) and "
                     "of the files under [base], then start again."
                 )
 
-        return self._aside.do(read, look)
+        return self._worker.run(read, poll)
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint in output.folder."""

@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.references import Photo, variants_of
+from ..data.references import PhotoVariant, variants_of
 from ..data.rows import Row, Rows
 from .samples import place
 
@@ -23,7 +23,7 @@ class Entry:
     """A cache entry: the latents of a target, or the features of a photo."""
 
     key: str
-    photo: Photo
+    photo: PhotoVariant
     mirrored: bool = False  # for targets
 
 
@@ -32,7 +32,7 @@ def latents_key(row: Row, mirrored: bool) -> str:
     return _digest(row.sha256, square.left, square.top, square.side, mirrored)
 
 
-def photo_key(photo: Photo) -> str:
+def photo_key(photo: PhotoVariant) -> str:
     return _digest(photo.row.sha256, photo.row.box, photo.row.landmarks, photo.variant)
 
 
@@ -99,7 +99,7 @@ class Entries(Sequence[Entry]):
 
     def _key(self, number: int) -> str:
         row, detail = self._row(number), int(self._detail[number])
-        return latents_key(row, bool(detail)) if self._is_latents else photo_key(Photo(row, detail))
+        return latents_key(row, bool(detail)) if self._is_latents else photo_key(PhotoVariant(row, detail))
 
     def _row(self, number: int) -> Row:
         rows = self._splits[int(self._split[number])]
@@ -119,8 +119,8 @@ class Entries(Sequence[Entry]):
         detail = int(self._detail[number])
         digits = "".join(f"{half:016x}" for half in self.keys[number].tolist())
         if self._is_latents:
-            return Entry(digits, Photo(self._row(number)), bool(detail))
-        return Entry(digits, Photo(self._row(number), detail))
+            return Entry(digits, PhotoVariant(self._row(number)), bool(detail))
+        return Entry(digits, PhotoVariant(self._row(number), detail))
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[number] for number in range(len(self)))

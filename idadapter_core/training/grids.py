@@ -44,7 +44,7 @@ def sample_grid(
     folder: Path,
     step: int,
     *,
-    look: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: None,
     wait: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> Image:
     """Draw `samples/step-N.png` and return the image (H, W, 3), RGB uint8.
@@ -52,12 +52,12 @@ def sample_grid(
     One row per person: the face of a reference photo, then an image per prompt. The last row is the base model alone.
 
     Args:
-        look: called before each step of the sampler; an exception from it ends the drawing.
+        poll: called before each step of the sampler; an exception from it ends the drawing.
         wait: calls the functions that read photos and write the image, and returns their results.
     """
     rows = parts.test_rows or parts.train_rows
     chosen = list(itertools.islice(People(rows), config.output.sample_people))
-    pipeline = Pipeline(parts.base, adapter, bundle.injected, look)
+    pipeline = Pipeline(parts.base, adapter, bundle.injected, poll)
     size = config.data.resolution
     lines: list[tuple[str, list[Image]]] = []
     device = next(bundle.encoder.parameters()).device

@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..errors import IDAdapterError, TrainingError
-from ..waiting import PATIENCE, Aside, ignore_signals, memory_advice, reason_of_death, start_thread
+from ..waiting import WAIT_TIMEOUT, WorkerThread, ignore_signals, memory_advice, reason_of_death, start_thread
 
 log = logging.getLogger(__name__)
 
 _BETWEEN_WARNINGS = 60.0  # seconds
-_LEAVE = 2.0  # seconds for workers to exit by themselves
+_EXIT_TIMEOUT = 2.0  # seconds for workers to exit by themselves
 
 
 class Batches:
@@ -26,7 +26,7 @@ class Batches:
 
     Args:
         device: device of the batches, for pinning memory.
-        look: called every half second while waiting for a batch; an exception from it ends the wait.
+        poll: called every half second while waiting for a batch; an exception from it ends the wait.
         advice: next step for the user after the loader failed.
     """
 
@@ -34,13 +34,13 @@ class Batches:
         self,
         loader: DataLoader[Any],
         device: torch.device | str = "cpu",
-        look: Callable[[], None] = lambda: None,
+        poll: Callable[[], None] = lambda: None,
         advice: str = "",
     ) -> None:
         self._loader, self._device, self._advice = loader, torch.device(device), advice
-        self._look = look
+        self._poll = poll
         self._iterator: Any = None
-        self._aside = Aside("data")
+        self._thread = WorkerThread("data")
         self._is_stuck = self._is_closed = False
         self._warned = 0.0
 
@@ -48,13 +48,13 @@ class Batches:
         """The next batch. StopIteration at the end.
 
         Raises:
-            IDAdapterError: a photo cannot be read, the loader failed, or nothing came for `PATIENCE` seconds.
+            IDAdapterError: a photo cannot be read, the loader failed, or nothing came for `WAIT_TIMEOUT` seconds.
         """
         self._warned = 0.0
         try:
             # The workers, too, are started in this thread: torch then does not install its SIGCHLD handler, which raises the error about a
             # dead worker anywhere in the main thread, for example in the middle of an update.
-            batch = self._aside.do(self._fetch, self._wait)
+            batch = self._thread.run(self._fetch, self._wait)
         except BaseException:
             self._is_stuck = True  # do not ask the workers to exit
             raise
@@ -86,18 +86,18 @@ class Batches:
             yield batch
 
     def _wait(self, seconds: float) -> None:
-        self._look()
+        self._poll()
         if death := self._death():  # torch notices only every 5 s
             raise TrainingError(f"{death} {self._advice}".rstrip())
         if seconds - self._warned >= _BETWEEN_WARNINGS:
             self._warned = seconds
-            log.warning("no data for %.0f s: %s", seconds, self._who())
-        if seconds > PATIENCE:
+            log.warning("no data for %.0f s: %s", seconds, self._reading())
+        if seconds > WAIT_TIMEOUT:
             raise TrainingError(
-                f"no data for {seconds:.0f} s: {self._who()}. Look at the disk that the photos are on. {self._advice}".rstrip()
+                f"no data for {seconds:.0f} s: {self._reading()}. Look at the disk that the photos are on. {self._advice}".rstrip()
             )
 
-    def _who(self) -> str:
+    def _reading(self) -> str:
         workers = self._workers()
         if not workers:
             return "a photo is being read"
@@ -131,11 +131,11 @@ class Batches:
         shutdown = getattr(self._iterator, "_shutdown_workers", None)
         if shutdown is not None:
             # Torch waits long for each worker, and forever for an unfinished message of a dead one.
-            leave = start_thread(shutdown, "leave")
-            leave.join(_LEAVE)
+            thread = start_thread(shutdown, "shutdown")
+            thread.join(_EXIT_TIMEOUT)
             self._kill()
-            leave.join(_LEAVE)
-        self._aside.close()
+            thread.join(_EXIT_TIMEOUT)
+        self._thread.close()
         self._iterator = None
 
     def _kill(self) -> None:
@@ -161,17 +161,17 @@ def prepare_worker(worker: int) -> None:
     cannot be sent is replaced by an error: Python would drop it, and the trainer would wait forever.
     """
     ignore_signals()
-    multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_error  # type: ignore[attr-defined]
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]
 
 
-def _hand_over_error(queue: Any, error: Exception, item: tuple[Any, Any]) -> None:
+def _send_error(queue: Any, error: Exception, item: tuple[Any, Any]) -> None:
     """Put an error in place of a batch. Called where Python would print the error and drop the batch."""
     text = f"{error}"
     if "shared memory" in text or "No space left" in text or getattr(error, "errno", None) == errno.ENOSPC:
         text = memory_advice()
     elif "Too many open files" in text or getattr(error, "errno", None) == errno.EMFILE:
         text = f"too many files are open ({error}). Raise the limit with `ulimit -n 65536`, or set data.workers = 0"
-    queue.put((item[0], TrainingError(f"what a worker process read cannot be handed over: {text}.")))
+    queue.put((item[0], TrainingError(f"a worker process cannot send the data that it read: {text}.")))
 
 
 __all__ = ["Batches", "prepare_worker"]

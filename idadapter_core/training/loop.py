@@ -40,7 +40,7 @@ from .ranks import Ranks
 from .samples import Batch, MicroBatches, Samples, collate
 from .signals import Interrupted, Signals
 from .state import CONFIG, Progress, State, learning_rate
-from .watch import Watch, arrive
+from .watch import Watch, start_watch
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +75,12 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
         sys.stderr.write(f"{folder}: all {start.step} steps are done; raise train.steps to go on.\n")
         return 0
     signals = Signals()
-    watch = arrive(signals.heard)
-    is_settled = False
+    watch = start_watch(signals.received)
+    is_end_agreed = False
     try:
         run = _Run(config, start, allow_config_change, signals, watch)
         try:
-            with signals.handled():
+            with signals.handlers():
                 return run.go()
         except TrainingError as error:
             if not (signals.is_stopping and run.disk.is_busy):
@@ -88,11 +88,11 @@ def train(config: RunConfig, *, resume: str = "never", allow_config_change: bool
             sys.stderr.write(f"{error}\n")
             return STOPPED
         finally:
-            is_settled = run.ranks.is_settled
+            is_end_agreed = run.ranks.is_end_agreed
             run.close()
     finally:
         if watch is not None:
-            watch.close(is_settled)
+            watch.close(is_end_agreed)
 
 
 class _Run:
@@ -174,7 +174,9 @@ class _Run:
             worker_init_fn=prepare_worker,
             pin_memory=self.ranks.device.type == "cuda",
         )
-        batches = Batches(loader, self.ranks.device, self.signals.look, "Go on with --resume auto.")
+        batches = Batches(
+            loader, self.ranks.device, self.signals.raise_if_stopping, "Go on with --resume auto."
+        )
         try:
             return self._steps(batches)
         finally:
@@ -186,8 +188,8 @@ class _Run:
         facts = provenance.facts(self.parts, self.ranks, self.digests, parameters)
         write_file(self.folder / CONFIG, config_toml(self.config).encode())
         write_file(self.folder / provenance.FACTS, json.dumps(facts, indent=1).encode())
-        told = provenance.in_words(self.config, self.parts, self.ranks, parameters, self.progress.step)
-        sys.stderr.write(f"{self.folder}: {told}\n")
+        description = provenance.describe(self.config, self.parts, self.ranks, parameters, self.progress.step)
+        sys.stderr.write(f"{self.folder}: {description}\n")
         self.monitor.open_log()
 
     def _samples(self, rows: Sequence[Row]) -> Samples:
@@ -218,7 +220,7 @@ class _Run:
             self._all_steps(batches)
         except Interrupted:  # all processes stopped at the same point
             self._save()
-        self.ranks.is_settled = True
+        self.ranks.is_end_agreed = True
         step = self.progress.step
         is_done = step >= self.config.train.steps
         if self.ranks.is_main:
@@ -279,7 +281,7 @@ class _Run:
                 nn.utils.clip_grad_norm_(state.parameters.values(), train.max_grad_norm or float("inf"))
             )
         if not math.isfinite(norm):  # equal in all processes: their gradients are now the same
-            self.ranks.is_settled = True
+            self.ranks.is_end_agreed = True
             sources = ", ".join(source for batch, _ in done for source in batch.sources)
             raise self._bad_numbers(
                 f"the gradient is not finite. Photos of that step: {sources}. Look at them."

@@ -16,7 +16,7 @@ from ..data.rows import Row
 from ..errors import TrainingError
 from ..logs import RunLog
 from ..randomness import epoch_order
-from ..waiting import PATIENCE, Aside
+from ..waiting import WAIT_TIMEOUT, WorkerThread
 from .bundle import Bundle
 from .config import RunConfig
 from .disk import Disk
@@ -131,13 +131,13 @@ class Monitor:
             if self._log is not None:
                 values = self._values(interval, together)
                 values |= {"norm_ratios": norms} if norms else {}
-                self._tell(values)
+                self._report(values)
                 self._log.show(
                     self._progress.step,
                     *(values[name] for name in ("loss", "images_per_second", "seconds_left")),
                 )
 
-    def _tell(self, values: Mapping[str, Any]) -> None:
+    def _report(self, values: Mapping[str, Any]) -> None:
         log, step = self._log, self._progress.step
         if log is not None:
             self._disk.use(lambda: log.write(step, values))
@@ -193,7 +193,7 @@ class Monitor:
             contextlib.closing(self._validation_batches()) as batches,
         ):
             for batch in batches:
-                self._signals.look()
+                self._signals.raise_if_stopping()
                 with_adapter, alone = self._bundle.measure(batch.to(ranks.device))
                 sums += torch.stack(
                     [with_adapter.sum().cpu(), alone.sum().cpu(), torch.tensor(float(len(batch)))]
@@ -207,7 +207,7 @@ class Monitor:
             "people": "test" if self._parts.test_rows else "train",
         }
         with ranks.together():
-            self._tell({"validation": measured})
+            self._report({"validation": measured})
 
     def _validation_batches(self) -> Batches:
         """This process's validation batches, equal each time."""
@@ -223,20 +223,20 @@ class Monitor:
         )
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
         loader = DataLoader(self._samples(rows), batch_sampler=parts, collate_fn=collate)
-        return Batches(loader, ranks.device, self._signals.look)
+        return Batches(loader, ranks.device, self._signals.raise_if_stopping)
 
     def draw(self) -> None:
         """Draw a sample grid in the main process."""
 
-        def look(seconds: float) -> None:
-            self._signals.look()
-            if seconds > PATIENCE:
+        def poll(seconds: float) -> None:
+            self._signals.raise_if_stopping()
+            if seconds > WAIT_TIMEOUT:
                 raise TrainingError(
                     f"step {self._progress.step}: the pictures of {self._folder} wait for a disk for {seconds:.0f} s. Look at those of "
                     "the photos and of output.folder, then go on with --resume auto."
                 )
 
-        with self._ranks.together(), contextlib.closing(Aside("pictures")) as aside:
+        with self._ranks.together(), contextlib.closing(WorkerThread("pictures")) as worker:
             if self._log is not None:
                 log, step = self._log, self._progress.step
                 with self._state.averaged():
@@ -247,8 +247,8 @@ class Monitor:
                         self._config,
                         self._folder,
                         step,
-                        look=self._signals.look,
-                        wait=lambda work: aside.do(work, look),
+                        poll=self._signals.raise_if_stopping,
+                        wait=lambda work: worker.run(work, poll),
                     )
                 self._disk.use(lambda: log.picture(step, "samples", pixels))
 

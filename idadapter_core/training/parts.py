@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..stable_diffusion.base import Base, load_base
 from ..stable_diffusion.config import require_paths
 from ..stable_diffusion.networks import Networks, load_networks
-from .adapters import Wanted, fresh_adapter, load_start
+from .adapters import AdapterRequirements, fresh_adapter, load_start
 from .config import RunConfig
 from .samples import usable_rows
 
@@ -77,7 +77,7 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
     """The adapter to train: from a checkpoint, from the file given by `adapter.start`, or a new one."""
     section = config.adapter
     vision = parts.networks.vision
-    wanted = Wanted(
+    wanted = AdapterRequirements(
         section.method,
         text_widths=parts.base.text.widths,
         vision=None if vision is None else (vision.width, vision.patches),

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import config_toml, decisive
+from ..config import config_toml, fixed_settings
 from ..errors import ConfigError, TrainingError
 from ..extra import versions
 from ..faces.packages import DETECTION
@@ -34,7 +34,7 @@ _NAMES = {
 
 def config_digest(config: RunConfig) -> str:
     """Digest of all settings that affect a step."""
-    return sha256(config_toml(decisive(config)).encode()).hexdigest()[:16]
+    return sha256(config_toml(fixed_settings(config)).encode()).hexdigest()[:16]
 
 
 def digests(config: RunConfig, parts: Parts) -> dict[str, str]:
@@ -108,7 +108,7 @@ def facts(
     }
 
 
-def in_words(
+def describe(
     config: RunConfig, parts: Parts, ranks: Ranks, parameters: Mapping[str, Tensor], step: int
 ) -> str:
     """Describe the run in a sentence: method, parameters, steps, data, devices."""
@@ -123,7 +123,7 @@ def in_words(
 
 def _difference(before: RunConfig | None, now: RunConfig) -> str:
     """Describe the changed settings that affect a step."""
-    found = differences(decisive(before), decisive(now)) if before is not None else []
+    found = differences(fixed_settings(before), fixed_settings(now)) if before is not None else []
     return f"{some(found, 5)}. " if found else ""
 
 
@@ -143,4 +143,4 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-__all__ = ["FACTS", "config_digest", "digests", "facts", "in_words", "require_one_start", "require_same"]
+__all__ = ["FACTS", "config_digest", "describe", "digests", "facts", "require_one_start", "require_same"]

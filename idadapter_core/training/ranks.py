@@ -20,7 +20,7 @@ from ..extra import require
 from .config import RunConfig
 from .signals import Interrupted, Signals
 from .state import Progress
-from .watch import WAITS, Watch, named
+from .watch import WAITING, Watch, process_names
 
 
 class Ranks:
@@ -52,7 +52,7 @@ class Ranks:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
-        self.is_settled = False
+        self.is_end_agreed = False
         """Whether all processes know how the run ended."""
 
     def agree(self, failure: Exception | None) -> None:
@@ -64,12 +64,12 @@ class Ranks:
             Interrupted: a process stopped its work because of a signal.
         """
         is_broken, gives_up = isinstance(failure, NotFiniteError), isinstance(failure, Interrupted)
-        heard = set(self._signals.heard)  # more may arrive in the meantime
+        received = set(self._signals.received)  # more may arrive in the meantime
         fails = failure is not None and not gives_up
         failed, is_broken, gives_up, stops, saves = self.any(
-            [fails, is_broken, gives_up, "stop" in heard, "save" in heard]
+            [fails, is_broken, gives_up, "stop" in received, "save" in received]
         )
-        self._signals.agreed(heard, stops=stops or gives_up, saves=saves)
+        self._signals.apply(received, stops=stops or gives_up, saves=saves)
         if gives_up and not failed:
             raise Interrupted
         if not failed:
@@ -81,7 +81,7 @@ class Ranks:
                 self._write()
         # Wait until the checkpoint is written: the first process to exit makes the launcher end the others.
         self.any([False])
-        self.is_settled = True
+        self.is_end_agreed = True
         if failure is None:
             raise TrainingError(
                 f"step {self._progress.step + 1}: another process failed; its own message says why."
@@ -103,11 +103,11 @@ class Ranks:
             failure = error
         self.agree(failure)
 
-    def any(self, said: list[bool]) -> list[bool]:
+    def any(self, flags: list[bool]) -> list[bool]:
         """Element-wise "or" over all processes."""
         if self.world == 1:
-            return said
-        values = torch.tensor(said, dtype=torch.int32, device=self.device)
+            return flags
+        values = torch.tensor(flags, dtype=torch.int32, device=self.device)
         with self.waiting():
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
             return [bool(value) for value in values.tolist()]
@@ -130,7 +130,7 @@ class Ranks:
         if self._watch is None:
             yield
             return
-        with self._watch.doing(WAITS):
+        with self._watch.in_state(WAITING):
             try:
                 yield
                 return
@@ -146,7 +146,7 @@ class Ranks:
         while not (lost := watch.silent(3)) and time.monotonic() < deadline:
             time.sleep(0.2)
         kept = self._keep() if self.rank == min(set(range(self.world)) - set(lost)) else ""
-        who = f"{named(lost)} of {self.world}" if lost else "another process"
+        who = f"{process_names(lost)} of {self.world}" if lost else "another process"
         # gloo begins with a source line, and guesses at the reason after the first sentence.
         reason = re.sub(r"^\[\S*\] *", "", f"{error}").split("\n")[0].split(". ")[0]
         return TrainingError(
@@ -156,7 +156,7 @@ class Ranks:
 
     def close(self) -> None:
         """End the process group, unless others do not know yet that this process exits: it would wait for them forever."""
-        if self.is_settled:
+        if self.is_end_agreed:
             self.accelerator.end_training()
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..data.index import Index
 from ..data.people import People
-from ..data.references import Photo, Preprocess, photo_tensors, references_for
+from ..data.references import PhotoVariant, Preprocess, photo_tensors, references_for
 from ..data.rows import OK, STATUSES, Row, Rows, as_rows
 from ..errors import ConfigError, IDAdapterError
 from ..faces.images import Image
@@ -40,7 +40,7 @@ class Store(Protocol):
     def latents(self, row: Row, mirrored: bool) -> Tensor:
         """Mean and standard deviation of the target's latents, (8, h, w)."""
 
-    def photo(self, photo: Photo) -> Mapping[str, Tensor]:
+    def photo(self, photo: PhotoVariant) -> Mapping[str, Tensor]:
         """Features of one photo, as `photo_tensors` or the trainer's networks compute them, without the photo axis."""
 
 
@@ -217,7 +217,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
             "landmarks": torch.from_numpy(placement.points(np.array(row.landmarks))).float(),
             "sizes": torch.tensor(placement.size_conditioning(row)),
         }
-        target = Photo(row)
+        target = PhotoVariant(row)
         known_by = [] if self._by_target else references
         if self._store is None:
             image = self._index.load(row)

@@ -12,7 +12,7 @@ from typing import Any
 from ..waiting import Terminated
 
 # Seconds. Launchers and clusters may both send the first SIGTERM to a process; only a later one counts as a second.
-_INSIST = 5.0
+_SECOND_SIGNAL_DELAY = 5.0
 
 
 class Interrupted(Exception):  # noqa: N818  # no error: a signal
@@ -22,31 +22,31 @@ class Interrupted(Exception):  # noqa: N818  # no error: a signal
 class Signals:
     """The signals of a run.
 
-    `heard` holds "stop" and "save" as received by this process; another thread may add to it. `stops` and `saves` are agreed on by all
+    `received` holds "stop" and "save" as received by this process; another thread may add to it. `stops` and `saves` are agreed on by all
     processes.
     """
 
     def __init__(self) -> None:
-        self.heard: set[str] = set()
+        self.received: set[str] = set()
         self.stops = self.saves = False
 
     @property
     def is_stopping(self) -> bool:
         """Whether this or another process was asked to stop."""
-        return self.stops or "stop" in self.heard
+        return self.stops or "stop" in self.received
 
-    def look(self) -> None:
+    def raise_if_stopping(self) -> None:
         """Raise `Interrupted` if a signal asked to stop. Called while waiting."""
         if self.is_stopping:
             raise Interrupted
 
-    def agreed(self, heard: set[str], *, stops: bool, saves: bool) -> None:
-        """Apply the decision of all processes, which includes the signals that this one had `heard`."""
-        self.heard.difference_update(heard)
+    def apply(self, received: set[str], *, stops: bool, saves: bool) -> None:
+        """Apply the decision of all processes, which includes the signals that this one had `received`."""
+        self.received.difference_update(received)
         self.stops, self.saves = self.stops or stops, self.saves or saves
 
     @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
+    def handlers(self) -> Iterator[None]:
         """Context manager: the first signal ends the run after its step with a checkpoint, a second one immediately.
 
         Raises:
@@ -57,13 +57,13 @@ class Signals:
 
         def stop(number: int, frame: object) -> None:
             nonlocal stopped_at
-            if stopped_at and time.monotonic() - stopped_at > _INSIST:
+            if stopped_at and time.monotonic() - stopped_at > _SECOND_SIGNAL_DELAY:
                 raise Terminated
             stopped_at = stopped_at or time.monotonic()
-            self.heard.add("stop")
+            self.received.add("stop")
 
         def save(number: int, frame: object) -> None:
-            self.heard.add("save")
+            self.received.add("save")
 
         def interrupt(number: int, frame: object) -> None:
             if self.is_stopping:
@@ -71,7 +71,7 @@ class Signals:
             sys.stderr.write(
                 "\nstopping after this step, with a checkpoint; press Ctrl+C again to leave at once\n"
             )
-            self.heard.add("stop")
+            self.received.add("stop")
 
         wanted = {"SIGTERM": stop, "SIGINT": interrupt, "SIGUSR1": save}
         before: dict[int, Any] = {}

@@ -22,24 +22,24 @@ from typing import Any
 from ..errors import TrainingError
 from ..waiting import TERMINATED, exit_now, start_thread
 
-ARRIVAL = 600.0
+START_TIMEOUT = 600.0
 """Seconds until all processes of a run must have started."""
-SILENCE = 60.0
+REPORT_TIMEOUT = 60.0
 """Seconds without a report after which a process counts as lost."""
 GRACE = 15.0
 """Seconds from a signal until all processes should have finished the step. Launchers kill after 30."""
-_BEAT = 1.0  # seconds
-_TIMEOUT = timedelta(seconds=10)  # of a request to the store
-WORKS, WAITS, WRITES, LEFT = "works", "waits", "writes", "left"
+_REPORT_INTERVAL = 1.0  # seconds
+_STORE_TIMEOUT = timedelta(seconds=10)  # of a request to the store
+WORKING, WAITING, WRITING, FINISHED = "working", "waiting", "writing", "finished"
 
 
 @dataclass
-class _Seen:
+class _Peer:
     """The last report of another process, the time of that report, and the time since which its state is unchanged."""
 
-    said: str = ""
-    heard: float = field(default_factory=time.monotonic)
-    state: str = WORKS
+    report: str = ""
+    received_at: float = field(default_factory=time.monotonic)
+    state: str = WORKING
     since: float = field(default_factory=time.monotonic)
 
 
@@ -48,40 +48,40 @@ class Watch:
 
     Args:
         store: shared store for the processes' reports.
-        heard: "stop" is added when another process received a signal, or this one did during a collective.
+        received: "stop" is added when another process received a signal, or this one did during a collective.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, heard: set[str]) -> None:
-        self._store, self._rank, self._world, self._heard = store, rank, world, heard
-        self._others = {other: _Seen() for other in range(world) if other != rank}
-        self._state, self._since = WORKS, time.monotonic()
+    def __init__(self, store: Any, rank: int, world: int, received: set[str]) -> None:
+        self._store, self._rank, self._world, self._received = store, rank, world, received
+        self._others = {other: _Peer() for other in range(world) if other != rank}
+        self._state, self._since = WORKING, time.monotonic()
         self._stopped_at: float | None = None
         self._ended = threading.Event()
-        self._beats = 0
-        self._told = False
+        self._report_count = 0
+        self._stop_sent = False
         self.save: Callable[[], str] | None = None
         """Writes a checkpoint of the steps done if this process must exit without the others. Returns a sentence about the outcome."""
-        self._ears, self._mouth = socket.socketpair()
-        for end in (self._ears, self._mouth):
+        self._wakeup_reader, self._wakeup_writer = socket.socketpair()
+        for end in (self._wakeup_reader, self._wakeup_writer):
             end.setblocking(False)
-        self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._fd_before = signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
         self._thread: threading.Thread | None = None
         try:
-            self._beat()
+            self._send_report()
         except BaseException:
-            self.close(is_settled=False)
+            self.close(is_end_agreed=False)
             raise
 
     def start(self) -> None:
         """Start monitoring the others."""
         now = time.monotonic()
-        for seen in self._others.values():
-            seen.heard = seen.since = now
+        for peer in self._others.values():
+            peer.received_at = peer.since = now
         self._thread = start_thread(self._run, "watch")
 
     @contextlib.contextmanager
-    def doing(self, state: str) -> Iterator[None]:
-        """Context manager: report the state of this process, `WAITS` for the others or `WRITES` for them."""
+    def in_state(self, state: str) -> Iterator[None]:
+        """Context manager: report the state of this process, `WAITING` for the others or `WRITING` for them."""
         before, self._state = self._state, state
         self._since = time.monotonic()
         try:
@@ -98,108 +98,108 @@ class Watch:
         """Unfinished processes without a report for this many seconds."""
         now = time.monotonic()
         return [
-            other for other, seen in self._others.items() if seen.state != LEFT and now - seen.heard > seconds
+            other
+            for other, peer in self._others.items()
+            if peer.state != FINISHED and now - peer.received_at > seconds
         ]
 
-    def close(self, is_settled: bool) -> None:
-        """Stop reporting. Unless the run's end is settled, the others will treat this process as lost."""
+    def close(self, is_end_agreed: bool) -> None:
+        """Stop reporting. Unless the end of the run is agreed, the others will treat this process as lost."""
         self._ended.set()
         signal.set_wakeup_fd(self._fd_before)
         if self._thread is not None:
-            self._thread.join(2 * _BEAT)
-        if is_settled:
+            self._thread.join(2 * _REPORT_INTERVAL)
+        if is_end_agreed:
             with contextlib.suppress(RuntimeError):  # the store may already be gone
-                self._store.set(_key(self._rank), f"0 {LEFT}")
-        for end in (self._ears, self._mouth):
+                self._store.set(_key(self._rank), f"0 {FINISHED}")
+        for end in (self._wakeup_reader, self._wakeup_writer):
             end.close()
 
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        while not self._ended.wait(_BEAT):
-            self._listen()
+        while not self._ended.wait(_REPORT_INTERVAL):
+            self._read_signals()
             try:
                 self._exchange()
                 gone = ""
             except RuntimeError as error:
                 gone = f"{error}".split("\n")[0]
             if not self._ended.is_set():
-                self._judge(gone)
+                self._check_others(gone)
             if gone:  # torch prints a stack for each unanswered request
-                self._ended.wait(4 * _BEAT)
+                self._ended.wait(4 * _REPORT_INTERVAL)
 
-    def _listen(self) -> None:
+    def _read_signals(self) -> None:
         """Read signals that the main thread may not have handled yet."""
         with contextlib.suppress(OSError):
-            if {int(signal.SIGTERM), int(signal.SIGINT)} & set(self._ears.recv(4096)):
-                self._heard.add("stop")
+            if {int(signal.SIGTERM), int(signal.SIGINT)} & set(self._wakeup_reader.recv(4096)):
+                self._received.add("stop")
                 self._stopped_at = self._stopped_at or time.monotonic()
 
-    def _beat(self) -> None:
-        self._beats += 1
-        self._store.set(_key(self._rank), f"{self._beats} {self._state}")
+    def _send_report(self) -> None:
+        self._report_count += 1
+        self._store.set(_key(self._rank), f"{self._report_count} {self._state}")
 
     def _exchange(self) -> None:
-        self._beat()
-        if self._stopped_at is not None and not self._told:
+        self._send_report()
+        if self._stopped_at is not None and not self._stop_sent:
             self._store.set(_STOP, "1")
-            self._told = True
+            self._stop_sent = True
         elif self._stopped_at is None and self._store.check([_STOP]):
-            self._stopped_at, self._told = time.monotonic(), True
-            self._heard.add("stop")
+            self._stopped_at, self._stop_sent = time.monotonic(), True
+            self._received.add("stop")
         keys = {other: _key(other) for other in self._others}
-        said = self._store.multi_get(list(keys.values()))
+        reports = self._store.multi_get(list(keys.values()))
         now = time.monotonic()
-        for other, text in zip(keys, said, strict=True):
-            seen, word = self._others[other], bytes(text).decode()
-            if word != seen.said:
-                seen.said, seen.heard = word, now
-                state = word.partition(" ")[2]
-                if state != seen.state:
-                    seen.state, seen.since = state, now
+        for other, text in zip(keys, reports, strict=True):
+            peer, report = self._others[other], bytes(text).decode()
+            if report != peer.report:
+                peer.report, peer.received_at = report, now
+                state = report.partition(" ")[2]
+                if state != peer.state:
+                    peer.state, peer.since = state, now
 
-    def _judge(self, gone: str) -> None:
+    def _check_others(self, gone: str) -> None:
         """Exit if this process waits for others that will not come."""
         now = time.monotonic()
         is_stopped = self._stopped_at is not None
-        lost = self.silent(GRACE if is_stopped or gone else SILENCE)
+        lost = self.silent(GRACE if is_stopped or gone else REPORT_TIMEOUT)
         if gone and lost:
             host = "the launcher" if _has_launcher(os.environ) else "process 0"
-            why = (
-                f"{host} at {_where(os.environ)}, by whom the processes hear of each other, is gone ({gone})"
-            )
+            why = f"{host} at {_where(os.environ)}, through which the processes exchange their states, is gone ({gone})"
             lost = [] if _has_launcher(os.environ) else [0]
         elif lost:
-            why = f"{named(lost)} has not been heard from for {max(now - self._others[r].heard for r in lost):.0f} s"
+            why = f"{process_names(lost)} has not been heard from for {max(now - self._others[r].received_at for r in lost):.0f} s"
         elif is_stopped and (late := self._late(now)):
-            why = f"{named(late)} did not come to the end of the step within {GRACE:.0f} s of the signal"
+            why = f"{process_names(late)} did not come to the end of the step within {GRACE:.0f} s of the signal"
             lost = late
         else:
             return
-        if self._state == WAITS:
-            self._leave(why, lost, TERMINATED if is_stopped else 1)
+        if self._state == WAITING:
+            self._exit(why, lost, TERMINATED if is_stopped else 1)
 
     def _late(self, now: float) -> list[int]:
         """Processes still at work, if this process has waited long enough and none is writing."""
         assert self._stopped_at is not None
-        if self._state != WAITS or now - max(self._since, self._stopped_at) < GRACE:
+        if self._state != WAITING or now - max(self._since, self._stopped_at) < GRACE:
             return []
-        if any(seen.state == WRITES for seen in self._others.values()):
+        if any(peer.state == WRITING for peer in self._others.values()):
             return []
         return [
             other
-            for other, seen in self._others.items()
-            if seen.state == WORKS and now - max(seen.since, self._stopped_at) >= GRACE
+            for other, peer in self._others.items()
+            if peer.state == WORKING and now - max(peer.since, self._stopped_at) >= GRACE
         ]
 
-    def _leave(self, why: str, lost: list[int], code: int) -> None:
+    def _exit(self, why: str, lost: list[int], code: int) -> None:
         saved = ""
         try:
             if self.save is not None and self._rank == min(set(range(self._world)) - set(lost)):
                 saved = f" {self.save()}"
         finally:
             sys.stderr.write(
-                f"process {self._rank} of {self._world} waited for the others, but {why}; it leaves.{saved} Look at that process and its "
+                f"process {self._rank} of {self._world} waited for the others, but {why}; it exits.{saved} Look at that process and its "
                 "machine, then go on with --resume auto.\n"
             )
             sys.stderr.flush()
@@ -213,7 +213,7 @@ def _key(rank: int) -> str:
     return f"process/{rank}"
 
 
-def named(ranks: list[int]) -> str:
+def process_names(ranks: list[int]) -> str:
     """Name processes by rank."""
     return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
@@ -227,7 +227,9 @@ def _where(environ: Mapping[str, str]) -> str:
     return f"{environ.get('MASTER_ADDR', '?')}:{environ.get('MASTER_PORT', '?')}"
 
 
-def arrive(heard: set[str], environ: Mapping[str, str] = os.environ, within: float = ARRIVAL) -> Watch | None:
+def start_watch(
+    received: set[str], environ: Mapping[str, str] = os.environ, within: float = START_TIMEOUT
+) -> Watch | None:
     """Wait until all processes of a run have started. Returns None for a single process, or if the launcher names no others.
 
     Raises:
@@ -243,18 +245,18 @@ def arrive(heard: set[str], environ: Mapping[str, str] = os.environ, within: flo
     prefix = (
         f"idadapter/{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     )
-    watch = Watch(PrefixStore(prefix, store), rank, world, heard)
+    watch = Watch(PrefixStore(prefix, store), rank, world, received)
     try:
         while missing := watch.missing():
             if time.monotonic() > deadline:
                 raise TrainingError(
-                    f"{named(missing)} of {world} did not start within {within:.0f} s. See that each machine runs the same command, and "
+                    f"{process_names(missing)} of {world} did not start within {within:.0f} s. See that each machine runs the same command, and "
                     f"reaches {_where(environ)}."
                 )
             time.sleep(0.1)
         watch.start()
     except BaseException:
-        watch.close(is_settled=False)
+        watch.close(is_end_agreed=False)
         raise
     return watch
 
@@ -267,23 +269,23 @@ def _store(rank: int, environ: Mapping[str, str], deadline: float, within: float
     address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     try:
         if not is_host:
-            _reach(address, deadline)
+            _wait_until_reachable(address, deadline)
         return TCPStore(
-            *address, is_master=is_host, timeout=_TIMEOUT, wait_for_workers=False, multi_tenant=True
+            *address, is_master=is_host, timeout=_STORE_TIMEOUT, wait_for_workers=False, multi_tenant=True
         )
     except (OSError, RuntimeError, ValueError) as error:
-        who = "cannot open" if is_host else f"nobody answered within {within:.0f} s at"
+        who = "cannot open" if is_host else f"nothing answered within {within:.0f} s at"
         raise TrainingError(
             f"{who} {_where(environ)}, where the processes of the run meet ({error}). Process 0 opens it: see that it runs, and that "
             "MASTER_ADDR and MASTER_PORT are the same for all."
         ) from error
 
 
-def _reach(address: tuple[str, int], deadline: float) -> None:
+def _wait_until_reachable(address: tuple[str, int], deadline: float) -> None:
     """Wait until the address accepts connections: torch's own wait ignores signals. Raises OSError."""
     while True:
         try:
-            socket.create_connection(address, timeout=_BEAT).close()
+            socket.create_connection(address, timeout=_REPORT_INTERVAL).close()
             return
         except OSError:
             if time.monotonic() > deadline:
@@ -291,4 +293,14 @@ def _reach(address: tuple[str, int], deadline: float) -> None:
         time.sleep(0.1)
 
 
-__all__ = ["ARRIVAL", "GRACE", "SILENCE", "WAITS", "WORKS", "WRITES", "Watch", "arrive", "named"]
+__all__ = [
+    "GRACE",
+    "REPORT_TIMEOUT",
+    "START_TIMEOUT",
+    "WAITING",
+    "WORKING",
+    "WRITING",
+    "Watch",
+    "process_names",
+    "start_watch",
+]

@@ -21,7 +21,7 @@ CALL = f"{KEY}_call"  # in transformer_options, during one model call
 
 
 @dataclass(frozen=True, eq=False)
-class Acting:
+class ActiveApplication:
     """One application in one model call."""
 
     number: int  # in the plan
@@ -37,8 +37,8 @@ class Call:
 
     run: Run
     rows: tuple[Row, ...]
-    decoupled: tuple[Acting, ...]  # in cross-attention
-    gated: tuple[Acting, ...]  # between self-attention and cross-attention
+    decoupled: tuple[ActiveApplication, ...]  # in cross-attention
+    gated: tuple[ActiveApplication, ...]  # between self-attention and cross-attention
     normalized: bool
     gates_normalized: bool
     foreign_scale: Scale | None  # rescales the additions of other packs' replacements; None leaves them alone

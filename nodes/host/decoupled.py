@@ -80,7 +80,7 @@ class Decoupled(Cache):
 
 
 class SiteAttention:
-    """The attn2 replacement of one site: text attention (or another pack's) plus attention to the acting identities."""
+    """The attn2 replacement of one site: text attention (or another pack's) plus attention to the active identities."""
 
     def __init__(self, site: Site, previous: ForeignSlot | None):
         self.site = site
@@ -95,23 +95,23 @@ class SiteAttention:
         norm = sample_norm(base.text) if call.normalized else None
         rows = expand_rows(call.rows, extra, q.shape[0])
         cache = call.run.of(Decoupled)
-        for acting in call.decoupled:
-            for segment in cache.segments(rows, acting.number):
+        for active in call.decoupled:
+            for segment in cache.segments(rows, active.number):
                 span = slice(segment.start, segment.stop)
                 identity = cache.keys_values(self.site, segment.handles, extra["n_heads"], q.device, q.dtype)
                 mask = None
-                if acting.masked:
+                if active.masked:
                     size = tokens_size(extra, q.shape[1], call.latent_size)
-                    mask = call.run.of(Masks).of(acting.number, rows[span], size, q.device, q.dtype)
+                    mask = call.run.of(Masks).of(active.number, rows[span], size, q.device, q.dtype)
                 if not ours:  # other code may still reference this tensor
                     out, ours = out.clone(memory_format=torch.contiguous_format), True
                 add_identity(
                     out[span],
                     q[span],
                     identity,
-                    acting.scale,
+                    active.scale,
                     base_norm=None if norm is None else norm[span],
-                    at_most=acting.at_most,
+                    at_most=active.at_most,
                     mask=mask,
                     inplace=True,
                 )

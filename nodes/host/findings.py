@@ -71,38 +71,38 @@ def before_sampling(
 
 
 @dataclass(frozen=True)
-class Heard:
+class RunRecord:
     """Statistics of one sampling run."""
 
     calls: int  # of the model
     evaluations: int  # of the model with all conditionings
     missed: int  # evaluations without any model call
     placed: bool  # every gated layer could identify its site
-    changing: tuple[str, ...]  # owners of replacements that were not rescaled
+    not_rescaled: tuple[str, ...]  # owners of replacements that were not rescaled
 
 
-def after_sampling(plan: Plan, heard: Heard, model_options: Mapping[str, Any]) -> Findings:
+def after_sampling(plan: Plan, record: RunRecord, model_options: Mapping[str, Any]) -> Findings:
     """Report problems that showed up during sampling."""
     found = Findings(plan)
     acting = [application for application in plan.applications if application.acts]
     rescale = plan.rescaling
-    if heard.calls == 0:
+    if record.calls == 0:
         cause = _cause(model_options)
         for application in acting:
             found.about(application.node_id, APPLY, _silence(application, cause))
         if rescale is not None and rescale.every_patch:
             found.about(rescale.node_id, RESCALE, f"nothing was rescaled in this picture: {cause}")
-    elif heard.missed:
-        text = f"in {heard.missed} of {heard.evaluations} evaluations of the model no identity could act: {_cause(model_options)}"
+    elif record.missed:
+        text = f"in {record.missed} of {record.evaluations} evaluations of the model no identity could act: {_cause(model_options)}"
         for application in acting:
             found.about(application.node_id, APPLY, text)
-    elif heard.evaluations == 0 and rescale is not None:
+    elif record.evaluations == 0 and rescale is not None:
         found.about(rescale.node_id, RESCALE, f"the scales of text tokens do not act: {_WRAPPERS_TAKEN}.")
-    if not heard.placed:
+    if not record.placed:
         for application in (a for a in acting if a.is_gated):
             found.about(application.node_id, APPLY, _UNPLACED)
     if plan.rescale is not None:
-        for owner in sorted(set(heard.changing)):
+        for owner in sorted(set(record.not_rescaled)):
             text = (
                 f"{owner} changes the text's attention itself and adds nothing to it, so it is left as it is."
             )

@@ -81,7 +81,7 @@ class ForeignSlot:
     def owner(self) -> str:
         return owner_of(self.replacement)
 
-    def settle(self, live: bool, additive: bool, overridden: bool) -> None:
+    def store_outcome(self, live: bool, additive: bool, overridden: bool) -> None:
         """Store the outcome of a trial."""
         self.trial = None
         self.overridden = overridden
@@ -96,9 +96,9 @@ class ForeignSlot:
         if self.adds and not (OVERRIDE in extra and self.overridden is None):
             text = _text(q, k, v, extra, overridden=self.overridden is not False)
             return self._rescale(out, text, scale)
-        return self._tried(out, q, k, v, extra, scale)
+        return self._with_trial(out, q, k, v, extra, scale)
 
-    def _tried(
+    def _with_trial(
         self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], scale: Scale
     ) -> Rescaled:
         """Run an unknown replacement together with the trial that classifies it, and return its output."""
@@ -140,15 +140,15 @@ class ForeignSlots(Cache):
         """Return the slot of another pack's replacement in this run."""
         return self._slots.setdefault(id(replacement), ForeignSlot(replacement))
 
-    def settle_trials(self) -> None:
+    def read_trials(self) -> None:
         """Read the outcomes of all trials with a single device synchronisation."""
         tried = [(slot, slot.trial) for slot in self._slots.values() if slot.trial is not None]
         if tried:
             outcomes = torch.stack([trial.to(tried[0][1].device) for _, trial in tried]).tolist()
             for (slot, _), (live, additive, overridden) in zip(tried, outcomes, strict=True):
-                slot.settle(live, additive, overridden)
+                slot.store_outcome(live, additive, overridden)
 
-    def changing(self) -> tuple[str, ...]:
+    def owners_not_rescaled(self) -> tuple[str, ...]:
         """Return the owners of replacements that change the text attention itself and are not rescaled."""
         return tuple(slot.owner for slot in self._slots.values() if slot.adds is False)
 

@@ -16,7 +16,7 @@ from ...idadapter_core.attention import repeat_copies, rescale_factor, sample_no
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.mechanisms.gated import GatedLayers, GateIdentity
 from ...idadapter_core.sites import Site
-from .call import Acting, Call, call_of
+from .call import ActiveApplication, Call, call_of
 from .masks import Masks, tokens_size
 from .memory import LoadedAdapter
 from .plan import KEY, Plan, plan_of
@@ -138,11 +138,11 @@ class GatePatch:
         if site is None:
             call.run.of(Gated).placed = False
             return x
-        groups: dict[str, list[Acting]] = {}  # by digest, since one file may be loaded twice
-        for acting in call.gated:
-            adapter = call.run.plan.applications[acting.number].adapter
+        groups: dict[str, list[ActiveApplication]] = {}  # by digest, since one file may be loaded twice
+        for active in call.gated:
+            adapter = call.run.plan.applications[active.number].adapter
             if any(adapter.mechanisms.openings[site.index]):
-                groups.setdefault(adapter.digest, []).append(acting)
+                groups.setdefault(adapter.digest, []).append(active)
         if not groups:
             return x
         rows = expand_rows(call.rows, extra, x.shape[0])
@@ -152,7 +152,7 @@ class GatePatch:
         out = x if alone and call.owns_stream else x.clone()
         for group in groups.values():
             adapter = call.run.plan.applications[group[0].number].adapter
-            by_number = {acting.number: acting for acting in group}
+            by_number = {active.number: active for active in group}
             gate = _Gate(call, adapter, site, extra)
             for span in call.run.of(Gated).spans(rows, tuple(by_number)):
                 part = slice(span.start, span.stop)
@@ -160,19 +160,19 @@ class GatePatch:
                     (call.run.of(Gated).identity(site, handle, x.device, x.dtype), by_number[number])
                     for number, handle in span.handles
                 ]
-                masks = [gate.mask(acting, rows[part], x) for _, acting in people]
+                masks = [gate.mask(active, rows[part], x) for _, active in people]
                 if call.gates_normalized:
-                    for (identity, acting), mask in zip(people, masks, strict=True):
+                    for (identity, active), mask in zip(people, masks, strict=True):
                         # A limit applies to the residual at its full weight: the feed-forward makes it nonlinear in the weight.
-                        weight, at_most = (1.0, None) if acting.at_most is None else (acting.at_most, 1.0)
+                        weight, at_most = (1.0, None) if active.at_most is None else (active.at_most, 1.0)
                         residual = gate.residual(x[part], [replace(identity, strength=weight)])
                         norm = _self_norm(call, x)[part]
-                        factor = rescale_factor(norm, residual, acting.strength, at_most=at_most)
+                        factor = rescale_factor(norm, residual, active.strength, at_most=at_most)
                         out[part] += residual * (factor if mask is None else factor * mask)
                     continue
                 identities = [
-                    replace(identity, strength=acting.strength if mask is None else mask * acting.strength)
-                    for (identity, acting), mask in zip(people, masks, strict=True)
+                    replace(identity, strength=active.strength if mask is None else mask * active.strength)
+                    for (identity, active), mask in zip(people, masks, strict=True)
                 ]
                 if alone:
                     gate.add(out[part], identities)
@@ -213,12 +213,12 @@ class _Gate:
         added: Tensor = self.module.residual(x, identities, gates=self.values, attention=self._attention)
         return added
 
-    def mask(self, acting: Acting, rows: tuple[Row, ...], x: Tensor) -> Tensor | None:
+    def mask(self, active: ActiveApplication, rows: tuple[Row, ...], x: Tensor) -> Tensor | None:
         """Return the mask (1 or rows, N, 1) of an application for these rows."""
-        if not acting.masked:
+        if not active.masked:
             return None
         size = tokens_size(self.extra, x.shape[1], self.call.latent_size)
-        return self.call.run.of(Masks).of(acting.number, rows, size, x.device, x.dtype)
+        return self.call.run.of(Masks).of(active.number, rows, size, x.device, x.dtype)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         # No transformer_options: attention overrides of other packs expect ComfyUI's own layers.

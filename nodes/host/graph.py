@@ -132,7 +132,7 @@ def _type(declared: Any) -> str:
     return _ANY if named.startswith("COMFY_MATCHTYPE") else named
 
 
-def listen() -> None:
+def register() -> None:
     """Register `on_prompt` with ComfyUI's server, if there is one."""
     from server import PromptServer
 

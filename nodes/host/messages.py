@@ -30,10 +30,10 @@ Level = Literal["info", "warning"]
 Topic = Literal["graph", "run", "result"]
 
 
-class Whose(Enum):
-    """The frontend that receives a message."""
+class Client(Enum):
+    """A frontend that receives messages, other than by its id."""
 
-    RUNNING = "that of the prompt that runs"
+    RUNNING = "the one that queued the running prompt"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def say(
     title: str,
     topic: Topic,
     messages: Iterable[Message],
-    client: str | Literal[Whose.RUNNING] | None = Whose.RUNNING,
+    client: str | Literal[Client.RUNNING] | None = Client.RUNNING,
 ) -> None:
     """Show messages on a node, replacing its previous ones on this topic. An empty list clears them.
 
@@ -118,7 +118,7 @@ def say(
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
-    is_running = client is Whose.RUNNING
+    is_running = client is Client.RUNNING
     receiver = server.client_id if is_running else client
     if receiver is None:
         return  # queued by a program: without a receiver the event would reach every open browser

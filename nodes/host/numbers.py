@@ -31,9 +31,9 @@ def checks_numbers(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
         given = signature.bind_partial(cls, *args, **kwargs).arguments
         title = str(schema().display_name)
         if fault := _fault_of(schema(), given):
-            _tell(title, [warning(fault)])
+            _report(title, [warning(fault)])
             raise InputError(f"{title}: {fault}")
-        _tell(title, [])
+        _report(title, [])
         return execute(cls, *args, **kwargs)
 
     setattr(node, "execute", classmethod(checked))  # noqa: B010 (mypy refuses to assign to a method)
@@ -78,7 +78,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _tell(title: str, messages: list[Message]) -> None:
+def _report(title: str, messages: list[Message]) -> None:
     """Show an error message on the running node, or clear it.
 
     ComfyUI's own error report quotes the values, and a NaN in it makes it unreadable for browsers.

@@ -28,22 +28,22 @@ def photo_origins(node: Any, name: str, count: int) -> list[Origin | None]:
     if node is None:
         return []
     try:
-        found = _behind(node.prompt, node.prompt[node.unique_id]["inputs"][name], _DEEPEST)
+        found = _trace(node.prompt, node.prompt[node.unique_id]["inputs"][name], _DEEPEST)
     except (KeyError, TypeError, ValueError, IndexError, OSError):
         return []
     return found if len(found) == count else []
 
 
-def _behind(prompt: Mapping[str, Any], link: Any, depth: int) -> list[Origin | None]:
+def _trace(prompt: Mapping[str, Any], link: Any, depth: int) -> list[Origin | None]:
     """Return the origins behind a link. Raises ValueError if one is unknown."""
     node = prompt[link[0]]
     if depth and node["class_type"] == "LoadImage":
         return _read(node["inputs"]["image"])
     if depth and node["class_type"] in ("ImageBatch", "BatchImagesNode"):
         inputs = sorted(node["inputs"].items(), key=lambda entry: _number(entry[0]))
-        return [origin for _, value in inputs for origin in _behind(prompt, value, depth - 1)]
+        return [origin for _, value in inputs for origin in _trace(prompt, value, depth - 1)]
     if depth and node["class_type"] == "IDAdapterEnrich":
-        given = _behind(prompt, node["inputs"]["image"], depth - 1)
+        given = _trace(prompt, node["inputs"]["image"], depth - 1)
         return [*given, *[None] * (int(node["inputs"]["count"]) - len(given))]
     raise ValueError(f"{node['class_type']} may change photos")
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ...idadapter_core.errors import InputError
-from .call import CALL, Acting, Call, calling
+from .call import CALL, ActiveApplication, Call, calling
 from .compilation import has_compile_wrapper, uncompiled
 from .conditioning import TEXT_POSITIONS, Attached, attached_to, is_negative
 from .decoupled import Decoupled
-from .findings import Heard, after_sampling, before_sampling, run_lost
+from .findings import RunRecord, after_sampling, before_sampling, run_lost
 from .foreign import ForeignSlots, Scale
 from .gated import Gated, loaded_gates, remember_norm
 from .masks import require_whole_pictures
@@ -65,11 +65,11 @@ def outer_sample(
     _running[plan] += 1
     try:
         result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        run.of(ForeignSlots).settle_trials()
+        run.of(ForeignSlots).read_trials()
         slots, placed = run.of(ForeignSlots), run.of(Gated).placed
-        heard = Heard(run.calls, run.evaluations, run.missed, placed, slots.changing())
+        record = RunRecord(run.calls, run.evaluations, run.missed, placed, slots.owners_not_rescaled())
         if run.steps > 0:
-            after_sampling(plan, heard, guider.model_options).say("result")
+            after_sampling(plan, record, guider.model_options).say("result")
         return result
     finally:
         _running[plan] -= 1
@@ -78,7 +78,7 @@ def outer_sample(
         run.clear()
 
 
-def _tell_of_lost_run(options: dict[str, Any]) -> None:
+def _report_lost_run(options: dict[str, Any]) -> None:
     """Report, once per sampling, a model call whose plan has no run because `outer_sample` was removed."""
     plan, sigmas = options.get(KEY), options.get("sample_sigmas")
     if not isinstance(plan, Plan) or plan in _running or not any(a.acts for a in plan.applications):
@@ -127,7 +127,7 @@ def calc_cond_batch(
     for tags in tagged:
         tags.run.current_size = (x_in.shape[-2], x_in.shape[-1])
     if not tagged:
-        _tell_of_lost_run(
+        _report_lost_run(
             (args[0] if args else kwargs.get("model_options", {})).get("transformer_options", {})
         )
         return executor(model, conds, x_in, timestep, *args, **kwargs)
@@ -153,14 +153,14 @@ def apply_model(
     options = dict(transformer_options or {})
     rows = kwargs.pop(KEY, None)
     if not isinstance(rows, Rows):
-        _tell_of_lost_run(options)
+        _report_lost_run(options)
     # ComfyUI compiles without guards on the options: a graph that read the plan would also look for it in models without one.
     options.pop(KEY, None)
     if not isinstance(rows, Rows):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     run, model = rows.run, executor.class_obj
     run.calls += 1
-    run.of(ForeignSlots).settle_trials()
+    run.of(ForeignSlots).read_trials()
     replacements = options.get("patches_replace", {}).get("attn2", {})
     try:
         call = _call(rows, bool(replacements), model, x, t, options)
@@ -226,16 +226,16 @@ def _call(
     # The noise level selects the applications. The host waits for it here, once per model call and never inside a layer.
     sigma = float(options.get("sigmas", t).max())
     scale = 1.0 if rescale is None else rescale.schedule.adapter_scale(run.step(sigma), run.steps)
-    decoupled: list[Acting] = []
-    gated: list[Acting] = []
+    decoupled: list[ActiveApplication] = []
+    gated: list[ActiveApplication] = []
     for number in present:
         application = plan.applications[number]
         strength, at_most = _strength(application, rescale, scale)
         if strength != 0 and at_most != 0 and run.in_window(number, model.model_sampling, sigma):
             on_device = torch.full((), strength, device=x.device)
-            acting = Acting(number, strength, at_most, on_device, application.mask is not None)
-            decoupled += [acting] if application.is_decoupled else []
-            gated += [acting] if application.is_gated else []
+            active = ActiveApplication(number, strength, at_most, on_device, application.mask is not None)
+            decoupled += [active] if application.is_decoupled else []
+            gated += [active] if application.is_gated else []
     if not decoupled and not gated and not foreign:
         return None
     tiled = tile_rows(rows.rows, x.shape[0])
@@ -263,7 +263,7 @@ def _call(
 
 
 def _strength(application: Application, rescale: Rescale | None, scale: float) -> tuple[float, float | None]:
-    """Return `strength` and `at_most` of an application in one step (see `Acting`)."""
+    """Return `strength` and `at_most` of an application in one step (see `ActiveApplication`)."""
     if rescale is None or (application.is_gated and not rescale.gated):
         return application.weight, None
     if rescale.mode == "limit":

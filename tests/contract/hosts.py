@@ -25,7 +25,7 @@ from idadapter_core.identity import load_identity, save_identity
 from idadapter_core.stable_diffusion.base import load_base
 from idadapter_core.stable_diffusion.config import BaseConfig
 from idadapter_core.stable_diffusion.inject import inject
-from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline
+from idadapter_core.stable_diffusion.pipeline import Pipeline, Strengths
 from idadapter_core.types import Mix
 from tests.contract.samples import VISION, Case, Sizes, features, trained, write_adapter
 from tests.harness.comfy import pack_nodes
@@ -302,7 +302,7 @@ class DiffusersHost:
             picture = pipeline.generate(
                 PROMPT if said is None else PROMPT_WITH_CLASS,
                 identity=None if act is None else act.person,
-                acting=None if act is None else Acting(act.strength, text=float(said is not None)),
+                strengths=None if act is None else Strengths(act.strength, text=float(said is not None)),
                 negative=NEGATIVE,
                 seed=SEED,
                 cfg=CFG,

@@ -68,7 +68,7 @@ def test_a_blank_picture_is_pixel_values_of_zero_in_both_hosts(
     from safetensors.torch import save_file
 
     from idadapter_core.faces.views import VIEWS
-    from idadapter_core.stable_diffusion.networks import see_views
+    from idadapter_core.stable_diffusion.networks import encode_views
     from idadapter_core.stable_diffusion.vision import load_vision
 
     photo, _, features = extracted
@@ -77,7 +77,7 @@ def test_a_blank_picture_is_pixel_values_of_zero_in_both_hosts(
     (tmp_path / "config.json").write_bytes(config_file(WIDTH).read_bytes())
     vision = load_vision(file)
     faces = [(photo, face) for face in features.faces]
-    found = see_views(vision, [VIEWS["aligned_224"], VIEWS["blank"]], faces, "cpu")
+    found = encode_views(vision, [VIEWS["aligned_224"], VIEWS["blank"]], faces, "cpu")
     # ComfyUI keeps these weights in fp16, and pictures are resized by libraries of their own.
     for key, limit in zip(found, (1e-2, 1e-2), strict=True):
         assert (found[key] - features.states(key.view)).abs().max() < limit

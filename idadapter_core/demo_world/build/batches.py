@@ -1,4 +1,4 @@
-"""Pictures as the networks take them."""
+"""Pictures as inputs of networks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Numbers = npt.NDArray[np.int64]
 
 
 def as_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """Pictures (B, H, W, 3) uint8 as (B, 3, H, W) float32 in -1..1, in the memory order that convolutions like."""
+    """Convert pictures (B, H, W, 3), uint8, to (B, 3, H, W), float32 in -1..1, in the channels-last memory format."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 class Pool:
-    """Several groups of pictures as one; people of different groups have different numbers."""
+    """Several groups of pictures, concatenated. People of different groups have different numbers."""
 
     def __init__(self, sets: Sequence[PictureSet]) -> None:
         self.sets = tuple(sets)
@@ -36,15 +36,15 @@ class Pool:
         return int(self.starts[-1])
 
     def pixels(self, numbers: Numbers) -> npt.NDArray[np.uint8]:
-        """Pictures (B, H, W, 3)."""
+        """Return the pictures (B, H, W, 3), uint8, with these numbers (B,)."""
         return np.stack([self._one(int(number)) for number in numbers])
 
     def labels(self, factor: str, classes: Sequence[str]) -> Numbers:
-        """The class (N) of each picture."""
+        """Return the class of each picture (N,), as an index into `classes`."""
         return np.concatenate([part.labels(factor, classes) for part in self.sets])
 
     def where(self, **classes: str) -> Numbers:
-        """Numbers of the pictures whose factors have these classes."""
+        """Return the numbers of the pictures whose factors have these classes."""
         found = [part.where(**classes) + start for part, start in zip(self.sets, self.starts, strict=False)]
         return np.concatenate(found)
 

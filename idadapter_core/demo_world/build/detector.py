@@ -1,4 +1,4 @@
-"""A face detector of SCRFD's form (arXiv:2105.04714): scores, boxes and five landmarks at three strides, two anchors each."""
+"""A face detector with SCRFD's outputs (arXiv:2105.04714): scores, boxes and five landmarks at three strides, two anchors each."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 from .batches import Pool
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
 STRIDES = (8, 16, 32)
-# Longer sides of the faces that a stride's two anchors are for, in pixels.
+# Longer sides of faces in pixels, by stride: the first anchor is for the first to the second value, the other for the second to the third.
 SIZES = ((10, 28, 60), (40, 80, 170), (120, 280, 700))
 WIDTHS = (8, 16, 32, 48, 64)
 KINDS = {"score": 1, "bbox": 4, "kps": 10}
-# Of a face's side: who answers for it, and who need not say that there is nothing. What is farther off would give boxes that are
-# wrong and yet too far from the right one to be suppressed.
+# Distances from a face's center, relative to its longer side, within which cells are positive, and within which negative ones do not
+# matter. Cells farther away would give wrong boxes, too far from the right one to be suppressed.
 CENTRE, AROUND = 0.22, 0.30
-NEARLY = 1.3
+SIZE_MARGIN = 1.3
 CANVAS, LARGE_CANVAS = 320, 640
 LARGE_EVERY = 2  # batches
-MIRRORED = (1, 0, 2, 4, 3)  # landmarks of a mirrored picture
-UNCERTAIN = -4.6  # logit of 1 %, with which all scores begin
+MIRRORED = (1, 0, 2, 4, 3)  # order of the landmarks in a mirrored picture
+INITIAL_LOGIT = -4.6  # of all scores; 1 %
 
 
 def _conv(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
@@ -45,15 +45,15 @@ def _head(width: int) -> nn.Sequential:
     assert last.bias is not None
     with torch.no_grad():
         last.bias.zero_()
-        last.bias[[0, channels]] = UNCERTAIN
+        last.bias[[0, channels]] = INITIAL_LOGIT
     return nn.Sequential(_conv(width, 32), last)
 
 
 class Detector(nn.Module):
-    """Pictures (B, 3, H, W), RGB, (pixel - 127.5) / 128, with sides that 32 divides, to maps (B, 30, H/s, W/s) for each stride s.
+    """Maps pictures (B, 3, H, W), RGB, (pixel - 127.5) / 128, with sides divisible by 32, to maps (B, 30, H/s, W/s) for each stride s.
 
-    A map's channels are those of the first anchor and then of the second: a score (logit); how far the face's left, top, right
-    and bottom are from the cell's upper left pixel, outwards, in strides; where the landmarks are from there (x, y), in strides.
+    The channels are those of the first anchor, then of the second: a score (logit); the distances from the cell's upper left pixel outwards
+    to the face's left, top, right and bottom; the offsets (x, y) of the landmarks from that pixel. Distances and offsets are in strides.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Detector(nn.Module):
 
 
 class Exported(nn.Module):
-    """The nine outputs that insightface expects: (cells · 2, 1), (…, 4) and (…, 10), each for all strides."""
+    """The nine outputs that insightface expects: scores (cells · 2, 1), boxes (…, 4) and landmarks (…, 10), each for all strides."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -107,12 +107,15 @@ class Scene:
 
 
 def make_scene(pool: Pool, rng: np.random.Generator, side: int) -> Scene:
-    """Pictures of the pool, of any size and anywhere: one that fills the scene, or a few side by side."""
+    """Compose a scene of `side` × `side` pixels from pictures of the pool, at random sizes and places.
+
+    It has one picture that fills it, or a few that do not overlap.
+    """
     canvas = _ground(rng, side)
     boxes: list[npt.NDArray[np.float32]] = []
     points: list[npt.NDArray[np.float32]] = []
     taken: list[tuple[int, int, int]] = []
-    # Small scenes teach small faces; large ones what a picture looks like at the size at which insightface looks first.
+    # Small scenes train small faces, large ones the input size that insightface uses first.
     whole = rng.random() < (0.3 if side < LARGE_CANVAS else 0.75)
     for _ in range(1 if whole else int(rng.integers(1, 7))):
         number = int(rng.integers(len(pool)))
@@ -131,7 +134,7 @@ def make_scene(pool: Pool, rng: np.random.Generator, side: int) -> Scene:
 
 
 def _ground(rng: np.random.Generator, side: int) -> npt.NDArray[np.uint8]:
-    """Patches of colour, from one to a patch for each pixel: what is between pictures, and holds no face."""
+    """Return a background (side, side, 3) without faces: random patches of colour, from a single one to one per pixel."""
     rows, columns = (int(np.exp(rng.uniform(0, np.log(side)))) for _ in range(2))
     cells = rng.integers(0, 256, (rows, columns, 3)).astype(np.uint8)
     way = cv2.INTER_NEAREST if rng.random() < 0.5 else cv2.INTER_LINEAR
@@ -141,7 +144,7 @@ def _ground(rng: np.random.Generator, side: int) -> npt.NDArray[np.uint8]:
 def _copy(
     pool: Pool, number: int, extent: int, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """A picture with sides of `extent` pixels, perhaps mirrored, and where its face is."""
+    """Return a picture scaled to `extent` pixels, mirrored at random and with random brightness, its box (4,) and landmarks (5, 2)."""
     pixels = pool.pixels(np.array([number]))[0]
     scale = extent / pixels.shape[0]
     box, landmarks = (pool.boxes[number] + 0.5) * scale - 0.5, (pool.landmarks[number] + 0.5) * scale - 0.5
@@ -166,7 +169,10 @@ def _paste(canvas: npt.NDArray[np.uint8], picture: npt.NDArray[np.uint8], left: 
 
 # ----------------------------------------------------------------------------------------------------------- targets
 def targets(scene: Scene, level: int) -> npt.NDArray[np.float32]:
-    """What the cells of a stride should say (2, 16, h, w): 1, 0, or -1 where it does not matter; then box, landmarks and side of the face."""
+    """Return the targets (2, 16, h, w) of the cells of a stride, for both anchors.
+
+    The channels: score (1, 0, or -1 where it does not matter); box (4), landmarks (10) and the longer side of the face, in strides.
+    """
     stride, (low, middle, high) = STRIDES[level], SIZES[level]
     cells = scene.pixels.shape[0] // stride
     wanted = np.zeros((2, 2 + sum(KINDS.values()) - 1, cells, cells), np.float32)
@@ -175,8 +181,8 @@ def targets(scene: Scene, level: int) -> npt.NDArray[np.float32]:
         size = float(max(box[2] - box[0], box[3] - box[1]))
         x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         distance = np.maximum(np.abs(at[None] - x), np.abs(at[:, None] - y))
-        # A stride that is not for faces of this size must see none in its parts; one that almost is may see it.
-        if low / NEARLY <= size < high * NEARLY:
+        # A stride for other sizes must reject the face, except where its sizes almost fit.
+        if low / SIZE_MARGIN <= size < high * SIZE_MARGIN:
             wanted[:, 0][:, distance < max(AROUND * size, stride)] = -1
         if not low <= size < high:
             continue
@@ -192,7 +198,7 @@ def targets(scene: Scene, level: int) -> npt.NDArray[np.float32]:
 
 
 def detection_loss(maps: list[Tensor], wanted: list[Tensor]) -> Tensor:
-    """Focal loss of the scores, and how far boxes and landmarks are off, relative to the face."""
+    """Focal loss of the scores, plus smooth L1 loss of boxes and landmarks relative to the face's size."""
     scores, answers, places, goals = [], [], [], []
     for found, goal in zip(maps, wanted, strict=True):
         rows = (
@@ -215,27 +221,27 @@ def detection_loss(maps: list[Tensor], wanted: list[Tensor]) -> Tensor:
     focal = 0.5 * ((1 - chance) ** 2 * entropy).sum() / count
     place, goal = torch.cat(places), torch.cat(goals)
     off = (place - goal[:, :14]) / goal[:, 14:]
-    # Not the mean: there may be no face that a stride is for.
+    # Not the mean: a batch may have no positive cell.
     far = F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.05, reduction="sum") / max(off.numel(), 1)
     return focal + 4 * far
 
 
 def scene_tensor(scenes: list[Scene]) -> Tensor:
-    """Scenes of one size as the network's input (B, 3, H, W)."""
+    """Convert scenes of one size to the input of the network (B, 3, H, W)."""
     stacked = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2)
     return (stacked.float() - 127.5) / 128
 
 
 def train_detector(
-    pool: Pool, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool, schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> Detector:
-    """A detector that has learnt from the pictures of a pool."""
+    """Train a detector on the pictures of a pool."""
     torch.manual_seed(seed)
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         network.train()
         large = step % LARGE_EVERY == LARGE_EVERY - 1
-        side, count = (LARGE_CANVAS, max(1, course.batch // 4)) if large else (CANVAS, course.batch)
+        side, count = (LARGE_CANVAS, max(1, schedule.batch // 4)) if large else (CANVAS, schedule.batch)
         scenes = [make_scene(pool, rng, side) for _ in range(count)]
         wanted = [
             torch.from_numpy(np.stack([targets(scene, level) for scene in scenes]))
@@ -247,7 +253,7 @@ def train_detector(
         return detection_loss(maps, wanted)
 
     detector = Detector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(detector, loss, course, checkpoint, seed=seed, log=log)
+    average = fit(detector, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, Detector)
     return average
 
@@ -256,10 +262,14 @@ def train_detector(
 def detection_scores(
     detect: Callable[[npt.NDArray[np.uint8]], Any], pool: Pool, numbers: npt.NDArray[np.int64]
 ) -> dict[str, float]:
-    """In what share of pictures a face is found, and no other; and 1 less the mean distance of landmarks relative to that of the eyes.
+    """Measure a detector on some pictures of a pool.
 
     Args:
-        detect: gives the faces (`Face`) of a picture (H, W, 3), best first.
+        detect: returns the faces (`Face`) of a picture (H, W, 3), best first.
+
+    Returns:
+        The share of pictures with a face found, that with exactly one, and 1 minus the mean error of the landmarks relative to the distance
+        of the eyes.
     """
     found, misses, alone = 0, [], 0
     for number in numbers:

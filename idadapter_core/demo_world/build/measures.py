@@ -1,4 +1,4 @@
-"""How well a network tells people apart."""
+"""Measures of how well embeddings separate people."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ def likeness(embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
 
 
 def area_under_curve(likenesses: npt.NDArray[np.floating], people: Numbers) -> float:
-    """The chance that two pictures of one person are more alike than two of different people. 0.5 is blind.
+    """Area under the ROC curve: the probability that two pictures of one person are more similar than two of different people.
+
+    A value of 0.5 is chance.
 
     Args:
         likenesses: (N, N), symmetric.
-        people: who is seen (N).
+        people: number of the person in each picture (N,).
     """
     first, second = np.triu_indices(len(people), 1)
     values, same = likenesses[first, second], people[first] == people[second]
@@ -31,14 +33,14 @@ def area_under_curve(likenesses: npt.NDArray[np.floating], people: Numbers) -> f
 
 
 def rank_one(likenesses: npt.NDArray[np.floating], people: Numbers) -> float:
-    """Share of pictures whose most alike other picture shows the same person."""
+    """Share of pictures whose most similar other picture shows the same person."""
     others = np.array(likenesses, np.float64)
     np.fill_diagonal(others, -np.inf)
     return float((people[others.argmax(1)] == people).mean())
 
 
 def recognition(embeddings: npt.NDArray[np.floating], people: Numbers) -> dict[str, float]:
-    """Both measures, rounded."""
+    """Return both measures of embeddings (N, D), rounded."""
     likenesses = likeness(embeddings)
     return {
         "auc": round(area_under_curve(likenesses, people), 4),

@@ -1,4 +1,4 @@
-"""Writing networks as the ONNX files of an insightface package."""
+"""Writes networks as the ONNX files of an insightface package."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ def write_onnx(
     outputs: Sequence[str],
     free: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
-    """Write `network`, in eval mode, with weights in half precision that are widened when the file is opened.
+    """Write `network`, in eval mode, with weights in half precision, which the graph casts to float32.
 
     Args:
-        example: an input; its shape is the file's, but for the axes in `free`, which maps names of input ("input") and outputs to
-            their free axes and these axes' names.
+        example: an input. The file has its shape, except for the axes in `free`.
+        outputs: names of the outputs.
+        free: names of the free axes, by axis, for "input" and the outputs.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this exporter old; the files people have come from it
+        warnings.simplefilter(
+            "ignore"
+        )  # about the age of this exporter, which also wrote the common packages
         torch.onnx.export(
             network.eval(),
             (example,),
-            buffer,  # type: ignore[arg-type]  # this exporter takes one, its annotation does not tell
+            buffer,  # type: ignore[arg-type]  # this exporter accepts one, contrary to its annotation
             input_names=["input"],
             output_names=list(outputs),
             dynamic_axes={name: dict(axes) for name, axes in (free or {}).items()},
@@ -55,7 +58,7 @@ def write_onnx(
 
 
 def _halve(graph: onnx.GraphProto) -> None:
-    """Store large weights in half precision, each with a node before all others that widens it."""
+    """Store large weights in half precision, each with a node at the beginning of the graph that casts it to float32."""
     casts = []
     for index, item in enumerate(graph.initializer):
         values = numpy_helper.to_array(item)

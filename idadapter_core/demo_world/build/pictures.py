@@ -1,15 +1,15 @@
-"""The pictures that everything learns from, with all that is known about them.
+"""The pictures for training and tests, with their ground truth.
 
 A folder for each group of people:
 
     pixels.npy     (N, H, W, 3) uint8, RGB
     masks.npy      (N, H, W) uint8, 255 where the person hides the background
     landmarks.npy  (N, 5, 2) float32, pixels
-    boxes.npy      (N, 4) float32, x1, y1, x2, y2 of the head
+    boxes.npy      (N, 4) float32, x1, y1, x2, y2 of the head, pixels
     facts.jsonl    a line for each picture: seed and sex of the person, factors, caption
 
-Pictures are drawn in parts, each by the process that comes first. The facts of a part are written last and in one go, so a part
-that has them is complete, and a build that was stopped goes on with the others.
+Pictures are drawn in parts, in any order. The facts of a part are written last and atomically, so a part with facts is complete, and an
+interrupted build resumes with the parts that are missing.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...files import replacing
-from ...waiting import leave_with_parent
+from ...waiting import exit_with_parent
 from .. import Factors, Light, Person, Pictures, render, seed_of
 from .settings import Group, Settings
 
-PART = 64  # pictures, about
-SEED_TAG = 1_211  # keeps the streams of this stage apart from those of others with the same seed
+PART = 64  # pictures per part, about
+SEED_TAG = 1_211  # separates the random streams of this stage from others with the same seed
 FACTS = "facts.jsonl"
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of one picture."""
+    """The ground truth of one picture."""
 
     person: int  # seed
     sex: str
@@ -49,13 +49,13 @@ class Fact:
     caption: str
 
     def value(self, factor: str) -> str:
-        """The class of a factor, or the sex."""
+        """Return the class of a factor or of "sex"."""
         return self.sex if factor == "sex" else str(getattr(self.factors, factor))
 
 
 @dataclass(frozen=True, eq=False)
 class PictureSet:
-    """The pictures of a group of people, as windows into its files."""
+    """The N pictures of a group of people, memory-mapped from its files."""
 
     pixels: npt.NDArray[np.uint8]
     masks: npt.NDArray[np.uint8]
@@ -68,16 +68,16 @@ class PictureSet:
 
     @property
     def people(self) -> npt.NDArray[np.int64]:
-        """The number of the person (N) in each picture, counted from 0."""
+        """The number of the person in each picture (N,), counted from 0."""
         seeds = [fact.person for fact in self.facts]
         return np.unique(seeds, return_inverse=True)[1].astype(np.int64)
 
     def labels(self, factor: str, classes: Sequence[str]) -> npt.NDArray[np.int64]:
-        """The class (N) of each picture."""
+        """Return the class of each picture (N,), as an index into `classes`."""
         return np.array([classes.index(fact.value(factor)) for fact in self.facts], np.int64)
 
     def where(self, **classes: str) -> npt.NDArray[np.int64]:
-        """Numbers of the pictures whose factors have these classes."""
+        """Return the numbers of the pictures whose factors have these classes."""
         chosen = [
             number
             for number, fact in enumerate(self.facts)
@@ -87,10 +87,10 @@ class PictureSet:
 
 
 def open_pictures(folder: Path, group: str) -> PictureSet:
-    """The pictures of a group that `draw_pictures` has finished.
+    """Open the pictures of a group, drawn by `draw_pictures`.
 
     Raises:
-        InputError: they are not there, or not all of them.
+        InputError: they are missing or incomplete.
     """
     home = folder / group
     if not (home / FACTS).is_file():
@@ -112,7 +112,7 @@ ARRAYS: Mapping[str, tuple[tuple[int | None, ...], type[np.generic]]] = {
 
 @dataclass(frozen=True)
 class _Part:
-    """Pictures that are drawn in one go: those of a few people of a group."""
+    """Pictures that are drawn together: those of a few people of a group."""
 
     home: Path
     group: Group
@@ -133,9 +133,9 @@ def draw_pictures(
     log: Callable[[str], None] = lambda _: None,
     groups: Collection[str] | None = None,
 ) -> None:
-    """Draw the pictures of some groups, or of all, into `folder`; parts that are there already are kept.
+    """Draw the pictures of some groups (None: of all) into `folder`. Existing parts are kept.
 
-    The files depend on the settings alone, not on the number of processes or on interruptions.
+    The files depend only on the settings, not on the number of processes or on interruptions.
     """
     for name, group in settings.groups.items():
         home = folder / name
@@ -171,7 +171,7 @@ def _draw(parts: Sequence[_Part], processes: int) -> Iterator[_Part]:
         for part in parts:
             yield _draw_part(part)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=leave_with_parent)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=exit_with_parent)
     try:
         futures = [pool.submit(_draw_part, part) for part in parts]
         for future in as_completed(futures):
@@ -207,7 +207,7 @@ def _subjects(part: _Part) -> tuple[list[Person], list[Factors]]:
 
 @functools.cache
 def _model(sex: str) -> Person:
-    """Whose look everybody of this sex takes on: the first one among people who are met nowhere else."""
+    """Return the person whose look all people of this sex have in a group of `one_look`. Nobody is trained on that person."""
     people = (Person.sample(seed_of("validation", index)) for index in itertools.count())
     return next(person for person in people if person.sex == sex)
 
@@ -227,12 +227,12 @@ def _read_fact(line: str) -> Fact:
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists alone."""
+    """Convert lists to tuples, which JSON does not have."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _join(home: Path, parts: Sequence[_Part]) -> None:
-    """Put the facts of all parts into one file, and clear the parts away."""
+    """Join the facts of all parts in one file, and delete the parts."""
     with replacing(home / FACTS) as file:
         file.write_text("".join(part.facts.read_text("utf-8") for part in parts), "utf-8", newline="\n")
     shutil.rmtree(parts[0].facts.parent)

@@ -1,11 +1,11 @@
-"""How large everything is: the world that is shipped, and a tiny one that is made in seconds to test the way there."""
+"""Sizes of a build: those of the shipped world, and tiny ones that test the build in a minute."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SECOND = "second_training"  # the group that only the recogniser that judges meets
+SECOND = "second_training"  # the group for the training of the second recogniser
 
 
 @dataclass(frozen=True)
@@ -13,12 +13,12 @@ class Group:
     """Pictures of a group of people."""
 
     people: int
-    each: int  # pictures of a person
-    split: str  # whose people (see `SPLITS`)
-    stream: int  # keeps the factors of one group apart from those of another
-    style: str | None = None  # of all pictures; any where it is None
+    each: int  # pictures per person
+    split: str  # group of the people in `SPLITS`
+    stream: int  # number of the random stream of the factors, different for each group
+    style: str | None = None  # of all pictures; None: any
     accessory: str | None = None
-    one_look: bool = False  # all women have one look and all men another: told apart by shape alone
+    one_look: bool = False  # all women share a look, and all men another: they differ in shape alone
 
     @property
     def count(self) -> int:
@@ -26,33 +26,33 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Course:
-    """How long a network is trained. The rate rises at the start, stays, and falls to nothing over the last part."""
+class TrainingSchedule:
+    """Length and learning rate of a training. The rate rises at the start, stays constant, and falls to 0 over the last part."""
 
     steps: int
     batch: int
     rate: float
-    fall: float = 0.25  # share of the steps in which the rate falls
+    fall: float = 0.25  # share of the steps over which the rate falls
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of a build. Everything that is made depends on these and on `seed` alone."""
+    """The settings of a build. Everything that is built depends on them alone."""
 
     name: str
     size: int  # pixels along a side of a picture
     groups: Mapping[str, Group]
-    courses: Mapping[str, Course] = field(default_factory=dict)
-    judged_prompts: int = 2  # to measure how the base model follows words
+    schedules: Mapping[str, TrainingSchedule] = field(default_factory=dict)
+    judged_prompts: int = 2  # number of prompts that measure how the base model follows them
     scan: tuple[str, ...] = ()  # further arguments of `scan`
-    training: tuple[str, ...] = ()  # settings of the adapters' trainings in place of those in their files
+    training: tuple[str, ...] = ()  # overrides of the settings in the adapters' configuration files
     seed: int = 0
 
 
 def _groups(
     training: tuple[int, int], second: tuple[int, int], held_out: tuple[int, int], judged: tuple[int, int]
 ) -> Mapping[str, Group]:
-    """People and pictures of each: to learn from, for those who judge, unseen, and unseen in photos to measure recognition."""
+    """Groups of (people, pictures of each): for training, for the second recogniser, for validation and test, and to measure recognition."""
     return {
         "validation": Group(*held_out, "validation", 2),
         "test": Group(*held_out, "test", 3),
@@ -67,16 +67,16 @@ FULL = Settings(
     name="full",
     size=128,
     groups=_groups((1080, 10), (400, 10), (128, 8), (64, 8)),
-    courses={
-        "readers": Course(1500, 32, 2e-3),
-        "recognizer": Course(1050, 32, 2e-3, fall=0.057),
-        "autoencoder": Course(4000, 16, 1.5e-3),
-        "second_recognizer": Course(2000, 32, 2e-3),
-        "detector": Course(10000, 8, 2e-3),
-        "sex_and_age": Course(8000, 32, 2e-3),
-        "vision": Course(3000, 64, 1e-3),
-        "text": Course(1000, 64, 1e-3),
-        "base": Course(16000, 64, 1e-3),
+    schedules={
+        "readers": TrainingSchedule(1500, 32, 2e-3),
+        "recognizer": TrainingSchedule(1050, 32, 2e-3, fall=0.057),
+        "autoencoder": TrainingSchedule(4000, 16, 1.5e-3),
+        "second_recognizer": TrainingSchedule(2000, 32, 2e-3),
+        "detector": TrainingSchedule(10000, 8, 2e-3),
+        "sex_and_age": TrainingSchedule(8000, 32, 2e-3),
+        "vision": TrainingSchedule(3000, 64, 1e-3),
+        "text": TrainingSchedule(1000, 64, 1e-3),
+        "base": TrainingSchedule(16000, 64, 1e-3),
     },
     judged_prompts=240,
 )
@@ -84,7 +84,7 @@ TINY = Settings(
     name="tiny",
     size=128,
     groups=_groups((4, 3), (4, 2), (3, 2), (3, 2)),
-    courses={name: Course(2, 2, 1e-3) for name in FULL.courses},
+    schedules={name: TrainingSchedule(2, 2, 1e-3) for name in FULL.schedules},
     scan=("--max-bad-share", "1", "--workers", "0", "--min-face", "1", "--min-sharpness", "0"),
     training=(
         "train.steps=2",

@@ -1,4 +1,4 @@
-"""A network of the form of insightface's `genderage`: scores of female and male, and age / 100, from a head's square."""
+"""A network with the interface of insightface's `genderage`: scores of female and male, and age / 100, from a square around the head."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from .. import SEXES, Person
 from .batches import Numbers, Pool
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
-SIDE = 96  # pixels, as insightface wants it
+SIDE = 96  # pixels, as insightface expects
 AROUND = 1.5  # side of the square, in sides of the face's box
 WIDTHS = (16, 32, 48, 64)
-JITTER = 0.06  # of the box's side, deviation of its edges
+JITTER = 0.06  # standard deviation of the box's edges, relative to its side
 
 
 class SexAndAge(nn.Module):
-    """Squares (B, 3, 96, 96), RGB, (pixel - 127.5) / 128, to (B, 3): scores of female and male, age / 100."""
+    """Maps squares (B, 3, 96, 96), RGB, (pixel - 127.5) / 128, to (B, 3): logits of female and male, and age / 100."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class SexAndAge(nn.Module):
 
 
 def squares(pixels: npt.NDArray[np.uint8], boxes: npt.NDArray[np.floating]) -> Tensor:
-    """What insightface cuts out around boxes (B, 4) of pictures (B, H, W, 3), as the network's input."""
+    """Cut the squares that insightface uses around boxes (B, 4) from pictures (B, H, W, 3). Returns the input of the network (B, 3, 96, 96)."""
     cut = []
     for picture, (x1, y1, x2, y2) in zip(pixels, boxes, strict=True):
         scale = SIDE / (max(x2 - x1, y2 - y1) * AROUND)
@@ -54,14 +54,15 @@ def squares(pixels: npt.NDArray[np.uint8], boxes: npt.NDArray[np.floating]) -> T
 
 
 def train_sex_and_age(
-    pool: Pool, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool, schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> SexAndAge:
+    """Train the network on the pictures of a pool."""
     torch.manual_seed(seed)
     sexes, ages = (torch.from_numpy(values) for values in _truth(pool))
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         network.train()
-        numbers = rng.integers(len(pool), size=course.batch)
+        numbers = rng.integers(len(pool), size=schedule.batch)
         boxes = pool.boxes[numbers]
         side = (boxes[:, 2:] - boxes[:, :2]).max(1, keepdims=True)
         batch = squares(pool.pixels(numbers), boxes + rng.normal(0, JITTER, boxes.shape) * side)
@@ -75,13 +76,13 @@ def train_sex_and_age(
         )
 
     network = SexAndAge().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(network, loss, course, checkpoint, seed=seed, log=log)
+    average = fit(network, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, SexAndAge)
     return average
 
 
 def _truth(pool: Pool) -> tuple[Numbers, npt.NDArray[np.float32]]:
-    """0 for women and 1 for men, as insightface counts, and age / 100 (N)."""
+    """Return the sex (N,), 0 for women and 1 for men as in insightface, and age / 100 (N,)."""
     ages = {
         seed: Person.sample(seed).age for part in pool.sets for seed in {fact.person for fact in part.facts}
     }
@@ -91,7 +92,7 @@ def _truth(pool: Pool) -> tuple[Numbers, npt.NDArray[np.float32]]:
 
 @torch.no_grad()
 def sex_and_age_scores(network: SexAndAge, pool: Pool) -> dict[str, float]:
-    """Share of pictures whose sex is right, and the mean error of the age in years."""
+    """Return the share of pictures whose sex is right, and the mean error of the age in years."""
     sexes, ages = _truth(pool)
     seen = torch.cat(
         [

@@ -1,4 +1,4 @@
-"""Sheets of pictures, to look at."""
+"""Writes sheets of pictures for inspection by eye."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_sheet(pictures: np.ndarray, path: Path, across: int = 8) -> None:
-    """Pictures (N, H, W, 3) uint8 in rows."""
+    """Write pictures (N, H, W, 3), uint8, in full rows of `across`."""
     count = len(pictures) // across * across or len(pictures)
     rows = [list(pictures[start : start + across]) for start in range(0, count, across)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -17,7 +17,7 @@ def write_sheet(pictures: np.ndarray, path: Path, across: int = 8) -> None:
 
 
 def write_pairs(above: np.ndarray, below: np.ndarray, path: Path, across: int = 6) -> None:
-    """Pictures (N, H, W, 3) uint8, each with another one (N, H, W, 3) below it."""
+    """Write pictures (N, H, W, 3), uint8, in rows, each with one of `below` (N, H, W, 3) under it."""
     rows = []
     for start in range(0, len(above), across):
         for part in (above, below):

@@ -1,7 +1,7 @@
-"""The stages of a build: what each needs, what it makes, and where it goes on after a stop.
+"""The stages of a build: what each needs and writes, and how it resumes.
 
-A folder holds a build: `pictures/`, `checkpoints/` of trainings in progress, `files/` to be shipped, `scores/` of what was measured,
-`logs/`. A finished stage leaves `done/STAGE.json`, which names the settings it was made with.
+A folder holds a build: `pictures/`, `checkpoints/` of trainings, `files/` to ship, `scores/` with measurements, and `logs/`. A finished stage
+writes `done/STAGE.json`, which names its settings.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 from ...errors import InputError
 from ...files import replacing
 from ..shipped import ASSETS
-from .settings import Course, Settings
+from .settings import Settings, TrainingSchedule
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Where a build is made, and how."""
+class Workspace:
+    """The folder of a build, and its options."""
 
     home: Path
     settings: Settings
     processes: int = 1
-    again: bool = False  # make finished stages once more
+    again: bool = False  # run finished stages again
     tokenizer: Path | None = None  # folder of CLIP's tokenizer, for the adapters
 
     @property
@@ -42,14 +42,14 @@ class Bench:
     def checkpoint(self, stage: str) -> Path:
         return self.home / "checkpoints" / f"{stage}.pt"
 
-    def course(self, stage: str) -> Course:
-        return self.settings.courses[stage]
+    def schedule(self, stage: str) -> TrainingSchedule:
+        return self.settings.schedules[stage]
 
     def done(self, stage: str) -> Path:
         return self.home / "done" / f"{stage}.json"
 
     def log(self, stage: str, line: str) -> None:
-        """Say how far a stage is: on the screen, and in its log."""
+        """Print a line of progress, and append it to the stage's log."""
         text = f"{time.strftime('%H:%M:%S')} {stage}: {line}\n"
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -59,11 +59,12 @@ class Bench:
             file.write(text)
 
     def score(self, stage: str, scores: Mapping[str, object]) -> None:
-        """Keep what was measured."""
+        """Write the measurements of a stage."""
         write_json(self.home / "scores" / f"{stage}.json", scores)
         self.log(stage, json.dumps(scores))
 
     def scores(self, stage: str) -> dict[str, Any]:
+        """Read the measurements of a stage. Raises InputError if there are none."""
         path = self.home / "scores" / f"{stage}.json"
         if not path.is_file():
             raise InputError(f"{path} is missing; run the stage `{stage}` first.")
@@ -77,11 +78,11 @@ class Stage:
 
     name: str
     about: str
-    needs: tuple[str, ...]  # stages that must be done before
-    work: Callable[[Bench], None]
-    ships: tuple[str, ...] = ()  # what it leaves in `files/`, by the path among the assets
-    wanted: Mapping[str, float] | None = None  # least scores with which it may be shipped
-    keeps: tuple[str, ...] = ()  # folders of what it has finished so far, for stages that are no trainings
+    needs: tuple[str, ...]  # stages that must be finished before
+    work: Callable[[Workspace], None]
+    ships: tuple[str, ...] = ()  # its files in `files/`, by their paths in the assets
+    wanted: Mapping[str, float] | None = None  # minimum scores for shipping
+    keeps: tuple[str, ...] = ()  # folders with its results so far, for stages without a training
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -89,87 +90,87 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
         file.write_text(json.dumps(content, indent=1) + "\n", "utf-8", newline="\n")
 
 
-def run_stages(stages: Mapping[str, Stage], names: Sequence[str], bench: Bench) -> None:
-    """Do these stages, or all of them in their order where none is named. Those that are done are passed over.
-
-    A stage that was stopped goes on where it was.
+def run_stages(stages: Mapping[str, Stage], names: Sequence[str], workspace: Workspace) -> None:
+    """Run the named stages, or all in their order if none is named. Finished stages are skipped, interrupted ones resume.
 
     Raises:
-        InputError: a stage is unknown or lacks one it needs, or the folder holds a build with other settings.
+        InputError: a stage is unknown or lacks one that it needs, or the folder holds a build with other settings.
     """
     for name in names:
         if name not in stages:
             raise InputError(f"there is no stage {name!r}; choose from: {', '.join(stages)}.")
-    _require_same_settings(bench)
+    _require_same_settings(workspace)
     for name in names or tuple(stages):
         stage = stages[name]
         for need in stage.needs:
-            if not bench.done(need).is_file():
+            if not workspace.done(need).is_file():
                 raise InputError(
-                    f"the stage `{name}` needs what `{need}` makes; run that first, with the same --work."
+                    f"the stage `{name}` needs the results of `{need}`; run that first, with the same --work."
                 )
-        if bench.done(name).is_file() and not bench.again:
-            bench.log(name, "done before; add --again to make it once more")
+        if workspace.done(name).is_file() and not workspace.again:
+            workspace.log(name, "already done; add --again to run it again")
             continue
-        if bench.done(name).is_file():
-            _forget(stage, bench)
-        _run(stage, bench)
+        if workspace.done(name).is_file():
+            _forget(stage, workspace)
+        _run(stage, workspace)
 
 
-def describe(stages: Mapping[str, Stage], bench: Bench) -> str:
-    """A line for each stage."""
+def describe(stages: Mapping[str, Stage], workspace: Workspace) -> str:
+    """Return a line for each stage: its name, its state and its description."""
     lines = []
     for stage in stages.values():
         state = (
             "done"
-            if bench.done(stage.name).is_file()
-            else "begun"
-            if bench.checkpoint(stage.name).is_file()
+            if workspace.done(stage.name).is_file()
+            else "started"
+            if workspace.checkpoint(stage.name).is_file()
             else ""
         )
-        lines.append(f"{stage.name:18} {state:6} {stage.about}\n")
+        lines.append(f"{stage.name:18} {state:7} {stage.about}\n")
     return "".join(lines)
 
 
-def _run(stage: Stage, bench: Bench) -> None:
+def _run(stage: Stage, workspace: Workspace) -> None:
     begun = time.monotonic()
-    course = bench.settings.courses.get(stage.name)
-    bench.log(stage.name, "begins" if course is None else f"begins or goes on, {course.steps} steps")
-    stage.work(bench)
-    record = {"settings": bench.settings.name, "seconds": round(time.monotonic() - begun)}
-    write_json(bench.done(stage.name), record | ({} if course is None else {"course": asdict(course)}))
-    bench.log(stage.name, f"done after {record['seconds']} s")
+    schedule = workspace.settings.schedules.get(stage.name)
+    workspace.log(stage.name, "starts" if schedule is None else f"starts or resumes, {schedule.steps} steps")
+    stage.work(workspace)
+    record = {"settings": workspace.settings.name, "seconds": round(time.monotonic() - begun)}
+    write_json(
+        workspace.done(stage.name), record | ({} if schedule is None else {"schedule": asdict(schedule)})
+    )
+    workspace.log(stage.name, f"done after {record['seconds']} s")
 
 
-def _forget(stage: Stage, bench: Bench) -> None:
-    bench.done(stage.name).unlink()
-    bench.checkpoint(stage.name).unlink(missing_ok=True)
+def _forget(stage: Stage, workspace: Workspace) -> None:
+    workspace.done(stage.name).unlink()
+    workspace.checkpoint(stage.name).unlink(missing_ok=True)
     for folder in stage.keeps:
-        shutil.rmtree(bench.home / folder, ignore_errors=True)
+        shutil.rmtree(workspace.home / folder, ignore_errors=True)
 
 
-def _require_same_settings(bench: Bench) -> None:
-    """One folder, one build: pictures of other numbers would be mixed."""
-    path = bench.home / "settings.json"
-    everything = asdict(bench.settings)
+def _require_same_settings(workspace: Workspace) -> None:
+    """Refuse a folder with a build of other settings: their pictures would be mixed."""
+    path = workspace.home / "settings.json"
+    everything = asdict(workspace.settings)
     mine = {name: everything[name] for name in ("name", "size", "groups", "seed")}
     if not path.is_file():
         write_json(path, mine)
     found = json.loads(path.read_text("utf-8"))
     if found != json.loads(json.dumps(mine)):
         raise InputError(
-            f"{bench.home} holds a build with the settings {found.get('name')!r} of other numbers than the {bench.settings.name!r} asked "
-            "for; choose another --work, or delete that folder."
+            f"{workspace.home} holds a build whose settings {found.get('name')!r} differ from the requested {workspace.settings.name!r}; "
+            "choose another --work, or delete that folder."
         )
 
 
 def ship(
-    stages: Mapping[str, Stage], names: Sequence[str], bench: Bench, target: Path = ASSETS
+    stages: Mapping[str, Stage], names: Sequence[str], workspace: Workspace, target: Path = ASSETS
 ) -> list[Path]:
-    """Copy what finished stages made to the assets of the package.
+    """Copy the files of finished stages to the assets of the package. Returns the copies.
 
     Raises:
-        InputError: a stage is unknown, makes nothing to ship, or its scores are below those that it must reach.
+        InputError: no stage is named, one is unknown or has nothing to ship, or its scores are too low.
     """
     if not names:
         raise InputError("name the stages whose files are to be shipped.")
@@ -177,8 +178,8 @@ def ship(
     for name in names:
         if name not in stages or not stages[name].ships:
             shipping = [stage.name for stage in stages.values() if stage.ships]
-            raise InputError(f"the stage {name!r} makes nothing to ship; choose from: {', '.join(shipping)}.")
-        scores = bench.scores(name)
+            raise InputError(f"the stage {name!r} has nothing to ship; choose from: {', '.join(shipping)}.")
+        scores = workspace.scores(name)
         for score, least in (stages[name].wanted or {}).items():
             if not scores.get(score, 0) >= least:
                 raise InputError(
@@ -187,6 +188,6 @@ def ship(
         for file in stages[name].ships:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             with replacing(target / file) as temporary:
-                shutil.copyfile(bench.files / file, temporary)
+                shutil.copyfile(workspace.files / file, temporary)
             copied.append(target / file)
     return copied

@@ -1,4 +1,4 @@
-"""Training the autoencoder, and how much of a person its pictures keep."""
+"""Trains the autoencoder, and measures how well its pictures keep a person."""
 
 from __future__ import annotations
 
@@ -14,65 +14,71 @@ from ..autoencoder import Autoencoder
 from ..readers import Reader
 from .batches import Pool, as_tensor
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
-SEEN_STAGES = 3  # of the reader, whose features must agree
-SEEN_WEIGHT = 0.15
-EDGES = 0.5
+FEATURE_STAGES = 3  # of the reader, whose features are compared
+FEATURE_WEIGHT = 0.15
+EDGE_WEIGHT = 0.5
 SPREAD_WEIGHT = (
-    0.05  # of how far each latent channel is from mean 0 and deviation 1, which a diffusion model likes
+    0.05  # pulls each latent channel towards mean 0 and standard deviation 1, which suits a diffusion model
 )
-NOISE = 0.03  # deviation, added to latents: the decoder must bear what a diffusion model gets slightly wrong
-CELL = 4  # pixels; the picture is shifted by less than a latent's cell, so that no place is special
+NOISE = 0.03  # standard deviation, added to latents, so that the decoder tolerates small errors of a diffusion model
+SHIFT = 4  # largest shift in pixels, half a cell of the latents, so that no position in a cell is special
 
 
 def train_autoencoder(
-    pool: Pool, reader: Reader, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool,
+    reader: Reader,
+    schedule: TrainingSchedule,
+    checkpoint: Path,
+    *,
+    seed: int,
+    log: Callable[[str], None],
 ) -> Autoencoder:
-    """An autoencoder that has learnt from the pictures of a pool. `reader` compares what pictures show."""
+    """Train an autoencoder on the pictures of a pool. The loss also compares features of `reader`."""
     torch.manual_seed(seed)
     reader = reader.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(network, Autoencoder)
-        pictures = as_tensor(pool.pixels(rng.integers(len(pool), size=course.batch)))
+        pictures = as_tensor(pool.pixels(rng.integers(len(pool), size=schedule.batch)))
         if step % 2:
             pictures = pictures.flip(3)
-        pictures = torch.roll(pictures, tuple(rng.integers(-CELL, CELL + 1, 2).tolist()), (2, 3))
+        pictures = torch.roll(pictures, tuple(rng.integers(-SHIFT, SHIFT + 1, 2).tolist()), (2, 3))
         with torch.autocast("cpu", torch.bfloat16):
             latents = network.encode(pictures)
             back = network.decode(latents + NOISE * torch.randn_like(latents))
         return _difference(back.float(), pictures, reader) + SPREAD_WEIGHT * _spread(latents.float())
 
     network = Autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(network, loss, course, checkpoint, seed=seed, weight_decay=0.0, log=log)
+    average = fit(network, loss, schedule, checkpoint, seed=seed, weight_decay=0.0, log=log)
     assert isinstance(average, Autoencoder)
     return average
 
 
 def _spread(latents: Tensor) -> Tensor:
-    """How far channels are from mean 0 and deviation 1, squared."""
+    """Squared distance of the channels from mean 0 and standard deviation 1."""
     return latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
 
 
 def _difference(back: Tensor, pictures: Tensor, reader: Reader) -> Tensor:
-    """Of pixels, of edges, and of what the reader sees."""
+    """L1 difference of pixels, edges and the reader's features."""
     total = F.l1_loss(back, pictures)
     for axis in (2, 3):
-        total = total + EDGES * F.l1_loss(back.diff(dim=axis), pictures.diff(dim=axis))
+        total = total + EDGE_WEIGHT * F.l1_loss(back.diff(dim=axis), pictures.diff(dim=axis))
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            wanted = _seen(reader, pictures)
-        found = _seen(reader, back)
+            wanted = _features(reader, pictures)
+        found = _features(reader, back)
     for one, other in zip(found, wanted, strict=True):
         scale = other.float().square().mean().sqrt() + 1e-3
-        total = total + SEEN_WEIGHT / len(wanted) * F.l1_loss(one.float(), other.float()) / scale
+        total = total + FEATURE_WEIGHT / len(wanted) * F.l1_loss(one.float(), other.float()) / scale
     return total
 
 
-def _seen(reader: Reader, pictures: Tensor) -> list[Tensor]:
+def _features(reader: Reader, pictures: Tensor) -> list[Tensor]:
     seen = []
-    for stage in list(reader.trunk.stages)[:SEEN_STAGES]:
+    for stage in list(reader.trunk.stages)[:FEATURE_STAGES]:
         pictures = stage(pictures)
         seen.append(pictures)
     return seen
@@ -80,7 +86,7 @@ def _seen(reader: Reader, pictures: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def rebuilt(network: Autoencoder, pool: Pool, batch: int = 32) -> np.ndarray:
-    """Every picture of a pool, there and back (N, H, W, 3) uint8."""
+    """Return the reconstructions (N, H, W, 3), uint8, of all pictures of a pool."""
     parts = []
     for start in range(0, len(pool), batch):
         numbers = np.arange(start, min(start + batch, len(pool)))
@@ -90,14 +96,14 @@ def rebuilt(network: Autoencoder, pool: Pool, batch: int = 32) -> np.ndarray:
 
 
 def signal_to_noise(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean peak signal-to-noise ratio, in dB, of pictures (N, H, W, 3) uint8."""
+    """Mean peak signal-to-noise ratio, in dB, of pictures (N, H, W, 3), uint8."""
     errors = ((one.astype(np.float32) - other.astype(np.float32)) ** 2).mean((1, 2, 3))
     return float((10 * np.log10(255**2 / np.maximum(errors, 1e-6))).mean())
 
 
 @torch.no_grad()
 def latent_statistics(network: Autoencoder, pool: Pool, count: int = 256) -> dict[str, float]:
-    """The least and the largest deviation of a latent channel, and the largest mean, over some pictures."""
+    """Return the smallest and largest standard deviation of a latent channel, and the largest mean, over `count` pictures."""
     numbers = np.linspace(0, len(pool) - 1, min(count, len(pool))).astype(np.int64)
     parts = np.array_split(numbers, max(1, len(numbers) // 32))
     latents = torch.cat([network.encode(as_tensor(pool.pixels(part))) for part in parts])

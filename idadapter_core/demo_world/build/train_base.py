@@ -1,4 +1,4 @@
-"""Training the base model on latents and captions, and how well it follows words."""
+"""Trains the base model on latents and captions, and measures how well it follows prompts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..readers import READ_FACTORS, Reader
 from ..words import words
 from .batches import Pool, as_tensor
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
-SILENT = 0.1  # chance of a picture without any words, for guidance
-UNSAID = 0.1  # chance that a factor is not named
-NAMED = 0.1  # chance of an identity word, which means nothing yet
-STRANGER = 0.08  # chance of a word that nobody knows, which must do no harm
+NO_CAPTION = 0.1  # probability of an empty caption, for guidance
+OMITTED_FACTOR = 0.1  # probability that a factor is not named
+IDENTITY_WORD = 0.1  # probability of an identity word, which has no meaning yet
+UNKNOWN_WORD = 0.08  # probability of an unknown word, which must do no harm
 SEED_TAG = 1_213
 CELL = 8  # pixels along a side of a latent
 FACE_WEIGHT = 3.0  # of the error inside the box of the head, against 1 outside
@@ -47,16 +47,16 @@ def train_base(
     pool: Pool,
     latents: npt.NDArray[np.float16],
     text: nn.Module,
-    course: Course,
+    schedule: TrainingSchedule,
     checkpoint: Path,
     *,
     seed: int,
     log: Callable[[str], None],
 ) -> BaseModel:
-    """A base model that has learnt from the latents (N, C, h, w) and captions of a pool.
+    """Train a base model on the latents (N, C, h, w) and captions of a pool.
 
     Args:
-        text: the trained text encoder that it starts with.
+        text: trained text encoder to start with.
     """
     torch.manual_seed(seed)
     facts = [fact for part in pool.sets for fact in part.facts]
@@ -65,11 +65,11 @@ def train_base(
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(network, BaseModel)
-        numbers = rng.integers(len(pool), size=course.batch)
+        numbers = rng.integers(len(pool), size=schedule.batch)
         rows = [varied_rows(people[facts[number].person], facts[number].factors, rng) for number in numbers]
         clean = torch.from_numpy(latents[numbers].astype(np.float32))
         noise = torch.randn_like(clean)
-        timesteps = torch.from_numpy(rng.integers(network.schedule.steps, size=course.batch))
+        timesteps = torch.from_numpy(rng.integers(network.schedule.steps, size=schedule.batch))
         noisy = network.schedule.add_noise(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16), AttentionInFloat32():
             found = network(noisy, timesteps, network.states(torch.tensor(rows)))
@@ -78,7 +78,7 @@ def train_base(
 
     base = BaseModel()
     base.text.load_state_dict(text.state_dict())
-    average = fit(base, loss, course, checkpoint, seed=seed, log=log)
+    average = fit(base, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, BaseModel)
     return average
 
@@ -109,20 +109,20 @@ def _widened(value: Any) -> Any:
 
 
 def varied_rows(person: Person, factors: Factors, rng: np.random.Generator) -> list[int]:
-    """A picture's caption in other words each time, perhaps without some factors or without all words, as rows (77) of the table."""
+    """Return 77 rows of the table for a random variant of a picture's caption: in other words, without some factors, or empty."""
     chances = rng.random(len(FACTORS) + 3)
     wording = int(rng.integers(1 << 31))
-    if chances[-1] < SILENT:
+    if chances[-1] < NO_CAPTION:
         return words().rows("")
-    mention = [name for name, chance in zip(FACTORS, chances, strict=False) if chance >= UNSAID]
-    word = "sks" if chances[-2] < NAMED else None
+    mention = [name for name, chance in zip(FACTORS, chances, strict=False) if chance >= OMITTED_FACTOR]
+    word = "sks" if chances[-2] < IDENTITY_WORD else None
     text = caption(person, factors, mention=mention, word=word, wording=wording)
-    strangers = (int(rng.integers(len(text.split()))),) if chances[-3] < STRANGER else ()
-    return words().rows(text, strangers)
+    unknown_before = (int(rng.integers(len(text.split()))),) if chances[-3] < UNKNOWN_WORD else ()
+    return words().rows(text, unknown_before)
 
 
 def prompts_to_judge(count: int, seed: int) -> tuple[list[str], dict[str, list[str]]]:
-    """Prompts that name every factor, and the classes that they name."""
+    """Return prompts that name every factor, and the named classes of each factor."""
     rng = np.random.default_rng([SEED_TAG, seed])
     people = {sex: next(p for p in map(Person.sample, range(1, 1000)) if p.sex == sex) for sex in SEXES}
     prompts: list[str] = []
@@ -140,7 +140,11 @@ def prompts_to_judge(count: int, seed: int) -> tuple[list[str], dict[str, list[s
 def base_scores(
     base: BaseModel, autoencoder: Autoencoder, reader: Reader, count: int, batch: int = 40
 ) -> tuple[dict[str, float], npt.NDArray[np.uint8]]:
-    """Share of prompts whose class of each factor the reader reads in the picture drawn, and the pictures (N, H, W, 3)."""
+    """Draw pictures of prompts, and compare the reader's classes with those of the prompts.
+
+    Returns:
+        The share of agreeing pictures by factor, and the pictures (count, H, W, 3), uint8.
+    """
     prompts, truth = prompts_to_judge(count, 0)
     pictures = torch.cat(
         [

@@ -1,4 +1,4 @@
-"""Training the reader of factors, and its accuracy on people it has never seen."""
+"""Trains the classifier of factors, and measures its accuracy on unseen people."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from ..readers import READ_FACTORS, Reader
 from .batches import Pool, as_tensor
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
-SHIFT = 6  # pixels, at most
+SHIFT = 6  # largest shift in pixels
 
 
 def train_reader(
-    pool: Pool, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool, schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> Reader:
-    """A reader that has learnt from all pictures of `pool`."""
+    """Train a reader on the pictures of a pool."""
     torch.manual_seed(seed)
     labels = {
         factor: torch.from_numpy(pool.labels(factor, classes)) for factor, classes in READ_FACTORS.items()
@@ -29,8 +29,8 @@ def train_reader(
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         network.train()
-        numbers = rng.integers(len(pool), size=course.batch)
-        pictures = disturbed(as_tensor(pool.pixels(numbers)), rng)
+        numbers = rng.integers(len(pool), size=schedule.batch)
+        pictures = augmented(as_tensor(pool.pixels(numbers)), rng)
         with torch.autocast("cpu", torch.bfloat16):
             scores = network(pictures)
         chosen = torch.from_numpy(numbers)
@@ -41,13 +41,13 @@ def train_reader(
         return torch.stack(terms).sum()
 
     reader = Reader().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(reader, loss, course, checkpoint, seed=seed, log=log)
+    average = fit(reader, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, Reader)
     return average
 
 
-def disturbed(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Pictures moved by a few pixels, with noise, or blurred: what a generator may do to them without a change of the factors."""
+def augmented(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Shift pictures (B, 3, H, W), blur some and add noise, as in generated pictures, without changing their factors."""
     dx, dy = rng.integers(-SHIFT, SHIFT + 1, 2)
     pictures = F.pad(pictures, (SHIFT,) * 4, mode="replicate")
     size = pictures.shape[-1] - 2 * SHIFT
@@ -60,7 +60,7 @@ def disturbed(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 @torch.no_grad()
 def reader_scores(reader: Reader, pool: Pool, batch: int = 64) -> dict[str, float]:
-    """Share of pictures in which each factor is read as it is."""
+    """Return the accuracy of each factor."""
     right = dict.fromkeys(READ_FACTORS, 0)
     labels = {factor: pool.labels(factor, classes) for factor, classes in READ_FACTORS.items()}
     for start in range(0, len(pool), batch):

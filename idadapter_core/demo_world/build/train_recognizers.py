@@ -1,4 +1,4 @@
-"""Training networks that tell people apart: the face package's, and a second one that judges."""
+"""Trains face recognisers: that of the face package, and the second one for evaluation."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ...faces.features import crops_to_tensor
 from .batches import Numbers, Pool
 from .fitting import fit
 from .measures import recognition
-from .settings import Course
+from .settings import TrainingSchedule
 
 SCALE = 32.0  # of cosines, for the softmax
-MARGIN = 0.3  # by which a person must be more like themselves than like others
-RISES = (300, 1500)  # steps between which the margin rises from 0
-JITTER = 1.2  # pixels, deviation of the landmarks: detectors err
+MARGIN = 0.3  # by which the cosine with the person's own direction must exceed the others
+MARGIN_RAMP = (300, 1500)  # steps between which the margin rises from 0
+JITTER = 1.2  # standard deviation of the landmarks in pixels, as errors of a detector
 
 Embed = Callable[[nn.Module, Tensor], Tensor]
 
 
 class _Classifier(nn.Module):
-    """A recogniser, and a direction for each person it learns to know."""
+    """A recogniser, with a direction in its embedding space for each person of the training."""
 
     network: nn.Module
 
@@ -43,7 +43,7 @@ def train_recognizer(
     embed: Embed,
     width: int,
     pool: Pool,
-    course: Course,
+    schedule: TrainingSchedule,
     checkpoint: Path,
     *,
     seed: int,
@@ -57,25 +57,25 @@ def train_recognizer(
 
     def loss(module: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(module, _Classifier)
-        nn.Module.train(module.network)  # an IResNet would stay as it is
-        numbers = rng.integers(len(pool), size=course.batch)
+        nn.Module.train(module.network)  # IResNet.train keeps it in eval mode
+        numbers = rng.integers(len(pool), size=schedule.batch)
         crops = varied_crops(pool, numbers, rng)
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = embed(module.network, crops)
         cosines = F.normalize(embeddings.float()) @ F.normalize(module.directions).T
         people = torch.from_numpy(pool.people[numbers])
-        margin = MARGIN * float(np.clip((step - RISES[0]) / (RISES[1] - RISES[0]), 0, 1))
+        margin = MARGIN * float(np.clip((step - MARGIN_RAMP[0]) / (MARGIN_RAMP[1] - MARGIN_RAMP[0]), 0, 1))
         return F.cross_entropy(SCALE * (cosines - margin * F.one_hot(people, cosines.shape[1])), people)
 
     classifier = _Classifier(network, int(pool.people.max()) + 1, width)
     classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = fit(classifier, loss, course, checkpoint, seed=seed, weight_decay=0.05, log=log)
+    average = fit(classifier, loss, schedule, checkpoint, seed=seed, weight_decay=0.05, log=log)
     assert isinstance(average, _Classifier)
     return average.network.requires_grad_(False)
 
 
 def varied_crops(pool: Pool, numbers: Numbers, rng: np.random.Generator) -> Tensor:
-    """Aligned crops (B, 3, 112, 112) in -1..1 as a detector's errors, cameras and screens may change them."""
+    """Return augmented aligned crops (B, 3, 112, 112) in -1..1: errors of a detector, mirrored, other brightness and colours, blur."""
     crops = []
     for pixels, points in zip(pool.pixels(numbers), pool.landmarks[numbers], strict=True):
         crop = _crop(pixels, points + rng.normal(0, JITTER, (5, 2)))
@@ -102,7 +102,7 @@ def _crop(pixels: npt.NDArray[np.uint8], points: npt.NDArray[np.floating]) -> np
 
 
 def aligned_crops(pixels: npt.NDArray[np.uint8], landmarks: npt.NDArray[np.floating]) -> Tensor:
-    """Crops (B, 3, 112, 112) in -1..1 of pictures (B, H, W, 3), as the package cuts them."""
+    """Cut aligned crops (B, 3, 112, 112) in -1..1 from pictures (B, H, W, 3), as the face package does."""
     return crops_to_tensor([align_face(one, points) for one, points in zip(pixels, landmarks, strict=True)])
 
 
@@ -114,7 +114,7 @@ def embeddings_of(
     landmarks: npt.NDArray[np.floating],
     batch: int = 64,
 ) -> npt.NDArray[np.float32]:
-    """Embeddings (N, D) of pictures (N, H, W, 3)."""
+    """Compute the embeddings (N, D) of pictures (N, H, W, 3), uint8."""
     rows = [
         embed(network, aligned_crops(pixels[start : start + batch], landmarks[start : start + batch]))
         for start in range(0, len(pixels), batch)
@@ -123,7 +123,7 @@ def embeddings_of(
 
 
 def recognizer_scores(network: nn.Module, embed: Embed, pools: dict[str, Pool]) -> dict[str, float]:
-    """AUC and rank-1 in each of several pools."""
+    """Return the area under the ROC curve and the rank-1 accuracy in each pool."""
     scores: dict[str, float] = {}
     for name, pool in pools.items():
         everything = np.arange(len(pool))
@@ -133,5 +133,5 @@ def recognizer_scores(network: nn.Module, embed: Embed, pools: dict[str, Pool]) 
 
 
 def first_of(result: tuple[Tensor, Sequence[Tensor]]) -> Tensor:
-    """The embedding of what an IResNet gives."""
+    """Return the embedding from the output of an IResNet."""
     return result[0]

@@ -19,7 +19,7 @@ from ..readers import READ_FACTORS
 from ..shipped import load_network, save_network
 from ..words import words
 from .fitting import fit
-from .settings import Course
+from .settings import TrainingSchedule
 
 END_ROW = 1  # row of the end token in the small table
 SEED_TAG = 1_214
@@ -64,19 +64,19 @@ def random_captions(rng: np.random.Generator, count: int) -> tuple[Tensor, dict[
 
 
 def train_text_encoder(
-    course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> CaptionReader:
-    """Train on captions of the course's number, drawn anew for each step."""
+    """Train on captions drawn anew for each step."""
     torch.manual_seed(seed)
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
-        rows, named = random_captions(rng, course.batch)
+        rows, named = random_captions(rng, schedule.batch)
         found = network(rows)
         return torch.stack(
             [F.cross_entropy(found[name], classes, ignore_index=-1) for name, classes in named.items()]
         ).sum()
 
-    reader = fit(CaptionReader(), loss, course, checkpoint, seed=seed, log=log)
+    reader = fit(CaptionReader(), loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(reader, CaptionReader)
     return reader
 

@@ -1,4 +1,4 @@
-"""A CLIP vision model in form, for IDAdapter: it has learnt whom pictures of heads show and what else is in them."""
+"""Trains a model with CLIP vision's architecture, for IDAdapter, to recognise people and factors in pictures of heads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..readers import READ_FACTORS
 from .batches import Numbers, Pool
 from .fitting import fit
 from .measures import recognition
-from .settings import Course
+from .settings import TrainingSchedule
 from .train_recognizers import MARGIN, SCALE
 
 CONFIG: dict[str, Any] = {
@@ -41,12 +41,12 @@ CONFIG: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 AROUND = 1.5  # side of the square, in sides of the face's box, as IDAdapter cuts heads out
-MOVED = 0.06  # of that side, deviation of a box's edges
+BOX_JITTER = 0.06  # standard deviation of a box's edges, relative to its longer side
 WEIGHTS, CONFIG_FILE = "model.safetensors", "config.json"
 
 
-class _Taught(nn.Module):
-    """The model, and what is asked of its class token and of the mean of its patch tokens."""
+class _VisionWithHeads(nn.Module):
+    """The model, with classifiers on its class token and on the mean of its patch tokens."""
 
     def __init__(self, people: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _Taught(nn.Module):
         self.directions = nn.Parameter(torch.randn(people, width) * 0.05)
 
     def forward(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For class token and patches: scores of all factors' classes (B, K) and an identity (B, D)."""
+        """Return logits of the classes of all factors (B, K) and an identity embedding (B, D), for class token and patches."""
         output = self.model(pixel_values=pixels, output_hidden_states=True)
         read = (output.last_hidden_state[:, 0], output.hidden_states[-2][:, 1:].mean(1))
         tokens = [norm(token) for norm, token in zip(self.norms, read, strict=True)]
@@ -73,11 +73,11 @@ class _Taught(nn.Module):
 def heads(
     pool: Pool, numbers: Numbers, rng: np.random.Generator | None = None
 ) -> list[npt.NDArray[np.uint8]]:
-    """Squares (S, S, 3) around the heads of pictures, as IDAdapter cuts them; with `rng` around boxes that err."""
+    """Cut squares (S, S, 3) around heads, as IDAdapter does; with `rng` around perturbed boxes."""
     cut = []
     for pixels, box in zip(pool.pixels(numbers), pool.boxes[numbers], strict=True):
         if rng is not None:
-            box = box + rng.normal(0, MOVED, 4) * max(box[2] - box[0], box[3] - box[1])
+            box = box + rng.normal(0, BOX_JITTER, 4) * max(box[2] - box[0], box[3] - box[1])
         x1, y1, x2, y2 = (float(edge) for edge in box)
         face = Face(box=(x1, y1, x2, y2), landmarks=((0.0, 0.0),) * 5, score=1.0)
         cut.append(square_crop(pixels, face, AROUND))
@@ -85,16 +85,16 @@ def heads(
 
 
 def train_vision(
-    pool: Pool, course: Course, checkpoint: Path, *, seed: int, log: Callable[[str], None]
+    pool: Pool, schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> nn.Module:
-    """transformers' CLIPVisionModel that has learnt from the pictures of a pool."""
+    """Train transformers' CLIPVisionModel on the pictures of a pool."""
     torch.manual_seed(seed)
     labels = {name: torch.from_numpy(pool.labels(name, classes)) for name, classes in READ_FACTORS.items()}
     counts = [len(classes) for classes in READ_FACTORS.values()]
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
-        assert isinstance(network, _Taught)
-        numbers = rng.integers(len(pool), size=course.batch)
+        assert isinstance(network, _VisionWithHeads)
+        numbers = rng.integers(len(pool), size=schedule.batch)
         pixels = preprocess(heads(pool, numbers, rng), CONFIG["image_size"])
         pixels = pixels * torch.from_numpy(rng.uniform(0.8, 1.2, (len(pixels), 1, 1, 1)).astype(np.float32))
         chosen, people = torch.from_numpy(numbers), torch.from_numpy(pool.people[numbers])
@@ -109,18 +109,20 @@ def train_vision(
             total = total + F.cross_entropy(SCALE * wanted, people)
         return total
 
-    average = fit(_Taught(int(pool.people.max()) + 1), loss, course, checkpoint, seed=seed, log=log)
-    assert isinstance(average, _Taught)
+    average = fit(
+        _VisionWithHeads(int(pool.people.max()) + 1), loss, schedule, checkpoint, seed=seed, log=log
+    )
+    assert isinstance(average, _VisionWithHeads)
     model: nn.Module = average.model
     return model
 
 
 def save_vision(model: nn.Module, folder: Path) -> None:
-    """Write a folder as transformers has it, in half precision, under the published names that ComfyUI reads, too."""
+    """Write a folder of transformers, in half precision, with the published weight names, which ComfyUI reads, too."""
     state = {
         f"vision_model.{name}": value.half() for name, value in published_names(model, "vision_model").items()
     }
-    # Nobody reads the projection, but files of CLIP vision have one.
+    # The projection is not used, but files of CLIP vision have one.
     state["visual_projection.weight"] = torch.eye(CONFIG["projection_dim"], CONFIG["hidden_size"]).half()
     kept = {name: value.contiguous() for name, value in state.items() if "position_ids" not in name}
     write_safetensors(kept, {"format": "pt"}, folder / WEIGHTS)
@@ -130,7 +132,7 @@ def save_vision(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def vision_scores(encoder: VisionEncoder, pool: Pool, batch: int = 64) -> dict[str, float]:
-    """How well the mean of the patch tokens, less their mean over all pictures, tells people apart."""
+    """Measure how well the mean of the patch tokens, standardised over all pictures, separates people."""
     rows = []
     for start in range(0, len(pool), batch):
         numbers = np.arange(start, min(start + batch, len(pool)))

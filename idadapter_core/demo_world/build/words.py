@@ -1,4 +1,4 @@
-"""The tokens of the words that captions are made of. The result is shipped; it has to be made again only when captions get new words."""
+"""Writes the tokens of the words of captions. The file is shipped; it changes only when captions get new words."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ...extra import require
 from ...files import replacing
 from ..captions import vocabulary
 
-OTHERS = (",", ".", "sks", "person")  # what prompts hold besides words of captions
+OTHERS = (",", ".", "sks", "person")  # words of prompts that captions do not use
 
 
 def tokens_of_words(tokenizer_folder: Path) -> dict[str, list[int]]:
-    """Tokens without begin and end, by word."""
+    """Return the tokens of each word, without begin and end."""
     tokenizer = require("transformers").CLIPTokenizer.from_pretrained(
         str(tokenizer_folder), local_files_only=True
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..method import Files, Foreign
+from ..method import Files, ForeignFormat
 
 FILES = Files(
     layers_prefix="layers.",
     layers_head="layers.",
-    foreign=(
-        Foreign(
+    foreign_formats=(
+        ForeignFormat(
             r"^layers\.(?:gates|deltas)\.\d",
             "an IDAdapter without its config, which stands in the metadata of the .safetensors file",
             "export or copy the original file again, without converting it",

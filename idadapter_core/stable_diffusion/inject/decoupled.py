@@ -68,10 +68,10 @@ class DecoupledPart(Part):
         keys, values = (part.to(query.dtype) for part in self._layers.project(self.block.index, group.tokens))
         identity = prepare_keys_values(keys, values, self.block.module.attn2.heads)
         strength = _on_rows(setting, group, query)
-        self._tell(query, text, identity, strength, setting.rescale)
+        self._report(query, text, identity, strength, setting.rescale)
         return decoupled_attention(query, text, identity, strength, normalized=setting.rescale)
 
-    def _tell(
+    def _report(
         self, query: Tensor, text: Tensor, identity: KeysValues, strength: Tensor, rescale: bool
     ) -> None:
         call = self.block.call
@@ -82,7 +82,7 @@ class DecoupledPart(Part):
             norm = sample_norm(text) if rescale else None
             nothing = torch.zeros_like(text)
             alone = add_identity(nothing, query, identity, strength, base_norm=norm)
-            call.tell(self.block.index, alone, text)
+            call.report(self.block.index, alone, text)
 
 
 def _on_rows(setting: Setting, group: Group, query: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ class GatedPart(Part):
         for group in setting.groups:
             if group.kept is None:
                 residual = self._residual(y, group, setting).to(n.dtype)
-                call.tell(self.block.index, residual, y)
+                call.report(self.block.index, residual, y)
                 return n + residual
             rows = y[group.kept]
             residual = self._residual(rows, group, setting).to(n.dtype)
-            call.tell(self.block.index, residual, rows)
+            call.report(self.block.index, residual, rows)
             n = n.index_add(0, group.kept, residual)
         return n
 

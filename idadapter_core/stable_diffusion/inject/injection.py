@@ -61,17 +61,17 @@ class Call:
     def __init__(self, setting: Setting, observer: Observer | None):
         self.setting = setting
         self._observer = observer
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
 
     def is_observed(self, site: int) -> bool:
         """Return whether a site still has to be reported. Checkpointed blocks run twice, but are reported once."""
-        return self._observer is not None and site not in self._told
+        return self._observer is not None and site not in self._reported
 
     @torch.no_grad()
-    def tell(self, site: int, added: Tensor, base: Tensor) -> None:
+    def report(self, site: int, added: Tensor, base: Tensor) -> None:
         """Call the observer with the norms of `added` (B, N, C) and `base` (B, N, C), at most once per site."""
         if self._observer is not None and self.is_observed(site):
-            self._told.add(site)
+            self._reported.add(site)
             self._observer(site, *(sample_norm(part.detach()).float().norm() for part in (added, base)))
 
 

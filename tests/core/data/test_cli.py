@@ -215,7 +215,7 @@ def test_a_rank_other_than_the_first(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert scan(scanned.photos / "person_00", output, scanned.package) == 0
-    assert capsys.readouterr().out == "rank 1 of 2: all its photos are looked at; rank 0 writes the index\n"
+    assert capsys.readouterr().out == "rank 1 of 2: all its photos are scanned; rank 0 writes the index\n"
     monkeypatch.setenv("RANK", "0")
     assert scan(scanned.photos / "person_00", output, scanned.package) == 0
     assert "3 photos, 3 ok" in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_a_rank_other_than_the_first(
     assert "wrote 3 photos" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
     assert scan(scanned.photos / "person_00", output, scanned.package) == 0
-    assert "i.parquet is there already, nothing is left to do" in capsys.readouterr().out
+    assert "i.parquet exists already; nothing is left to do" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "2")
     assert scan(scanned.photos / "person_00", output, scanned.package) == 1
 

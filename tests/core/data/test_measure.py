@@ -12,7 +12,7 @@ from PIL import Image
 
 from idadapter_core.data.measure import Limits, Measured, Models, judge, measure
 from idadapter_core.data.rows import STATUSES
-from idadapter_core.data.sources import Photo
+from idadapter_core.data.sources import ListedPhoto
 from idadapter_core.faces.align import align_face
 from tests.tiny.face_package import MarkedFace, synthesize
 from tests.tiny.people import draw_person
@@ -44,7 +44,7 @@ PICTURES = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_gets_its_status(name: str, models: Models, tmp_path: Path) -> None:
     Image.fromarray(PICTURES[name]).save(tmp_path / "a.png")
-    facts, embedding = measure(Photo("a.png"), tmp_path, models)
+    facts, embedding = measure(ListedPhoto("a.png"), tmp_path, models)
     status, reason = judge(facts, Limits())
     assert status == name.partition(",")[0].partition(" ")[0]
     assert status in STATUSES
@@ -55,7 +55,11 @@ def test_a_picture_gets_its_status(name: str, models: Models, tmp_path: Path) ->
 
 def test_a_file_that_is_no_picture_or_not_there(models: Models, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    for photo in (Photo("a.png"), Photo("absent.png"), Photo("table.jsonl:3", problem="the line is no JSON")):
+    for photo in (
+        ListedPhoto("a.png"),
+        ListedPhoto("absent.png"),
+        ListedPhoto("table.jsonl:3", problem="the line is no JSON"),
+    ):
         facts, embedding = measure(photo, tmp_path, models)
         status, reason = judge(facts, Limits())
         assert (status, embedding) == ("corrupt", None)
@@ -67,7 +71,7 @@ def test_what_is_found_out_about_a_good_photo(models: Models, tmp_path: Path) ->
     face = MarkedFace(240, 260, 80, yaw=20, roll=10, score=0.9, skin=(120, 130, 190))
     photo = synthesize(512, 400, [face])
     Image.fromarray(photo).save(tmp_path / "a.png")
-    facts, embedding = measure(Photo("a.png"), tmp_path, models)
+    facts, embedding = measure(ListedPhoto("a.png"), tmp_path, models)
     assert (facts.width, facts.height, facts.faces, facts.sex) == (512, 400, 1, "F")
     assert facts.landmarks is not None
     np.testing.assert_allclose(facts.landmarks, face.landmarks, atol=1)

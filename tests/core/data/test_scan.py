@@ -184,13 +184,11 @@ def test_a_worker_that_is_stuck_holds_up_nobody(scanned: Scanned, beside: Path) 
 def test_waiting_for_a_worker_ends(scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(done: int, total: int) -> None:
         if done:
-            monkeypatch.setattr(scanning, "PATIENCE", 0.2)
+            monkeypatch.setattr(scanning, "WAIT_TIMEOUT", 0.2)
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid or 0, signal.SIGSTOP)
 
-    with pytest.raises(
-        InputError, match="no photo was looked at for 0 s: a worker is stuck at one of .*disk"
-    ):
+    with pytest.raises(InputError, match="no photo was scanned for 0 s: a worker is stuck at one of .*disk"):
         again(scanned, beside, workers=1, progress=stop)
     assert not multiprocessing.active_children()
 
@@ -295,7 +293,7 @@ def test_ranks_of_another_number_go_on(
 def test_a_rank_that_does_nothing_is_not_waited_for_for_ever(
     scanned: Scanned, beside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scanning, "PATIENCE", 0.1)
+    monkeypatch.setattr(scanning, "WAIT_TIMEOUT", 0.1)
     monkeypatch.setattr(ranks, "POLL", 0.05)
     with pytest.raises(
         InputError, match=r"no other process.*: 7 photos are waited for, among them person_00/2\.png"
@@ -309,7 +307,7 @@ def test_what_a_rank_found_in_a_photo_that_changed_since_does_not_count(
 ) -> None:
     scanned = Scanned(few, package, None, {})  # type: ignore[arg-type]
     output = tmp_path / "i.parquet"
-    monkeypatch.setattr(scanning, "PATIENCE", 0.1)
+    monkeypatch.setattr(scanning, "WAIT_TIMEOUT", 0.1)
     monkeypatch.setattr(ranks, "POLL", 0.05)
     look_at_share(scanned, output, 1, 2)
     (few / "person_01" / "2.png").write_bytes(b"broken")

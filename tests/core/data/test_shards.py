@@ -112,7 +112,7 @@ def test_the_number_of_ranks_changes_nothing(scanned: Scanned, tmp_path: Path, w
 def test_shards_of_others_are_waited_for_until_they_are_whole(
     scanned: Scanned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharding, "PATIENCE", 0.1)
+    monkeypatch.setattr(sharding, "WAIT_TIMEOUT", 0.1)
     monkeypatch.setattr(ranks, "POLL", 0.05)
     write_share(scanned.index, tmp_path, ranks=Ranks(1, 2), photos=3)
     last = tmp_path / "shard-000002.tar"

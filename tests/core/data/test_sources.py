@@ -19,7 +19,7 @@ import pytest
 from idadapter_core.data import photos as photos_module
 from idadapter_core.data.entries import noun_of_caption
 from idadapter_core.data.inventory import describe_unread
-from idadapter_core.data.sources import Photo, Source, list_photos
+from idadapter_core.data.sources import ListedPhoto, Source, list_photos
 from idadapter_core.data.tars import expand_braces
 from idadapter_core.errors import ConfigError
 
@@ -40,7 +40,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def facts(photo: Photo) -> tuple[str, str, str, str]:
+def facts(photo: ListedPhoto) -> tuple[str, str, str, str]:
     return photo.source, photo.identity, photo.caption, photo.class_noun
 
 

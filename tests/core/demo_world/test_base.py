@@ -38,7 +38,7 @@ def test_words_have_rows_in_a_small_table() -> None:
     assert SMALL.rows("A woolen, a")[:8] == [0, 5, 3, 2, 4, 5, 1, 1]
     assert SMALL.rows("")[:2] == [0, 1]
     assert SMALL.rows("a zebra a")[:5] == [0, 5, 6, 5, 1]
-    assert SMALL.rows("a a", strangers=(1,))[:5] == [0, 5, 6, 5, 1]
+    assert SMALL.rows("a a", unknown_before=(1,))[:5] == [0, 5, 6, 5, 1]
 
 
 def test_long_texts_are_cut_and_still_end() -> None:

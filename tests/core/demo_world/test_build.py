@@ -18,8 +18,8 @@ from idadapter_core.demo_world.build.batches import Pool, as_tensor
 from idadapter_core.demo_world.build.fitting import fit, rate_at
 from idadapter_core.demo_world.build.measures import area_under_curve, rank_one, recognition
 from idadapter_core.demo_world.build.pictures import draw_pictures, open_pictures
-from idadapter_core.demo_world.build.settings import FULL, TINY, Course, Group, Settings
-from idadapter_core.demo_world.build.stages import Bench, Stage, describe, run_stages, ship, write_json
+from idadapter_core.demo_world.build.settings import FULL, TINY, Group, Settings, TrainingSchedule
+from idadapter_core.demo_world.build.stages import Stage, Workspace, describe, run_stages, ship, write_json
 from idadapter_core.demo_world.identity import split_of
 from idadapter_core.errors import InputError, TrainingError
 
@@ -157,8 +157,8 @@ def _fresh() -> _Line:
 
 
 def test_a_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
-    course = Course(40, 8, 0.05)
-    at_once = fit(_fresh(), _loss, course, tmp_path / "a.pt")
+    schedule = TrainingSchedule(40, 8, 0.05)
+    at_once = fit(_fresh(), _loss, schedule, tmp_path / "a.pt")
 
     def stop(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         if step == 17:
@@ -166,14 +166,14 @@ def test_a_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> Non
         return _loss(network, rng, step)
 
     with pytest.raises(Stopped):
-        fit(_fresh(), stop, course, tmp_path / "b.pt", save_every=0)
+        fit(_fresh(), stop, schedule, tmp_path / "b.pt", save_every=0)
     steps: list[int] = []
 
     def watched(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         steps.append(step)
         return _loss(network, rng, step)
 
-    in_two_goes = fit(_fresh(), watched, course, tmp_path / "b.pt")
+    in_two_goes = fit(_fresh(), watched, schedule, tmp_path / "b.pt")
     assert steps == list(range(17, 40))
     assert not in_two_goes.training
     for one, other in zip(at_once.state_dict().values(), in_two_goes.state_dict().values(), strict=True):
@@ -183,9 +183,9 @@ def test_a_training_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    fit(_fresh(), _loss, Course(1, 8, 0.05), tmp_path / "a.pt")
-    with pytest.raises(TrainingError, match=r"a\.pt is of another network .*delete it to begin anew"):
-        fit(nn.Linear(3, 1), _loss, Course(1, 8, 0.05), tmp_path / "a.pt")
+    fit(_fresh(), _loss, TrainingSchedule(1, 8, 0.05), tmp_path / "a.pt")
+    with pytest.raises(TrainingError, match=r"a\.pt is of another network .*delete it to start again"):
+        fit(nn.Linear(3, 1), _loss, TrainingSchedule(1, 8, 0.05), tmp_path / "a.pt")
 
 
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
@@ -193,31 +193,31 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
         return _loss(network, rng, step) * float("nan")
 
     with pytest.raises(TrainingError, match=r"the loss is nan at step 3; lower the rate \(0\.05\)"):
-        fit(_fresh(), broken, Course(3, 8, 0.05), tmp_path / "a.pt")
+        fit(_fresh(), broken, TrainingSchedule(3, 8, 0.05), tmp_path / "a.pt")
     assert not (tmp_path / "a.pt").exists()
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    course = Course(1000, 8, 2.0, fall=0.2)
-    rates = [rate_at(step, course) for step in range(1000)]
+    schedule = TrainingSchedule(1000, 8, 2.0, fall=0.2)
+    rates = [rate_at(step, schedule) for step in range(1000)]
     assert rates[0] == pytest.approx(0.02)
     assert all(rate == 2.0 for rate in rates[100:800])
     assert rates[900] == pytest.approx(1.0)
     assert 0 < rates[-1] <= 0.011
-    longer = Course(5000, 8, 2.0, fall=0.2)
+    longer = TrainingSchedule(5000, 8, 2.0, fall=0.2)
     assert [rate_at(step, longer) for step in range(800)] == rates[:800], (
-        "a course can be made longer before it falls"
+        "a schedule can be made longer before it falls"
     )
 
 
 # ---------------------------------------------------------------------------------------------------------- stages
 def _stages(events: list[str]) -> dict[str, Stage]:
-    def work(name: str) -> Callable[[Bench], None]:
-        def do(bench: Bench) -> None:
+    def work(name: str) -> Callable[[Workspace], None]:
+        def do(workspace: Workspace) -> None:
             events.append(name)
-            (bench.files).mkdir(parents=True, exist_ok=True)
-            (bench.files / f"{name}.bin").write_bytes(name.encode())
-            bench.score(name, {"accuracy": 0.5})
+            (workspace.files).mkdir(parents=True, exist_ok=True)
+            (workspace.files / f"{name}.bin").write_bytes(name.encode())
+            workspace.score(name, {"accuracy": 0.5})
 
         return do
 
@@ -230,8 +230,8 @@ def _stages(events: list[str]) -> dict[str, Stage]:
     }
 
 
-def _bench(home: Path, **changes: object) -> Bench:
-    return dataclasses.replace(Bench(home, SMALL), **changes)  # type: ignore[arg-type]
+def _bench(home: Path, **changes: object) -> Workspace:
+    return dataclasses.replace(Workspace(home, SMALL), **changes)  # type: ignore[arg-type]
 
 
 def _run(names: Sequence[str], home: Path, **changes: object) -> list[str]:
@@ -252,13 +252,13 @@ def test_all_stages_are_done_once_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_stage_needs_those_before_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"the stage `second` needs what `first` makes; run that first"):
+    with pytest.raises(InputError, match=r"the stage `second` needs the results of `first`; run that first"):
         _run(["second"], tmp_path)
     assert _run(["first", "second"], tmp_path) == ["first", "second"]
 
 
 def test_a_stage_that_failed_is_not_done(tmp_path: Path) -> None:
-    def fail(bench: Bench) -> None:
+    def fail(workspace: Workspace) -> None:
         raise Stopped
 
     stages = {"first": Stage("first", "fail", (), fail)}
@@ -277,12 +277,10 @@ def test_unknown_stages_are_named(tmp_path: Path) -> None:
 def test_one_folder_holds_one_build(tmp_path: Path) -> None:
     _run(["first"], tmp_path)
     other = dataclasses.replace(SMALL, size=64)
-    with pytest.raises(
-        InputError, match="with the settings 'small' of other numbers .*choose another --work"
-    ):
+    with pytest.raises(InputError, match="whose settings 'small' differ .*choose another --work"):
         _run(["first"], tmp_path, settings=other)
-    longer = dataclasses.replace(SMALL, courses={"first": Course(10, 2, 1e-3)})
-    assert _run(["first"], tmp_path, settings=longer) == [], "a course may change"
+    longer = dataclasses.replace(SMALL, schedules={"first": TrainingSchedule(10, 2, 1e-3)})
+    assert _run(["first"], tmp_path, settings=longer) == [], "a schedule may change"
 
 
 def test_what_is_made_again_begins_anew(tmp_path: Path) -> None:
@@ -296,20 +294,20 @@ def test_what_is_made_again_begins_anew(tmp_path: Path) -> None:
 
 def test_only_what_is_good_enough_is_shipped(tmp_path: Path) -> None:
     _run((), tmp_path / "work")
-    bench = _bench(tmp_path / "work")
+    workspace = _bench(tmp_path / "work")
     target = tmp_path / "assets"
-    assert ship(_stages([]), ["first"], bench, target) == [target / "first.bin"]
+    assert ship(_stages([]), ["first"], workspace, target) == [target / "first.bin"]
     assert (target / "first.bin").read_bytes() == b"first"
     with pytest.raises(InputError, match=r"second: accuracy is 0\.5, at least 0\.6 is needed to ship it"):
-        ship(_stages([]), ["second"], bench, target)
-    with pytest.raises(InputError, match=r"'third' makes nothing to ship; choose from: first, second"):
-        ship(_stages([]), ["third"], bench, target)
+        ship(_stages([]), ["second"], workspace, target)
+    with pytest.raises(InputError, match=r"'third' has nothing to ship; choose from: first, second"):
+        ship(_stages([]), ["third"], workspace, target)
     with pytest.raises(InputError, match="name the stages"):
-        ship(_stages([]), [], bench, target)
+        ship(_stages([]), [], workspace, target)
     assert [path.name for path in target.rglob("*")] == ["first.bin"]
     write_json(tmp_path / "work" / "scores" / "second.json", {})
     with pytest.raises(InputError, match="accuracy is None"):
-        ship(_stages([]), ["second"], bench, target)
+        ship(_stages([]), ["second"], workspace, target)
 
 
 # -------------------------------------------------------------------------------------------------------- measures
@@ -375,7 +373,7 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (("nothing",), "there is no stage 'nothing'; choose from: pictures, second_pictures"),
-        (("readers",), "the stage `readers` needs what `pictures` makes"),
+        (("readers",), "the stage `readers` needs the results of `pictures`"),
         (("--processes", "0"), "--processes must be at least 1, got 0"),
         (("--threads", "0"), "--threads must be at least 1, got 0"),
         (("--ship",), "name the stages whose files are to be shipped"),

@@ -27,7 +27,7 @@ from idadapter_core.demo_world.build.detector import (
 from idadapter_core.demo_world.build.pictures import draw_pictures, open_pictures
 from idadapter_core.demo_world.build.settings import Group, Settings
 from idadapter_core.demo_world.build.sex_and_age import SIDE, SexAndAge, squares
-from idadapter_core.demo_world.build.train_readers import SHIFT, disturbed
+from idadapter_core.demo_world.build.train_readers import SHIFT, augmented
 from idadapter_core.demo_world.build.train_recognizers import aligned_crops, varied_crops
 from idadapter_core.demo_world.readers import READ_FACTORS, Reader, load_reader, save_reader
 from idadapter_core.demo_world.second_recognizer import (
@@ -105,7 +105,7 @@ def test_the_trainer_reads_the_file(tmp_path: Path) -> None:
 
 def test_other_files_are_no_autoencoders(tmp_path: Path) -> None:
     save_reader(Reader(), tmp_path / "r.safetensors")
-    with pytest.raises(CheckpointError, match=r"r\.safetensors is no autoencoder of the demo world"):
+    with pytest.raises(CheckpointError, match=r"r\.safetensors is not an autoencoder of the demo world"):
         load_autoencoder(tmp_path / "r.safetensors")
 
 
@@ -130,7 +130,7 @@ def test_network_files(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(first, second, atol=0.02, rtol=0.02)
     other = next(kind for kind in NETWORKS if kind != name)
     with pytest.raises(
-        CheckpointError, match=rf"is no {other} of the demo world, but {name}; get the file again"
+        CheckpointError, match=rf"is not a {other} of the demo world, but {name}; get the file again"
     ):
         NETWORKS[other][2](tmp_path / "n.safetensors")
 
@@ -248,7 +248,7 @@ def test_varied_crops_stay_crops_of_the_same_person(pool: Pool) -> None:
 
 def test_disturbed_pictures_show_the_same() -> None:
     x = torch.linspace(-1, 1, 64).expand(2, 3, 64, 64)
-    other = disturbed(x, np.random.default_rng(0))
+    other = augmented(x, np.random.default_rng(0))
     assert other.shape == x.shape
     assert (other - x).abs().median() < 2 * SHIFT / 64 + 0.1
     assert not torch.equal(other, x)

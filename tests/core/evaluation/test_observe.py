@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from idadapter_core.errors import ConfigError, RecognizerError
-from idadapter_core.evaluation.observe import ClipJudge, Look, Observer
+from idadapter_core.evaluation.observe import ClipJudge, Observation, Observer
 from idadapter_core.evaluation.people import choose_people
 from idadapter_core.faces.iresnet import IResNet, save_iresnet
 from tests.core.evaluation.world import configure, index_of
@@ -24,8 +24,8 @@ LARGE, SMALL = MarkedFace(60, 64, 26, identity=1), MarkedFace(130, 60, 16, ident
 
 
 def test_of_several_faces_the_largest_counts(observer: Observer) -> None:
-    both = observer.look(synthesize(160, 128, [SMALL, LARGE]))
-    alone = observer.look(synthesize(160, 128, [LARGE]))
+    both = observer.observe(synthesize(160, 128, [SMALL, LARGE]))
+    alone = observer.observe(synthesize(160, 128, [LARGE]))
     assert (both.faces, alone.faces) == (2, 1)
     assert both.embedding is not None
     assert alone.embedding is not None
@@ -35,22 +35,27 @@ def test_of_several_faces_the_largest_counts(observer: Observer) -> None:
 
 
 def test_a_picture_without_a_face(observer: Observer) -> None:
-    look = observer.look(np.full((64, 64, 3), 90, np.uint8))
-    assert not look.has_face
-    assert (look.faces, look.box, look.expression, look.face_fraction) == (0, None, None, None)
-    assert look.clip is not None
+    observation = observer.observe(np.full((64, 64, 3), 90, np.uint8))
+    assert not observation.has_face
+    assert (observation.faces, observation.box, observation.expression, observation.face_fraction) == (
+        0,
+        None,
+        None,
+        None,
+    )
+    assert observation.clip is not None
 
 
 def test_what_was_seen_is_kept_whole(observer: Observer) -> None:
-    for look in (
-        observer.look(synthesize(128, 128, [LARGE])),
-        observer.look(np.zeros((64, 64, 3), np.uint8)),
+    for observation in (
+        observer.observe(synthesize(128, 128, [LARGE])),
+        observer.observe(np.zeros((64, 64, 3), np.uint8)),
     ):
-        again = Look.of(look.arrays())
+        again = Observation.of(observation.arrays())
         for name in ("width", "height", "faces", "box", "expression"):
-            assert getattr(again, name) == getattr(look, name)
+            assert getattr(again, name) == getattr(observation, name)
         for name in ("landmarks", "embedding", "second", "clip"):
-            np.testing.assert_array_equal(getattr(again, name), getattr(look, name))
+            np.testing.assert_array_equal(getattr(again, name), getattr(observation, name))
 
 
 def test_clip_sees_the_middle_square_of_any_size(world: Path) -> None:
@@ -111,10 +116,10 @@ def test_a_torch_network_as_second_recogniser(world: Path, tmp_path: Path) -> No
     save_iresnet(network, tmp_path / "face.safetensors")
     metrics = {"second": str(tmp_path / "face.safetensors"), "clip": ""}
     observer = Observer(configure(world, tmp_path, metrics=metrics, expression={"path": ""}), "cpu")
-    look = observer.look(synthesize(128, 128, [LARGE]))
-    assert look.second is not None
-    assert look.second.shape == (512,)
-    assert look.expression is look.clip is None
+    observation = observer.observe(synthesize(128, 128, [LARGE]))
+    assert observation.second is not None
+    assert observation.second.shape == (512,)
+    assert observation.expression is observation.clip is None
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from idadapter_core.evaluation.measure import Bands, SeenPerson, Subject, bands, measure, outside_faces
-from idadapter_core.evaluation.observe import Look
+from idadapter_core.evaluation.measure import Bands, ObservedPerson, Subject, bands, measure, outside_faces
+from idadapter_core.evaluation.observe import Observation
 from idadapter_core.evaluation.people import Person
 from idadapter_core.evaluation.prompts import Prompt, asked_pose_is_hit
 from idadapter_core.evaluation.statistics import copy_of, estimate, threshold_at
@@ -71,9 +71,9 @@ def test_copying_says_nothing_where_the_photos_are_alike() -> None:
     assert copy_of(unit(10), unit(0), unit(0)) is None
 
 
-def person(name: str, *angles: float) -> SeenPerson:
-    looks = tuple(Look(10, 10, 1, embedding=unit(angle)) for angle in angles)
-    return SeenPerson(Person(name, "man", (), None), looks, None)
+def person(name: str, *angles: float) -> ObservedPerson:
+    observations = tuple(Observation(10, 10, 1, embedding=unit(angle)) for angle in angles)
+    return ObservedPerson(Person(name, "man", (), None), observations, None)
 
 
 def test_pairs_of_photos_and_verification() -> None:
@@ -84,7 +84,7 @@ def test_pairs_of_photos_and_verification() -> None:
     assert min(found.genuine) > max(found.impostors)
     known = Bands((), (), threshold=0.9)
     subject = Subject("run", 1.0, 2, Prompt("plain", "a <class word>"), 0, "p.png", 1.0)
-    row = measure(subject, Look(10, 10, 1, embedding=unit(-20)), person("a", 0, 10), known, None)
+    row = measure(subject, Observation(10, 10, 1, embedding=unit(-20)), person("a", 0, 10), known, None)
     assert row.verified == 0.5  # 20 degrees from one photo, 30 from the other: cosines 0.94 and 0.87
     assert row.id_cos == pytest.approx((np.cos(np.deg2rad(20)) + np.cos(np.deg2rad(30))) / 2)
     assert row.id_cos_max == pytest.approx(np.cos(np.deg2rad(20)))
@@ -94,11 +94,11 @@ def test_what_changed_outside_the_faces() -> None:
     base = np.zeros((20, 20, 3), np.uint8)
     image = base.copy()
     image[5:15, 5:15] = 200
-    looks = [Look(20, 20, 1, box=(5, 5, 15, 15)), Look(20, 20, 0)]
-    assert outside_faces(image, base, looks) == 0
+    observations = [Observation(20, 20, 1, box=(5, 5, 15, 15)), Observation(20, 20, 0)]
+    assert outside_faces(image, base, observations) == 0
     image[0, :] = 255
-    assert outside_faces(image, base, looks) == pytest.approx(20 / 300)
-    assert outside_faces(image, base, [Look(20, 20, 1, box=(-3, -3, 30, 30))]) is None
+    assert outside_faces(image, base, observations) == pytest.approx(20 / 300)
+    assert outside_faces(image, base, [Observation(20, 20, 1, box=(-3, -3, 30, 30))]) is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from idadapter_core.mechanisms.deltas import Place, that_change
+from idadapter_core.mechanisms.deltas import Place, nonzero_deltas
 from idadapter_core.mechanisms.gated import GatedAdapter, GateIdentity
 from idadapter_core.methods.idadapter import IDAdapterLayers
 from tests.core.gated_adapter.gates import (
@@ -236,7 +236,7 @@ def test_an_adapter_knows_its_gates_and_what_it_changed() -> None:
     assert list(deltas) == [
         Place(number, layer) for number in (1, 3, 5, 7, 9, 11, 13) for layer in ("attn2.to_k", "attn2.to_v")
     ]
-    assert list(that_change(deltas)) == [Place(3, "attn2.to_v")]
+    assert list(nonzero_deltas(deltas)) == [Place(3, "attn2.to_v")]
     to_v = deltas[Place(3, "attn2.to_v")].weight
     assert to_v.shape == (config.site_widths[1], config.context_width)
     assert to_v.sum() == 0.25

@@ -22,7 +22,7 @@ from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.features import extract_features
 from idadapter_core.schedule import RescaleSchedule
 from idadapter_core.stable_diffusion.inject.text import insert_tokens
-from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline, to_levels
+from idadapter_core.stable_diffusion.pipeline import Pipeline, Strengths, to_levels
 from idadapter_core.stable_diffusion.text import LENGTH
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.config import RunConfig
@@ -109,8 +109,8 @@ def test_without_an_identity_it_is_the_base(
     assert plain.shape == (3, 64, 64)
     assert 0 <= plain.min() < plain.max() <= 1
     assert gap(draw(parts, adapters[kind])[0], plain) == 0
-    nothing = Acting(adapter=0.0, text=0.0)
-    assert gap(draw(parts, adapters[kind], identities[kind], acting=nothing)[0], plain) == 0
+    nothing = Strengths(adapter=0.0, text=0.0)
+    assert gap(draw(parts, adapters[kind], identities[kind], strengths=nothing)[0], plain) == 0
     assert gap(draw(parts, adapters[kind], identities[kind])[0], plain) > 0.01
 
 
@@ -156,7 +156,9 @@ def test_idadapter_in_the_rows(
 ) -> None:
     """The negative row skips the gates and has an ordinary prompt; the positive one has E_r and the word."""
     identity = identities["idadapter"]
-    _, calls = draw(parts, adapters["idadapter"], identity, acting=Acting(adapter=0.6), negative="a cat")
+    _, calls = draw(
+        parts, adapters["idadapter"], identity, strengths=Strengths(adapter=0.6), negative="a cat"
+    )
     text = parts.base.text
     word = text.encode(["a photo of a man, man is sks"], identity.text_tokens).states
     assert identity.class_word == "man"
@@ -166,7 +168,7 @@ def test_idadapter_in_the_rows(
         assert group.kept.tolist() == [1]
         assert call["setting"].strength == 0.6
         assert torch.equal(group.tokens, identity.adapter_tokens)
-    _, calls = draw(parts, adapters["idadapter"], identity, acting=Acting(text=0.0))
+    _, calls = draw(parts, adapters["idadapter"], identity, strengths=Strengths(text=0.0))
     assert gap(calls[0]["states"], text.encode(["", PROMPT]).states) < 1e-5
 
 
@@ -213,7 +215,7 @@ def test_uniid_in_the_rows(
 ) -> None:
     """Tokens of zeroed features in the negative row. Text tokens at a name's length, in the positive row alone."""
     identity = identities["uniid"]
-    _, calls = draw(parts, adapters["uniid"], identity, acting=Acting(adapter=0.6))
+    _, calls = draw(parts, adapters["uniid"], identity, strengths=Strengths(adapter=0.6))
     for call in calls:
         shown, zeroed = call["setting"].groups
         assert (shown.kept.tolist(), zeroed.kept.tolist()) == ([1], [0])
@@ -222,7 +224,7 @@ def test_uniid_in_the_rows(
         assert call["setting"].strength == 0.6
         assert not call["setting"].rescale
     identity = identities["uniid text"]
-    _, calls = draw(parts, adapters["uniid text"], identity, acting=Acting(text=0.5))
+    _, calls = draw(parts, adapters["uniid text"], identity, strengths=Strengths(text=0.5))
     norms = parts.base.text.reference_norms(3)["l"]
     for call in calls:
         assert call["setting"] is None
@@ -244,7 +246,7 @@ def test_uniid_rescaling_acts_step_by_step(
         adapters["uniid"],
         identities["uniid"],
         steps=4,
-        acting=Acting(adapter=0.8, rescale=schedule),
+        strengths=Strengths(adapter=0.8, rescale=schedule),
     )
     assert [call["setting"].strength for call in calls] == pytest.approx([0.4, 0.4, 1.2, 1.2])
     assert all(call["setting"].rescale for call in calls)
@@ -253,7 +255,7 @@ def test_uniid_rescaling_acts_step_by_step(
         adapters["uniid text"],
         identities["uniid text"],
         steps=4,
-        acting=Acting(text=0.7, rescale=schedule),
+        strengths=Strengths(text=0.7, rescale=schedule),
     )
     norms = parts.base.text.reference_norms(3)["l"]
     plain = parts.base.text.encode([PROMPT]).states
@@ -275,7 +277,7 @@ def test_both_branches_of_uniid_together(
     features = features_of(parts.index, parts.train_rows[:1], parts.networks, parts.recognizer_digest, "cpu")
     identity = adapter.encode(features)
     pictures = [
-        draw(parts, adapter, identity, acting=Acting(adapter=a, text=t))[0]
+        draw(parts, adapter, identity, strengths=Strengths(adapter=a, text=t))[0]
         for a, t in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
     ]
     for number, one in enumerate(pictures):
@@ -287,9 +289,9 @@ def test_refusals(parts: Parts, adapters: dict[str, Adapter], identities: dict[s
         draw(parts, None, identities["uniid"])
     with pytest.raises(MismatchError, match="another adapter"):
         draw(parts, adapters["idadapter"], identities["uniid"])
-    for wrong in (Acting(text=0.5), Acting(rescale=RescaleSchedule())):
+    for wrong in (Strengths(text=0.5), Strengths(rescale=RescaleSchedule())):
         with pytest.raises(InputError, match="text 0 or 1 and without rescaling"):
-            draw(parts, adapters["idadapter"], identities["idadapter"], acting=wrong)
+            draw(parts, adapters["idadapter"], identities["idadapter"], strengths=wrong)
     long = " ".join(["man"] * (LENGTH - 4))
     draw(parts, None, prompt=long, steps=1)
     with pytest.raises(InputError, match="too long for 3 identity tokens"):

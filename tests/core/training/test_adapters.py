@@ -18,7 +18,7 @@ from idadapter_core.methods.uniid import UniIDConfig
 from idadapter_core.sites import attention_sites
 from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.training.adapters import (
-    Wanted,
+    AdapterRequirements,
     fresh_adapter,
     fresh_config,
     load_start,
@@ -74,13 +74,13 @@ def base_of(kind: str) -> dict[str, Any]:
 
 def fresh(unet: Any, start: str = "idadapter", kind: str = "sd15", seed: int = 0, **settings: Any) -> Adapter:
     method, branch, own, _ = STARTS[start]
-    wanted = Wanted(method, **base_of(kind), branch=branch, settings={**own, **settings})
+    wanted = AdapterRequirements(method, **base_of(kind), branch=branch, settings={**own, **settings})
     return fresh_adapter(unet, wanted, seed)
 
 
 def start_from(path: Path, unet: Any, **changes: Any) -> Adapter:
     given = {**base_of("sd15"), "method": "idadapter", "branch": "adapter", "settings": {}, **changes}
-    return load_start(path, unet, Wanted(**given))
+    return load_start(path, unet, AdapterRequirements(**given))
 
 
 def encoded(adapter: Adapter) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -116,10 +116,12 @@ def test_sizes_of_a_tiny_base_are_read_from_it(kind: str, unets: dict[str, Any])
 @pytest.mark.parametrize("branch", ["adapter", "text"])
 def test_uniid_has_the_stage_widths_of_the_recogniser(branch: str, unets: dict[str, Any]) -> None:
     around = {**base_of("sd15"), "stage_widths": (16, 32, 64, 96), "branch": branch}
-    config = fresh_config(unets["sd15"], Wanted("uniid", **around, settings={}))
+    config = fresh_config(unets["sd15"], AdapterRequirements("uniid", **around, settings={}))
     assert config.stage_widths == (16, 32, 64, 96)
     with pytest.raises(ConfigError, match="stage_widths is .*, but the base and the run decide it"):
-        fresh_config(unets["sd15"], Wanted("uniid", **around, settings={"stage_widths": STAGE_WIDTHS}))
+        fresh_config(
+            unets["sd15"], AdapterRequirements("uniid", **around, settings={"stage_widths": STAGE_WIDTHS})
+        )
 
 
 def test_heads_divide_whatever_width_there_is(unets: dict[str, Any]) -> None:
@@ -129,11 +131,11 @@ def test_heads_divide_whatever_width_there_is(unets: dict[str, Any]) -> None:
         "branch": "adapter",
         "settings": {},
     }
-    config = fresh_config(unets["sd15"], Wanted("idadapter", {"l": 64}, (96, 16), **given))
+    config = fresh_config(unets["sd15"], AdapterRequirements("idadapter", {"l": 64}, (96, 16), **given))
     assert isinstance(config, IDAdapterConfig)
     assert config.mixer_heads == 3
     given["branch"] = "text"
-    config = fresh_config(unets["sd15"], Wanted("uniid", {"l": 48}, None, **given))
+    config = fresh_config(unets["sd15"], AdapterRequirements("uniid", {"l": 48}, None, **given))
     assert isinstance(config, UniIDConfig)
     assert config.head_width == 16
 
@@ -175,7 +177,7 @@ def test_sizes_of_the_real_bases_are_the_published_ones(family: str) -> None:
             "recognizer": "",
             "stage_widths": STAGE_WIDTHS,
         }
-        return fresh_config(unet, Wanted(method, **given, branch=branch, settings={}))
+        return fresh_config(unet, AdapterRequirements(method, **given, branch=branch, settings={}))
 
     assert config("idadapter", "adapter") == PRESETS[family]
     if family == "sdxl":
@@ -227,7 +229,7 @@ def test_a_base_without_what_the_method_reads_is_refused(unets: dict[str, Any]) 
         fresh(unets["sd21"], "uniid text", "sd21")
     around: dict[str, Any] = {**base_of("sd15"), "vision": None, "branch": "adapter", "settings": {}}
     with pytest.raises(ConfigError, match=r"name the model as base\.vision"):
-        fresh_config(unets["sd15"], Wanted("idadapter", **around))
+        fresh_config(unets["sd15"], AdapterRequirements("idadapter", **around))
 
 
 # --- the start -------------------------------------------------------------------------------------------------------

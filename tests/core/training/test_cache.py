@@ -365,7 +365,7 @@ def test_the_command(few: Few, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "photos: 5 entries computed",
     ]
     assert command.main(["build", *arguments]) == 0
-    assert "latents: all entries were there already" in capsys.readouterr().out
+    assert "latents: all entries exist already" in capsys.readouterr().out
     assert all((folder / FACTS).is_file() for folder in (tmp_path / "cache").iterdir())
     assert command.main(["verify", *arguments, "--count", "2"]) == 0
     assert "largest relative difference" in capsys.readouterr().out

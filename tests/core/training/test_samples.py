@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from idadapter_core.config import parse_config
 from idadapter_core.data.index import Index, read_index, write_index
-from idadapter_core.data.references import Photo, photo_pictures, references_for, variants_of
+from idadapter_core.data.references import PhotoVariant, photo_pictures, references_for, variants_of
 from idadapter_core.data.rows import Row, as_rows
 from idadapter_core.errors import ConfigError, FaceError
 from idadapter_core.faces.align import TEMPLATE, align_face
@@ -125,7 +125,7 @@ class Zeros:
         self.mirrored.append(mirrored)
         return torch.zeros(8, 8, 8)
 
-    def photo(self, photo: Photo) -> Mapping[str, Tensor]:
+    def photo(self, photo: PhotoVariant) -> Mapping[str, Tensor]:
         features = torch.tensor([float(photo.row.number), float(photo.variant)])
         return {"embedding": features, "patch_tokens": features[None], "class_embedding": features}
 
@@ -311,11 +311,11 @@ def test_a_mirrored_target_is_the_target_of_the_mirrored_photo(tmp_path: Path) -
 def test_photos_are_aligned_in_all_variants(tmp_path: Path, number: int) -> None:
     """The dots of a turned, mirrored and recoloured photo lie where every aligned face has them."""
     index, row = draw(tmp_path, *SHOTS["landscape"])
-    crop, head = photo_pictures(index.load(row), Photo(row, number))
+    crop, head = photo_pictures(index.load(row), PhotoVariant(row, number))
     assert crop.shape == (112, 112, 3)
     assert head.shape[0] == head.shape[1]
     if number:  # other light: look for the dot in what is left of its colour
-        plain, _ = photo_pictures(index.load(row), Photo(row))
+        plain, _ = photo_pictures(index.load(row), PhotoVariant(row))
         assert np.abs(crop.astype(float) - plain).mean() > 2
     found = dots(crop)
     upright = np.abs(found - TEMPLATE).max()
@@ -330,7 +330,7 @@ def test_a_variant_without_the_face_is_the_photo_itself(tmp_path: Path) -> None:
     """A face at the edge is turned out of the picture by some variants; the run goes on."""
     index, row = draw(tmp_path, 400, 400, MarkedFace(4, 320, 50))
     image = index.load(row)
-    plain, _ = photo_pictures(image, Photo(row))
+    plain, _ = photo_pictures(image, PhotoVariant(row))
     lost = []
     for number in range(1, 30):
         turned, points = variant(image, np.array(row.landmarks), seed_of(row.sha256), number)
@@ -340,7 +340,7 @@ def test_a_variant_without_the_face_is_the_photo_itself(tmp_path: Path) -> None:
             lost.append(number)
     assert 0 < len(lost) < 29
     for number in range(1, 30):
-        crop, _ = photo_pictures(image, Photo(row, number))
+        crop, _ = photo_pictures(image, PhotoVariant(row, number))
         assert np.array_equal(crop, plain) == (number in lost)
 
 
@@ -353,7 +353,7 @@ def test_references(size: int, count: int) -> None:
     """Never the target where there are others, no photo twice, variants only where photos are too few; and a cache has them all."""
     person = [row_of(number) for number in range(size)]
     stranger = row_of(50, "stranger")
-    asked = {Photo(row) for row in [*person, stranger]}  # as targets
+    asked = {PhotoVariant(row) for row in [*person, stranger]}  # as targets
     firsts = set()
     for target, seed in itertools.product(person, range(150)):
         photos = references_for(target, person, count, generator(seed))
@@ -371,7 +371,7 @@ def test_references(size: int, count: int) -> None:
     assert firsts == {row.number for row in person}
     rows = as_rows([*person, stranger])
     assert {
-        Photo(rows[place], number) for place, number in zip(*variants_of(rows, count), strict=True)
+        PhotoVariant(rows[place], number) for place, number in zip(*variants_of(rows, count), strict=True)
     } == asked
 
 
@@ -393,10 +393,10 @@ def test_references_come_with_their_target(toy: Toy, tmp_path: Path) -> None:
     sample = samples.sample(0, 5)
     assert sample["crops"].shape == (3, 3, 112, 112)
     assert sample["heads"].shape == (2, 3, 32, 32)
-    own, _ = photo_pictures(index.load(rows[5]), Photo(rows[5]))
+    own, _ = photo_pictures(index.load(rows[5]), PhotoVariant(rows[5]))
     assert np.array_equal(levels(sample["crops"][-1]).round(), own)
     persons = [row for row in rows if row.identity == rows[5].identity and row is not rows[5]]
-    theirs = [photo_pictures(index.load(row), Photo(row))[0] for row in persons]
+    theirs = [photo_pictures(index.load(row), PhotoVariant(row))[0] for row in persons]
     for crop in sample["crops"][:-1]:
         assert any(np.array_equal(levels(crop).round(), face) for face in theirs)
 

@@ -28,7 +28,7 @@ from idadapter_core.training import bundle, disk, loading, loop, monitor, signal
 from idadapter_core.training.checkpoints import checkpoints
 from idadapter_core.training.loading import Batches, prepare_worker
 from idadapter_core.training.loop import STOPPED, train
-from idadapter_core.waiting import Aside
+from idadapter_core.waiting import WorkerThread
 from tests.core.training.processes import Process
 from tests.tiny.toy import Toy
 
@@ -96,7 +96,7 @@ def full() -> Any:
     [
         (full, r"shared memory is full: /dev/shm.*--shm-size.*data\.workers = 0"),
         (lambda: Unsendable(OSError(24, "Too many open files")), r"ulimit -n.*data\.workers = 0"),
-        (lambda: Unsendable(TypeError("no pickle")), "cannot be handed over: no pickle"),
+        (lambda: Unsendable(TypeError("no pickle")), "cannot send the data that it read: no pickle"),
         (
             lambda: os.kill(os.getpid(), signal.SIGBUS),
             "died: it was ended by SIGBUS: shared memory is full.*--shm-size",
@@ -131,9 +131,9 @@ def test_a_photo_that_is_never_read(
     def read() -> bytes:
         return (tmp_path / "photo").read_bytes()
 
-    monkeypatch.setattr(waiting, "TURN", 0.05)
+    monkeypatch.setattr(waiting, "POLL_INTERVAL", 0.05)
     monkeypatch.setattr(loading, "_BETWEEN_WARNINGS", 0.0)
-    with batches(read, workers, look=look) as given:
+    with batches(read, workers, poll=look) as given:
         given.next()
         is_stuck = True
         looked.clear()
@@ -144,7 +144,7 @@ def test_a_photo_that_is_never_read(
     )
     with batches(read, workers) as given:
         given.next()
-        monkeypatch.setattr(loading, "PATIENCE", 0.1)
+        monkeypatch.setattr(loading, "WAIT_TIMEOUT", 0.1)
         with pytest.raises(TrainingError, match="no data for .* s: .*Look at the disk"):
             given.next()
 
@@ -162,12 +162,12 @@ def test_a_photo_that_is_broken_is_no_failure_of_the_loader() -> None:
 
 
 def test_a_thread_aside_hands_over_what_comes_of_its_work() -> None:
-    aside = Aside("test")
-    assert aside.do(lambda: 3, lambda seconds: None) == 3
+    worker = WorkerThread("test")
+    assert worker.run(lambda: 3, lambda seconds: None) == 3
     with pytest.raises(ZeroDivisionError):
-        aside.do(lambda: 1 // 0, lambda seconds: None)
-    assert aside.do(threading.current_thread, lambda seconds: None) is not threading.current_thread()
-    aside.close()
+        worker.run(lambda: 1 // 0, lambda seconds: None)
+    assert worker.run(threading.current_thread, lambda seconds: None) is not threading.current_thread()
+    worker.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -209,10 +209,10 @@ def test_a_disk_that_does_not_answer(
 ) -> None:
     """A write that comes back when the test is over: one signal ends the run after a grace, a second one at once."""
     over, began = threading.Event(), threading.Event()
-    monkeypatch.setattr(waiting, "TURN", 0.02)
-    monkeypatch.setattr(disk, "PATIENCE", 1000.0)  # models take longer to read than a write may take here
+    monkeypatch.setattr(waiting, "POLL_INTERVAL", 0.02)
+    monkeypatch.setattr(disk, "WAIT_TIMEOUT", 1000.0)  # models take longer to read than a write may take here
     monkeypatch.setattr(disk, "_GRACE", 1000.0 if what == "second signal" else 0.1)
-    monkeypatch.setattr(hearing, "_INSIST", 0.0)
+    monkeypatch.setattr(hearing, "_SECOND_SIGNAL_DELAY", 0.0)
     writes = 0
 
     def stuck(*args: Any, **options: Any) -> Any:
@@ -221,7 +221,7 @@ def test_a_disk_that_does_not_answer(
         if what != "first line" and writes == 1:
             written = write(*args, **options)
             if what == "no signal":
-                monkeypatch.setattr(disk, "PATIENCE", 1.0)
+                monkeypatch.setattr(disk, "WAIT_TIMEOUT", 1.0)
             return written
         began.set()
         over.wait()
@@ -265,7 +265,7 @@ def test_models_that_are_never_read(
 ) -> None:
     """At the start, where no signal has a checkpoint to write."""
     over = threading.Event()
-    monkeypatch.setattr(waiting, "TURN", 0.02)
+    monkeypatch.setattr(waiting, "POLL_INTERVAL", 0.02)
 
     def stuck(*args: Any) -> None:
         assert threading.current_thread() is not threading.main_thread()  # which must hear signals
@@ -274,7 +274,7 @@ def test_models_that_are_never_read(
         over.wait()
 
     monkeypatch.setattr(loop, "load_parts", stuck)
-    monkeypatch.setattr(disk, "PATIENCE", 1000.0 if ends == "signal" else 0.1)
+    monkeypatch.setattr(disk, "WAIT_TIMEOUT", 1000.0 if ends == "signal" else 0.1)
     try:
         with (
             pytest.raises(waiting.Terminated if ends == "signal" else TrainingError),
@@ -290,10 +290,10 @@ def test_a_program_ends_though_a_thread_is_stuck() -> None:
     code = (
         "import threading\n"
         "from idadapter_core.cli.program import start\n"
-        "from idadapter_core.waiting import Aside\n"
+        "from idadapter_core.waiting import WorkerThread\n"
         "def look(seconds): raise TimeoutError\n"
         "def main():\n"
-        "    try: Aside('disk').do(threading.Event().wait, look)\n"
+        "    try: WorkerThread('disk').run(threading.Event().wait, look)\n"
         "    except TimeoutError: print('left')\n"
         "    import atexit; atexit.register(print, 'waited')\n"
         "    return 143\n"
@@ -308,7 +308,7 @@ def test_a_program_ends_after_its_threads() -> None:
     code = (
         "import time\n"
         "from idadapter_core.cli.program import start\n"
-        "from idadapter_core.waiting import Aside, start_thread\n"
+        "from idadapter_core.waiting import WorkerThread, start_thread\n"
         "class Held:\n"
         "    def __del__(self): time.sleep(0.3); print('released')\n"
         "def main():\n"
@@ -317,7 +317,7 @@ def test_a_program_ends_after_its_threads() -> None:
         "    del held\n"
         "    tasks = [work]\n"
         "    del work\n"
-        "    Aside('disk').do(tasks.pop(), print)\n"
+        "    WorkerThread('disk').run(tasks.pop(), print)\n"
         "    start_thread(lambda: (time.sleep(0.3), print('helped')), 'helper')\n"
         "    import atexit; atexit.register(print, 'over')\n"
         "    return 3\n"

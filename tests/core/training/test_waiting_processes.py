@@ -13,7 +13,7 @@ import pytest
 
 from idadapter_core.errors import TrainingError
 from idadapter_core.training import watch as watching
-from idadapter_core.training.watch import WAITS, Watch, arrive
+from idadapter_core.training.watch import WAITING, Watch, start_watch
 
 if sys.platform == "win32":
     pytest.skip("signals and pipes of POSIX", allow_module_level=True)
@@ -41,12 +41,12 @@ def test_a_process_that_does_not_come_is_named(
     what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The others leave, each with a reason, and one of them with a checkpoint; the exit code tells of a signal."""
-    for name in ("SILENCE", "GRACE"):
+    for name in ("REPORT_TIMEOUT", "GRACE"):
         monkeypatch.setattr(watching, name, 0.3)
-    monkeypatch.setattr(watching, "_BEAT", 0.02)
+    monkeypatch.setattr(watching, "_REPORT_INTERVAL", 0.02)
     left: list[int] = []
     store, heard, over = Store(), set[str](), threading.Event()
-    store.set("process/1", "1 works")
+    store.set("process/1", "1 working")
     watch = Watch(store, 0, 2, heard)
 
     def leave(code: int) -> None:
@@ -66,17 +66,17 @@ def test_a_process_that_does_not_come_is_named(
             monkeypatch.setattr(store, "multi_get", failing, raising=False)
         if "stopped" in what:
             os.kill(os.getpid(), signal.SIGTERM)
-        with watch.doing(WAITS):
+        with watch.in_state(WAITING):
             assert over.wait(60)
     finally:
         signal.signal(signal.SIGTERM, before)
         over.set()
-        watch.close(is_settled=False)
+        watch.close(is_end_agreed=False)
     assert left == [143 if "stopped" in what else 1]
     said = capsys.readouterr().err
     assert "process 0 of 2 waited for the others" in said
     if what == "store gone":
-        assert "by whom the processes hear of each other, is gone (broken pipe)" in said
+        assert "through which the processes exchange their states, is gone (broken pipe)" in said
     else:
         assert "The checkpoint of step 3 is written." in said
         assert ("process 1 did not come" if "late" in what else "process 1 has not been heard from") in said
@@ -84,7 +84,7 @@ def test_a_process_that_does_not_come_is_named(
 
 
 def alive(store: Store) -> None:
-    store.set("process/1", f"{int(store['process/1'].split()[0]) + 1} works")
+    store.set("process/1", f"{int(store['process/1'].split()[0]) + 1} working")
 
 
 def failing(keys: list[str]) -> list[bytes]:
@@ -92,18 +92,18 @@ def failing(keys: list[str]) -> list[bytes]:
 
 
 def test_a_signal_to_one_process_is_heard_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "_BEAT", 0.02)
+    monkeypatch.setattr(watching, "_REPORT_INTERVAL", 0.02)
     store, heard = Store(), set[str]()
-    store.set("process/1", "1 works")
+    store.set("process/1", "1 working")
     watch = Watch(store, 0, 2, heard)
     watch.start()
     store.set("stop", "1")
     for _ in iter(lambda: threading.Event().wait(0.02), None):
         if heard:
             break
-    watch.close(is_settled=True)
+    watch.close(is_end_agreed=True)
     assert heard == {"stop"}
-    assert store["process/0"].endswith(b"left")  # and nobody misses it
+    assert store["process/0"].endswith(b"finished")  # and nobody misses it
 
 
 def free_port() -> str:
@@ -113,7 +113,7 @@ def free_port() -> str:
 
 @pytest.mark.parametrize(
     ("rank", "message"),
-    [(0, "processes 1, 2 of 3 did not start within 0 s"), (1, "nobody answered within 0 s at 127.0.0.1")],
+    [(0, "processes 1, 2 of 3 did not start within 0 s"), (1, "nothing answered within 0 s at 127.0.0.1")],
 )
 def test_a_process_that_never_starts_is_named(rank: int, message: str) -> None:
     environ = {
@@ -123,8 +123,8 @@ def test_a_process_that_never_starts_is_named(rank: int, message: str) -> None:
         "MASTER_PORT": free_port(),
     }
     with pytest.raises(TrainingError, match=message):
-        arrive(set(), environ, within=0.2)
-    assert arrive(set(), {}) is None
+        start_watch(set(), environ, within=0.2)
+    assert start_watch(set(), {}) is None
 
 
 @pytest.mark.parametrize("where", ["first word", "question", "sleep"])
@@ -150,7 +150,7 @@ def test_signals_are_as_before_where_the_processes_do_not_meet(
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)
     with pytest.raises(Left):
-        arrive(set(), environ)
+        start_watch(set(), environ)
     after = signal.set_wakeup_fd(before)
     assert after == before
     assert [end.fileno() for end in pairs[0]] == [-1, -1]

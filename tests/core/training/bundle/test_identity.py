@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from idadapter_core.data.references import Photo, photo_tensors
+from idadapter_core.data.references import PhotoVariant, photo_tensors
 from idadapter_core.mechanisms.text import with_identity_clause
 from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.stable_diffusion.inject.text import insert_tokens
@@ -140,7 +140,8 @@ def test_idadapter_learns_from_what_it_is_given_at_inference(
     assert vision is not None
     photos = [parts.train_rows[number] for number in numbers]
     tensors = [
-        photo_tensors(parts.index.load(row), Photo(row), vision.preprocess) for row in (*photos, photos[0])
+        photo_tensors(parts.index.load(row), PhotoVariant(row), vision.preprocess)
+        for row in (*photos, photos[0])
     ]
     given = dataclasses.replace(
         batch,
