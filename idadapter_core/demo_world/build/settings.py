@@ -44,6 +44,7 @@ class Settings:
     groups: Mapping[str, Group]
     schedules: Mapping[str, TrainingSchedule] = field(default_factory=dict)
     judged_prompts: int = 2  # number of prompts that measure how the base model follows them
+    own_package: bool = True  # scan with the face package of this build, not with the shipped one
     scan: tuple[str, ...] = ()  # further arguments of `scan`
     training: tuple[str, ...] = ()  # overrides of the settings in the adapters' configuration files
     seed: int = 0
@@ -85,6 +86,7 @@ TINY = Settings(
     size=128,
     groups=_groups((4, 3), (4, 2), (3, 2), (3, 2)),
     schedules={name: TrainingSchedule(2, 2, 1e-3) for name in FULL.schedules},
+    own_package=False,  # a detector of two steps finds nobody
     scan=("--max-bad-share", "1", "--workers", "0", "--min-face", "1", "--min-sharpness", "0"),
     training=(
         "train.steps=2",

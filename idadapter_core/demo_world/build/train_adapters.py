@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 from ...errors import InputError, TrainingError
-from ..shipped import ADAPTERS, CLIP_VISION, FACE_PACKAGE, FACE_PACKAGES
+from ..shipped import ADAPTERS, CLIP_VISION, FACE_PACKAGE, FACE_PACKAGES, face_package
 from .stages import Workspace
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+ROOT, ROOT_PACKAGE = Path(__file__).parents[3], "idadapter_core"
+CONFIGS = ROOT / "configs"
 PHOTOS, INDEX, BASE_FOLDER, RECOGNIZER = "photos", "photos.parquet", "base", "recognizer.safetensors"
 CACHES = MappingProxyType(
     {"uniid_adapter": "uniid", "uniid_text": "uniid", "idadapter": "idadapter", "faceid": "faceid"}
 )
 """Folder of the cache of each run. UniID's branches read the same features."""
 
-Command = Callable[[Sequence[str]], int]
-
 
 def scan_photos(workspace: Workspace) -> None:
     """Write the index of the photos."""
-    from ...cli.data import main
-
+    own = workspace.files / FACE_PACKAGES / "models" / FACE_PACKAGE
     _command(
-        main,
         "scan", workspace.home / PHOTOS, workspace.home / INDEX, "--overwrite",
-        "--face-package", workspace.files / FACE_PACKAGES / "models" / FACE_PACKAGE,
+        "--face-package", own if workspace.settings.own_package else face_package(),
         "--recognizer", workspace.home / RECOGNIZER,
         *workspace.settings.scan,
     )  # fmt: skip
@@ -40,9 +42,6 @@ def train_adapter(workspace: Workspace, name: str, settings: Sequence[str] = (),
         settings: overrides ("section.key=value"), for ablations.
         run: name of the run's folder, if it differs from `name`.
     """
-    from ...cli.cache import main as cache
-    from ...cli.train import main as train
-
     if workspace.tokenizer is None:
         raise InputError(
             "captions are read by CLIP's tokenizer: name a folder with its vocab.json and merges.txt as --tokenizer, for example "
@@ -57,27 +56,35 @@ def train_adapter(workspace: Workspace, name: str, settings: Sequence[str] = (),
         "data.cache": workspace.home / "cache" / CACHES[name],
         "output.folder": folder,
     }
-    if name == "idadapter":
-        paths["base.vision"] = workspace.files / CLIP_VISION
+    if (vision := workspace.files / CLIP_VISION).is_dir():
+        paths["base.vision"] = vision
     given = [f"{key}={path}" for key, path in paths.items()] + [*workspace.settings.training, *settings]
     config = ["--config", str(CONFIGS / f"demo_world_{name}.toml"), *(f"--set={entry}" for entry in given)]
-    _command(cache, "build", *config)
-    _command(train, *config, "--resume", "auto")
+    _command("cache", "build", *config)
+    _command("train", *config, "--resume", "auto")
     return folder
 
 
 def export_adapter(workspace: Workspace, name: str, run: Path, text_branch: Path | None = None) -> None:
     """Write the newest checkpoint of a run as the adapter's file, in half precision."""
-    from ...cli.export import main
-
     file = workspace.files / ADAPTERS / f"{name}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     more: list[str | Path] = [] if text_branch is None else ["--text-branch", text_branch]
-    _command(main, run, file, "--overwrite", "--dtype", "fp16", *more)
+    _command("export", run, file, "--overwrite", "--dtype", "fp16", *more)
 
 
-def _command(main: Command, *arguments: str | Path) -> None:
-    if code := main([str(argument) for argument in arguments]):
-        raise TrainingError(
-            f"`{' '.join(map(str, arguments[:2]))} …` ended with exit code {code}; see above."
-        )
+def _command(name: str, *arguments: str | Path) -> None:
+    """Run a command of this package in a process of its own, with as many threads as this one.
+
+    Raises:
+        TrainingError: it failed; its own message is on the screen.
+    """
+    found = os.environ.get("PYTHONPATH")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{found}" if found else str(ROOT),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    command = [sys.executable, "-m", ROOT_PACKAGE, name, *map(str, arguments)]
+    if code := subprocess.run(command, env=environment, check=False).returncode:
+        raise TrainingError(f"`{name}` ended with exit code {code}; its message is above.")
