@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+SCAN = ("--min-side", "64", "--min-face", "24", "--min-sharpness", "0")  # the photos are small
 SECOND = "second_training"  # the group for the training of the second recogniser
 
 
@@ -80,6 +81,7 @@ FULL = Settings(
         "base": TrainingSchedule(16000, 64, 1e-3),
     },
     judged_prompts=240,
+    scan=SCAN,
 )
 TINY = Settings(
     name="tiny",
@@ -87,7 +89,7 @@ TINY = Settings(
     groups=_groups((4, 3), (4, 2), (3, 2), (3, 2)),
     schedules={name: TrainingSchedule(2, 2, 1e-3) for name in FULL.schedules},
     own_package=False,  # a detector of two steps finds nobody
-    scan=("--max-bad-share", "1", "--workers", "0", "--min-face", "1", "--min-sharpness", "0"),
+    scan=(*SCAN, "--max-bad-share", "1", "--workers", "0"),
     training=(
         "train.steps=2",
         "train.global_batch_size=2",

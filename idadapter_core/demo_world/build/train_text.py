@@ -73,8 +73,11 @@ def train_text_encoder(
         rows, named = random_captions(rng, schedule.batch)
         found = network(rows)
         return torch.stack(
-            [F.cross_entropy(found[name], classes, ignore_index=-1) for name, classes in named.items()]
-        ).sum()
+            [
+                F.cross_entropy(found[name], classes, ignore_index=-1, reduction="sum")
+                for name, classes in named.items()
+            ]
+        ).sum() / len(rows)
 
     reader = fit(CaptionReader(), loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(reader, CaptionReader)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...extra import require
 from ...files import replacing
+from ...stable_diffusion.pretrained import read_json
 from ...stable_diffusion.vae import load_autoencoder as load_vae
 from .. import Person, caption
 from ..base import TABLE, BaseModel, text_config, whole_table
@@ -56,9 +57,17 @@ def write_base_folder(base: BaseModel, autoencoder: Path, folder: Path) -> None:
     _whole_text_encoder(base.text).save_pretrained(str(folder / "text_encoder"))
     vae: Any = load_vae(autoencoder, "sd15", {}).network
     vae.save_pretrained(str(folder / "vae"))
+    _forget_unknown_settings(folder / "vae" / "config.json")
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     with replacing(folder / "scheduler" / "scheduler_config.json") as file:
         file.write_text(json.dumps(SCHEDULER, indent=1) + "\n", "utf-8", newline="\n")
+
+
+def _forget_unknown_settings(config: Path) -> None:
+    """Remove a setting that diffusers writes and warns about when it reads it."""
+    settings = {name: value for name, value in read_json(config).items() if name != "block_out_channels"}
+    with replacing(config) as file:
+        file.write_text(json.dumps(settings, indent=1) + "\n", "utf-8", newline="\n")
 
 
 def _whole_text_encoder(small: nn.Module) -> Any:

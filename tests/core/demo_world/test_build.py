@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from idadapter_core.demo_world import Person
+from idadapter_core.adapter import load_adapter
+from idadapter_core.demo_world import Person, caption
 from idadapter_core.demo_world.build import pictures as drawing
 from idadapter_core.demo_world.build.batches import Pool, as_tensor
 from idadapter_core.demo_world.build.fitting import fit, rate_at
@@ -20,8 +22,12 @@ from idadapter_core.demo_world.build.measures import area_under_curve, rank_one,
 from idadapter_core.demo_world.build.pictures import draw_pictures, open_pictures
 from idadapter_core.demo_world.build.settings import FULL, TINY, Group, Settings, TrainingSchedule
 from idadapter_core.demo_world.build.stages import Stage, Workspace, describe, run_stages, ship, write_json
+from idadapter_core.demo_world.build.train_adapters import train_adapter
+from idadapter_core.demo_world.build.trainer_files import write_photos
 from idadapter_core.demo_world.identity import split_of
 from idadapter_core.errors import InputError, TrainingError
+from idadapter_core.faces.iresnet import digest, load_iresnet
+from tests.tiny.bases import write_tokenizer
 
 SMALL = Settings(
     "small",
@@ -349,7 +355,9 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
 
     before = torch.get_num_threads()
     try:
-        assert _command("--work", tmp_path, "--settings", "tiny", "--processes", "1") == 0
+        write_tokenizer(tmp_path / "tokenizer")
+        given = ("--work", tmp_path, "--settings", "tiny", "--tokenizer", tmp_path / "tokenizer")
+        assert _command(*given, "--processes", "1") == 0
     finally:
         torch.set_num_threads(before)
     for stage in STAGES.values():
@@ -360,6 +368,9 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
             scores = json.loads((tmp_path / "scores" / f"{stage.name}.json").read_text("utf-8"))
             assert set(stage.wanted) <= set(scores), "what is wanted is measured"
             assert all(0 <= scores[name] <= 1 for name in stage.wanted if name != "kept")
+    for name in ("uniid", "idadapter", "faceid"):
+        config = load_adapter(tmp_path / "files" / "adapters" / f"{name}.safetensors").config
+        assert config.recognizer == digest(load_iresnet(tmp_path / "recognizer.safetensors"))
     assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
     capsys.readouterr()
     assert _command("base", "--ship", "--work", tmp_path, "--settings", "tiny") == 1
@@ -367,6 +378,26 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
     assert _command("--list", "--work", tmp_path, "--settings", "tiny") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [[name, "done"] for name in STAGES]
+
+
+def test_adapters_are_not_trained_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"name a folder with its vocab\.json and merges\.txt as --tokenizer"
+    ):
+        train_adapter(Workspace(tmp_path, TINY), "uniid_text")
+
+
+def test_photos_have_their_captions_and_are_written_once(small: Path, tmp_path: Path) -> None:
+    pictures = open_pictures(small, "training")
+    write_photos(pictures, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+    first = tmp_path / f"{pictures.facts[1].person:06d}" / "01.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(first)), pictures.pixels[1])
+    person = Person.sample(pictures.facts[1].person)
+    assert first.with_suffix(".txt").read_text("utf-8") == caption(person, pictures.facts[1].factors) + "\n"
+    before = first.stat().st_mtime_ns
+    write_photos(pictures, tmp_path)
+    assert first.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
