@@ -22,7 +22,7 @@ from idadapter_core.faces.align import TEMPLATE, TEMPLATE_SIZE
 from idadapter_core.faces.iresnet import EMBEDDING_WIDTH, STAGE_WIDTHS
 from idadapter_core.mechanisms import Mechanisms
 from idadapter_core.methods import METHODS, Method
-from idadapter_core.methods.method import Needs, Seen
+from idadapter_core.methods.method import BatchFeatures, Needs
 from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.stable_diffusion.inject.text import insert_states
 from idadapter_core.stable_diffusion.noise import scaled_linear
@@ -130,14 +130,14 @@ def conditioning(recipe: Recipe, trained: Adapter) -> tuple[Tensor | None, Condi
     return encoded.tokens, insert_states(plain, encoded.text) if encoded.text else plain
 
 
-def features(recipe: Recipe) -> Seen:
+def features(recipe: Recipe) -> BatchFeatures:
     """Features of one sample: references and target, or the target alone."""
     needs = recipe.needs
     count = REFERENCES if needs.vision else 0
     sides = (needs.shallow_side,) * 3 + (DEEPEST_SIDE,)
     stages = tuple(meta(1, width, side, side) for width, side in zip(STAGE_WIDTHS, sides, strict=True))
     width, patches = needs.vision or (0, 0)
-    return Seen(
+    return BatchFeatures(
         meta(1, count + 1, EMBEDDING_WIDTH),
         stages if needs.stages else (),
         meta(1, count, patches, width) if needs.vision else None,

@@ -123,10 +123,10 @@ class Adapter:
 
 
 def _digest(config: Config, state: Mapping[str, Tensor], progress: Callable[[float], None] | None) -> str:
-    """Digest of the weights and of non-default `unseen` settings, which change identities or their use."""
+    """Digest of the weights, and of `non_weight_settings` that differ from their defaults: they change identities or their use."""
     weights = state_digest(state, progress)
     usual = type(config)()
-    special = [(name, getattr(config, name)) for name in config.unseen]
+    special = [(name, getattr(config, name)) for name in config.non_weight_settings]
     special = [(name, value) for name, value in special if value != getattr(usual, name)]
     return hashlib.sha256(f"{weights}{special}".encode()).hexdigest()[:16] if special else weights
 

@@ -114,11 +114,11 @@ def require_sense(batch: Any, first: int) -> None:
         ConfigError: names the first invalid row and the reason.
     """
     # Each check relies on the ones before.
-    for fine, say in itertools.chain(_kinds(batch, first), _contradictions(batch)):
+    for fine, message in itertools.chain(_kinds(batch, first), _contradictions(batch)):
         is_fine = np.asarray(fine, bool)
         if not is_fine.all():
             place = int(np.argmin(is_fine))
-            raise ConfigError(f"row {first + place}: {say(row_of(batch, place))}")
+            raise ConfigError(f"row {first + place}: {message(row_of(batch, place))}")
 
 
 Check = tuple[Any, Callable[[Row], str]]  # (rows,) whether each is valid, and the message for one that is not

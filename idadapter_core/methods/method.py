@@ -14,7 +14,7 @@ from ..types import FaceFeatures, Identity, Mix
 
 
 @dataclass(frozen=True)
-class Around:
+class AdapterContext:
     """The base model and settings that a new adapter is made for.
 
     text_widths: width of each text encoder of the base, by ComfyUI's names (l, g, h).
@@ -35,7 +35,7 @@ class Around:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class BatchFeatures:
     """Features of a training batch of B samples.
 
     embedding: (B, N + 1, 512), N references followed by the target; (B, 1, 512) if the target is its own reference.
@@ -70,9 +70,9 @@ class Recipe:
 
     prompt: str  # default prompt of training samples; may contain `placeholders`
     known_by_target: bool  # the target photo is its own reference, instead of N other photos
-    sizes: Callable[[Around], tuple[dict[str, Any], dict[str, Any]]]
+    sizes: Callable[[AdapterContext], tuple[dict[str, Any], dict[str, Any]]]
     """Settings of a new config that the base fixes, and default sizes that suit it. Raises ConfigError for an impossible config."""
-    encode: Callable[[Any, Any, Seen], Encoded]  # (encoder, config, features)
+    encode: Callable[[Any, Any, BatchFeatures], Encoded]  # (encoder, config, features)
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Published run settings by section, as far as they differ from the trainer's defaults."""
     branches: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Config(Protocol):
     """Digest of the face network used in training; empty: not recorded."""
     context_width: int
     site_widths: tuple[int, ...]
-    unseen: Any
+    non_weight_settings: Any
     """Names of the settings that affect an identity, or its use, but no weight."""
 
     @property
@@ -192,7 +192,8 @@ class Method:
 
 
 __all__ = [
-    "Around",
+    "AdapterContext",
+    "BatchFeatures",
     "Config",
     "Encoded",
     "Files",
@@ -201,6 +202,5 @@ __all__ = [
     "Method",
     "Needs",
     "Recipe",
-    "Seen",
     "State",
 ]

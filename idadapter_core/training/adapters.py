@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, build_adapter, initial_adapter, is_setting, load_adapter
 from ..errors import ConfigError, InputError, MismatchError
 from ..methods import METHODS
-from ..methods.method import Around
+from ..methods.method import AdapterContext
 from ..stable_diffusion.inject import fitting_blocks, transformer_blocks
 
 
@@ -85,7 +85,7 @@ def fresh_config(unet: Any, wanted: AdapterRequirements) -> Any:
     recipe = METHODS[wanted.method].recipe
     if recipe is None:
         raise ConfigError(f"adapter.method: {METHODS[wanted.method].title} is not trained by this package")
-    around = Around(
+    context = AdapterContext(
         context_width=facts["context_width"],
         site_widths=facts["site_widths"],
         site_heads=tuple(block.attn1.heads for block in blocks.values()),
@@ -95,7 +95,7 @@ def fresh_config(unet: Any, wanted: AdapterRequirements) -> Any:
         branch=wanted.branch,
         settings=wanted.settings,
     )
-    more_facts, sizes = recipe.sizes(around)
+    more_facts, sizes = recipe.sizes(context)
     facts |= more_facts
     for name, value in settings.items():
         if name in facts and facts[name] != value:
@@ -162,8 +162,8 @@ def _require_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _require_base(adapter: Adapter, unet: Any, around: AdapterRequirements) -> None:
-    text_widths, vision = around.text_widths, around.vision
+def _require_base(adapter: Adapter, unet: Any, requirements: AdapterRequirements) -> None:
+    text_widths, vision = requirements.text_widths, requirements.vision
     fitting_blocks(unet, adapter)
     needs = adapter.kind.needs(adapter.config)
     own = needs.text_widths

@@ -23,7 +23,7 @@ from ..adapter import Adapter
 from ..faces.align import TEMPLATE_SIZE
 from ..faces.detector import select_faces
 from ..faces.iresnet import IResNet
-from ..methods.method import Encoded, Needs, Seen
+from ..methods.method import BatchFeatures, Encoded, Needs
 from ..stable_diffusion.base import Base
 from ..stable_diffusion.inject import inject
 from ..stable_diffusion.inject.text import insert_states, with_clause
@@ -126,8 +126,8 @@ class Bundle(nn.Module):
         if needs.vision is not None and batch.patch_tokens is None:
             assert batch.heads is not None
             assert self._networks.vision is not None
-            seen = encode_heads(self._networks.vision, batch.heads.flatten(0, 1))
-            patches, classes = (rearrange(t, "(b n) ... -> b n ...", b=len(batch)) for t in seen.values())
+            features = encode_heads(self._networks.vision, batch.heads.flatten(0, 1))
+            patches, classes = (rearrange(t, "(b n) ... -> b n ...", b=len(batch)) for t in features.values())
             batch = replace(batch, patch_tokens=patches, class_embedding=classes)
         return batch
 
@@ -159,8 +159,10 @@ class Bundle(nn.Module):
     def _with_identity(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
         """Conditioning with the identity, and the arguments for the injected layers."""
         assert batch.embedding is not None
-        seen = Seen(batch.embedding, batch.stages, batch.patch_tokens, batch.class_embedding, batch.identity)
-        encoded = self._config.recipe.encode(self.encoder, self._adapter.config, seen)
+        features = BatchFeatures(
+            batch.embedding, batch.stages, batch.patch_tokens, batch.class_embedding, batch.identity
+        )
+        encoded = self._config.recipe.encode(self.encoder, self._adapter.config, features)
         setting = {"tokens": encoded.tokens, "rows": encoded.rows}
         if self._text == "word":
             return self._with_word(batch, encoded), setting

@@ -34,9 +34,9 @@ class Findings:
         known = self._nodes.setdefault((node_id, title), [])
         known += [message for message in map(warning, texts) if message not in known]
 
-    def say(self, topic: messages.Topic) -> None:
+    def show(self, topic: messages.Topic) -> None:
         for (node_id, title), found in self._nodes.items():
-            messages.say(node_id, title, topic, found)
+            messages.show(node_id, title, topic, found)
 
 
 def before_sampling(

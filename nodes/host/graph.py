@@ -107,7 +107,7 @@ def on_prompt(data: Any) -> Any:
     if isinstance(prompt, Mapping):
         for node, found in omissions(prompt, functools.cache(_sockets_of)).items():
             title = IN_CONDITIONINGS[str(prompt[node]["class_type"])]
-            messages.say(node, title, "graph", found, data.get("client_id"))
+            messages.show(node, title, "graph", found, data.get("client_id"))
     return data
 
 

@@ -1,7 +1,7 @@
 """Messages to the user, shown on the node they concern.
 
 A node's own report is part of its result (`report_ui`), so that ComfyUI caches it with the result and sends it again. Messages from
-any other time, while another node samples or before anything runs, are sent as events (`say`). `web/js` draws both on the node;
+any other time, while another node samples or before anything runs, are sent as events (`show`). `web/js` draws both on the node;
 warnings are also logged.
 """
 
@@ -94,7 +94,7 @@ def keeps_report(define_schema: Callable[[type[_Node]], io.Schema]) -> Callable[
     return marked
 
 
-def say(
+def show(
     node_id: str | None,
     title: str,
     topic: Topic,

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 
 from ...idadapter_core.errors import InputError
-from .messages import Message, say, warning
+from .messages import Message, show, warning
 
 _refused: set[str] = set()  # ids of nodes that show an error message
 
@@ -86,7 +86,7 @@ def _report(title: str, messages: list[Message]) -> None:
     context = get_executing_context()
     if context is None or (not messages and context.node_id not in _refused):
         return
-    say(context.node_id, title, "run", messages)
+    show(context.node_id, title, "run", messages)
     if messages:
         _refused.add(context.node_id)
     else:

@@ -58,7 +58,7 @@ def outer_sample(
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     height, width = noise.shape[-2:]
     run = Run(plan, tuple(sigmas.tolist()), (height, width), noise.shape[0])
-    before_sampling(plan, guider.conds, noise.shape[0]).say("run")
+    before_sampling(plan, guider.conds, noise.shape[0]).show("run")
     for role, conditionings in guider.conds.items():
         for conditioning in conditionings:
             _tag(run, role, conditioning)
@@ -69,7 +69,7 @@ def outer_sample(
         slots, placed = run.of(ForeignSlots), run.of(Gated).placed
         record = RunRecord(run.calls, run.evaluations, run.missed, placed, slots.owners_not_rescaled())
         if run.steps > 0:
-            after_sampling(plan, record, guider.model_options).say("result")
+            after_sampling(plan, record, guider.model_options).show("result")
         return result
     finally:
         _running[plan] -= 1
@@ -86,7 +86,7 @@ def _report_lost_run(options: dict[str, Any]) -> None:
     if not isinstance(sigmas, Tensor) or _lost.get(id(sigmas)) is sigmas:
         return
     _lost[id(sigmas)] = sigmas
-    run_lost(plan).say("result")
+    run_lost(plan).show("result")
 
 
 def _tag(run: Run, role: str, conditioning: dict[str, Any]) -> None:

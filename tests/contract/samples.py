@@ -24,7 +24,7 @@ from idadapter_core.errors import InputError
 from idadapter_core.files import state_digest
 from idadapter_core.identity import save_identity
 from idadapter_core.methods import METHODS
-from idadapter_core.methods.method import Seen
+from idadapter_core.methods.method import BatchFeatures
 from idadapter_core.stable_diffusion.inject.blocks import transformer_blocks
 from idadapter_core.training.adapters import to_adapter
 from idadapter_core.types import MODES as MIX_MODES, FaceFeatures, Identity, Mix
@@ -188,7 +188,7 @@ def learned(adapter: Adapter) -> Learned | None:
         return None
     whole = features(7, 2)
     count = 1 if how.known_by_target else 3
-    batch = Seen(
+    batch = BatchFeatures(
         embedding=whole.embedding[:, None].expand(-1, count, -1).clone(),
         stages=whole.stages,
         patch_tokens=None

@@ -34,7 +34,7 @@ def _no_model_outlives_the_tests() -> Iterator[None]:
 
 
 @pytest.fixture
-def heard(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
+def warnings_on(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
     """What the pack has warned of so far on nodes of one display name."""
     caplog.set_level("WARNING")
 

@@ -35,7 +35,7 @@ from tests.tiny.features import face_features
 from tests.tiny.ip_adapter import CONFIGS as FACEID_CONFIGS, write_published
 
 APPLY, RESCALE = "Apply ID Adapter", "Normalized Identity Rescaling"
-Heard = Callable[[str], list[str]]
+WarningsOn = Callable[[str], list[str]]
 
 
 @pytest.fixture
@@ -113,10 +113,10 @@ def taking_wrappers(model: Any, *kinds: str) -> Any:
     return clone
 
 
-def test_a_node_that_computes_the_model_itself_is_named(heard: Heard) -> None:
+def test_a_node_that_computes_the_model_itself_is_named(warnings_on: WarningsOn) -> None:
     model = past_the_hooks(rescale(apply(unet("sd15"), "sd15", person("sd15"))))
     assert difference(draw(model, "sd15"), draw(unet("sd15"), "sd15")) < 1e-5
-    (said,) = heard(APPLY)
+    (said,) = warnings_on(APPLY)
     assert said.startswith("the identity did not act in this picture")
     assert "(past_the_hooks)" in said
 
@@ -131,35 +131,35 @@ def test_a_node_that_computes_the_model_itself_is_named(heard: Heard) -> None:
     ],
     ids="+".join,
 )
-def test_wrappers_that_were_taken_away(kinds: tuple[str, ...], heard: Heard) -> None:
+def test_wrappers_that_were_taken_away(kinds: tuple[str, ...], warnings_on: WarningsOn) -> None:
     model = taking_wrappers(rescale(apply(unet("sd15"), "sd15", person("sd15"))), *kinds)
     want = draw(unet("sd15"), "sd15", steps=4)
     assert torch.equal(draw(model, "sd15", steps=4), want)
-    (said,) = heard(APPLY)  # once in a run, not at each step
+    (said,) = warnings_on(APPLY)  # once in a run, not at each step
     assert "another node has taken this pack's wrappers from the model" in said
     assert "Put Apply ID Adapter after that node" in said
     draw(model, "sd15", steps=4)
-    assert len(heard(APPLY)) == 2
+    assert len(warnings_on(APPLY)) == 2
     # The way out that it names.
     after = rescale(apply(taking_wrappers(unet("sd15"), *kinds), "sd15", person("sd15")))
     assert not torch.equal(draw(after, "sd15", steps=4), want)
-    assert len(heard(APPLY)) == 2
+    assert len(warnings_on(APPLY)) == 2
 
 
 @pytest.mark.parametrize(
     ("delta", "missing"), [(0.0, "the identity did not"), (0.3, "only the changed weights")]
 )
-def test_gated_adapters_are_told_too(delta: float, missing: str, heard: Heard) -> None:
+def test_gated_adapters_are_told_too(delta: float, missing: str, warnings_on: WarningsOn) -> None:
     """Their changed K and V weights are the model's own, and act all the same."""
     made = Made("sd15", delta=delta)
     gated = idadapter_sampling.apply(unet("sd15"), made, idadapter_sampling.person(made))
     found = draw(past_the_hooks(gated), "sd15")
-    (said,) = heard(APPLY)
+    (said,) = warnings_on(APPLY)
     assert said.startswith(missing)
     assert (difference(found, draw(unet("sd15"), "sd15")) > 1e-3) == bool(delta)
 
 
-def test_an_adapter_with_a_lora_is_told_too(heard: Heard, tmp_path: Path) -> None:
+def test_an_adapter_with_a_lora_is_told_too(warnings_on: WarningsOn, tmp_path: Path) -> None:
     """Its LoRA is the model's own, and acts all the same."""
     from ComfyUI_IDAdapter.nodes.adapter import load
 
@@ -167,47 +167,47 @@ def test_an_adapter_with_a_lora_is_told_too(heard: Heard, tmp_path: Path) -> Non
     identity = loaded.adapter.encode(face_features(3))
     model = node("IDAdapterApply", unet("sd15"), loaded, identity, 1.0, 0.0, 1.0, None)
     found = draw(past_the_hooks(model), "sd15")
-    said = heard(APPLY)[-1]
+    said = warnings_on(APPLY)[-1]
     assert said.startswith(
         "only the changed weights of this adapter acted in this picture, its attention to the identity's tokens did"
     )
     assert difference(found, draw(unet("sd15"), "sd15")) > 1e-3
 
 
-def test_foreign_rescaling_is_told_too(heard: Heard) -> None:
+def test_foreign_rescaling_is_told_too(warnings_on: WarningsOn) -> None:
     draw(past_the_hooks(rescale(unet("sd15"), scope="every attention patch")), "sd15")
-    assert [text for text in heard(RESCALE) if text.startswith("nothing was rescaled in this picture")]
+    assert [text for text in warnings_on(RESCALE) if text.startswith("nothing was rescaled in this picture")]
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"cfg": 1.0}, {"sampler": "heun"}, {"denoise": 0.5}, {"steps": 1}], ids=str
 )
-def test_nothing_is_said_where_all_is_well(options: dict[str, Any], heard: Heard) -> None:
+def test_nothing_is_said_where_all_is_well(options: dict[str, Any], warnings_on: WarningsOn) -> None:
     draw(rescale(apply(unet("sd15"), "sd15", person("sd15"))), "sd15", **options)
     made = Made("sd15")
     draw(idadapter_sampling.apply(unet("sd15"), made, idadapter_sampling.person(made)), "sd15", **options)
-    assert not heard(APPLY)
-    assert not heard(RESCALE)
+    assert not warnings_on(APPLY)
+    assert not warnings_on(RESCALE)
 
 
 @pytest.mark.parametrize(("weight", "end"), [(0.0, 1.0), (1.0, 0.0)])
-def test_what_is_switched_off_is_not_missed(weight: float, end: float, heard: Heard) -> None:
+def test_what_is_switched_off_is_not_missed(weight: float, end: float, warnings_on: WarningsOn) -> None:
     draw(past_the_hooks(apply(unet("sd15"), "sd15", person("sd15"), weight, 0.0, end)), "sd15")
-    assert not [text for text in heard(APPLY) if "did not act in this picture" in text]
+    assert not [text for text in warnings_on(APPLY) if "did not act in this picture" in text]
 
 
-def test_a_node_that_does_so_in_some_steps_is_told_too(heard: Heard) -> None:
+def test_a_node_that_does_so_in_some_steps_is_told_too(warnings_on: WarningsOn) -> None:
     draw(past_the_hooks(rescale(apply(unet("sd15"), "sd15", person("sd15"))), begin=1), "sd15", steps=4)
-    (said,) = heard(APPLY)
+    (said,) = warnings_on(APPLY)
     assert said.startswith("in 3 of 4 evaluations of the model no identity could act")
     assert "(past_the_hooks)" in said
 
 
-def test_the_wrapper_of_text_tokens_alone(heard: Heard) -> None:
+def test_the_wrapper_of_text_tokens_alone(warnings_on: WarningsOn) -> None:
     model = taking_wrappers(rescale(apply(unet("sd15"), "sd15", person("sd15"))), "calc_cond_batch")
     draw(model, "sd15")
-    assert not heard(APPLY)
-    (said,) = heard(RESCALE)
+    assert not warnings_on(APPLY)
+    (said,) = warnings_on(RESCALE)
     assert said.startswith("the scales of text tokens do not act: another node has taken")
 
 
@@ -281,25 +281,27 @@ def test_uniid_without_rescaling(
     assert all("Normalized Identity Rescaling is not on this model" in text for text in said)
 
 
-def test_idadapter_without_rescaling_is_as_it_should_be(heard: Heard) -> None:
+def test_idadapter_without_rescaling_is_as_it_should_be(warnings_on: WarningsOn) -> None:
     made = Made("sd15")
     draw(idadapter_sampling.apply(unet("sd15"), made, idadapter_sampling.person(made)), "sd15")
-    assert not heard(APPLY)
+    assert not warnings_on(APPLY)
 
 
-def test_an_identity_attached_in_the_wrong_role(heard: Heard) -> None:
+def test_an_identity_attached_in_the_wrong_role(warnings_on: WarningsOn) -> None:
     kind, identity = "sd15", person("sd15")
     model = rescale(apply(unet(kind), kind, identity))
     sample(model, prompt(kind, "positive"), attach(prompt(kind, "negative"), identity, "positive"))
-    (said,) = heard("Attach Identity to Conditioning")
+    (said,) = warnings_on("Attach Identity to Conditioning")
     assert "attached as positive is used as negative" in said
 
 
 @pytest.mark.parametrize(("masks", "said"), [(3, "the others are not used"), (2, None), (1, None)])
-def test_masks_that_are_not_as_many_as_the_latents(masks: int, said: str | None, heard: Heard) -> None:
+def test_masks_that_are_not_as_many_as_the_latents(
+    masks: int, said: str | None, warnings_on: WarningsOn
+) -> None:
     model = apply(unet("sd15"), "sd15", person("sd15"), mask=torch.ones(masks, 8, 8))
     draw(rescale(model), "sd15", latent_noise=noise(2))
-    assert [said in text for text in heard(APPLY)] == ([True] if said else [])
+    assert [said in text for text in warnings_on(APPLY)] == ([True] if said else [])
 
 
 def test_messages_of_a_run_do_not_stay(events: dict[tuple[str, str], list[str]]) -> None:

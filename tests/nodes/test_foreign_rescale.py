@@ -173,19 +173,19 @@ def test_limit_holds_for_our_own_adapters_too() -> None:
 
 @pytest.mark.parametrize("changing", [pladis, nag, couple])
 @pytest.mark.parametrize("mode", ["normalized", "limit"])
-def test_changes_of_the_text_attention_are_left_alone(changing: Patch, mode: str, heard: Any) -> None:
+def test_changes_of_the_text_attention_are_left_alone(changing: Patch, mode: str, warnings_on: Any) -> None:
     theirs = in_all_slots(unet(KIND), lambda: changing)
     want = draw(theirs, KIND)
     assert difference(want, draw(unet(KIND), KIND)) > 0.05
     scaled = rescale(theirs, mode, EVERY, adapter_early=0.3, adapter_late=0.3)
     assert difference(draw(scaled, KIND), want) < 1e-5
     # One word about all of its slots, in which the owner is named.
-    said = [text for text in heard("Normalized Identity Rescaling") if "left as it is" in text]
+    said = [text for text in warnings_on("Normalized Identity Rescaling") if "left as it is" in text]
     assert len(said) == 1
     assert f"({changing.__name__})" in said[0]
 
 
-def test_an_addition_in_a_plain_function_is_rescaled(heard: Any) -> None:
+def test_an_addition_in_a_plain_function_is_rescaled(warnings_on: Any) -> None:
     """What follows no convention is tried out once, not at every step."""
     calls: Counter[int] = Counter()
 
@@ -197,7 +197,7 @@ def test_an_addition_in_a_plain_function_is_rescaled(heard: Any) -> None:
     sites = sum(calls.values()) // 5
     assert sum(calls.values()) == 5 * sites
     assert difference(found, draw(rescale(ip_adapter(unet(KIND)), scope=EVERY), KIND, steps=4)) < 1e-4
-    assert not heard("Normalized Identity Rescaling")
+    assert not warnings_on("Normalized Identity Rescaling")
 
 
 def test_an_addition_that_begins_later_is_recognised() -> None:

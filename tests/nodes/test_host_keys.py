@@ -112,11 +112,11 @@ def test_all_of_them_may_be_missing_at_once(method: Callable[[Any], Any]) -> Non
     assert torch.equal(draw(in_blocks(model, passed), "sd15"), draw(model, "sd15"))
 
 
-def test_gated_layers_that_are_told_no_block_say_so(heard: Any) -> None:
+def test_gated_layers_that_are_told_no_block_say_so(warnings_on: Any) -> None:
     """A gated layer belongs to one block; which, only the block can tell."""
     model = idadapter(unet("sd15"))
     assert draw(in_blocks(model, without("block")), "sd15").isfinite().all()
-    assert any("without saying which" in text for text in heard("Apply ID Adapter"))
+    assert any("without saying which" in text for text in warnings_on("Apply ID Adapter"))
 
 
 @METHODS

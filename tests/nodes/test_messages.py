@@ -49,7 +49,7 @@ def test_messages_go_to_the_page_whose_prompt_runs(monkeypatch: pytest.MonkeyPat
     from ComfyUI_IDAdapter.nodes.host import messages
 
     server = server_of(monkeypatch, "page")
-    messages.say("12:3", "Apply ID Adapter", "run", [messages.warning("mind this")])
+    messages.show("12:3", "Apply ID Adapter", "run", [messages.warning("mind this")])
     expected = {
         "node": "12:3",
         "topic": "run",
@@ -65,7 +65,7 @@ def test_messages_of_a_queued_prompt_are_not_taken_for_those_of_the_running_one(
     from ComfyUI_IDAdapter.nodes.host import messages
 
     server = server_of(monkeypatch, "page")
-    messages.say("7", "ID Prompt", "graph", [], client="other page")
+    messages.show("7", "ID Prompt", "graph", [], client="other page")
     ((_, data, client),) = server.sent
     assert (data["messages"], data["prompt_id"], client) == ([], None, "other page")
 
@@ -78,7 +78,7 @@ def test_without_a_page_or_a_node_a_warning_is_only_logged(
     from ComfyUI_IDAdapter.nodes.host import messages
 
     server = server_of(monkeypatch, client)
-    messages.say(node_id, "Apply ID Adapter", "run", [messages.warning("mind this"), messages.info("fine")])
+    messages.show(node_id, "Apply ID Adapter", "run", [messages.warning("mind this"), messages.info("fine")])
     assert server.sent == []
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
         "Apply ID Adapter: mind this"
@@ -237,5 +237,5 @@ def test_messages_of_a_prompt_that_a_program_queued_reach_no_page(monkeypatch: p
     from ComfyUI_IDAdapter.nodes.host import messages
 
     server = server_of(monkeypatch, "page")
-    messages.say("7", "ID Prompt", "graph", [messages.warning("something is missing")], client=None)
+    messages.show("7", "ID Prompt", "graph", [messages.warning("something is missing")], client=None)
     assert server.sent == []

@@ -44,7 +44,7 @@ class IDAdapterConfig:
     recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
     # Settings that affect an identity, or its use, but no weight.
-    unseen: ClassVar[tuple[str, ...]] = (
+    non_weight_settings: ClassVar[tuple[str, ...]] = (
         "references",
         "mixer_heads",
         "site_heads",

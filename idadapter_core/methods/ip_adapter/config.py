@@ -25,7 +25,7 @@ class FaceIDConfig:
     lora_rank: int = 128  # rank of the attention LoRA in the file; 0: none (Portrait)
     recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
-    unseen: ClassVar[tuple[str, ...]] = ()
+    non_weight_settings: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name in ("tokens", "embedding_width", "hidden_width", "context_width"):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...placeholders import CAPTION
-from ..method import Around, Encoded, Recipe, Seen
+from ..method import AdapterContext, BatchFeatures, Encoded, Recipe
 from .config import FaceIDConfig
 from .encoder import FaceIDEncoder, FaceIDLayers
 
 
-def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
+def sizes(context: AdapterContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """Add no settings to those that every method takes from the base."""
     return {}, {}
 
@@ -26,10 +26,10 @@ def start(layers: FaceIDLayers, key_values: Mapping[int, tuple[Tensor, Tensor]])
         pair.to_k_ip.weight.copy_(key_values[number][0])
 
 
-def encode(encoder: FaceIDEncoder, config: FaceIDConfig, seen: Seen) -> Encoded:
+def encode(encoder: FaceIDEncoder, config: FaceIDConfig, features: BatchFeatures) -> Encoded:
     """Encode the tokens; rows without the identity get those of no face (zeros)."""
-    keep = seen.identity.to(seen.embedding)
-    return Encoded(encoder(seen.embedding[:, -1] * keep[:, None]), None, {})
+    keep = features.identity.to(features.embedding)
+    return Encoded(encoder(features.embedding[:, -1] * keep[:, None]), None, {})
 
 
 RECIPE = Recipe(

@@ -41,7 +41,7 @@ class UniIDConfig:
     stage_widths: tuple[int, ...] = STAGE_WIDTHS  # channels of the recogniser's four stages
     recognizer: str = ""  # digest of the face network used in training; empty: not recorded
 
-    unseen: ClassVar[tuple[str, ...]] = ("head_width",)  # affects an identity, but no weight
+    non_weight_settings: ClassVar[tuple[str, ...]] = ("head_width",)  # affects an identity, but no weight
 
     def __post_init__(self) -> None:
         if not self.text_widths and not self.adapter_tokens:

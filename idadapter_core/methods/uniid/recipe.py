@@ -13,17 +13,17 @@ from ...errors import ConfigError, MismatchError
 from ...mechanisms.decoupled import SiteProjections
 from ...placeholders import CLASS_WORD
 from ..common import head_width
-from ..method import Around, Encoded, Recipe, Seen
+from ..method import AdapterContext, BatchFeatures, Encoded, Recipe
 from .config import ENCODERS, UniIDConfig, branches
 from .encoder import UniIDEncoder
 
 
-def sizes(around: Around) -> tuple[dict[str, Any], dict[str, Any]]:
+def sizes(context: AdapterContext) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings that the base model and the branch fix, and default sizes that suit them."""
-    text_widths, facts = around.text_widths, {"stage_widths": around.stage_widths}
-    if around.branch == "adapter":
-        width = min(around.context_width, UniIDConfig.adapter_width)
-        width = around.settings.get("adapter_width", width)
+    text_widths, facts = context.text_widths, {"stage_widths": context.stage_widths}
+    if context.branch == "adapter":
+        width = min(context.context_width, UniIDConfig.adapter_width)
+        width = context.settings.get("adapter_width", width)
         return {**facts, "text_widths": ()}, {"adapter_width": width, "head_width": head_width(width)}
     names = ENCODERS[: len(text_widths)]
     if set(names) != set(text_widths):
@@ -63,11 +63,11 @@ def start(layers: SiteProjections, key_values: Mapping[int, tuple[Tensor, Tensor
             linear.weight.copy_(weight)
 
 
-def encode(encoder: UniIDEncoder, config: UniIDConfig, seen: Seen) -> Encoded:
+def encode(encoder: UniIDEncoder, config: UniIDConfig, features: BatchFeatures) -> Encoded:
     """Encode the features; rows without the identity get zeroed features."""
-    keep = seen.identity.to(seen.embedding)
-    embedding = seen.embedding[:, -1] * keep[:, None]
-    stages = tuple(stage * keep[:, None, None, None] for stage in seen.stages)
+    keep = features.identity.to(features.embedding)
+    embedding = features.embedding[:, -1] * keep[:, None]
+    stages = tuple(stage * keep[:, None, None, None] for stage in features.stages)
     text, tokens = encoder(embedding, stages)
     return Encoded(tokens, None, text)
 

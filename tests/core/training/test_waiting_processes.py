@@ -45,9 +45,9 @@ def test_a_process_that_does_not_come_is_named(
         monkeypatch.setattr(watching, name, 0.3)
     monkeypatch.setattr(watching, "_REPORT_INTERVAL", 0.02)
     left: list[int] = []
-    store, heard, over = Store(), set[str](), threading.Event()
+    store, received, over = Store(), set[str](), threading.Event()
     store.set("process/1", "1 working")
-    watch = Watch(store, 0, 2, heard)
+    watch = Watch(store, 0, 2, received)
 
     def leave(code: int) -> None:
         left.append(code)
@@ -79,8 +79,10 @@ def test_a_process_that_does_not_come_is_named(
         assert "through which the processes exchange their states, is gone (broken pipe)" in said
     else:
         assert "The checkpoint of step 3 is written." in said
-        assert ("process 1 did not come" if "late" in what else "process 1 has not been heard from") in said
-    assert heard == ({"stop"} if "stopped" in what else set())
+        assert (
+            "process 1 did not come" if "late" in what else "process 1 has not been heard from"
+        ) in said
+    assert received == ({"stop"} if "stopped" in what else set())
 
 
 def alive(store: Store) -> None:
@@ -93,16 +95,16 @@ def failing(keys: list[str]) -> list[bytes]:
 
 def test_a_signal_to_one_process_is_heard_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "_REPORT_INTERVAL", 0.02)
-    store, heard = Store(), set[str]()
+    store, received = Store(), set[str]()
     store.set("process/1", "1 working")
-    watch = Watch(store, 0, 2, heard)
+    watch = Watch(store, 0, 2, received)
     watch.start()
     store.set("stop", "1")
     for _ in iter(lambda: threading.Event().wait(0.02), None):
-        if heard:
+        if received:
             break
     watch.close(is_end_agreed=True)
-    assert heard == {"stop"}
+    assert received == {"stop"}
     assert store["process/0"].endswith(b"finished")  # and nobody misses it
 
 
