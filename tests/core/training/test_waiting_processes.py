@@ -79,9 +79,7 @@ def test_a_process_that_does_not_come_is_named(
         assert "through which the processes exchange their states, is gone (broken pipe)" in said
     else:
         assert "The checkpoint of step 3 is written." in said
-        assert (
-            "process 1 did not come" if "late" in what else "process 1 has not been heard from"
-        ) in said
+        assert ("process 1 did not come" if "late" in what else "process 1 has not been heard from") in said
     assert received == ({"stop"} if "stopped" in what else set())
 
 
