@@ -11,12 +11,28 @@ from torch import Tensor
 
 from .pictures import PictureSet
 
+FACE_WEIGHT = 3.0  # of an error inside the box of the head, against 1 outside
 Numbers = npt.NDArray[np.int64]
 
 
 def as_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
     """Convert pictures (B, H, W, 3), uint8, to (B, 3, H, W), float32 in -1..1, in the channels-last memory format."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def face_weights(boxes: npt.NDArray[np.float32], side: int, cell: int = 1) -> Tensor:
+    """Weights (N, side, side) of errors, of mean 1 in each picture: larger in the box of the head, where expressions are.
+
+    Args:
+        boxes: (N, 4) left, top, right, bottom in pixels.
+        side: cells along a side of a picture, of `cell` pixels each.
+    """
+    centers = (np.arange(side) + 0.5) * cell
+    left, top, right, bottom = boxes[:, :, None].transpose(1, 0, 2)
+    across, down = (centers > left) & (centers < right), (centers > top) & (centers < bottom)
+    inside = torch.from_numpy(down[:, :, None] & across[:, None, :])
+    weights = 1 + (FACE_WEIGHT - 1) * inside.float()
+    return weights / weights.mean((1, 2), keepdim=True)
 
 
 class Pool:

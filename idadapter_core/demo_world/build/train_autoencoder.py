@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
 from ..readers import Reader
-from .batches import Pool, as_tensor
+from .batches import Pool, as_tensor, face_weights
 from .fitting import fit
 from .settings import TrainingSchedule
 
@@ -24,6 +24,7 @@ SPREAD_WEIGHT = (
 )
 NOISE = 0.03  # standard deviation, added to latents, so that the decoder tolerates small errors of a diffusion model
 SHIFT = 4  # largest shift in pixels, half a cell of the latents, so that no position in a cell is special
+WHOLE_PICTURE = 0.32  # share of the steps
 
 
 def train_autoencoder(
@@ -35,20 +36,28 @@ def train_autoencoder(
     seed: int,
     log: Callable[[str], None],
 ) -> Autoencoder:
-    """Train an autoencoder on the pictures of a pool. The loss also compares features of `reader`."""
+    """Train an autoencoder on the pictures of a pool. The loss also compares features of `reader`.
+
+    First all of a picture counts alike; after a share `WHOLE_PICTURE` of the steps, errors in the box of the head count more.
+    """
     torch.manual_seed(seed)
     reader = reader.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(network, Autoencoder)
-        pictures = as_tensor(pool.pixels(rng.integers(len(pool), size=schedule.batch)))
+        numbers = rng.integers(len(pool), size=schedule.batch)
+        pictures = as_tensor(pool.pixels(numbers))
+        weights = torch.ones(len(pictures), 1, *pictures.shape[2:])
+        if step >= WHOLE_PICTURE * schedule.steps:
+            weights = face_weights(pool.boxes[numbers], pictures.shape[3])[:, None]
         if step % 2:
-            pictures = pictures.flip(3)
-        pictures = torch.roll(pictures, tuple(rng.integers(-SHIFT, SHIFT + 1, 2).tolist()), (2, 3))
+            pictures, weights = pictures.flip(3), weights.flip(3)
+        shift = tuple(rng.integers(-SHIFT, SHIFT + 1, 2).tolist())
+        pictures, weights = (torch.roll(values, shift, (2, 3)) for values in (pictures, weights))
         with torch.autocast("cpu", torch.bfloat16):
             latents = network.encode(pictures)
             back = network.decode(latents + NOISE * torch.randn_like(latents))
-        return _difference(back.float(), pictures, reader) + SPREAD_WEIGHT * _spread(latents.float())
+        return _difference(back.float(), pictures, weights, reader) + SPREAD_WEIGHT * _spread(latents.float())
 
     network = Autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = fit(network, loss, schedule, checkpoint, seed=seed, weight_decay=0.0, log=log)
@@ -61,11 +70,13 @@ def _spread(latents: Tensor) -> Tensor:
     return latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
 
 
-def _difference(back: Tensor, pictures: Tensor, reader: Reader) -> Tensor:
-    """L1 difference of pixels, edges and the reader's features."""
-    total = F.l1_loss(back, pictures)
+def _difference(back: Tensor, pictures: Tensor, weights: Tensor, reader: Reader) -> Tensor:
+    """L1 difference of pixels, edges and the reader's features. The weights (B, 1, H, W) are those of pixels and edges."""
+    wrong = back - pictures
+    total = (wrong.abs() * weights).mean()
     for axis in (2, 3):
-        total = total + EDGE_WEIGHT * F.l1_loss(back.diff(dim=axis), pictures.diff(dim=axis))
+        edges = wrong.diff(dim=axis).abs() * weights.narrow(axis, 1, weights.shape[axis] - 1)
+        total = total + EDGE_WEIGHT * edges.mean()
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             wanted = _features(reader, pictures)

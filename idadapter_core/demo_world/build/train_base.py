@@ -19,7 +19,7 @@ from ..autoencoder import Autoencoder
 from ..base import BaseModel
 from ..readers import READ_FACTORS, Reader
 from ..words import words
-from .batches import Pool, as_tensor
+from .batches import Pool, as_tensor, face_weights
 from .fitting import fit
 from .settings import TrainingSchedule
 
@@ -29,7 +29,6 @@ IDENTITY_WORD = 0.1  # probability of an identity word, which has no meaning yet
 UNKNOWN_WORD = 0.08  # probability of an unknown word, which must do no harm
 SEED_TAG = 1_213
 CELL = 8  # pixels along a side of a latent
-FACE_WEIGHT = 3.0  # of the error inside the box of the head, against 1 outside
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def train_base(
     """
     torch.manual_seed(seed)
     facts = [fact for part in pool.sets for fact in part.facts]
-    weights = face_weights(pool.boxes, latents.shape[-1])
+    weights = face_weights(pool.boxes, latents.shape[-1], CELL)
     people = {seed: Person.sample(seed) for seed in {fact.person for fact in facts}}
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
@@ -81,16 +80,6 @@ def train_base(
     average = fit(base, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, BaseModel)
     return average
-
-
-def face_weights(boxes: npt.NDArray[np.float32], side: int) -> Tensor:
-    """Weights (N, side, side) of the error at each latent, of mean 1: more in the box (N, 4) of the head, where expressions are."""
-    cells = (np.arange(side) + 0.5) * CELL
-    left, top, right, bottom = boxes[:, :, None].transpose(1, 0, 2)
-    across, down = (cells > left) & (cells < right), (cells > top) & (cells < bottom)
-    inside = torch.from_numpy(down[:, :, None] & across[:, None, :])
-    weights = 1 + (FACE_WEIGHT - 1) * inside.float()
-    return weights / weights.mean((1, 2), keepdim=True)
 
 
 class AttentionInFloat32(TorchFunctionMode):

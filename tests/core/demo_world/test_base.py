@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from idadapter_core.demo_world import FACTORS, Factors, Person, caption
+from idadapter_core.demo_world.build.batches import face_weights
 from idadapter_core.demo_world.build.train_base import (
     AttentionInFloat32,
-    face_weights,
     prompts_to_judge,
     varied_rows,
 )
@@ -98,7 +98,7 @@ def test_base_model_draws_the_same_from_its_file(tmp_path: Path) -> None:
 
 
 def test_the_error_counts_more_in_the_box_of_the_head() -> None:
-    weights = face_weights(np.array([[8, 16, 24, 32], [0, 0, 64, 64]], np.float32), 8)
+    weights = face_weights(np.array([[8, 16, 24, 32], [0, 0, 64, 64]], np.float32), 8, 8)
     assert weights.shape == (2, 8, 8)
     torch.testing.assert_close(weights.mean((1, 2)), torch.ones(2))
     inside = torch.zeros(8, 8, dtype=torch.bool)
