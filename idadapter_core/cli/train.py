@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     return run(
         lambda: _train(options),
-        interrupted="resume from the last checkpoint, if there is one, with --resume auto",
+        interrupted="resume from the last checkpoint with --resume auto, if there is one",
     )
 
 

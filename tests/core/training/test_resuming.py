@@ -109,7 +109,7 @@ def test_ctrl_c(toy: Toy, tmp_path: Path, presses: int) -> None:
     if code == STOPPED:
         assert latest(run).step == read_log(run)[-1]["step"]  # type: ignore[union-attr]
     else:
-        assert "go on from the last checkpoint with --resume auto" in output
+        assert "resume from the last checkpoint with --resume auto" in output
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
