@@ -1,4 +1,4 @@
-"""Trains the demo world's adapters with the commands that a user gives: scan, cache, train, export."""
+"""Trains the demo world's adapters with the commands for users: scan, cache, train, export."""
 
 from __future__ import annotations
 

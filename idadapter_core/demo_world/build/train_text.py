@@ -1,6 +1,6 @@
-"""Trains the text encoder to tell from a caption what it names, before the base model learns to draw it.
+"""Trains the text encoder to classify the factors that a caption names, before the training of the base model.
 
-A diffusion model gives a new text encoder little to learn from: most of its error is noise. Captions alone teach the words in minutes.
+A new text encoder learns little from a diffusion model, most of whose error is noise. Captions alone train it in minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PEOPLE = 20  # only their sex is named
 
 
 class CaptionReader(nn.Module):
-    """A text encoder with a linear layer for each factor on its state at the end of the text."""
+    """A text encoder with a linear classifier for each factor on its state at the end of the text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,16 +38,16 @@ class CaptionReader(nn.Module):
         )
 
     def forward(self, rows: Tensor) -> dict[str, Tensor]:
-        """Scores (B, classes) of each factor, of captions as rows (B, L) of the small table."""
+        """Maps captions, as rows (B, L) of the small table, to logits (B, K) of the K classes of each factor."""
         ends = (rows == END_ROW).int().argmax(1)
-        longest = int(ends.max()) + 1  # what follows the end has no effect on it
+        longest = int(ends.max()) + 1  # later tokens have no effect on the state at the end
         states: Tensor = self.text(input_ids=rows[:, :longest]).last_hidden_state
         last = states[torch.arange(len(rows)), ends]
         return {name: head(last) for name, head in self.heads.items()}
 
 
 def random_captions(rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Captions of made-up pictures as rows (count, 77), and the class (count) of each factor, -1 where it is not named."""
+    """Return captions of random factors as rows (count, 77), and the class (count,) of each factor, -1 where it is not named."""
     texts: list[list[int]] = []
     named: dict[str, list[int]] = {name: [] for name in READ_FACTORS}
     people = [Person.sample(seed) for seed in range(PEOPLE)]
@@ -66,7 +66,7 @@ def random_captions(rng: np.random.Generator, count: int) -> tuple[Tensor, dict[
 def train_text_encoder(
     schedule: TrainingSchedule, checkpoint: Path, *, seed: int, log: Callable[[str], None]
 ) -> CaptionReader:
-    """Train on captions drawn anew for each step."""
+    """Train a caption reader on random captions, new ones for each step."""
     torch.manual_seed(seed)
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
@@ -86,7 +86,7 @@ def train_text_encoder(
 
 @torch.no_grad()
 def text_scores(reader: CaptionReader, count: int = 512) -> dict[str, float]:
-    """Share of the named classes that are read right in captions of another seed."""
+    """Return the accuracy for the named classes of each factor, on `count` captions of another seed."""
     rows, named = random_captions(np.random.default_rng(SEED_TAG), count)
     found = reader(rows)
     return {
@@ -101,7 +101,7 @@ def save_caption_reader(reader: CaptionReader, path: Path) -> None:
 
 
 def load_caption_reader(path: Path) -> CaptionReader:
-    """The network in float32 and eval mode.
+    """Load the network, in float32 and eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another network.

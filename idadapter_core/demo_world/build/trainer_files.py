@@ -1,4 +1,4 @@
-"""Writes the demo world as the trainer's own input: a folder of photos with captions, and a base model as a diffusers folder."""
+"""Writes the demo world as input of the trainer: a folder of photos with captions, and the base model as a diffusers folder."""
 
 from __future__ import annotations
 
