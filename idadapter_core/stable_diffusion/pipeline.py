@@ -5,7 +5,7 @@ The same seed gives the same image as ComfyUI with KSampler (euler, simple) and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..types import Identity
 from .base import Base
 from .inject import inject
 from .inject.text import with_identity
-from .sampler import sample
+from .sampler import positive_rows, sample
 from .text import Conditioning
 
 BeforeStep = Callable[[int, int], Conditioning | None]
@@ -36,6 +36,19 @@ class Strengths:
         1.0  # as `token_weight` of ID Prompt; 0: not in the prompt. For an identity word only 0 or 1
     )
     rescale: RescaleSchedule | None = None  # normalized rescaling, whose scales replace both strengths
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRequest:
+    """An image of a batch.
+
+    prompt: may contain `<class word>`. A missing identity word is appended.
+    identity: an identity from the pipeline's adapter; None: no identity, and the adapter has no effect.
+    """
+
+    prompt: str
+    identity: Identity | None = None
+    seed: int = 0
 
 
 class Pipeline:
@@ -70,13 +83,17 @@ class Pipeline:
         if self._owns and self.injected is not None:
             self.injected.eject()
 
-    @torch.no_grad()
     def generate(
+        self, prompt: str, *, identity: Identity | None = None, seed: int = 0, **settings: Any
+    ) -> Tensor:
+        """Generate an image (3, height, width), RGB in 0..1. Settings and errors are those of `generate_batch`."""
+        return self.generate_batch([ImageRequest(prompt, identity, seed)], **settings)[0]
+
+    @torch.no_grad()
+    def generate_batch(
         self,
-        prompt: str,
+        requests: Sequence[ImageRequest],
         *,
-        identity: Identity | None = None,
-        seed: int = 0,
         steps: int = 20,
         cfg: float = 5.0,
         width: int = 512,
@@ -84,29 +101,26 @@ class Pipeline:
         negative: str = "",
         strengths: Strengths | None = None,
     ) -> Tensor:
-        """Generate an image (3, height, width), RGB in 0..1.
-
-        Args:
-            prompt: may contain `<class word>`. A missing identity word is appended.
-            identity: an identity from this adapter; None: no identity, and the adapter has no effect.
+        """Generate images (B, 3, height, width), RGB in 0..1, in one batch. An image does not depend on the others, up to rounding.
 
         Raises:
-            InputError: an identity without an adapter, or `strengths` settings that the method does not support.
-            MismatchError: the identity was made with another adapter.
+            InputError: no requests, some with and some without an identity, identities of different numbers of photos, an identity
+                without an adapter, or `strengths` that the method does not support.
+            MismatchError: an identity was made with another adapter.
         """
         strengths = strengths or Strengths()
-        negatives = None if cfg == 1 else self.base.text.encode([negative])
-        rows = torch.tensor([True] if negatives is None else [False, True])  # row order of `sample`
+        if not requests:
+            raise InputError("requests is empty; give at least one")
+        encoded = self.base.text.encode([negative])
+        negatives = None if cfg == 1 else encoded
+        rows = positive_rows(negatives, cfg, len(requests))
         before_step: BeforeStep = _no_action
-        if identity is None:
-            positive = self.base.text.encode([prompt.replace(CLASS_WORD, "person")])
+        if all(request.identity is None for request in requests):
+            prompts = [request.prompt.replace(CLASS_WORD, "person") for request in requests]
+            positive = _together([self.base.text.encode([prompt]) for prompt in prompts])
             self._set(None, 0.0)
         else:
-            if self.adapter is None:
-                raise InputError("an identity was given, but no adapter; give the adapter that made it")
-            self.adapter.require_identity(identity, "the identity")
-            text = prompt.replace(CLASS_WORD, identity.class_word or "person")
-            positive, before_step = self._with_identity(self.adapter, text, identity, strengths, rows)
+            positive, before_step = self._with_identities(requests, strengths, rows)
         own = before_step
 
         def each_step(step: int, steps: int) -> Conditioning | None:
@@ -117,7 +131,7 @@ class Pipeline:
             self.base,
             positive,
             negatives,
-            seed=seed,
+            seeds=[request.seed for request in requests],
             steps=steps,
             cfg=cfg,
             width=width,
@@ -125,43 +139,86 @@ class Pipeline:
             before_step=each_step,
         )
         self._set(None, 0.0)
-        picture = self.base.vae.decode(latents.float())[0]
-        return ((picture + 1) / 2).clamp(0, 1).cpu()
+        pictures = self.base.vae.decode(latents.float())
+        return ((pictures + 1) / 2).clamp(0, 1).cpu()
 
     def _set(self, tokens: Tensor | None, strength: float, **more: Any) -> None:
         if self.injected is not None:
             self.injected.set_identity(tokens, strength, **more)
 
-    def _with_identity(
-        self, adapter: Adapter, text: str, identity: Identity, strengths: Strengths, rows: Tensor
+    def _with_identities(
+        self, requests: Sequence[ImageRequest], strengths: Strengths, rows: Tensor
     ) -> tuple[Conditioning, BeforeStep]:
         """Return the first conditioning and the callback for each step.
 
-        Rows of negative prompts get the identity's unconditional tokens or, if it has none, no tokens.
+        Rows of negative prompts get the identities' unconditional tokens or, if they have none, no tokens.
         """
+        if self.adapter is None:
+            raise InputError("an identity was given, but no adapter; give the adapter that made it")
+        adapter, identities = self.adapter, [request.identity for request in requests]
         kind, schedule = adapter.mechanisms.text, strengths.rescale
         can_rescale = adapter.mechanisms.decoupled is not None or kind == "states"
         if (schedule is not None and not can_rescale) or (kind == "word" and strengths.text not in (0, 1)):
             raise InputError(
-                f"an {adapter.kind.title} acts with text 0 or 1 and without rescaling, got text {strengths.text} and rescale {strengths.rescale}"
+                f"an {adapter.kind.title} acts with text 0 or 1 and without rescaling, got text {strengths.text} and rescale "
+                f"{strengths.rescale}"
             )
-        conditioned = with_identity(
-            self.base.text, text, kind, identity.text_tokens, identity.class_word, strengths.text
-        )
-        more: dict[str, Any] = {}
-        if identity.adapter_tokens is not None:
-            bias = None if identity.adapter_bias is None else identity.adapter_bias[0]
-            more = {"bias": bias, "rows": rows, "unconditional": identity.adapter_tokens_uncond}
+        scaled: list[Callable[[float], Conditioning]] = []
+        people: list[Identity] = []
+        for request, identity in zip(requests, identities, strict=True):
+            if identity is None:
+                raise InputError(
+                    "some images of a batch have an identity and others have none; generate them apart"
+                )
+            adapter.require_identity(identity, "the identity")
+            text = request.prompt.replace(CLASS_WORD, identity.class_word or "person")
+            words, noun = identity.text_tokens, identity.class_word
+            scaled.append(with_identity(self.base.text, text, kind, words, noun, strengths.text))
+            people.append(identity)
+        tokens, more = _tokens_of(people, rows)
+
+        def conditioned(scale: float) -> Conditioning:
+            return _together([one(scale) for one in scaled])
 
         def before_step(step: int, steps: int) -> Conditioning | None:
             if schedule is None:
                 return None
             strength = strengths.adapter * schedule.adapter_scale(step, steps)
-            self._set(identity.adapter_tokens, strength, rescale=True, **more)
+            self._set(tokens, strength, rescale=True, **more)
             return conditioned(schedule.text_scale(step, steps))
 
-        self._set(identity.adapter_tokens, strengths.adapter, **more)
+        self._set(tokens, strengths.adapter, **more)
         return conditioned(1.0), before_step
+
+
+def _tokens_of(people: Sequence[Identity], rows: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
+    """Return tokens (1 or rows, T, D) for the rows of a call, and the other arguments of `Injected.set_identity`."""
+    first = people[0]
+    if first.adapter_tokens is None:
+        return None, {}
+    found = [person.adapter_tokens for person in people if person.adapter_tokens is not None]
+    is_alike = all(_same(person.adapter_bias, first.adapter_bias) for person in people)
+    if len({tokens.shape for tokens in found}) > 1 or len(found) < len(people) or not is_alike:
+        raise InputError(
+            "the identities of a batch have different numbers or weights of photos; generate their images apart"
+        )
+    tokens = first.adapter_tokens
+    if len(people) > 1:  # values in rows without the identity are not read
+        tokens = torch.cat(found).repeat(len(rows) // len(people), 1, 1)
+    bias = None if first.adapter_bias is None else first.adapter_bias[0]
+    return tokens, {"bias": bias, "rows": rows, "unconditional": first.adapter_tokens_uncond}
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
+def _together(parts: Sequence[Conditioning]) -> Conditioning:
+    """Conditionings of one prompt each as rows of one."""
+    pooled = [part.pooled for part in parts if part.pooled is not None]
+    return Conditioning(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 def _no_action(step: int, steps: int) -> None:

@@ -5,6 +5,7 @@ That they are ComfyUI's pictures is tested in `tests/e2e`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.features import extract_features
 from idadapter_core.schedule import RescaleSchedule
 from idadapter_core.stable_diffusion.inject.text import insert_tokens
-from idadapter_core.stable_diffusion.pipeline import Pipeline, Strengths, to_levels
+from idadapter_core.stable_diffusion.pipeline import ImageRequest, Pipeline, Strengths, to_levels
 from idadapter_core.stable_diffusion.text import LENGTH
 from idadapter_core.training.bundle import Bundle
 from idadapter_core.training.config import RunConfig
 from idadapter_core.training.grids import sample_grid
 from idadapter_core.training.parts import Parts, load_parts, prepare_adapter
-from idadapter_core.types import Identity
+from idadapter_core.types import FaceFeatures, Identity, Mix
 from tests.tiny.acting import acting
 from tests.tiny.diffusers_unet import traces
 from tests.tiny.toy import Toy
@@ -86,6 +87,55 @@ def draw(
     finally:
         handle.remove()
         pipeline.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_images_of_a_batch_are_those_generated_one_by_one(
+    kind: str, cfg: float, parts: Parts, adapters: dict[str, Adapter]
+) -> None:
+    """Several people, prompts and seeds at once; rescaled where the method can be."""
+    adapter = adapters[kind]
+    people = [adapter.encode(_features(parts, number, 1)) for number in range(3)]
+    strengths = Strengths(0.7) if adapter.kind.name == "idadapter" else Strengths(0.7, 1.0, RescaleSchedule())
+    requests = [
+        ImageRequest(text, person, seed)
+        for text, person, seed in zip(("a cat", PROMPT, "a photo"), people, (4, 5, 4), strict=True)
+    ]
+    settings = {"steps": STEPS, "cfg": cfg, "width": 64, "height": 64, "strengths": strengths}
+    with contextlib.closing(Pipeline(parts.base, adapter)) as pipeline:
+        together = pipeline.generate_batch(requests, **settings)
+        for request, picture in zip(requests, together, strict=True):
+            alone = pipeline.generate(
+                request.prompt, identity=request.identity, seed=request.seed, **settings
+            )
+            assert gap(picture, alone) < 5e-4
+        swapped = pipeline.generate(PROMPT, identity=people[0], seed=5, **settings)
+        assert gap(swapped, together[1]) > 2e-3, "the people look alike"
+
+
+def test_batches_that_cannot_be(parts: Parts, adapters: dict[str, Adapter]) -> None:
+    adapter, other = adapters["idadapter"], adapters["zeros"]
+    both = _features(parts, 0, 2)
+    equal, unequal = (adapter.encode(both, Mix(weights=weights)) for weights in ((1.0, 1.0), (1.0, 0.2)))
+    single = adapter.encode(_features(parts, 0, 1))
+    cases: list[tuple[list[Identity | None], str]] = [
+        ([], "requests is empty"),
+        ([equal, None], "some images of a batch have an identity and others have none"),
+        ([equal, unequal], "different numbers or weights of photos; generate their images apart"),
+        ([equal, single], "different numbers or weights of photos; generate their images apart"),
+    ]
+    with contextlib.closing(Pipeline(parts.base, adapter)) as pipeline:
+        for identities, message in cases:
+            with pytest.raises(InputError, match=message):
+                pipeline.generate_batch([ImageRequest(PROMPT, identity) for identity in identities])
+        with pytest.raises(MismatchError):
+            pipeline.generate_batch([ImageRequest(PROMPT, equal), ImageRequest(PROMPT, other.encode(both))])
+
+
+def _features(parts: Parts, first: int, count: int) -> FaceFeatures:
+    rows = parts.train_rows[first : first + count]
+    return features_of(parts.index, rows, parts.networks, parts.recognizer_digest, "cpu")
 
 
 def gap(one: Tensor, other: Tensor) -> float:

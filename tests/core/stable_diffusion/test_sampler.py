@@ -26,7 +26,14 @@ def base(request: pytest.FixtureRequest) -> Base:
 def draw(
     base: Base, text: str = "a photo of a man", negative: str | None = "a cat", **options: Any
 ) -> Tensor:
-    settings = {"seed": 1, "steps": 3, "cfg": 3.0, "width": 40, "height": 24, **options}
+    settings = {
+        "seeds": (options.pop("seed", 1),),
+        "steps": 3,
+        "cfg": 3.0,
+        "width": 40,
+        "height": 24,
+        **options,
+    }
     unwanted = None if negative is None else base.text.encode([negative])
     return sample(base, base.text.encode([text]), unwanted, **settings)
 
@@ -65,7 +72,7 @@ def test_rows(base: Base) -> None:
             lambda module, args, kwargs, seen=seen: seen.append(kwargs["encoder_hidden_states"]),
             with_kwargs=True,
         )
-        sample(base, positive, unwanted, seed=0, steps=1, cfg=cfg, width=32, height=16)
+        sample(base, positive, unwanted, seeds=[0], steps=1, cfg=cfg, width=32, height=16)
         handle.remove()
         (states,) = seen
         assert len(states) == len(rows)
@@ -125,6 +132,25 @@ def test_what_is_refused(options: dict[str, int], message: str, base: Base) -> N
         draw(base, **options)
 
 
-def test_one_prompt_at_a_time(base: Base) -> None:
-    with pytest.raises(InputError, match="the states of one prompt"):
-        sample(base, base.text.encode(["a", "b"]), None, seed=0, steps=1, cfg=1.0, width=8, height=8)
+def test_images_of_a_batch_are_those_drawn_one_by_one(base: Base) -> None:
+    texts, seeds = ["a man", "a cat", "a photo"], [5, 1, 5]
+    encoded = [base.text.encode([text]) for text in texts]
+    pooled = [one.pooled for one in encoded if one.pooled is not None]
+    states = torch.cat([one.states for one in encoded])
+    positive = Conditioning(states, torch.cat(pooled) if pooled else None)
+    settings = {"steps": 3, "cfg": 3.0, "width": 40, "height": 24}
+    negative = base.text.encode(["a cat"])
+    together = sample(base, positive, negative, seeds=seeds, **settings)
+    assert positive_rows(negative, 3.0, 3).tolist() == [False] * 3 + [True] * 3
+    for number, seed in enumerate(seeds):
+        alone = sample(base, encoded[number], negative, seeds=[seed], **settings)
+        torch.testing.assert_close(together[number], alone[0], atol=2e-4 * float(alone.abs().max()), rtol=0)
+    one_text = sample(base, encoded[0], negative, seeds=[5, 6], **settings)
+    torch.testing.assert_close(one_text[0], together[0], atol=2e-4 * float(together.abs().max()), rtol=0)
+
+
+def test_as_many_prompts_as_images(base: Base) -> None:
+    with pytest.raises(InputError, match="the states of 1 prompt or of 3, got \\[2\\] rows"):
+        sample(base, base.text.encode(["a", "b"]), None, seeds=[0, 1, 2], steps=1, cfg=1.0, width=8, height=8)
+    with pytest.raises(InputError, match="seeds is empty"):
+        sample(base, base.text.encode(["a"]), None, seeds=[], steps=1, cfg=1.0, width=8, height=8)
