@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     for reader in (grid, head, words):
         reader.set_defaults(interrupted="nothing was written")
     _add_build(commands)
+    _add_verify(commands)
     return parser
 
 
@@ -116,6 +119,56 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
     build.set_defaults(run=_build, interrupted="the same command resumes the build")
 
 
+def _add_verify(commands: argparse._SubParsersAction[Parser]) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="check the shipped files: their digests, and their scores on people not met in training",
+    )
+    verify.add_argument(
+        "--digests-only", action="store_true", help="do not measure the scores again (minutes)"
+    )
+    verify.add_argument(
+        "--work",
+        type=Path,
+        metavar="FOLDER",
+        help="folder to keep the pictures in for the next time (default: a temporary one)",
+    )
+    verify.add_argument("--processes", type=int, default=2, help="processes that draw pictures (default 2)")
+    verify.set_defaults(run=_verify, interrupted="nothing was changed")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..demo_world.build.settings import FULL
+    from ..demo_world.build.verify import changed_files, changed_scores
+    from ..demo_world.shipped import ASSETS
+
+    _require_positive(options, "processes")
+    problems = changed_files(ASSETS)
+    if not problems and not options.digests_only:
+        with contextlib.ExitStack() as stack:
+            work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            problems = changed_scores(ASSETS, work, FULL, options.processes, _print)
+    for problem in problems:
+        sys.stderr.write(f"{problem}\n")
+    if problems:
+        return 1
+    sys.stdout.write("the shipped files are as recorded\n")
+    return 0
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+def _require_positive(options: argparse.Namespace, *names: str) -> None:
+    """Raise InputError for a number below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise InputError(
+                f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
+            )
+
+
 def _build(options: argparse.Namespace) -> int:
     # Imported here: drawing a sheet does not need their libraries (torch, opencv, onnx).
     import torch
@@ -124,11 +177,7 @@ def _build(options: argparse.Namespace) -> int:
     from ..demo_world.build.settings import SETTINGS
     from ..demo_world.build.stages import Workspace, describe, run_stages, ship
 
-    for name in ("processes", "threads"):
-        if getattr(options, name) < 1:
-            raise InputError(
-                f"--{name} must be at least 1, got {getattr(options, name)}; choose another number."
-            )
+    _require_positive(options, "processes", "threads")
     workspace = Workspace(
         options.work, SETTINGS[options.settings], options.processes, options.again, options.tokenizer
     )

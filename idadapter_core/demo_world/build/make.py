@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...faces.detector import FaceAnalyzer, open_analyzer
 from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet, save_iresnet
-from ...stable_diffusion.vision import load_vision
 from ..autoencoder import load_autoencoder, save_autoencoder
 from ..base import load_base, save_base
 from ..readers import load_reader, save_reader
-from ..second_recognizer import EMBEDDING, SecondRecognizer, load_second_recognizer, save_second_recognizer
+from ..second_recognizer import EMBEDDING, SecondRecognizer, save_second_recognizer
 from ..shipped import (
     ADAPTERS,
     AUTOENCODER,
     BASE,
     CLIP_VISION,
     DETECTOR_FILE,
-    FACE_PACKAGE,
-    FACE_PACKAGES,
     JUDGE,
     READER,
     RECOGNIZER_FILE,
     SEX_AND_AGE_FILE,
 )
 from .batches import Pool
-from .detector import Detector, Exported, detection_scores, output_names, train_detector
-from .measures import recognition
+from .detector import Detector, Exported, output_names, train_detector
 from .onnx_files import write_onnx
 from .pictures import draw_pictures, open_pictures
+from .scores import MEASURES, PACKAGE, call, embed
 from .settings import FULL, SECOND, TrainingSchedule
-from .sex_and_age import SIDE, sex_and_age_scores, train_sex_and_age
-from .sheets import write_pairs, write_sheet
+from .sex_and_age import SIDE, train_sex_and_age
 from .stages import Stage, Workspace
 from .train_adapters import BASE_FOLDER, PHOTOS, RECOGNIZER, export_adapter, scan_photos, train_adapter
-from .train_autoencoder import latent_statistics, rebuilt, signal_to_noise, train_autoencoder
-from .train_base import base_scores, encode_pictures, train_base
-from .train_readers import reader_scores, train_reader
-from .train_recognizers import embeddings_of, first_of, recognizer_scores, train_recognizer
+from .train_autoencoder import train_autoencoder
+from .train_base import encode_pictures, train_base
+from .train_readers import train_reader
+from .train_recognizers import first_of, train_recognizer
 from .train_text import load_caption_reader, save_caption_reader, text_scores, train_text_encoder
-from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision, vision_scores
+from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision
 from .trainer_files import write_base_folder, write_photos
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
-PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
 LATENTS, TEXT = "latents/training.npy", "text.safetensors"  # in the folder of a build
 EXAMPLE_SIDE = 320  # of the detector's input during the export; the file accepts any size
 
@@ -91,11 +86,6 @@ def _draw(workspace: Workspace, stage: str, groups: list[str]) -> None:
 def _readers(workspace: Workspace) -> None:
     reader = train_reader(_pool(workspace, "training"), **_training(workspace, "readers"))
     save_reader(reader, workspace.files / READER)
-    workspace.score("readers", reader_scores(load_reader(workspace.files / READER), _pool(workspace, "test")))
-
-
-def _embed(network: nn.Module, crops: Tensor) -> Tensor:
-    return first_of(network(crops))
 
 
 class _EmbeddingAlone(nn.Module):
@@ -105,10 +95,6 @@ class _EmbeddingAlone(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         return first_of(self.network(crops))
-
-
-def _judged(workspace: Workspace) -> dict[str, Pool]:
-    return {name.removeprefix("test_"): _pool(workspace, name) for name in ("test_photo", "test_shape")}
 
 
 def write_package_file(kind: str, network: nn.Module, folder: Path) -> Path:
@@ -137,47 +123,33 @@ def _recognizer(workspace: Workspace) -> None:
     network = IResNet(RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS)
     torch.manual_seed(workspace.settings.seed)
     trained = train_recognizer(
-        network, _embed, EMBEDDING_WIDTH, _pool(workspace, "training"), **_training(workspace, "recognizer")
+        network, embed, EMBEDDING_WIDTH, _pool(workspace, "training"), **_training(workspace, "recognizer")
     )
     assert isinstance(trained, IResNet)
     write_package_file("recognizer", trained, workspace.files / PACKAGE)
-    workspace.score("recognizer", recognizer_scores(trained, _embed, _judged(workspace)))
 
 
 def _second_recognizer(workspace: Workspace) -> None:
     torch.manual_seed(workspace.settings.seed + 1)
     trained = train_recognizer(
         SecondRecognizer(),
-        _call,
+        call,
         EMBEDDING,
         _pool(workspace, SECOND),
         **_training(workspace, "second_recognizer"),
     )
     assert isinstance(trained, SecondRecognizer)
     save_second_recognizer(trained, workspace.files / JUDGE)
-    loaded = load_second_recognizer(workspace.files / JUDGE)
-    workspace.score("second_recognizer", recognizer_scores(loaded, _call, _judged(workspace)))
-
-
-def _call(network: nn.Module, crops: Tensor) -> Tensor:
-    result: Tensor = network(crops)
-    return result
 
 
 def _detector(workspace: Workspace) -> None:
     detector = train_detector(_pool(workspace, "training"), **_training(workspace, "detector"))
     write_package_file("detector", detector, workspace.files / PACKAGE)
-    pool = _pool(workspace, "test")
-    numbers = np.linspace(0, len(pool) - 1, min(200, len(pool))).astype(np.int64)
-    workspace.score(
-        "detector", detection_scores(analyzer_of(workspace.files / PACKAGE).detect, pool, numbers)
-    )
 
 
 def _sex_and_age(workspace: Workspace) -> None:
     network = train_sex_and_age(_pool(workspace, "training"), **_training(workspace, "sex_and_age"))
     write_package_file("sex_and_age", network, workspace.files / PACKAGE)
-    workspace.score("sex_and_age", sex_and_age_scores(network, _pool(workspace, "test")))
 
 
 def _autoencoder(workspace: Workspace) -> None:
@@ -185,36 +157,12 @@ def _autoencoder(workspace: Workspace) -> None:
     network = train_autoencoder(
         pool, load_reader(workspace.files / READER), **_training(workspace, "autoencoder")
     )
-    path = workspace.files / AUTOENCODER
-    save_autoencoder(network, path)
-    loaded = load_autoencoder(path)
-    photos = _pool(workspace, "test_photo")
-    numbers = np.arange(len(photos))
-    originals, copies = photos.pixels(numbers), rebuilt(loaded, photos)
-    # Unlike the reader, it was not used in the training.
-    judge = load_iresnet(workspace.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
-    before, after = (
-        recognition(embeddings_of(judge, _embed, pixels, photos.landmarks), photos.people)["rank_one"]
-        for pixels in (originals, copies)
-    )
-    write_pairs(originals[:12], copies[:12], workspace.home / "sheets" / "autoencoder.png")
-    workspace.score(
-        "autoencoder",
-        {
-            "signal_to_noise": round(signal_to_noise(originals, copies), 2),
-            "rank_one_of_originals": before,
-            "rank_one": after,
-            "kept": round(1 + after - before, 4),
-            **latent_statistics(loaded, photos),
-        },
-    )
+    save_autoencoder(network, workspace.files / AUTOENCODER)
 
 
 def _vision(workspace: Workspace) -> None:
     model = train_vision(_pool(workspace, "training"), **_training(workspace, "vision"))
     save_vision(model, workspace.files / CLIP_VISION)
-    encoder = load_vision(workspace.files / CLIP_VISION)
-    workspace.score("vision", vision_scores(encoder, _pool(workspace, "test_photo")))
 
 
 def _latents(workspace: Workspace) -> None:
@@ -233,12 +181,6 @@ def _base(workspace: Workspace) -> None:
     text = load_caption_reader(workspace.home / TEXT).text
     base = train_base(_pool(workspace, "training"), latents, text, **_training(workspace, "base"))
     save_base(base, workspace.files / BASE)
-    judges = load_autoencoder(workspace.files / AUTOENCODER), load_reader(workspace.files / READER)
-    scores, pictures = base_scores(
-        load_base(workspace.files / BASE), *judges, workspace.settings.judged_prompts
-    )
-    write_sheet(pictures[:48], workspace.home / "sheets" / "base.png")
-    workspace.score("base", scores)
 
 
 def _photos(workspace: Workspace) -> None:
@@ -270,13 +212,8 @@ def _faceid(workspace: Workspace) -> None:
     export_adapter(workspace, "faceid", train_adapter(workspace, "faceid"))
 
 
-def analyzer_of(folder: Path) -> FaceAnalyzer:
-    """Open the face package in a folder, on the CPU."""
-    return open_analyzer(folder, "cpu")
-
-
 STAGES: Mapping[str, Stage] = {
-    stage.name: stage
+    stage.name: replace(stage, measure=MEASURES.get(stage.name))
     for stage in (
         Stage(
             "pictures", "draw the pictures for training and tests", (), _pictures,

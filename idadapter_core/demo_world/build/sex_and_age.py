@@ -91,7 +91,7 @@ def _truth(pool: Pool) -> tuple[Numbers, npt.NDArray[np.float32]]:
 
 
 @torch.no_grad()
-def sex_and_age_scores(network: SexAndAge, pool: Pool) -> dict[str, float]:
+def sex_and_age_scores(network: Callable[[Tensor], Tensor], pool: Pool) -> dict[str, float]:
     """Return the share of pictures whose sex is right, and the mean error of the age in years."""
     sexes, ages = _truth(pool)
     seen = torch.cat(

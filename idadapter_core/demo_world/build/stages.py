@@ -18,7 +18,9 @@ from typing import Any
 from ...errors import InputError
 from ...files import replacing
 from ..shipped import ASSETS
+from .scores import Evidence, Measure
 from .settings import Settings, TrainingSchedule
+from .verify import write_record
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Stage:
     ships: tuple[str, ...] = ()  # its files in `files/`, by their paths in the assets
     wanted: Mapping[str, float] | None = None  # minimum scores for shipping
     keeps: tuple[str, ...] = ()  # folders with its results so far, for stages without a training
+    measure: Measure | None = None
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -135,6 +138,10 @@ def _run(stage: Stage, workspace: Workspace) -> None:
     schedule = workspace.settings.schedules.get(stage.name)
     workspace.log(stage.name, "starts" if schedule is None else f"starts or resumes, {schedule.steps} steps")
     stage.work(workspace)
+    if stage.measure is not None:
+        sheets = workspace.home / "sheets"
+        evidence = Evidence(workspace.files, workspace.pictures, workspace.settings, sheets)
+        workspace.score(stage.name, stage.measure.scores(evidence))
     record = {"settings": workspace.settings.name, "seconds": round(time.monotonic() - begun)}
     write_json(
         workspace.done(stage.name), record | ({} if schedule is None else {"schedule": asdict(schedule)})
@@ -190,4 +197,5 @@ def ship(
             with replacing(target / file) as temporary:
                 shutil.copyfile(workspace.files / file, temporary)
             copied.append(target / file)
+        write_record(target, name, stages[name].ships, scores)
     return copied
