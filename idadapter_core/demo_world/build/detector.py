@@ -21,7 +21,7 @@ from .settings import TrainingSchedule
 STRIDES = (8, 16, 32)
 # Longer sides of faces in pixels, by stride: the first anchor is for the first to the second value, the other for the second to the third.
 SIZES = ((10, 28, 60), (40, 80, 170), (120, 280, 700))
-WIDTHS = (8, 16, 32, 48, 64)
+WIDTHS = (8, 16, 32, 64, 96)
 KINDS = {"score": 1, "bbox": 4, "kps": 10}
 # Distances from a face's center, relative to its longer side, within which cells are positive, and within which negative ones do not
 # matter. Cells farther away would give wrong boxes, too far from the right one to be suppressed.
@@ -64,7 +64,7 @@ class Detector(nn.Module):
             [
                 nn.Sequential(_conv(b, c, 2), _conv(c, c)),
                 nn.Sequential(_conv(c, d, 2), _conv(d, d), _conv(d, d)),
-                nn.Sequential(_conv(d, e, 2), *(_conv(e, e) for _ in range(4))),
+                nn.Sequential(_conv(d, e, 2), *(_conv(e, e) for _ in range(5))),
             ]
         )
         self.heads = nn.ModuleList(_head(width) for width in (c, d, e))
@@ -198,7 +198,10 @@ def targets(scene: Scene, level: int) -> npt.NDArray[np.float32]:
 
 
 def detection_loss(maps: list[Tensor], wanted: list[Tensor]) -> Tensor:
-    """Focal loss of the scores, plus smooth L1 loss of boxes and landmarks relative to the face's size."""
+    """Focal loss of the scores, plus smooth L1 losses of boxes and landmarks relative to the face's size.
+
+    Crops are aligned by the landmarks, so their errors count down to a smaller size than those of the boxes.
+    """
     scores, answers, places, goals = [], [], [], []
     for found, goal in zip(maps, wanted, strict=True):
         rows = (
@@ -221,9 +224,14 @@ def detection_loss(maps: list[Tensor], wanted: list[Tensor]) -> Tensor:
     focal = 0.5 * ((1 - chance) ** 2 * entropy).sum() / count
     place, goal = torch.cat(places), torch.cat(goals)
     off = (place - goal[:, :14]) / goal[:, 14:]
+    boxes, points = off[:, :4], off[:, 4:]
+    return focal + 2 * _smooth_l1(boxes, 0.05) + 6 * _smooth_l1(points, 0.01)
+
+
+def _smooth_l1(errors: Tensor, beta: float) -> Tensor:
+    zeros = torch.zeros_like(errors)
     # Not the mean: a batch may have no positive cell.
-    far = F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.05, reduction="sum") / max(off.numel(), 1)
-    return focal + 4 * far
+    return F.smooth_l1_loss(errors, zeros, beta=beta, reduction="sum") / max(errors.numel(), 1)
 
 
 def scene_tensor(scenes: list[Scene]) -> Tensor:
