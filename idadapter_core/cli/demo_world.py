@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         reader.set_defaults(interrupted="nothing was written")
     _add_build(commands)
     _add_verify(commands)
+    _add_claims(commands)
     return parser
 
 
@@ -117,6 +118,49 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
         help="copy the files of the named stages to the shipped assets, if their scores are good enough",
     )
     build.set_defaults(run=_build, interrupted="the same command resumes the build")
+
+
+def _add_claims(commands: argparse._SubParsersAction[Parser]) -> None:
+    claims = commands.add_parser(
+        "claims", help="measure what the methods claim, on people not met in training: a table and sheets"
+    )
+    claims.add_argument("output", type=Path, help="folder for the results; measured cases are kept")
+    claims.add_argument("--people", type=int, default=100, help="people (default 100)")
+    claims.add_argument("--prompts", type=int, default=12, help="prompts, at most 12 (default 12)")
+    claims.add_argument("--seeds", type=int, default=2, help="pictures of each prompt (default 2)")
+    claims.add_argument("--cases", nargs="*", metavar="CASE", help="cases to measure (default: all)")
+    claims.add_argument(
+        "--short",
+        action="store_true",
+        help="the main cases alone, with 12 people, 6 prompts and one seed: minutes",
+    )
+    claims.add_argument(
+        "--files", type=Path, metavar="FOLDER", help="`files` of a build, in place of the shipped ones"
+    )
+    claims.add_argument("--threads", type=int, default=2, help="threads of the networks (default 2)")
+    claims.set_defaults(run=_claims, interrupted="the same command goes on where it stopped")
+
+
+def _claims(options: argparse.Namespace) -> int:
+    import torch
+
+    from ..demo_world.claims.run import SHORT_PLAN, measure
+    from ..demo_world.shipped import ASSETS
+
+    _require_positive(options, "people", "prompts", "seeds", "threads")
+    torch.set_num_threads(options.threads)
+    people, prompts, seeds = SHORT_PLAN if options.short else (options.people, options.prompts, options.seeds)
+    path = measure(
+        options.output,
+        options.files or ASSETS,
+        people=people,
+        prompts=prompts,
+        seeds=seeds,
+        names=options.cases,
+        is_short=options.short,
+        log=_print,
+    )
+    return _report_written(path)
 
 
 def _add_verify(commands: argparse._SubParsersAction[Parser]) -> None:

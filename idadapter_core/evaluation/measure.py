@@ -14,10 +14,10 @@ import numpy as np
 
 from ..faces.images import Image
 from ..faces.pose import estimate_pose
+from ..statistics import copy_of, threshold_at
 from .observe import Observation, Vector
 from .people import Person
 from .prompts import EXPRESSION, POSE, Prompt, asked_pose_is_hit, expression_name
-from .statistics import copy_of, threshold_at
 
 NOT_AVAILABLE = "n/a"
 _MOST_PHOTOS = 1000

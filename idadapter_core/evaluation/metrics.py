@@ -10,9 +10,9 @@ from typing import Protocol
 
 from ..config import nearest
 from ..errors import ConfigError
+from ..statistics import Estimate, estimate
 from .config import EvaluationConfig
 from .measure import NOT_AVAILABLE, ImageRow
-from .statistics import Estimate, estimate
 
 SECTIONS = ("identity", "prompt", "diversity", "picture")
 SECOND, CLIP, EXPRESSIONS = "metrics.second", "metrics.clip", "expression.path"  # settings that name a model

@@ -17,11 +17,11 @@ from PIL import Image as PILImage
 from ..extra import require
 from ..faces.images import Image
 from ..logs import read_log
+from ..statistics import Estimate
 from .charts import Bars, Point, Series, bars, color_of, curves, histogram, legend, scatter
 from .config import BASE_MODEL, PASTE, EvaluationConfig
 from .measure import NOT_AVAILABLE, Bands, ImageRow
 from .metrics import BY_NAME, METRICS, SECTIONS, Metric
-from .statistics import Estimate
 from .summary import Summary, SummaryRow, main_row, published_metrics, published_rows
 
 THUMBNAIL = 128  # pixels

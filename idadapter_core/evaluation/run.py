@@ -17,6 +17,7 @@ from ..data.index import Index
 from ..extra import require, versions
 from ..faces.images import Image
 from ..files import write_file
+from ..statistics import FAR
 from .config import BASE_MODEL, PASTE, EvaluationConfig, RunEntry
 from .generate import Drawing, Generator
 from .measure import Bands, ImageRow, ObservedPerson, Subject, bands, measure, outside_faces, to_csv
@@ -25,7 +26,6 @@ from .observe import Observation, Observer, Vector
 from .people import Person, RealPhoto, choose_people
 from .prompts import POSE, Prompt
 from .report import Pictures as ReportPictures, to_html
-from .statistics import FAR
 from .storage import Arrays, Picture, Pictures, key_of, read_picture
 from .summary import Summary, summarise, to_json, to_markdown
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ..statistics import FAR, Estimate
 from .config import EvaluationConfig
 from .measure import NOT_AVAILABLE, Bands, ImageRow
 from .metrics import METRICS, SECTIONS, Metric, aggregate
 from .presets import PRESETS, Figures, Preset
-from .statistics import FAR, Estimate
 
 
 @dataclass(frozen=True, eq=False)

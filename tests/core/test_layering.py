@@ -48,7 +48,7 @@ LAYERS = (
     ("mixing", "resampler", "schedule", "placeholders", "logs"),
     ("attention",),
     ("attention_cpu", "sites", "files", "config"),
-    ("types", "waiting", "toml", "randomness", "extra"),
+    ("types", "waiting", "toml", "randomness", "extra", "statistics"),
     ("encodings",),
     ("errors",),
 )

@@ -9,7 +9,7 @@ from idadapter_core.evaluation.measure import Bands, ObservedPerson, Subject, ba
 from idadapter_core.evaluation.observe import Observation
 from idadapter_core.evaluation.people import Person
 from idadapter_core.evaluation.prompts import Prompt, asked_pose_is_hit
-from idadapter_core.evaluation.statistics import copy_of, estimate, threshold_at
+from idadapter_core.statistics import copy_of, estimate, threshold_at
 
 
 def sample(rng: np.random.Generator, people: int, pictures: int) -> tuple[list[float], list[str]]:

@@ -1,0 +1,156 @@
+"""Draws and judges the pictures of cases. Results are kept by case, so that an interrupted measurement goes on where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...adapter import Adapter
+from ...files import replacing
+from ...placeholders import CLASS_WORD
+from ...stable_diffusion.pipeline import ImageRequest, Pipeline
+from ...types import FaceFeatures, Identity, Mix
+from ..world import World
+from .cases import Case
+from .judge import Judge, Likeness
+from .prompts import PROMPTS, Prompt
+from .subjects import SIZE, Pixels, Subject, asked_factors, true_pictures
+
+STEPS, CFG = 16, 3.0
+SHOWN = 8  # people whose pictures of the first seed are kept to look at
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    people: int
+    seeds: int
+    prompts: tuple[Prompt, ...] = PROMPTS
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a kept result must have been measured with."""
+        texts = [prompt.text for prompt in self.prompts]
+        return {"people": self.people, "seeds": self.seeds, "prompts": texts, "steps": STEPS, "cfg": CFG}
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """A picture and what it shows.
+
+    likeness: cosine to the mean of the person's other photos by the independent recogniser, and by the adapters' own; None without a
+    face. impostor: cosine to those of another person of the same look. expected: classes that the prompt names. reference: those of the
+    first reference photo.
+    """
+
+    person: str
+    prompt: int
+    seed: int
+    likeness: float | None
+    likeness_first: float | None
+    impostor: float | None
+    read: dict[str, str]
+    expected: dict[str, str]
+    reference: dict[str, str]
+
+
+class Bench:
+    """The parts of a measurement: world, judges and people."""
+
+    def __init__(self, world: World, plan: Plan, subjects: Sequence[Subject], folder: Path) -> None:
+        self.world, self.plan, self.subjects, self.folder = world, plan, tuple(subjects), folder
+        self.judge = Judge.of(world)
+        self.likeness = Likeness.of(self.judge, subjects)
+        self._features = [world.features(list(subject.references)) for subject in subjects]
+
+    def rows(self, case: Case, log: Callable[[str], None]) -> list[PictureRow] | None:
+        """Measure a case, or read what was measured before. None where its adapter does not exist."""
+        path = self.folder / "cases" / f"{case.name}.json"
+        if path.is_file():
+            content = json.loads(path.read_text("utf-8"))
+            if content["plan"] == self.plan.facts:
+                return [PictureRow(**row) for row in content["rows"]]
+        adapter = self.world.adapter(case.adapter) if case.adapter else None
+        if case.adapter and adapter is None:
+            log(f"{case.name}: left out, there is no adapter {case.adapter}")
+            return None
+        rows, shown = self._measure(case, adapter)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path.with_suffix(".npy"), shown)
+        with replacing(path) as file:
+            kept = {"plan": self.plan.facts, "rows": [asdict(row) for row in rows]}
+            file.write_text(json.dumps(kept) + "\n", "utf-8", newline="\n")
+        log(f"{case.name}: {len(rows)} pictures")
+        return rows
+
+    def _measure(self, case: Case, adapter: Adapter | None) -> tuple[list[PictureRow], Pixels]:
+        rows: list[PictureRow] = []
+        shown = []
+        with contextlib.closing(Pipeline(self.world.base, adapter)) as pipeline:
+            for number, subject in enumerate(self.subjects):
+                identity = None if adapter is None else adapter.encode(*self._photos(case, number))
+                for seed in range(self.plan.seeds):
+                    pictures = self._pictures(case, pipeline, subject, identity, number, seed)
+                    rows += self._judged(number, seed, pictures)
+                    if seed == 0 and number < SHOWN:
+                        shown.append(pictures)
+        return rows, np.stack(shown)
+
+    def _photos(self, case: Case, number: int) -> tuple[FaceFeatures, Mix]:
+        """The features that a case gives to the adapter, and how they are mixed."""
+        mix = Mix(case.mode)
+        if not case.stranger:
+            return self._features[number].pick(list(range(case.photos))), mix
+        stranger = self.subjects[(number + 1) % len(self.subjects)]
+        photos = [*self.subjects[number].references[: case.photos - 1], stranger.references[0]]
+        return self.world.features(photos), mix
+
+    def _pictures(
+        self,
+        case: Case,
+        pipeline: Pipeline,
+        subject: Subject,
+        identity: Identity | None,
+        number: int,
+        seed: int,
+    ) -> Pixels:
+        prompts = self.plan.prompts
+        noise = [1000 * number + 100 * seed + place for place in range(len(prompts))]
+        if case.anchor == "copy":
+            return np.repeat(subject.references[:1], len(prompts), 0)
+        if case.anchor == "true":
+            asked = zip(prompts, noise, strict=True)
+            return true_pictures(subject, [asked_factors(prompt.classes, start) for prompt, start in asked])
+        texts = [prompt.text.replace(CLASS_WORD, subject.person.sex) for prompt in prompts]
+        requests = [ImageRequest(text, identity, start) for text, start in zip(texts, noise, strict=True)]
+        drawn = pipeline.generate_batch(
+            requests, steps=STEPS, cfg=CFG, width=SIZE, height=SIZE, strengths=case.strengths
+        )
+        return np.asarray((drawn * 255).round().to(torch.uint8).movedim(1, -1).numpy())
+
+    def _judged(self, number: int, seed: int, pictures: Pixels) -> Iterator[PictureRow]:
+        landmarks, read = self.judge.landmarks(pictures), self.judge.read(pictures)
+        second, first = self.judge.directions(pictures, landmarks)
+        subject = self.subjects[number]
+        factors = subject.reference_factors[0]
+        for place, prompt in enumerate(self.plan.prompts):
+            has_face = landmarks[place] is not None
+            yield PictureRow(
+                subject.name,
+                place,
+                seed,
+                float(second[place] @ self.likeness.own[number]) if has_face else None,
+                float(first[place] @ self.likeness.own_first[number]) if has_face else None,
+                float(second[place] @ self.likeness.impostors[number]) if has_face else None,
+                {factor: classes[place] for factor, classes in read.items()},
+                {**prompt.classes, "sex": subject.person.sex},
+                {name: str(getattr(factors, name)) for name in prompt.silent},
+            )

@@ -1,0 +1,117 @@
+"""What a picture shows: likeness to people by recognisers, and factors by the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...faces.align import align_face
+from ...faces.detector import FaceAnalyzer
+from ...faces.features import crops_to_tensor
+from ...faces.iresnet import IResNet
+from ..readers import Reader, load_reader
+from ..second_recognizer import load_second_recognizer
+from ..shipped import JUDGE, READER
+from ..world import World
+from .subjects import Pixels, Subject
+
+BATCH = 64
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """The networks that judge pictures.
+
+    The second recogniser was trained on other people and has another form than the one whose features adapters read; where it is
+    missing, the first one stands in for it, which favours the adapters.
+    """
+
+    analyzer: FaceAnalyzer
+    first: IResNet
+    second: nn.Module | None
+    reader: Reader
+
+    @classmethod
+    def of(cls, world: World) -> Judge:
+        """Load the judges beside a world's files."""
+        path = world.files / JUDGE
+        second = load_second_recognizer(path) if path.is_file() else None
+        return cls(world.analyzer, world.recognizer, second, load_reader(world.files / READER))
+
+    @property
+    def is_independent(self) -> bool:
+        return self.second is not None
+
+    def read(self, pictures: Pixels) -> dict[str, list[str]]:
+        """Return the class of each factor in pictures (N, 128, 128, 3)."""
+        found: dict[str, list[str]] = {}
+        for part in np.array_split(pictures, max(1, -(-len(pictures) // BATCH))):
+            pixels = torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            for factor, classes in self.reader.read(pixels).items():
+                found.setdefault(factor, []).extend(classes)
+        return found
+
+    def landmarks(self, pictures: Pixels) -> list[npt.NDArray[np.float32] | None]:
+        """Return the five landmarks (5, 2) of the best face of each picture, None where none is found."""
+        found: list[npt.NDArray[np.float32] | None] = []
+        for picture in pictures:
+            faces = self.analyzer.detect(picture)
+            found.append(np.asarray(faces[0].landmarks, np.float32) if faces else None)
+        return found
+
+    def directions(
+        self, pictures: Pixels, landmarks: Sequence[npt.NDArray[np.float32] | None]
+    ) -> tuple[Rows, Rows]:
+        """Embeddings of unit length (N, D) by the independent and by the adapters' recogniser; NaN without a face."""
+        shown = [number for number, points in enumerate(landmarks) if points is not None]
+        crops = [align_face(pictures[number], landmarks[number]) for number in shown]  # type: ignore[arg-type]
+        rows = []
+        for network in (self.second or self.first, self.first):
+            parts = [
+                _embedding(network, crops_to_tensor(crops[start : start + BATCH]))
+                for start in range(0, len(crops), BATCH)
+            ]
+            width = parts[0].shape[1] if parts else 1
+            found = np.full((len(pictures), width), np.nan, np.float32)
+            if parts:
+                found[shown] = torch.cat(parts).numpy()
+            rows.append(found)
+        return rows[0], rows[1]
+
+
+@torch.no_grad()
+def _embedding(network: nn.Module, crops: Tensor) -> Tensor:
+    result = network(crops)
+    return F.normalize(result[0] if isinstance(result, tuple) else result, dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Likeness:
+    """The people that pictures are compared with: mean directions (P, D) of their other photos and of their impostors'."""
+
+    own: Rows
+    impostors: Rows
+    own_first: Rows  # by the adapters' recogniser
+
+    @classmethod
+    def of(cls, judge: Judge, subjects: Sequence[Subject]) -> Likeness:
+        own, impostors, own_first = [], [], []
+        for subject in subjects:
+            second, first = judge.directions(subject.others, list(subject.other_landmarks))
+            other, _ = judge.directions(subject.impostor, list(subject.impostor_landmarks))
+            own.append(_mean(second))
+            own_first.append(_mean(first))
+            impostors.append(_mean(other))
+        return cls(np.stack(own), np.stack(impostors), np.stack(own_first))
+
+
+def _mean(rows: Rows) -> Rows:
+    mean = rows.mean(0)
+    return np.asarray(mean / np.linalg.norm(mean), np.float32)

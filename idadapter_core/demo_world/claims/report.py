@@ -1,0 +1,146 @@
+"""Turns measured pictures into numbers with intervals over people, tables and sheets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ...files import replacing
+from ...statistics import Estimate, estimate
+from .cases import ABLATIONS, ANCHORS, FACEID, IDADAPTER, UNIID, Case, fronts, mixtures
+from .draw import PictureRow
+from .prompts import LEAKING
+
+Value = Callable[[PictureRow], float | None]
+Numbers = Mapping[str, Estimate | None]
+
+
+def _accuracy(row: PictureRow) -> float:
+    """Share of the named classes that the reader reads."""
+    named = {name: value for name, value in row.expected.items() if name != "sex"}
+    return sum(row.read[name] == value for name, value in named.items()) / len(named)
+
+
+def _of_factor(factor: str) -> Value:
+    return lambda row: float(row.read[factor] == row.expected[factor]) if factor in row.expected else None
+
+
+def _returns(factor: str) -> Value:
+    """Whether the reference's class returns although the prompt does not name the factor."""
+    return lambda row: float(row.read[factor] == row.reference[factor]) if factor in row.reference else None
+
+
+def _differs(factor: str) -> Value:
+    found = _returns(factor)
+
+    def value(row: PictureRow) -> float | None:
+        returned = found(row)
+        return None if returned is None else 1 - returned
+
+    return value
+
+
+def _beats_impostor(row: PictureRow) -> float | None:
+    if row.likeness is None or row.impostor is None:
+        return None
+    return float(row.likeness > row.impostor)
+
+
+METRICS: Mapping[str, tuple[str, Value]] = {
+    "likeness": ("ID-Sim", lambda row: row.likeness),
+    "likeness_first": ("ID-Sim, adapters' recogniser", lambda row: row.likeness_first),
+    "beats_impostor": ("nearer than impostor", _beats_impostor),
+    "accuracy": ("prompt", _accuracy),
+    **{
+        name: (name, _of_factor(name))
+        for name in ("style", "expression", "direction", "background", "accessory", "sex")
+    },
+    "expression_diversity": ("Expr-Div", _differs("expression")),
+    "direction_diversity": ("Pose-Div", _differs("direction")),
+    **{f"{name}_returns": (f"{name} returns", _returns(name)) for name in LEAKING},
+    "found": ("faces", lambda row: float(row.likeness is not None)),
+}
+"""By name: title, and the value of a picture, None where it does not count."""
+
+SECTIONS: tuple[tuple[str, tuple[Case, ...], tuple[str, ...]], ...] = (
+    ("Anchors", ANCHORS, ("likeness", "beats_impostor", "accuracy", "expression", "direction", "found")),
+    (
+        "IDAdapter: photos and parts",
+        (*IDADAPTER, *ABLATIONS),
+        ("likeness", "beats_impostor", "accuracy", "expression_diversity", "direction_diversity"),
+    ),
+    (
+        "UniID: branches and rescaling",
+        UNIID,
+        ("likeness", "beats_impostor", "accuracy", "expression", "style", "accessory"),
+    ),
+    (
+        "Leakage: how often the reference's class returns where the prompt is silent",
+        (*ANCHORS, *UNIID, *IDADAPTER, *FACEID),
+        tuple(f"{name}_returns" for name in LEAKING),
+    ),
+    (
+        "Rescaling a foreign adapter",
+        FACEID,
+        ("likeness", "beats_impostor", "accuracy", "expression", "style"),
+    ),
+    ("Identity against prompt, over scales", tuple(fronts()), ("likeness", "beats_impostor", "accuracy")),
+    ("Mixing photos", tuple(mixtures()), ("likeness", "beats_impostor", "accuracy", "expression_diversity")),
+)
+
+
+def summarize(rows: Sequence[PictureRow]) -> Numbers:
+    """The mean of each metric over pictures, with its interval over people."""
+    people = [row.person for row in rows]
+    return {name: estimate([value(row) for row in rows], people) for name, (_, value) in METRICS.items()}
+
+
+def write_report(folder: Path, results: Mapping[str, Numbers], about: str) -> Path:
+    """Write `claims.json` and `claims.md` of measured cases; a table has only the rows that were measured."""
+    numbers = {
+        name: {key: None if value is None else asdict(value) for key, value in found.items()}
+        for name, found in results.items()
+    }
+    with replacing(folder / "claims.json") as file:
+        file.write_text(json.dumps(numbers, indent=1) + "\n", "utf-8", newline="\n")
+    parts = [about]
+    for title, cases, metrics in SECTIONS:
+        measured = [case for case in cases if case.name in results]
+        if measured:
+            parts.append(_table(title, measured, metrics, results))
+    path = folder / "claims.md"
+    with replacing(path) as file:
+        file.write_text("\n\n".join(parts) + "\n", "utf-8", newline="\n")
+    return path
+
+
+def _table(title: str, cases: Sequence[Case], metrics: Sequence[str], results: Mapping[str, Numbers]) -> str:
+    heads = " | ".join(METRICS[name][0] for name in metrics)
+    lines = [f"## {title}", "", f"| | {heads} |", f"| --- |{' --- |' * len(metrics)}"]
+    for case in cases:
+        values = " | ".join(_number(results[case.name][name]) for name in metrics)
+        lines.append(f"| {case.title} | {values} |")
+    return "\n".join(lines)
+
+
+def _number(value: Estimate | None) -> str:
+    if value is None:
+        return "–"
+    if value.low is None or value.high is None:
+        return f"{value.mean:.3f}"
+    return f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
+
+
+def write_grid(folder: Path, name: str) -> Path:
+    """Write a sheet of a case's kept pictures, a row for each person."""
+    shown = np.load(folder / "cases" / f"{name}.npy")
+    sheet = np.concatenate([np.concatenate(list(row), 1) for row in shown], 0)
+    path = folder / "grids" / f"{name}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path, quality=92)
+    return path

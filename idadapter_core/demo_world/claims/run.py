@@ -1,0 +1,75 @@
+"""A measurement from the command line: worlds, people, cases, tables and sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ...errors import InputError
+from ..world import open_world
+from .cases import SHORT, Case, all_cases
+from .draw import Bench, Plan
+from .prompts import PROMPTS
+from .report import summarize, write_grid, write_report
+from .subjects import make_subjects
+
+SHORT_PLAN = (12, 6, 1)  # people, prompts, seeds
+
+
+def measure(
+    folder: Path,
+    files: Path,
+    *,
+    people: int,
+    prompts: int,
+    seeds: int,
+    names: Sequence[str] | None,
+    is_short: bool,
+    log: Callable[[str], None],
+) -> Path:
+    """Measure cases and write `claims.md`, `claims.json` and a sheet of each case. Returns the path of the table.
+
+    Args:
+        folder: results; cases measured before with the same numbers are not measured again.
+        files: of a build, or the shipped ones.
+        names: cases to measure; None: all, or the main ones if `is_short`.
+
+    Raises:
+        InputError: an unknown case, or more prompts than there are.
+        CheckpointError: a file is missing or damaged.
+    """
+    if prompts > len(PROMPTS):
+        raise InputError(f"there are {len(PROMPTS)} prompts, got {prompts}; choose a smaller number.")
+    plan = Plan(people, seeds, PROMPTS[:prompts])
+    chosen = _chosen(names, is_short)
+    bench = Bench(open_world(files), plan, make_subjects(people), folder)
+    results = {}
+    for case in chosen:
+        rows = bench.rows(case, log)
+        if rows is not None:
+            results[case.name] = summarize(rows)
+            write_grid(folder, case.name)
+    return write_report(folder, results, _about(bench))
+
+
+def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:
+    if not names:
+        return SHORT if is_short else all_cases()
+    known = {case.name: case for case in all_cases()}
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no case {name!r}; choose from: {', '.join(known)}.")
+    return [known[name] for name in names]
+
+
+def _about(bench: Bench) -> str:
+    plan = bench.plan
+    judge = (
+        "a recogniser of another form, trained on other people"
+        if bench.judge.is_independent
+        else "the adapters' own recogniser, which favours them"
+    )
+    return (
+        f"{plan.people} people who were not met in training, {len(plan.prompts)} prompts, {plan.seeds} pictures of each. In brackets the 95 % "
+        f"interval over people. ID-Sim is the cosine to the mean of the person's other photos by {judge}."
+    )
