@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -125,9 +126,9 @@ def _add_claims(commands: argparse._SubParsersAction[Parser]) -> None:
         "claims", help="measure what the methods claim, on people not met in training: a table and sheets"
     )
     claims.add_argument("output", type=Path, help="folder for the results; measured cases are kept")
-    claims.add_argument("--people", type=int, default=100, help="people (default 100)")
-    claims.add_argument("--prompts", type=int, default=12, help="prompts, at most 12 (default 12)")
-    claims.add_argument("--seeds", type=int, default=2, help="pictures of each prompt (default 2)")
+    claims.add_argument("--people", type=int, help="people (default 100)")
+    claims.add_argument("--prompts", type=int, help="prompts, at most 12 (default 12)")
+    claims.add_argument("--seeds", type=int, help="pictures of each prompt (default 2)")
     claims.add_argument("--cases", nargs="*", metavar="CASE", help="cases to measure (default: all)")
     claims.add_argument(
         "--short",
@@ -144,18 +145,24 @@ def _add_claims(commands: argparse._SubParsersAction[Parser]) -> None:
 def _claims(options: argparse.Namespace) -> int:
     import torch
 
-    from ..demo_world.claims.run import SHORT_PLAN, measure
+    from .. import faces
+    from ..demo_world.claims.run import PLAN, PLAN_NAMES, SHORT_PLAN, measure
     from ..demo_world.shipped import ASSETS
 
-    _require_positive(options, "people", "prompts", "seeds", "threads")
+    for name, usual in zip(PLAN_NAMES, SHORT_PLAN if options.short else PLAN, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    _require_positive(options, *PLAN_NAMES, "threads")
     torch.set_num_threads(options.threads)
-    people, prompts, seeds = SHORT_PLAN if options.short else (options.people, options.prompts, options.seeds)
+    logging.getLogger(faces.__name__).setLevel(
+        logging.ERROR
+    )  # faces of this world are small, which is no reason to warn
     path = measure(
         options.output,
         options.files or ASSETS,
-        people=people,
-        prompts=prompts,
-        seeds=seeds,
+        people=options.people,
+        prompts=options.prompts,
+        seeds=options.seeds,
         names=options.cases,
         is_short=options.short,
         log=_print,

@@ -13,7 +13,8 @@ from .prompts import PROMPTS
 from .report import summarize, write_grid, write_report
 from .subjects import make_subjects
 
-SHORT_PLAN = (12, 6, 1)  # people, prompts, seeds
+PLAN_NAMES = ("people", "prompts", "seeds")
+PLAN, SHORT_PLAN = (100, 12, 2), (12, 6, 1)
 
 
 def measure(

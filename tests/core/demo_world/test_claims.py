@@ -1,0 +1,229 @@
+"""Measuring claims: people, prompts and cases; what is kept, and what the tables say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from idadapter_core.demo_world import shipped
+from idadapter_core.demo_world.claims import draw, run
+from idadapter_core.demo_world.claims.cases import SHORT, all_cases
+from idadapter_core.demo_world.claims.draw import Bench, PictureRow, Plan
+from idadapter_core.demo_world.claims.prompts import PROMPTS
+from idadapter_core.demo_world.claims.report import METRICS, SECTIONS, summarize
+from idadapter_core.demo_world.claims.subjects import asked_factors, make_subjects
+from idadapter_core.demo_world.readers import READ_FACTORS
+from idadapter_core.demo_world.words import words
+from idadapter_core.demo_world.world import RowTokenizer, World, open_world
+from idadapter_core.placeholders import CLASS_WORD
+from tests.tiny.demo_world import write_demo_world
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return open_world(write_demo_world(tmp_path_factory.mktemp("world") / "files"))
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw, "STEPS", 2)
+
+
+def row(**changes: object) -> PictureRow:
+    usual = PictureRow(
+        person="1",
+        prompt=0,
+        seed=0,
+        likeness=0.6,
+        likeness_first=0.7,
+        impostor=0.5,
+        read={"style": "photo", "expression": "sad", "direction": "left", "sex": "man"},
+        expected={"style": "photo", "expression": "smiling", "sex": "man"},
+        reference={"direction": "left"},
+    )
+    return dataclasses.replace(usual, **changes)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------- definitions
+def test_every_word_of_the_prompts_is_known_and_every_class_exists() -> None:
+    assert len(PROMPTS) >= 12
+    for prompt in PROMPTS:
+        for sex in READ_FACTORS["sex"]:
+            assert words().unknown not in words().rows(prompt.text.replace(CLASS_WORD, sex))
+        for factor, value in prompt.classes.items():
+            assert value in READ_FACTORS[factor]
+    named = {factor for prompt in PROMPTS for factor in prompt.classes}
+    assert named == set(READ_FACTORS) - {"sex"}
+
+
+def test_cases_have_names_of_their_own_and_are_all_shown() -> None:
+    names = [case.name for case in all_cases()]
+    assert len(set(names)) == len(names)
+    shown = {case.name for _, cases, _ in SECTIONS for case in cases}
+    assert shown == set(names)
+    assert {case.name for case in SHORT} <= set(names)
+    for _, _, metrics in SECTIONS:
+        assert set(metrics) <= set(METRICS)
+
+
+def test_a_person_does_not_depend_on_the_number_of_people() -> None:
+    one, two = make_subjects(1)[0], make_subjects(2)
+    assert one.name == two[0].name
+    np.testing.assert_array_equal(one.references, two[0].references)
+    assert two[0].person.sex == "man" or two[0].person.sex == "woman"
+    assert not np.array_equal(two[0].others, two[0].impostor), "the impostor is another person"
+    assert all(factors.accessory != "sunglasses" for subject in two for factors in subject.reference_factors)
+
+
+def test_true_pictures_show_what_is_asked() -> None:
+    classes = PROMPTS[2].classes
+    factors = asked_factors(classes, 7)
+    assert {name: getattr(factors, name) for name in classes} == classes
+    assert asked_factors(classes, 7) == factors
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
+    plan = Plan(2, 1, PROMPTS[:2])
+    lines: list[str] = []
+    chosen = [
+        case
+        for case in all_cases()
+        if case.name in ("base", "copy", "uniid_naive", "idadapter_2", "uniid_mean_2_stranger")
+    ]
+    bench = Bench(world, plan, make_subjects(2), tmp_path)
+    for case in chosen:
+        rows = bench.rows(case, lines.append)
+        assert rows is not None
+        assert [(row.person, row.prompt) for row in rows] == [
+            (s.name, p) for s in bench.subjects for p in (0, 1)
+        ]
+        assert bench.rows(case, lines.append) == rows, "read again"
+        assert np.load(tmp_path / "cases" / f"{case.name}.npy").shape == (2, 2, 128, 128, 3)
+    assert lines == [f"{case.name}: 4 pictures" for case in chosen]
+    pictures = {case.name: np.load(tmp_path / "cases" / f"{case.name}.npy") for case in chosen}
+    assert not np.array_equal(pictures["base"], pictures["uniid_naive"])
+    np.testing.assert_array_equal(pictures["copy"][0, 0], bench.subjects[0].references[0])
+    other = Bench(world, dataclasses.replace(plan, people=1), make_subjects(1), tmp_path)
+    again = other.rows(chosen[0], lines.append)
+    assert again is not None
+    assert len(again) == 2, "of another plan: measured again"
+
+
+def test_a_copy_is_like_the_person_and_true_pictures_follow_the_prompt(world: World, tmp_path: Path) -> None:
+    """The judges know people and factors: shipped networks, no random ones."""
+    subjects = make_subjects(4)
+    bench = Bench(world, Plan(4, 1, PROMPTS[1:5]), subjects, tmp_path)
+    true, copies = (
+        summarize(bench.rows(case, print) or []) for case in all_cases() if case.anchor in ("copy", "true")
+    )
+    assert copies["likeness"].mean > 0.3  # type: ignore[union-attr]
+    assert copies["beats_impostor"].mean > 0.6  # type: ignore[union-attr]
+    assert true["accuracy"].mean > 0.9  # type: ignore[union-attr]
+    assert true["likeness"].mean > 0.3  # type: ignore[union-attr]
+    assert copies["expression_returns"].mean > 0.9  # type: ignore[union-attr]
+
+
+def test_missing_adapters_are_left_out(world: World, tmp_path: Path) -> None:
+    lines: list[str] = []
+    case = next(case for case in all_cases() if case.name == "idadapter_no_mff_4")
+    bench = Bench(world, Plan(1, 1, PROMPTS[:1]), make_subjects(1), tmp_path)
+    assert bench.rows(case, lines.append) is None
+    assert lines == ["idadapter_no_mff_4: left out, there is no adapter idadapter_no_mff"]
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+def test_what_counts_where() -> None:
+    rows = [row(), row(person="2", likeness=None, likeness_first=None, impostor=None), row(likeness=0.4)]
+    found = {name: None if value is None else value.mean for name, value in summarize(rows).items()}
+    assert found["likeness"] == pytest.approx(0.5)
+    assert found["beats_impostor"] == pytest.approx(0.5)
+    assert found["found"] == pytest.approx(2 / 3)
+    assert found["accuracy"] == pytest.approx(0.5)
+    assert (found["style"], found["expression"], found["sex"]) == (1, 0, 1)
+    assert found["direction_returns"] == 1
+    assert found["direction_diversity"] == 0
+    assert found["expression_returns"] is None, "the prompt names it"
+    assert found["background"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+def _claims(*arguments: str | Path) -> int:
+    from idadapter_core.cli.demo_world import main
+
+    threads = torch.get_num_threads()
+    try:
+        return main(["claims", *map(str, arguments)])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_command_writes_tables_and_sheets(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (tmp_path, "--files", world.files, "--people", "2", "--prompts", "2", "--seeds", "1")
+    assert _claims(*given, "--cases", "base", "true", "faceid_rescaled") == 0
+    text = (tmp_path / "claims.md").read_text("utf-8")
+    assert text.startswith("2 people who were not met in training, 2 prompts, 1 pictures of each.")
+    assert "| true render as asked (ceiling) | " in text
+    assert "## Rescaling a foreign adapter" in text
+    assert "## Mixing photos" not in text, "nothing of it was measured"
+    assert set(json.loads((tmp_path / "claims.json").read_text("utf-8"))) == {
+        "base",
+        "true",
+        "faceid_rescaled",
+    }
+    assert {path.stem for path in (tmp_path / "grids").iterdir()} == {"base", "true", "faceid_rescaled"}
+    capsys.readouterr()
+    for wrong, message in {
+        ("--cases", "nothing"): "there is no case 'nothing'; choose from: base, true",
+        ("--prompts", "13"): "there are 12 prompts, got 13",
+        ("--seeds", "0"): "--seeds must be at least 1, got 0",
+    }.items():
+        assert _claims(*given, *wrong) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_the_short_form_is_smaller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[dict[str, object]] = []
+
+    def measure(folder: Path, files: Path, **options: object) -> Path:
+        given.append(options)
+        folder.mkdir(exist_ok=True)
+        (folder / "claims.md").touch()
+        return folder / "claims.md"
+
+    monkeypatch.setattr(run, "measure", measure)
+    assert _claims(tmp_path / "a") == 0
+    assert _claims(tmp_path / "b", "--short") == 0
+    full, short = ([options[name] for name in run.PLAN_NAMES] for options in given)
+    assert full == [100, 12, 2]
+    assert all(int(str(small)) < int(str(large)) for small, large in zip(short, full, strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------------- world
+def test_the_tokenizer_of_rows_reads_as_the_base_model_does() -> None:
+    tokenizer, text = RowTokenizer(), "a photo of a woolen zebra sks"
+    ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]
+    assert [*ids, *[1] * (77 - len(ids))] == words().rows(text)
+    assert tokenizer.convert_ids_to_tokens(ids).count("sks</w>") == 1
+    assert len(tokenizer.get_vocab()) == words().unknown + 1
+
+
+def test_the_world_is_open_without_clip_vision(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.files, tmp_path / "files")
+    shutil.rmtree(tmp_path / "files" / shipped.CLIP_VISION)
+    opened = open_world(tmp_path / "files")
+    features = opened.features(list(make_subjects(1)[0].references[:1]))
+    assert opened.vision is None
+    assert features.patch_tokens is None
+    assert len(features) == 1
