@@ -62,7 +62,7 @@ class PictureRow:
     reference: dict[str, str]
 
 
-class Bench:
+class Measurement:
     """The parts of a measurement: world, judges and people."""
 
     def __init__(self, world: World, plan: Plan, subjects: Sequence[Subject], folder: Path) -> None:

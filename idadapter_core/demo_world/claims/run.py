@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import InputError
 from ..world import open_world
 from .cases import SHORT, Case, all_cases
-from .draw import Bench, Plan
+from .draw import Measurement, Plan
 from .prompts import PROMPTS
 from .report import summarize, write_grid, write_report
 from .subjects import make_subjects
@@ -43,14 +43,14 @@ def measure(
         raise InputError(f"there are {len(PROMPTS)} prompts, got {prompts}; choose a smaller number.")
     plan = Plan(people, seeds, PROMPTS[:prompts])
     chosen = _chosen(names, is_short)
-    bench = Bench(open_world(files), plan, make_subjects(people), folder)
+    measurement = Measurement(open_world(files), plan, make_subjects(people), folder)
     results = {}
     for case in chosen:
-        rows = bench.rows(case, log)
+        rows = measurement.rows(case, log)
         if rows is not None:
             results[case.name] = summarize(rows)
             write_grid(folder, case.name)
-    return write_report(folder, results, _about(bench))
+    return write_report(folder, results, _about(measurement))
 
 
 def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:
@@ -63,11 +63,11 @@ def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:
     return [known[name] for name in names]
 
 
-def _about(bench: Bench) -> str:
-    plan = bench.plan
+def _about(measurement: Measurement) -> str:
+    plan = measurement.plan
     judge = (
         "a recogniser of another form, trained on other people"
-        if bench.judge.is_independent
+        if measurement.judge.is_independent
         else "the adapters' own recogniser, which favours them"
     )
     return (

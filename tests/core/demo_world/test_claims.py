@@ -15,7 +15,7 @@ import torch
 from idadapter_core.demo_world import shipped
 from idadapter_core.demo_world.claims import draw, run
 from idadapter_core.demo_world.claims.cases import SHORT, all_cases
-from idadapter_core.demo_world.claims.draw import Bench, PictureRow, Plan
+from idadapter_core.demo_world.claims.draw import Measurement, PictureRow, Plan
 from idadapter_core.demo_world.claims.prompts import PROMPTS
 from idadapter_core.demo_world.claims.report import METRICS, SECTIONS, summarize
 from idadapter_core.demo_world.claims.subjects import asked_factors, make_subjects
@@ -100,20 +100,20 @@ def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
         for case in all_cases()
         if case.name in ("base", "copy", "uniid_naive", "idadapter_2", "uniid_mean_2_stranger")
     ]
-    bench = Bench(world, plan, make_subjects(2), tmp_path)
+    measurement = Measurement(world, plan, make_subjects(2), tmp_path)
     for case in chosen:
-        rows = bench.rows(case, lines.append)
+        rows = measurement.rows(case, lines.append)
         assert rows is not None
         assert [(row.person, row.prompt) for row in rows] == [
-            (s.name, p) for s in bench.subjects for p in (0, 1)
+            (s.name, p) for s in measurement.subjects for p in (0, 1)
         ]
-        assert bench.rows(case, lines.append) == rows, "read again"
+        assert measurement.rows(case, lines.append) == rows, "read again"
         assert np.load(tmp_path / "cases" / f"{case.name}.npy").shape == (2, 2, 128, 128, 3)
     assert lines == [f"{case.name}: 4 pictures" for case in chosen]
     pictures = {case.name: np.load(tmp_path / "cases" / f"{case.name}.npy") for case in chosen}
     assert not np.array_equal(pictures["base"], pictures["uniid_naive"])
-    np.testing.assert_array_equal(pictures["copy"][0, 0], bench.subjects[0].references[0])
-    other = Bench(world, dataclasses.replace(plan, people=1), make_subjects(1), tmp_path)
+    np.testing.assert_array_equal(pictures["copy"][0, 0], measurement.subjects[0].references[0])
+    other = Measurement(world, dataclasses.replace(plan, people=1), make_subjects(1), tmp_path)
     again = other.rows(chosen[0], lines.append)
     assert again is not None
     assert len(again) == 2, "of another plan: measured again"
@@ -122,9 +122,11 @@ def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
 def test_a_copy_is_like_the_person_and_true_pictures_follow_the_prompt(world: World, tmp_path: Path) -> None:
     """The judges know people and factors: shipped networks, no random ones."""
     subjects = make_subjects(4)
-    bench = Bench(world, Plan(4, 1, PROMPTS[1:5]), subjects, tmp_path)
+    measurement = Measurement(world, Plan(4, 1, PROMPTS[1:5]), subjects, tmp_path)
     true, copies = (
-        summarize(bench.rows(case, print) or []) for case in all_cases() if case.anchor in ("copy", "true")
+        summarize(measurement.rows(case, print) or [])
+        for case in all_cases()
+        if case.anchor in ("copy", "true")
     )
     assert copies["likeness"].mean > 0.3  # type: ignore[union-attr]
     assert copies["beats_impostor"].mean > 0.6  # type: ignore[union-attr]
@@ -136,8 +138,8 @@ def test_a_copy_is_like_the_person_and_true_pictures_follow_the_prompt(world: Wo
 def test_missing_adapters_are_left_out(world: World, tmp_path: Path) -> None:
     lines: list[str] = []
     case = next(case for case in all_cases() if case.name == "idadapter_no_mff_4")
-    bench = Bench(world, Plan(1, 1, PROMPTS[:1]), make_subjects(1), tmp_path)
-    assert bench.rows(case, lines.append) is None
+    measurement = Measurement(world, Plan(1, 1, PROMPTS[:1]), make_subjects(1), tmp_path)
+    assert measurement.rows(case, lines.append) is None
     assert lines == ["idadapter_no_mff_4: left out, there is no adapter idadapter_no_mff"]
 
 
