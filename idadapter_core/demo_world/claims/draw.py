@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from ...files import replacing
 from ...placeholders import CLASS_WORD
 from ...stable_diffusion.pipeline import ImageRequest, Pipeline
 from ...types import FaceFeatures, Identity, Mix
+from ..shipped import ADAPTERS, AUTOENCODER, BASE, JUDGE, READER
 from ..world import World
 from .cases import Case
 from .judge import Judge, Likeness
@@ -37,7 +39,7 @@ class Plan:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a kept result must have been measured with."""
+        """The numbers and prompts, in JSON."""
         texts = [prompt.text for prompt in self.prompts]
         return {"people": self.people, "seeds": self.seeds, "prompts": texts, "steps": STEPS, "cfg": CFG}
 
@@ -74,9 +76,10 @@ class Measurement:
     def rows(self, case: Case, log: Callable[[str], None]) -> list[PictureRow] | None:
         """Measure a case, or read what was measured before. None where its adapter does not exist."""
         path = self.folder / "cases" / f"{case.name}.json"
+        facts = self._facts(case)
         if path.is_file():
             content = json.loads(path.read_text("utf-8"))
-            if content["plan"] == self.plan.facts:
+            if content["facts"] == facts:
                 return [PictureRow(**row) for row in content["rows"]]
         adapter = self.world.adapter(case.adapter) if case.adapter else None
         if case.adapter and adapter is None:
@@ -86,10 +89,21 @@ class Measurement:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.with_suffix(".npy"), shown)
         with replacing(path) as file:
-            kept = {"plan": self.plan.facts, "rows": [asdict(row) for row in rows]}
+            kept = {"facts": facts, "rows": [asdict(row) for row in rows]}
             file.write_text(json.dumps(kept) + "\n", "utf-8", newline="\n")
         log(f"{case.name}: {len(rows)} pictures")
         return rows
+
+    def _facts(self, case: Case) -> dict[str, Any]:
+        """What a kept result must have been measured with."""
+        names = [BASE, AUTOENCODER, READER, JUDGE, f"{ADAPTERS}/{case.adapter}.safetensors"]
+        files = {name: self.world.files / name for name in names}
+        digests = {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in files.items()
+            if path.is_file()
+        }
+        return {**self.plan.facts, "strengths": repr(case.strengths), "files": digests}
 
     def _measure(self, case: Case, adapter: Adapter | None) -> tuple[list[PictureRow], Pixels]:
         rows: list[PictureRow] = []

@@ -22,6 +22,7 @@ from idadapter_core.demo_world.claims.subjects import asked_factors, make_subjec
 from idadapter_core.demo_world.readers import READ_FACTORS
 from idadapter_core.demo_world.words import words
 from idadapter_core.demo_world.world import RowTokenizer, World, open_world
+from idadapter_core.errors import CheckpointError
 from idadapter_core.placeholders import CLASS_WORD
 from tests.tiny.demo_world import write_demo_world
 
@@ -113,6 +114,14 @@ def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
     pictures = {case.name: np.load(tmp_path / "cases" / f"{case.name}.npy") for case in chosen}
     assert not np.array_equal(pictures["base"], pictures["uniid_naive"])
     np.testing.assert_array_equal(pictures["copy"][0, 0], measurement.subjects[0].references[0])
+    adapter = world.files / shipped.ADAPTERS / "uniid.safetensors"
+    before = adapter.read_bytes()
+    with adapter.open("ab") as file:
+        file.write(b"changed")
+    naive = next(case for case in chosen if case.name == "uniid_naive")
+    with pytest.raises(CheckpointError):
+        measurement.rows(naive, lines.append)  # another file: measured again
+    adapter.write_bytes(before)
     other = Measurement(world, dataclasses.replace(plan, people=1), make_subjects(1), tmp_path)
     again = other.rows(chosen[0], lines.append)
     assert again is not None
