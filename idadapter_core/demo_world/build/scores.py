@@ -110,8 +110,19 @@ def _judged(evidence: Evidence) -> dict[str, Pool]:
 
 
 def _recognizer(evidence: Evidence) -> Mapping[str, float]:
+    """Also with the landmarks that the package's own detector finds in photos."""
     network = load_iresnet(evidence.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
-    return recognizer_scores(network, embed, _judged(evidence))
+    photos, analyzer = evidence.pool("test_photo"), analyzer_of(evidence.files / PACKAGE)
+    pixels = photos.pixels(np.arange(len(photos)))
+    landmarks = photos.landmarks.copy()
+    for number, picture in enumerate(pixels):
+        if faces := analyzer.detect(picture):
+            landmarks[number] = faces[0].landmarks
+    found = recognition(embeddings_of(network, embed, pixels, landmarks), photos.people)
+    return {
+        **recognizer_scores(network, embed, _judged(evidence)),
+        **{f"found_{name}": value for name, value in found.items()},
+    }
 
 
 def _second_recognizer(evidence: Evidence) -> Mapping[str, float]:

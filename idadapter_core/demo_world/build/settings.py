@@ -71,7 +71,7 @@ FULL = Settings(
     groups=_groups((1080, 10), (400, 10), (128, 8), (64, 8)),
     schedules={
         "readers": TrainingSchedule(1500, 32, 2e-3),
-        "recognizer": TrainingSchedule(1050, 32, 2e-3, fall=0.057),
+        "recognizer": TrainingSchedule(4000, 32, 2e-3),
         "autoencoder": TrainingSchedule(4000, 16, 1.5e-3),
         "second_recognizer": TrainingSchedule(2000, 32, 2e-3),
         "detector": TrainingSchedule(10000, 8, 2e-3),

@@ -22,7 +22,7 @@ from .settings import TrainingSchedule
 SCALE = 32.0  # of cosines, for the softmax
 MARGIN = 0.3  # by which the cosine with the person's own direction must exceed the others
 MARGIN_RAMP = (300, 1500)  # steps between which the margin rises from 0
-JITTER = 1.2  # standard deviation of the landmarks in pixels, as errors of a detector
+JITTER = 1.8  # standard deviation of the landmarks in pixels, as errors of a detector
 
 Embed = Callable[[nn.Module, Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""The networks that are shipped, on a few pictures of people whom they have not met. Bounds are loose: the figures stand in
+"""The networks that are shipped, on a few pictures of people not seen in training. Bounds are loose: the figures stand in
 docs/demo_world.md."""
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from idadapter_core.demo_world import Factors, Person, Pictures, render, seed_of
+from idadapter_core.demo_world.build.batches import as_tensor
 from idadapter_core.demo_world.build.measures import recognition
 from idadapter_core.demo_world.build.sex_and_age import squares
 from idadapter_core.demo_world.build.train_recognizers import aligned_crops
-from idadapter_core.demo_world.shipped import RECOGNIZER_FILE, SEX_AND_AGE_FILE, face_package
+from idadapter_core.demo_world.readers import load_reader
+from idadapter_core.demo_world.shipped import READER, RECOGNIZER_FILE, SEX_AND_AGE_FILE, face_package, shipped
+from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.iresnet import load_iresnet
 
 PEOPLE = 20
@@ -58,3 +61,28 @@ def test_people_are_told_apart() -> None:
     assert [stage.shape[2] for stage in stages] == [56, 28, 14, 7]
     # Red and blue are not the same to it.
     assert recognition(_run(path, crops.flip(1)), np.arange(36) // 3)["rank_one"] < found["rank_one"]
+
+
+def test_the_real_insightface_finds_the_face_and_its_landmarks(pictures: Pictures) -> None:
+    analyzer = open_analyzer(face_package(), "cpu")
+    found = [analyzer.detect(picture) for picture in pictures.pixels]
+    assert all(found)
+    assert np.mean([len(faces) == 1 for faces in found]) >= 0.9
+    truth = pictures.landmarks
+    seen = np.array([faces[0].landmarks for faces in found])
+    distance = np.linalg.norm(truth[:, 1] - truth[:, 0], axis=1)
+    assert (np.linalg.norm(seen - truth, axis=2).mean(1) / distance).mean() < 0.2
+    assert (seen[:, 0, 0] < seen[:, 1, 0]).all(), "left and right as in the picture"
+    sexes = ["M" if person.sex == "man" else "F" for person in pictures.people]
+    assert np.mean([faces[0].sex == sex for faces, sex in zip(found, sexes, strict=True)]) >= 0.9
+    swapped = [analyzer.detect(picture[:, :, ::-1]) for picture in pictures.pixels]
+    scores = [np.mean([faces[0].score if faces else 0 for faces in some]) for some in (found, swapped)]
+    assert scores[1] < scores[0], "red and blue are not the same to it"
+
+
+def test_the_reader_names_what_pictures_show(pictures: Pictures) -> None:
+    reader = load_reader(shipped(READER))
+    read = reader.read(as_tensor(pictures.pixels))
+    for factor in ("expression", "direction", "background", "accessory", "style"):
+        shown = [str(getattr(factors, factor)) for factors in pictures.factors]
+        assert np.mean([one == other for one, other in zip(read[factor], shown, strict=True)]) >= 0.85, factor
