@@ -1,4 +1,4 @@
-"""Reads adapters in every layout of every method, and writes our own (safetensors, config as JSON in the metadata, strict)."""
+"""Reads adapters in every layout of every method, checks that features, identities and base models fit them, and writes our own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Match text files and photos."""
+"""Match text files (captions) and photos."""
 
 from __future__ import annotations
 

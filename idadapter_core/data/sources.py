@@ -1,4 +1,4 @@
-"""Lists the photos of a dataset, in the layouts that people and published datasets use."""
+"""Lists the photos of a dataset, in the layouts that people and published datasets use (folders, tables, CelebA identity lists, shards)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a MODEL: the identities applied to it and their settings. Immutable; a node puts a new plan on a clone."""
+"""The plan of a MODEL: the identities applied to it, with weight, start and end percent and mask. Immutable; a node puts a new plan on a clone."""
 
 from __future__ import annotations
 

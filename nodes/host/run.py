@@ -1,4 +1,4 @@
-"""State of one sampling run: its steps, its identities, and the caches of the mechanisms."""
+"""State of one sampling run: its steps, the windows of percentages in which identities act, and the caches of the mechanisms."""
 
 from __future__ import annotations
 

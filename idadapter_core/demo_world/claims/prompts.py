@@ -1,4 +1,4 @@
-"""The prompts of a measurement, and the classes that they name."""
+"""The prompts of a measurement, the classes that they name, and the factors that may leak from a reference photo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns measured pictures into numbers with intervals over people, tables and sheets."""
+"""Turns measured pictures into numbers with intervals over people (likeness, prompt accuracy, leakage, diversity), tables and sheets."""
 
 from __future__ import annotations
 

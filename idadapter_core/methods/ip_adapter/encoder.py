@@ -1,4 +1,4 @@
-"""IP-Adapter FaceID's tokens from the direction of a face embedding, and its layers in the UNet.
+"""IP-Adapter FaceID's tokens from the direction of a face embedding, and its layers in the UNet: K and V, and the LoRA of its file.
 
 Equations as in tencent-ailab/IP-Adapter@62e4af9: X = LN(reshape(W2 gelu(W1 e / |e| + b1) + b2)); the zero vector means no face.
 """

@@ -1,4 +1,4 @@
-"""The published files of IP-Adapter FaceID and Portrait, recognised by keys and shapes."""
+"""The published files of IP-Adapter FaceID and Portrait, LoRA included, recognised by keys and shapes."""
 
 from __future__ import annotations
 
