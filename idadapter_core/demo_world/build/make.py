@@ -36,7 +36,7 @@ from .settings import FULL, SECOND, TrainingSchedule
 from .sex_and_age import SIDE, train_sex_and_age
 from .stages import Stage, Workspace
 from .train_adapters import BASE_FOLDER, PHOTOS, RECOGNIZER, export_adapter, scan_photos, train_adapter
-from .train_autoencoder import train_autoencoder
+from .train_autoencoder import train_autoencoder, train_decoder
 from .train_base import encode_pictures, train_base
 from .train_readers import train_reader
 from .train_recognizers import first_of, train_recognizer
@@ -157,6 +157,13 @@ def _autoencoder(workspace: Workspace) -> None:
     network = train_autoencoder(
         pool, load_reader(workspace.files / READER), **_training(workspace, "autoencoder")
     )
+    for folder in (workspace.home, workspace.files):  # the stage `decoder` changes the second file
+        save_autoencoder(network, folder / AUTOENCODER)
+
+
+def _decoder(workspace: Workspace) -> None:
+    network, reader = load_autoencoder(workspace.home / AUTOENCODER), load_reader(workspace.files / READER)
+    network = train_decoder(network, _pool(workspace, "training"), reader, **_training(workspace, "decoder"))
     save_autoencoder(network, workspace.files / AUTOENCODER)
 
 
@@ -247,7 +254,9 @@ STAGES: Mapping[str, Stage] = {
         ),
         Stage(
             "autoencoder", "train the autoencoder", ("pictures", "readers", "recognizer"), _autoencoder,
-            (AUTOENCODER,), {"kept": 0.97},
+        ),
+        Stage(
+            "decoder", "train the autoencoder's decoder further", ("autoencoder",), _decoder, (AUTOENCODER,), {"kept": 0.97},
         ),
         Stage(
             "vision", "train the CLIP vision model for IDAdapter", ("pictures",), _vision,
@@ -261,7 +270,7 @@ STAGES: Mapping[str, Stage] = {
         ),
         Stage("photos", "write the pictures as a folder of photos", ("pictures",), _photos),
         Stage("index", "scan the photos", ("photos", "detector", "sex_and_age", "recognizer"), _index),
-        Stage("base_folder", "write the base model as a diffusers folder", ("base", "autoencoder"), _base_folder, keeps=(BASE_FOLDER,)),
+        Stage("base_folder", "write the base model as a diffusers folder", ("base", "decoder"), _base_folder, keeps=(BASE_FOLDER,)),
         Stage(
             "uniid", "train UniID's two branches", ("index", "base_folder"), _uniid, (f"{ADAPTERS}/uniid.safetensors",),
             keeps=("runs/uniid_adapter", "runs/uniid_text", "cache/uniid"),

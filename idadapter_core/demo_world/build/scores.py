@@ -171,6 +171,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         "recognizer": Measure(_recognizer, JUDGED),
         "second_recognizer": Measure(_second_recognizer, JUDGED),
         "autoencoder": Measure(_autoencoder, ("test_photo",)),
+        "decoder": Measure(_autoencoder, ("test_photo",)),
         "vision": Measure(_vision, ("test_photo",)),
         "base": Measure(_base),
     }

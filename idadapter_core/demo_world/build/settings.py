@@ -73,6 +73,7 @@ FULL = Settings(
         "readers": TrainingSchedule(1500, 32, 2e-3),
         "recognizer": TrainingSchedule(4000, 32, 2e-3),
         "autoencoder": TrainingSchedule(4000, 16, 1.5e-3),
+        "decoder": TrainingSchedule(2000, 16, 1e-3, fall=0.5),
         "second_recognizer": TrainingSchedule(2000, 32, 2e-3),
         "detector": TrainingSchedule(10000, 8, 2e-3),
         "sex_and_age": TrainingSchedule(8000, 32, 2e-3),

@@ -41,6 +41,39 @@ def train_autoencoder(
     First all of a picture counts alike; after a share `WHOLE_PICTURE` of the steps, errors in the box of the head count more.
     """
     torch.manual_seed(seed)
+    begin = WHOLE_PICTURE * schedule.steps
+    return _train(Autoencoder(), begin, pool, reader, schedule, checkpoint, seed=seed, log=log)
+
+
+def train_decoder(
+    network: Autoencoder,
+    pool: Pool,
+    reader: Reader,
+    schedule: TrainingSchedule,
+    checkpoint: Path,
+    *,
+    seed: int,
+    log: Callable[[str], None],
+) -> Autoencoder:
+    """Train the decoder of an autoencoder further. Its encoder, and with it the latents of all pictures, stays as it is."""
+    torch.manual_seed(seed)
+    network.requires_grad_(True)
+    network.encoder.requires_grad_(False)
+    return _train(network, 0, pool, reader, schedule, checkpoint, seed=seed, log=log)
+
+
+def _train(
+    network: Autoencoder,
+    faces_from: float,
+    pool: Pool,
+    reader: Reader,
+    schedule: TrainingSchedule,
+    checkpoint: Path,
+    *,
+    seed: int,
+    log: Callable[[str], None],
+) -> Autoencoder:
+    """Train what has gradients. Errors in the box of the head count more from step `faces_from` on."""
     reader = reader.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
@@ -48,7 +81,7 @@ def train_autoencoder(
         numbers = rng.integers(len(pool), size=schedule.batch)
         pictures = as_tensor(pool.pixels(numbers))
         weights = torch.ones(len(pictures), 1, *pictures.shape[2:])
-        if step >= WHOLE_PICTURE * schedule.steps:
+        if step >= faces_from:
             weights = face_weights(pool.boxes[numbers], pictures.shape[3])[:, None]
         if step % 2:
             pictures, weights = pictures.flip(3), weights.flip(3)
@@ -59,7 +92,7 @@ def train_autoencoder(
             back = network.decode(latents + NOISE * torch.randn_like(latents))
         return _difference(back.float(), pictures, weights, reader) + SPREAD_WEIGHT * _spread(latents.float())
 
-    network = Autoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = fit(network, loss, schedule, checkpoint, seed=seed, weight_decay=0.0, log=log)
     assert isinstance(average, Autoencoder)
     return average
