@@ -16,9 +16,19 @@ from idadapter_core.demo_world.build.measures import recognition
 from idadapter_core.demo_world.build.sex_and_age import squares
 from idadapter_core.demo_world.build.train_recognizers import aligned_crops
 from idadapter_core.demo_world.readers import load_reader
-from idadapter_core.demo_world.shipped import READER, RECOGNIZER_FILE, SEX_AND_AGE_FILE, face_package, shipped
+from idadapter_core.demo_world.shipped import (
+    CLIP_VISION,
+    READER,
+    RECOGNIZER_FILE,
+    SEX_AND_AGE_FILE,
+    face_package,
+    shipped,
+)
+from idadapter_core.faces.align import square_crop
 from idadapter_core.faces.detector import open_analyzer
 from idadapter_core.faces.iresnet import load_iresnet
+from idadapter_core.stable_diffusion.vision import load_vision
+from idadapter_core.types import Face
 
 PEOPLE = 20
 
@@ -86,3 +96,20 @@ def test_the_reader_names_what_pictures_show(pictures: Pictures) -> None:
     for factor in ("expression", "direction", "background", "accessory", "style"):
         shown = [str(getattr(factors, factor)) for factors in pictures.factors]
         assert np.mean([one == other for one, other in zip(read[factor], shown, strict=True)]) >= 0.85, factor
+
+
+def test_clip_vision_tells_people_apart() -> None:
+    rng = np.random.default_rng(13)
+    people = [Person.sample(seed_of("test", 3000 + k // 3)) for k in range(36)]
+    shown = render(people, [Factors.sample(rng, style="photo") for _ in people], 128)
+    heads = [
+        square_crop(picture, Face(tuple(map(float, box)), (), 1.0))
+        for picture, box in zip(shown.pixels, shown.boxes, strict=True)
+    ]
+    encoder = load_vision(shipped(CLIP_VISION))
+    with torch.no_grad():
+        patches, _ = encoder(encoder.preprocess(heads))
+    assert patches.shape == (36, 64, 128)
+    means = patches.mean(1)
+    rows = (means - means.mean(0)) / means.std(0)
+    assert recognition(rows.numpy(), np.arange(36) // 3)["auc"] >= 0.7
