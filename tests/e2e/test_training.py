@@ -26,7 +26,7 @@ from idadapter_core.schedule import RescaleSchedule
 from idadapter_core.stable_diffusion.base import load_base
 from idadapter_core.stable_diffusion.config import BaseConfig
 from idadapter_core.stable_diffusion.networks import load_networks
-from idadapter_core.stable_diffusion.pipeline import Acting, Pipeline
+from idadapter_core.stable_diffusion.pipeline import Pipeline, Strengths
 from tests.harness.comfy import REPOSITORY
 from tests.harness.results import picture
 from tests.harness.server import ComfyServer, server_environment
@@ -155,7 +155,7 @@ def test_comfyui_draws_what_the_trainer_draws(
     adapter = load_adapter(walked.trained)
     identity = identity_of(walked, "idadapter", adapter)
     by_trainer = from_trainer(base, adapter, identity)
-    without = from_trainer(base, adapter, identity, acting=Acting(adapter=0.0, text=0.0))
+    without = from_trainer(base, adapter, identity, strengths=Strengths(adapter=0.0, text=0.0))
     assert np.abs(by_server - by_trainer).max() < 1e-3
     assert np.abs(by_trainer - without).max() > 0.05
 
@@ -192,8 +192,8 @@ def test_comfyui_draws_what_the_trainer_draws_uniid(
     adapter = load_adapter(uniid)
     identity = identity_of(walked, "uniid", adapter)
     by_trainer = from_trainer(
-        base, adapter, identity, acting=Acting(rescale=RescaleSchedule() if rescale else None)
+        base, adapter, identity, strengths=Strengths(rescale=RescaleSchedule() if rescale else None)
     )
-    without = from_trainer(base, adapter, identity, acting=Acting(adapter=0.0, text=0.0))
+    without = from_trainer(base, adapter, identity, strengths=Strengths(adapter=0.0, text=0.0))
     assert np.abs(by_server - by_trainer).max() < 1e-3
     assert np.abs(by_trainer - without).max() > 0.05

@@ -258,7 +258,7 @@ def test_the_sampler_draws_the_same_picture(cfg: float, kind: str, base: Base, h
         base,
         base.text.encode([text]),
         base.text.encode([negative]),
-        seed=7,
+        seeds=[7],
         steps=4,
         cfg=cfg,
         width=width,

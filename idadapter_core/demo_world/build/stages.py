@@ -186,7 +186,8 @@ def ship(
         if name not in stages or not stages[name].ships:
             shipping = [stage.name for stage in stages.values() if stage.ships]
             raise InputError(f"the stage {name!r} has nothing to ship; choose from: {', '.join(shipping)}.")
-        scores = {} if stages[name].measure is None else workspace.scores(name)
+        is_measured = stages[name].measure is not None or stages[name].wanted
+        scores = workspace.scores(name) if is_measured else {}
         for score, least in (stages[name].wanted or {}).items():
             if not scores.get(score, 0) >= least:
                 raise InputError(

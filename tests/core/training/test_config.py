@@ -125,7 +125,22 @@ def test_any_dataclass_can_be_read() -> None:
 SHIPPED = sorted(path for path in (Path(__file__).resolve().parents[3] / "configs").glob("*.toml"))
 
 
-@pytest.mark.parametrize("path", [p for p in SHIPPED if not p.name.startswith("eval_")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in SHIPPED if p.name.startswith("demo_world_")], ids=lambda p: p.stem
+)
+def test_configurations_of_the_demo_world_are_read(path: Path) -> None:
+    """Their networks are small, so their settings are their own."""
+    config = read_config(path)
+    assert (config.base.family, config.data.resolution) == ("sd15", 128)
+    assert config.output.folder == f"demo_world/runs/{path.stem.removeprefix('demo_world_')}"
+    if config.adapter.method == "uniid":
+        assert path.stem.endswith(config.adapter.branch)
+
+
+OTHERS = ("eval_", "demo_world_")
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if not p.name.startswith(OTHERS)], ids=lambda p: p.stem)
 def test_shipped_configurations_are_those_of_the_methods(path: Path) -> None:
     config = read_config(path)
     assert path.stem.startswith(config.adapter.method)
