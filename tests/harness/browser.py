@@ -97,6 +97,8 @@ new Promise((done) => {
 })
 """
 
+STALE_PANEL = 5.0  # seconds
+
 
 class BrowserError(RuntimeError):
     """Chromium is missing or crashed, or JavaScript in the page threw an exception."""
@@ -331,8 +333,15 @@ class Browser:
         )
 
     def error_overlay(self) -> str:
-        """Text of the panel with the number of errors in the open workflow; empty if there is no panel."""
-        return str(self.evaluate("document.querySelector('[data-testid=error-overlay]')?.innerText ?? ''"))
+        """Text of the panel with the number of errors in the open workflow; empty if there is no panel.
+
+        On a busy machine the panel of the workflow that was open before may come late; it gets a moment to leave.
+        """
+        panel = "document.querySelector('[data-testid=error-overlay]')?.innerText ?? ''"
+        deadline = time.monotonic() + STALE_PANEL
+        while (text := str(self.evaluate(panel))) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return text
 
     def screenshot(self, path: Path) -> None:
         """Save the page as a PNG file."""
