@@ -20,14 +20,12 @@ from idadapter_core.demo_world.build.batches import Pool, as_tensor
 from idadapter_core.demo_world.build.fitting import fit, rate_at
 from idadapter_core.demo_world.build.measures import area_under_curve, rank_one, recognition
 from idadapter_core.demo_world.build.pictures import draw_pictures, open_pictures
-from idadapter_core.demo_world.build.scores import Evidence, Measure
 from idadapter_core.demo_world.build.settings import FULL, TINY, Group, Settings, TrainingSchedule
 from idadapter_core.demo_world.build.stages import Stage, Workspace, describe, run_stages, ship, write_json
 from idadapter_core.demo_world.build.train_adapters import train_adapter
 from idadapter_core.demo_world.build.trainer_files import write_photos
-from idadapter_core.demo_world.build.verify import changed_files, changed_scores, read_record
 from idadapter_core.demo_world.identity import split_of
-from idadapter_core.errors import CheckpointError, InputError, TrainingError
+from idadapter_core.errors import InputError, TrainingError
 from idadapter_core.faces.iresnet import digest, load_iresnet
 from tests.tiny.bases import write_tokenizer
 
@@ -316,61 +314,6 @@ def test_only_what_is_good_enough_is_shipped(tmp_path: Path) -> None:
     write_json(tmp_path / "work" / "scores" / "second.json", {})
     with pytest.raises(InputError, match="accuracy is None"):
         ship(_stages([]), ["second"], workspace, target)
-
-
-# ---------------------------------------------------------------------------------------------------------- verify
-@pytest.fixture
-def assets(tmp_path: Path) -> Path:
-    _run(("first",), tmp_path / "work")
-    ship(_stages([]), ["first"], _bench(tmp_path / "work"), tmp_path / "assets")
-    return tmp_path / "assets"
-
-
-def test_shipped_files_are_recorded_and_found_again(assets: Path) -> None:
-    assert changed_files(assets) == []
-    assert read_record(assets)["first"]["scores"] == {"accuracy": 0.5}
-    (assets / "first.bin").write_bytes(b"other")
-    (problem,) = changed_files(assets)
-    assert problem.startswith("first.bin (first) has the SHA-256 ")
-    (assets / "first.bin").unlink()
-    assert changed_files(assets) == ["first.bin (first) is missing; get this project again"]
-    (assets / "record.json").write_text("{", "utf-8")
-    with pytest.raises(CheckpointError, match=r"record\.json cannot be read .*; get this project again"):
-        changed_files(assets)
-
-
-@pytest.mark.parametrize(
-    ("found", "problems"),
-    [
-        ({"accuracy": 0.51}, []),
-        ({"accuracy": 0.45}, ["first: accuracy is 0.45, the record says 0.5"]),
-        ({}, ["first: accuracy is None, the record says 0.5"]),
-    ],
-)
-def test_scores_are_measured_again(
-    found: dict[str, float], problems: list[str], assets: Path, tmp_path: Path
-) -> None:
-    """On pictures that are drawn for it, of the groups that the measure needs."""
-    lines: list[str] = []
-
-    def scores(evidence: Evidence) -> dict[str, float]:
-        assert evidence.files == assets
-        assert len(evidence.pool("shape")) == 4
-        return found
-
-    measures = {"first": Measure(scores, ("shape",)), "other": Measure(scores, ("training",))}
-    assert changed_scores(assets, tmp_path / "new", SMALL, 1, lines.append, measures) == problems
-    assert lines == ["shape: 1 of 1 parts drawn", f"first: {json.dumps(found)}"]
-    assert [path.name for path in (tmp_path / "new" / "pictures").iterdir()] == ["shape"]
-
-
-def test_the_shipped_files_are_as_recorded(capsys: pytest.CaptureFixture[str]) -> None:
-    from idadapter_core.cli.demo_world import main
-
-    assert main(["verify", "--digests-only"]) == 0
-    assert capsys.readouterr().out == "the shipped files are as recorded\n"
-    assert main(["verify", "--processes", "0"]) == 1
-    assert "--processes must be at least 1, got 0" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- measures

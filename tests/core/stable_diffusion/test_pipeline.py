@@ -1,6 +1,7 @@
 """Pictures outside ComfyUI: who is in them, how strongly, at which step; features of photos; the grids of a run.
 
-That they are ComfyUI's pictures is tested in `tests/e2e`.
+That they are ComfyUI's pictures is tested in `tests/e2e`. Longer than 450 lines, because all its tests share the parts of one tiny
+training, which take seconds to make.
 """
 
 from __future__ import annotations
