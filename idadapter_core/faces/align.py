@@ -1,4 +1,4 @@
-"""Face alignment: the 112 x 112 crop used by ArcFace-style networks."""
+"""Face alignment: the 112 x 112 crop used by ArcFace-style networks, and the square crop of the head for CLIP vision."""
 
 from __future__ import annotations
 

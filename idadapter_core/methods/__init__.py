@@ -1,4 +1,4 @@
-"""The methods by name. To add a method, create a package next to these and list it here (docs/adding_a_method.md)."""
+"""The registry of methods, `METHODS`. To add one, create a package next to these and list it here (docs/adding_a_method.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrappers that apply a plan while ComfyUI samples.
+"""Wrappers that apply a plan while ComfyUI samples: which rows (positive, negative) get which identity, and what acts in a model call.
 
 Three stateless wrappers on the MODEL:
 - OUTER_SAMPLE starts a `Run` and tags the run's own copies of the conditionings, by role name;

@@ -33,7 +33,7 @@ def _folders() -> Iterator[tuple[str, list[Path]]]:
     found: dict[str, list[Path]] = {}
     for root in ("nodes", "idadapter_core"):
         for file in sorted((REPOSITORY / root).rglob("*.py")):
-            if file.name != "__init__.py" and file.name != "__main__.py":
+            if file.name != "__main__.py" and (file.name != "__init__.py" or _public(file)):
                 found.setdefault(file.parent.relative_to(REPOSITORY).as_posix(), []).append(file)
     yield from sorted(found.items())
 
@@ -41,12 +41,18 @@ def _folders() -> Iterator[tuple[str, list[Path]]]:
 def _line(file: Path) -> str:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     about = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
-    names = [
+    names = _public(file)
+    return about + (f" ({', '.join(f'`{name}`' for name in names)})" if names else "")
+
+
+def _public(file: Path) -> list[str]:
+    """Names of the classes and functions that a file defines for others."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return [
         node.name
         for node in tree.body
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")
     ]
-    return about + (f" ({', '.join(f'`{name}`' for name in names)})" if names else "")
 
 
 def main() -> int:
