@@ -154,9 +154,8 @@ def _claims(options: argparse.Namespace) -> int:
             setattr(options, name, usual)
     _require_positive(options, *PLAN_NAMES, "threads")
     torch.set_num_threads(options.threads)
-    logging.getLogger(faces.__name__).setLevel(
-        logging.ERROR
-    )  # faces of this world are small, which is no reason to warn
+    # Faces of this world are small, which is no reason to warn.
+    logging.getLogger(faces.__name__).setLevel(logging.ERROR)
     path = measure(
         options.output,
         options.files or ASSETS,
@@ -203,7 +202,7 @@ def _verify(options: argparse.Namespace) -> int:
         sys.stderr.write(f"{problem}\n")
     if problems:
         return 1
-    sys.stdout.write("the shipped files are as recorded\n")
+    _print("the shipped files are as recorded")
     return 0
 
 
@@ -237,7 +236,7 @@ def _build(options: argparse.Namespace) -> int:
         return 0
     if options.ship:
         for path in ship(STAGES, options.stages, workspace):
-            sys.stdout.write(f"wrote {path} ({path.stat().st_size:,} bytes)\n")
+            _report_written(path)
         return 0
     torch.set_num_threads(options.threads)
     run_stages(STAGES, options.stages, workspace)

@@ -19,6 +19,7 @@ ADAPTERS = "adapters"  # a folder
 JUDGE = "second_recognizer.safetensors"
 FACE_PACKAGES = "insightface"  # a root folder of packages, in insightface's layout
 FACE_PACKAGE = "demo_world"  # the name of the package in it
+PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"  # its folder among the assets
 DETECTOR_FILE, RECOGNIZER_FILE, SEX_AND_AGE_FILE = "detector.onnx", "recognizer.onnx", "sex_and_age.onnx"
 
 
@@ -38,7 +39,7 @@ def shipped(name: str) -> Path:
 
 def face_package() -> Path:
     """Return the folder of the demo world's insightface package."""
-    return shipped(f"{FACE_PACKAGES}/models/{FACE_PACKAGE}")
+    return shipped(PACKAGE)
 
 
 def save_network(network: nn.Module, kind: str, path: Path, left_out: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ from .shipped import (
     AUTOENCODER,
     BASE,
     CLIP_VISION,
-    FACE_PACKAGE,
-    FACE_PACKAGES,
+    PACKAGE,
     RECOGNIZER_FILE,
 )
 from .words import words
@@ -88,14 +87,10 @@ class World:
         heads = [square_crop(photo, face) for photo, face in zip(photos, features.faces, strict=True)]
         with torch.no_grad():
             seen = encode_heads(self.vision, self.vision.preprocess(heads))
-        return FaceFeatures(
-            embedding=features.embedding,
-            stages=features.stages,
+        return replace(
+            features,
             patch_tokens=seen["patch_tokens"],
             class_embedding=seen["class_embedding"],
-            faces=features.faces,
-            recognizer=features.recognizer,
-            crops=features.crops,
             vision=self.vision.digest,
         )
 
@@ -106,7 +101,7 @@ def open_world(files: Path = ASSETS) -> World:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    package = files / FACE_PACKAGES / "models" / FACE_PACKAGE
+    package = files / PACKAGE
     recognizer = load_iresnet(package / RECOGNIZER_FILE, any_layers=True)
     vision = files / CLIP_VISION
     return World(

@@ -111,13 +111,12 @@ class Pipeline:
         strengths = strengths or Strengths()
         if not requests:
             raise InputError("requests is empty; give at least one")
-        encoded = self.base.text.encode([negative])
-        negatives = None if cfg == 1 else encoded
+        negatives = None if cfg == 1 else self.base.text.encode([negative])
         rows = positive_rows(negatives, cfg, len(requests))
         before_step: BeforeStep = _no_action
         if all(request.identity is None for request in requests):
             prompts = [request.prompt.replace(CLASS_WORD, "person") for request in requests]
-            positive = _together([self.base.text.encode([prompt]) for prompt in prompts])
+            positive = self.base.text.encode(prompts)
             self._set(None, 0.0)
         else:
             positive, before_step = self._with_identities(requests, strengths, rows)
@@ -155,7 +154,7 @@ class Pipeline:
         """
         if self.adapter is None:
             raise InputError("an identity was given, but no adapter; give the adapter that made it")
-        adapter, identities = self.adapter, [request.identity for request in requests]
+        adapter = self.adapter
         kind, schedule = adapter.mechanisms.text, strengths.rescale
         can_rescale = adapter.mechanisms.decoupled is not None or kind == "states"
         if (schedule is not None and not can_rescale) or (kind == "word" and strengths.text not in (0, 1)):
@@ -165,8 +164,8 @@ class Pipeline:
             )
         scaled: list[Callable[[float], Conditioning]] = []
         people: list[Identity] = []
-        for request, identity in zip(requests, identities, strict=True):
-            if identity is None:
+        for request in requests:
+            if (identity := request.identity) is None:
                 raise InputError(
                     "some images of a batch have an identity and others have none; generate them apart"
                 )

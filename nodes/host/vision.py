@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...idadapter_core.faces.images import Image
 from ...idadapter_core.faces.views import View
-from ...idadapter_core.files import state_digest
+from ...idadapter_core.stable_diffusion.pretrained import weights_digest
 from ...idadapter_core.types import Face, ViewKey
 from .images import to_image
 
@@ -35,19 +35,11 @@ def encode_heads(clip_vision: Any, heads: Iterable[Image]) -> tuple[Tensor, Tens
 
 
 def digest_of(clip_vision: Any) -> str:
-    """Return the id of a CLIP vision model in features, a digest of its weights. Computed once per loaded model.
-
-    Of each tensor, at most `_SAMPLES` evenly spaced values are read: all values of a ViT-H would take seconds.
-    """
+    """Return the id of a CLIP vision model in features, a digest of its weights. Computed once per loaded model."""
     model = clip_vision.model
     if model not in _digests:
-        _digests[model] = state_digest({name: _sampled(value) for name, value in model.state_dict().items()})
+        _digests[model] = weights_digest(model.state_dict())
     return _digests[model]
-
-
-def _sampled(weight: Tensor) -> Tensor:
-    flat = weight.detach().flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLES)]
 
 
 def encode_views(
@@ -77,5 +69,4 @@ def _states_of_nothing(clip_vision: Any) -> Tensor:
     return states
 
 
-_SAMPLES = 1024
 _digests: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

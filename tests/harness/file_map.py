@@ -33,7 +33,9 @@ def _folders() -> Iterator[tuple[str, list[Path]]]:
     found: dict[str, list[Path]] = {}
     for root in ("nodes", "idadapter_core"):
         for file in sorted((REPOSITORY / root).rglob("*.py")):
-            if file.name != "__main__.py" and (file.name != "__init__.py" or _public(file)):
+            if file.name != "__main__.py" and (
+                file.name != "__init__.py" or _public(ast.parse(file.read_text(encoding="utf-8")))
+            ):
                 found.setdefault(file.parent.relative_to(REPOSITORY).as_posix(), []).append(file)
     yield from sorted(found.items())
 
@@ -41,13 +43,12 @@ def _folders() -> Iterator[tuple[str, list[Path]]]:
 def _line(file: Path) -> str:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     about = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
-    names = _public(file)
+    names = _public(tree)
     return about + (f" ({', '.join(f'`{name}`' for name in names)})" if names else "")
 
 
-def _public(file: Path) -> list[str]:
+def _public(tree: ast.Module) -> list[str]:
     """Names of the classes and functions that a file defines for others."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
     return [
         node.name
         for node in tree.body

@@ -38,7 +38,7 @@ def write_demo_world(home: Path) -> Path:
         save_autoencoder(Autoencoder(SLIM), home / shipped.AUTOENCODER)
         vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CONFIG))
     save_vision(vision, home / shipped.CLIP_VISION)
-    package = home / shipped.FACE_PACKAGES / "models" / shipped.FACE_PACKAGE
+    package = home / shipped.PACKAGE
     recognizer = digest(load_iresnet(package / shipped.RECOGNIZER_FILE, any_layers=True))
     (home / shipped.ADAPTERS).mkdir(exist_ok=True)
     for method, name in ADAPTERS.items():

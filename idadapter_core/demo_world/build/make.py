@@ -23,6 +23,7 @@ from ..shipped import (
     CLIP_VISION,
     DETECTOR_FILE,
     JUDGE,
+    PACKAGE,
     READER,
     RECOGNIZER_FILE,
     SEX_AND_AGE_FILE,
@@ -31,12 +32,12 @@ from .batches import Pool
 from .detector import Detector, Exported, output_names, train_detector
 from .onnx_files import write_onnx
 from .pictures import draw_pictures, open_pictures
-from .scores import MEASURES, PACKAGE, call, embed
+from .scores import MEASURES, call, embed
 from .settings import FULL, SECOND, TrainingSchedule
 from .sex_and_age import SIDE, train_sex_and_age
 from .stages import Stage, Workspace
 from .train_adapters import BASE_FOLDER, PHOTOS, RECOGNIZER, export_adapter, scan_photos, train_adapter
-from .train_autoencoder import train_autoencoder, train_decoder
+from .train_autoencoder import train_autoencoder
 from .train_base import encode_pictures, train_base
 from .train_readers import train_reader
 from .train_recognizers import first_of, train_recognizer
@@ -163,7 +164,8 @@ def _autoencoder(workspace: Workspace) -> None:
 
 def _decoder(workspace: Workspace) -> None:
     network, reader = load_autoencoder(workspace.home / AUTOENCODER), load_reader(workspace.files / READER)
-    network = train_decoder(network, _pool(workspace, "training"), reader, **_training(workspace, "decoder"))
+    pool = _pool(workspace, "training")
+    network = train_autoencoder(pool, reader, trained=network, **_training(workspace, "decoder"))
     save_autoencoder(network, workspace.files / AUTOENCODER)
 
 

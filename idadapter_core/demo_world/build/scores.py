@@ -23,9 +23,8 @@ from ..shipped import (
     AUTOENCODER,
     BASE,
     CLIP_VISION,
-    FACE_PACKAGE,
-    FACE_PACKAGES,
     JUDGE,
+    PACKAGE,
     READER,
     RECOGNIZER_FILE,
     SEX_AND_AGE_FILE,
@@ -43,7 +42,6 @@ from .train_readers import reader_scores
 from .train_recognizers import embeddings_of, first_of, recognizer_scores
 from .train_vision import vision_scores
 
-PACKAGE = f"{FACE_PACKAGES}/models/{FACE_PACKAGE}"
 JUDGED = ("test_photo", "test_shape")  # groups of pictures of the recognisers' scores
 DETECTED = 200  # pictures of the detector's scores
 

@@ -13,7 +13,8 @@ def write_sheet(pictures: np.ndarray, path: Path, across: int = 8) -> None:
     count = len(pictures) // across * across or len(pictures)
     rows = [list(pictures[start : start + across]) for start in range(0, count, across)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows], 0)).save(path)
+    sheet = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows], 0))
+    sheet.save(path, quality=92)  # of .jpg
 
 
 def write_pairs(above: np.ndarray, below: np.ndarray, path: Path, across: int = 6) -> None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 
 from ...errors import InputError, TrainingError
-from ..shipped import ADAPTERS, CLIP_VISION, FACE_PACKAGE, FACE_PACKAGES, face_package
+from ..shipped import ADAPTERS, CLIP_VISION, PACKAGE, face_package
 from .stages import Workspace
 
 ROOT, ROOT_PACKAGE = Path(__file__).parents[3], "idadapter_core"
@@ -26,7 +26,7 @@ CACHES = MappingProxyType(
 
 def scan_photos(workspace: Workspace) -> None:
     """Write the index of the photos."""
-    own = workspace.files / FACE_PACKAGES / "models" / FACE_PACKAGE
+    own = workspace.files / PACKAGE
     _command(
         "scan", workspace.home / PHOTOS, workspace.home / INDEX, "--overwrite",
         "--face-package", own if workspace.settings.own_package else face_package(),

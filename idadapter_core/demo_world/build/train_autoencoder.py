@@ -35,45 +35,22 @@ def train_autoencoder(
     *,
     seed: int,
     log: Callable[[str], None],
+    trained: Autoencoder | None = None,
 ) -> Autoencoder:
     """Train an autoencoder on the pictures of a pool. The loss also compares features of `reader`.
 
     First all of a picture counts alike; after a share `WHOLE_PICTURE` of the steps, errors in the box of the head count more.
+
+    Args:
+        trained: an autoencoder whose decoder alone is trained further, with the weights of the later steps. The latents of all pictures
+            stay as they are.
     """
     torch.manual_seed(seed)
-    begin = WHOLE_PICTURE * schedule.steps
-    return _train(Autoencoder(), begin, pool, reader, schedule, checkpoint, seed=seed, log=log)
-
-
-def train_decoder(
-    network: Autoencoder,
-    pool: Pool,
-    reader: Reader,
-    schedule: TrainingSchedule,
-    checkpoint: Path,
-    *,
-    seed: int,
-    log: Callable[[str], None],
-) -> Autoencoder:
-    """Train the decoder of an autoencoder further. Its encoder, and with it the latents of all pictures, stays as it is."""
-    torch.manual_seed(seed)
-    network.requires_grad_(True)
-    network.encoder.requires_grad_(False)
-    return _train(network, 0, pool, reader, schedule, checkpoint, seed=seed, log=log)
-
-
-def _train(
-    network: Autoencoder,
-    faces_from: float,
-    pool: Pool,
-    reader: Reader,
-    schedule: TrainingSchedule,
-    checkpoint: Path,
-    *,
-    seed: int,
-    log: Callable[[str], None],
-) -> Autoencoder:
-    """Train what has gradients. Errors in the box of the head count more from step `faces_from` on."""
+    if trained is None:
+        network, faces_from = Autoencoder(), WHOLE_PICTURE * schedule.steps
+    else:
+        network, faces_from = trained.requires_grad_(True), 0.0
+        network.encoder.requires_grad_(False)
     reader = reader.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:

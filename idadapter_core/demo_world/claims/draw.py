@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from ...adapter import Adapter
-from ...files import replacing
+from ...files import file_digest, replacing
 from ...placeholders import CLASS_WORD
 from ...stable_diffusion.pipeline import ImageRequest, Pipeline
 from ...types import FaceFeatures, Identity, Mix
@@ -98,11 +97,7 @@ class Measurement:
         """What a kept result must have been measured with."""
         names = [BASE, AUTOENCODER, READER, JUDGE, f"{ADAPTERS}/{case.adapter}.safetensors"]
         files = {name: self.world.files / name for name in names}
-        digests = {
-            name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for name, path in files.items()
-            if path.is_file()
-        }
+        digests = {name: file_digest(path) for name, path in files.items() if path.is_file()}
         return {**self.plan.facts, "strengths": repr(case.strengths), "files": digests}
 
     def _measure(self, case: Case, adapter: Adapter | None) -> tuple[list[PictureRow], Pixels]:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...faces.align import align_face
 from ...faces.detector import FaceAnalyzer
-from ...faces.features import crops_to_tensor
 from ...faces.iresnet import IResNet
+from ..build.batches import as_tensor
+from ..build.train_recognizers import embeddings_of
 from ..readers import Reader, load_reader
 from ..second_recognizer import load_second_recognizer
 from ..shipped import JUDGE, READER
@@ -53,8 +51,7 @@ class Judge:
         """Return the class of each factor in pictures (N, 128, 128, 3)."""
         found: dict[str, list[str]] = {}
         for part in np.array_split(pictures, max(1, -(-len(pictures) // BATCH))):
-            pixels = torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            for factor, classes in self.reader.read(pixels).items():
+            for factor, classes in self.reader.read(as_tensor(part)).items():
                 found.setdefault(factor, []).extend(classes)
         return found
 
@@ -71,25 +68,22 @@ class Judge:
     ) -> tuple[Rows, Rows]:
         """Embeddings of unit length (N, D) by the independent and by the adapters' recogniser; NaN without a face."""
         shown = [number for number, points in enumerate(landmarks) if points is not None]
-        crops = [align_face(pictures[number], landmarks[number]) for number in shown]  # type: ignore[arg-type]
+        points = np.array([landmarks[number] for number in shown])
         rows = []
         for network in (self.second or self.first, self.first):
-            parts = [
-                _embedding(network, crops_to_tensor(crops[start : start + BATCH]))
-                for start in range(0, len(crops), BATCH)
-            ]
-            width = parts[0].shape[1] if parts else 1
-            found = np.full((len(pictures), width), np.nan, np.float32)
-            if parts:
-                found[shown] = torch.cat(parts).numpy()
+            found = np.full((len(pictures), 1), np.nan, np.float32)
+            if shown:
+                seen = embeddings_of(network, _embed, pictures[shown], points, BATCH)
+                found = np.full((len(pictures), seen.shape[1]), np.nan, np.float32)
+                found[shown] = seen / np.linalg.norm(seen, axis=1, keepdims=True)
             rows.append(found)
         return rows[0], rows[1]
 
 
-@torch.no_grad()
-def _embedding(network: nn.Module, crops: Tensor) -> Tensor:
+def _embed(network: nn.Module, crops: Tensor) -> Tensor:
     result = network(crops)
-    return F.normalize(result[0] if isinstance(result, tuple) else result, dim=1)
+    embedding: Tensor = result[0] if isinstance(result, tuple) else result
+    return embedding
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ...files import replacing
 from ...statistics import Estimate, estimate
+from ..build.sheets import write_sheet
 from .cases import ABLATIONS, ANCHORS, FACEID, IDADAPTER, UNIID, Case, fronts, mixtures
 from .draw import PictureRow
 from .prompts import LEAKING
@@ -139,8 +139,6 @@ def _number(value: Estimate | None) -> str:
 def write_grid(folder: Path, name: str) -> Path:
     """Write a sheet of a case's kept pictures, a row for each person."""
     shown = np.load(folder / "cases" / f"{name}.npy")
-    sheet = np.concatenate([np.concatenate(list(row), 1) for row in shown], 0)
     path = folder / "grids" / f"{name}.jpg"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path, quality=92)
+    write_sheet(shown.reshape(-1, *shown.shape[2:]), path, across=shown.shape[1])
     return path

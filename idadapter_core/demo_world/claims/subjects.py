@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -85,4 +85,4 @@ def true_pictures(subject: Subject, asked: Sequence[Factors]) -> Pixels:
 def asked_factors(classes: dict[str, str], seed: int) -> Factors:
     """Factors with the classes that a prompt names; the others are drawn from `seed`, as the base model's are from its noise."""
     rng = np.random.default_rng([SEED_TAG, seed])
-    return replace(Factors.sample(rng, **classes))
+    return Factors.sample(rng, **classes)
