@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from types import TracebackType
 
 _SELF = Path("/proc/self")
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if _SELF.exists() else None  # glibc's
 
 
 class PeakMemory:
@@ -19,6 +21,8 @@ class PeakMemory:
         return (_SELF / "clear_refs").exists()
 
     def __enter__(self) -> PeakMemory:
+        if _trim is not None:
+            _trim(0)  # otherwise memory that was freed before and is used again would not count
         (_SELF / "clear_refs").write_text("5", encoding="ascii")  # reset the peak
         self._before = _field("VmRSS")
         return self
