@@ -36,7 +36,15 @@ from .scores import MEASURES, call, embed
 from .settings import FULL, SECOND, TrainingSchedule
 from .sex_and_age import SIDE, train_sex_and_age
 from .stages import Stage, Workspace
-from .train_adapters import BASE_FOLDER, PHOTOS, RECOGNIZER, export_adapter, scan_photos, train_adapter
+from .train_adapters import (
+    ABLATIONS,
+    BASE_FOLDER,
+    PHOTOS,
+    RECOGNIZER,
+    export_adapter,
+    scan_photos,
+    train_adapter,
+)
 from .train_autoencoder import train_autoencoder
 from .train_base import encode_pictures, train_base
 from .train_readers import train_reader
@@ -217,6 +225,12 @@ def _idadapter(workspace: Workspace) -> None:
     export_adapter(workspace, "idadapter", train_adapter(workspace, "idadapter"))
 
 
+def _ablations(workspace: Workspace) -> None:
+    for name, settings in ABLATIONS.items():
+        run = f"idadapter_{name}"
+        export_adapter(workspace, run, train_adapter(workspace, "idadapter", settings, run))
+
+
 def _faceid(workspace: Workspace) -> None:
     export_adapter(workspace, "faceid", train_adapter(workspace, "faceid"))
 
@@ -284,6 +298,10 @@ STAGES: Mapping[str, Stage] = {
         Stage(
             "faceid", "train an IP-Adapter FaceID", ("index", "base_folder"), _faceid, (f"{ADAPTERS}/faceid.safetensors",),
             keeps=("runs/faceid", "cache/faceid"),
+        ),
+        Stage(
+            "ablations", "train IDAdapter without each of its parts, for measurements", ("index", "base_folder", "vision"), _ablations,
+            keeps=tuple(f"runs/idadapter_{name}" for name in ABLATIONS),
         ),
     )
 }  # fmt: skip

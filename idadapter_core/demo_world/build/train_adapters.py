@@ -22,6 +22,14 @@ CACHES = MappingProxyType(
     {"uniid_adapter": "uniid", "uniid_text": "uniid", "idadapter": "idadapter", "faceid": "faceid"}
 )
 """Folder of the cache of each run. UniID's branches read the same features."""
+ABLATIONS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "no_mff": ("adapter.settings.mixer_depth=0",),
+        "no_text": ("adapter.settings.text_encoders=[]",),
+        "no_id_loss": ("loss.identity=0.0",),
+    }
+)
+"""Trainings of IDAdapter without one of its parts (Table 2 of its paper), and the settings that leave it out."""
 
 
 def scan_photos(workspace: Workspace) -> None:

@@ -22,11 +22,12 @@ from idadapter_core.demo_world.build.measures import area_under_curve, rank_one,
 from idadapter_core.demo_world.build.pictures import draw_pictures, open_pictures
 from idadapter_core.demo_world.build.settings import FULL, TINY, Group, Settings, TrainingSchedule
 from idadapter_core.demo_world.build.stages import Stage, Workspace, describe, run_stages, ship, write_json
-from idadapter_core.demo_world.build.train_adapters import train_adapter
+from idadapter_core.demo_world.build.train_adapters import ABLATIONS, train_adapter
 from idadapter_core.demo_world.build.trainer_files import write_photos
 from idadapter_core.demo_world.identity import split_of
 from idadapter_core.errors import InputError, TrainingError
 from idadapter_core.faces.iresnet import digest, load_iresnet
+from idadapter_core.toml import read_table
 from tests.tiny.bases import write_tokenizer
 
 SMALL = Settings(
@@ -371,6 +372,13 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
     for name in ("uniid", "idadapter", "faceid"):
         config = load_adapter(tmp_path / "files" / "adapters" / f"{name}.safetensors").config
         assert config.recognizer == digest(load_iresnet(tmp_path / "recognizer.safetensors"))
+    parts = {
+        name: load_adapter(tmp_path / "files" / "adapters" / f"idadapter_{name}.safetensors").config
+        for name in ABLATIONS
+    }
+    assert {name for name, config in parts.items() if config.mixer_depth == 0} == {"no_mff"}
+    assert {name for name, config in parts.items() if not config.has_text_branch} == {"no_text"}
+    assert read_table(tmp_path / "runs" / "idadapter_no_id_loss" / "config.toml")["loss"]["identity"] == 0
     assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
     capsys.readouterr()
     assert _command("base", "--ship", "--work", tmp_path, "--settings", "tiny") == 1
