@@ -12,6 +12,7 @@ from torch import Tensor
 from .pictures import PictureSet
 
 FACE_WEIGHT = 3.0  # of an error inside the box of the head, against 1 outside
+FEATURES_WEIGHT = 8.0  # of an error near eyes, nose and mouth
 Numbers = npt.NDArray[np.int64]
 
 
@@ -20,19 +21,38 @@ def as_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def face_weights(boxes: npt.NDArray[np.float32], side: int, cell: int = 1) -> Tensor:
+def face_weights(
+    boxes: npt.NDArray[np.float32],
+    side: int,
+    cell: int = 1,
+    landmarks: npt.NDArray[np.float32] | None = None,
+) -> Tensor:
     """Weights (N, side, side) of errors, of mean 1 in each picture: larger in the box of the head, where expressions are.
 
     Args:
         boxes: (N, 4) left, top, right, bottom in pixels.
         side: cells along a side of a picture, of `cell` pixels each.
+        landmarks: (N, 5, 2) in pixels. Given them, weights are larger still between eyes and mouth.
     """
+    weights = 1 + (FACE_WEIGHT - 1) * _inside(boxes, side, cell)
+    if landmarks is not None:
+        weights += (FEATURES_WEIGHT - FACE_WEIGHT) * _inside(_feature_boxes(landmarks), side, cell)
+    return weights / weights.mean((1, 2), keepdim=True)
+
+
+def _feature_boxes(landmarks: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Boxes (N, 4) of eyes, nose and mouth, with a margin for brows and chin."""
+    least, most = landmarks.min(1), landmarks.max(1)
+    margin = 0.4 * (most - least).max(1, keepdims=True)
+    return np.concatenate([least - margin, most + margin], 1)
+
+
+def _inside(boxes: npt.NDArray[np.float32], side: int, cell: int) -> Tensor:
+    """1 for cells (N, side, side) whose centre is inside the box (N, 4), 0 for others."""
     centers = (np.arange(side) + 0.5) * cell
     left, top, right, bottom = boxes[:, :, None].transpose(1, 0, 2)
     across, down = (centers > left) & (centers < right), (centers > top) & (centers < bottom)
-    inside = torch.from_numpy(down[:, :, None] & across[:, None, :])
-    weights = 1 + (FACE_WEIGHT - 1) * inside.float()
-    return weights / weights.mean((1, 2), keepdim=True)
+    return torch.from_numpy(down[:, :, None] & across[:, None, :]).float()
 
 
 class Pool:

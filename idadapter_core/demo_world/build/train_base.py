@@ -29,6 +29,13 @@ IDENTITY_WORD = 0.1  # probability of an identity word, which has no meaning yet
 UNKNOWN_WORD = 0.08  # probability of an unknown word, which must do no harm
 SEED_TAG = 1_213
 CELL = 8  # pixels along a side of a latent
+FEATURES_FROM = (
+    2600  # step from which errors of the face and the noise levels that decide expressions count more
+)
+FACE_LEVELS = (
+    150,
+    650,
+)  # timesteps at which noise hides the expression (from less than a tenth of the pictures to nearly all)
 
 
 @torch.no_grad()
@@ -54,12 +61,16 @@ def train_base(
 ) -> BaseModel:
     """Train a base model on the latents (N, C, h, w) and captions of a pool.
 
+    Scenes and heads are learned first. Expressions are small, and from step `FEATURES_FROM` on errors near eyes, nose and mouth have more
+    weight, and half of the timesteps come from `FACE_LEVELS`.
+
     Args:
         text: trained text encoder to start with.
     """
     torch.manual_seed(seed)
     facts = [fact for part in pool.sets for fact in part.facts]
-    weights = face_weights(pool.boxes, latents.shape[-1], CELL)
+    head = face_weights(pool.boxes, latents.shape[-1], CELL)
+    features = face_weights(pool.boxes, latents.shape[-1], CELL, pool.landmarks)
     people = {seed: Person.sample(seed) for seed in {fact.person for fact in facts}}
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
@@ -68,7 +79,10 @@ def train_base(
         rows = [varied_rows(people[facts[number].person], facts[number].factors, rng) for number in numbers]
         clean = torch.from_numpy(latents[numbers].astype(np.float32))
         noise = torch.randn_like(clean)
-        timesteps = torch.from_numpy(rng.integers(network.schedule.steps, size=schedule.batch))
+        levels, weights = rng.integers(network.schedule.steps, size=schedule.batch), head
+        if step >= FEATURES_FROM:
+            levels[::2], weights = rng.integers(*FACE_LEVELS, size=len(levels[::2])), features
+        timesteps = torch.from_numpy(levels)
         noisy = network.schedule.add_noise(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16), AttentionInFloat32():
             found = network(noisy, timesteps, network.states(torch.tensor(rows)))

@@ -108,6 +108,18 @@ def test_the_error_counts_more_in_the_box_of_the_head() -> None:
     assert torch.equal(weights[1], torch.ones(8, 8))
 
 
+def test_the_error_counts_most_near_eyes_and_mouth() -> None:
+    boxes = np.array([[0, 0, 64, 64]], np.float32)
+    points = np.array([[[24, 28], [40, 28], [32, 32], [26, 40], [38, 40]]], np.float32)  # margin of 6.4
+    (weights,) = face_weights(boxes, 8, 8, points)
+    assert weights.mean().item() == pytest.approx(1)
+    most = weights == weights.max()
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[3:6, 2:6] = True
+    assert torch.equal(most, expected)
+    assert (weights[3, 3] / weights[0, 0]).item() == pytest.approx(8 / 3)
+
+
 def test_attention_in_float32_is_the_same_attention() -> None:
     query, key, value = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
     plain = F.scaled_dot_product_attention(query, key, value)
