@@ -63,14 +63,15 @@ def test_people_are_told_apart() -> None:
     path = face_package() / RECOGNIZER_FILE
     embeddings = _run(path, crops)
     found = recognition(embeddings, np.arange(36) // 3)
-    assert found["auc"] >= 0.93
-    assert found["rank_one"] >= 0.8
+    assert found["auc"] >= 0.98
+    assert found["rank_one"] >= 0.9
     with torch.no_grad():
         ours, stages = load_iresnet(path, any_layers=True)(crops)
     assert recognition(ours.numpy(), np.arange(36) // 3) == pytest.approx(found, abs=0.02)
     assert [stage.shape[2] for stage in stages] == [56, 28, 14, 7]
-    # Red and blue are not the same to it.
-    assert recognition(_run(path, crops.flip(1)), np.arange(36) // 3)["rank_one"] < found["rank_one"]
+    swapped = _run(path, crops.flip(1))
+    rows, others = (some / np.linalg.norm(some, axis=1, keepdims=True) for some in (embeddings, swapped))
+    assert (rows * others).sum(1).mean() < 0.9, "red and blue are not the same to it"
 
 
 def test_the_real_insightface_finds_the_face_and_its_landmarks(pictures: Pictures) -> None:
