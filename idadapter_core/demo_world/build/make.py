@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet, save_iresnet
+from ...files import replacing
 from ..autoencoder import load_autoencoder, save_autoencoder
 from ..base import load_base, save_base
 from ..readers import load_reader, save_reader
@@ -47,6 +48,13 @@ from .train_adapters import (
 )
 from .train_autoencoder import train_autoencoder
 from .train_base import encode_pictures, train_base
+from .train_latent_reader import (
+    CLASSES,
+    accuracy,
+    load_latent_reader,
+    save_latent_reader,
+    train_latent_reader,
+)
 from .train_readers import train_reader
 from .train_recognizers import first_of, train_recognizer
 from .train_text import load_caption_reader, save_caption_reader, text_scores, train_text_encoder
@@ -54,7 +62,11 @@ from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision
 from .trainer_files import write_base_folder, write_photos
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
-LATENTS, TEXT = "latents/training.npy", "text.safetensors"  # in the folder of a build
+LATENTS, TEXT, LATENT_READER = (  # in the folder of a build
+    "latents/training.npy",
+    "text.safetensors",
+    "latent_reader.safetensors",
+)
 EXAMPLE_SIDE = 320  # of the detector's input during the export; the file accepts any size
 
 
@@ -184,7 +196,9 @@ def _vision(workspace: Workspace) -> None:
 
 def _latents(workspace: Workspace) -> None:
     network = load_autoencoder(workspace.files / AUTOENCODER)
-    encode_pictures(network, _pool(workspace, "training"), workspace.home / LATENTS)
+    latents = encode_pictures(network, _pool(workspace, "training"))
+    with replacing(workspace.home / LATENTS) as file, file.open("wb") as stream:
+        np.save(stream, latents.half().numpy())
 
 
 def _text(workspace: Workspace) -> None:
@@ -193,10 +207,22 @@ def _text(workspace: Workspace) -> None:
     workspace.score("text", text_scores(load_caption_reader(workspace.home / TEXT)))
 
 
+def _latent_reader(workspace: Workspace) -> None:
+    latents = np.load(workspace.home / LATENTS)
+    labels = _pool(workspace, "training").labels("expression", CLASSES)
+    path = workspace.home / LATENT_READER
+    save_latent_reader(train_latent_reader(latents, labels, **_training(workspace, "latent_reader")), path)
+    others = _pool(workspace, "validation")
+    encoded = encode_pictures(load_autoencoder(workspace.files / AUTOENCODER), others)
+    right = accuracy(load_latent_reader(path), encoded, others.labels("expression", CLASSES))
+    workspace.score("latent_reader", {"expression": right})
+
+
 def _base(workspace: Workspace) -> None:
     latents = np.load(workspace.home / LATENTS)
     text = load_caption_reader(workspace.home / TEXT).text
-    base = train_base(_pool(workspace, "training"), latents, text, **_training(workspace, "base"))
+    reader = load_latent_reader(workspace.home / LATENT_READER)
+    base = train_base(_pool(workspace, "training"), latents, text, reader, **_training(workspace, "base"))
     save_base(base, workspace.files / BASE)
 
 
@@ -280,8 +306,9 @@ STAGES: Mapping[str, Stage] = {
         ),
         Stage("latents", "encode the pictures", ("pictures", "autoencoder"), _latents, keeps=("latents",)),
         Stage("text", "train the text encoder to name what captions say", (), _text),
+        Stage("latent_reader", "train a network that reads expressions in latents", ("latents",), _latent_reader),
         Stage(
-            "base", "train the base model", ("latents", "readers", "text"), _base, (BASE,),
+            "base", "train the base model", ("latents", "latent_reader", "readers", "text"), _base, (BASE,),
             {"style": 0.95, "background": 0.95, "sex": 0.95, "accessory": 0.90, "expression": 0.75, "direction": 0.95},
         ),
         Stage("photos", "write the pictures as a folder of photos", ("pictures",), _photos),

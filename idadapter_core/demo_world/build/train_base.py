@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...files import replacing
 from .. import FACTORS, SEXES, Factors, Person, caption
 from ..autoencoder import Autoencoder
 from ..base import BaseModel
@@ -22,6 +21,7 @@ from ..words import words
 from .batches import Pool, as_tensor, face_weights
 from .fitting import fit
 from .settings import TrainingSchedule
+from .train_latent_reader import CLASSES, LatentReader
 
 NO_CAPTION = 0.1  # probability of an empty caption, for guidance
 OMITTED_FACTOR = 0.1  # probability that a factor is not named
@@ -29,30 +29,26 @@ IDENTITY_WORD = 0.1  # probability of an identity word, which has no meaning yet
 UNKNOWN_WORD = 0.08  # probability of an unknown word, which must do no harm
 SEED_TAG = 1_213
 CELL = 8  # pixels along a side of a latent
-FEATURES_FROM = (
-    2600  # step from which errors of the face and the noise levels that decide expressions count more
-)
-FACE_LEVELS = (
-    150,
-    650,
-)  # timesteps at which noise hides the expression (from less than a tenth of the pictures to nearly all)
+FEATURES_FROM = 2600  # step from which faces, and the noise levels of expressions, count more
+EXPRESSIONS_FROM = 4000  # step from which the latent reader's error counts
+EXPRESSION_WEIGHT = 0.02  # of that error
+FACE_LEVELS = (150, 650)  # timesteps where noise begins to hide an expression, and where it is lost
+READABLE = 700  # timestep from which on no expression can be read
 
 
 @torch.no_grad()
-def encode_pictures(network: Autoencoder, pool: Pool, path: Path, batch: int = 32) -> None:
-    """Write the latents (N, C, h, w) of all pictures of a pool, in half precision."""
-    parts = []
-    for start in range(0, len(pool), batch):
-        numbers = np.arange(start, min(start + batch, len(pool)))
-        parts.append(network.encode(as_tensor(pool.pixels(numbers))).half().numpy())
-    with replacing(path) as file, file.open("wb") as stream:
-        np.save(stream, np.concatenate(parts))
+def encode_pictures(network: Autoencoder, pool: Pool, batch: int = 32) -> Tensor:
+    """Return the latents (N, C, h, w) of all pictures of a pool."""
+    starts = range(0, len(pool), batch)
+    numbers = (np.arange(start, min(start + batch, len(pool))) for start in starts)
+    return torch.cat([network.encode(as_tensor(pool.pixels(some))) for some in numbers])
 
 
 def train_base(
     pool: Pool,
     latents: npt.NDArray[np.float16],
     text: nn.Module,
+    reader: LatentReader,
     schedule: TrainingSchedule,
     checkpoint: Path,
     *,
@@ -62,21 +58,27 @@ def train_base(
     """Train a base model on the latents (N, C, h, w) and captions of a pool.
 
     Scenes and heads are learned first. Expressions are small, and from step `FEATURES_FROM` on errors near eyes, nose and mouth have more
-    weight, and half of the timesteps come from `FACE_LEVELS`.
+    weight, and half of the timesteps come from `FACE_LEVELS`. From step `EXPRESSIONS_FROM` on the expression that the caption names must
+    also be readable in the predicted picture.
 
     Args:
         text: trained text encoder to start with.
+        reader: trained network that reads expressions in latents.
     """
     torch.manual_seed(seed)
     facts = [fact for part in pool.sets for fact in part.facts]
     head = face_weights(pool.boxes, latents.shape[-1], CELL)
     features = face_weights(pool.boxes, latents.shape[-1], CELL, pool.landmarks)
     people = {seed: Person.sample(seed) for seed in {fact.person for fact in facts}}
+    expressions = torch.from_numpy(pool.labels("expression", CLASSES))
+    reader.requires_grad_(False)
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(network, BaseModel)
         numbers = rng.integers(len(pool), size=schedule.batch)
-        rows = [varied_rows(people[facts[number].person], facts[number].factors, rng) for number in numbers]
+        captions = [
+            varied_rows(people[facts[number].person], facts[number].factors, rng) for number in numbers
+        ]
         clean = torch.from_numpy(latents[numbers].astype(np.float32))
         noise = torch.randn_like(clean)
         levels, weights = rng.integers(network.schedule.steps, size=schedule.batch), head
@@ -85,9 +87,17 @@ def train_base(
         timesteps = torch.from_numpy(levels)
         noisy = network.schedule.add_noise(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16), AttentionInFloat32():
-            found = network(noisy, timesteps, network.states(torch.tensor(rows)))
+            found = network(noisy, timesteps, network.states(torch.tensor([rows for rows, _ in captions])))
         error = (found.float() - network.schedule.target(clean, noise, timesteps)).square().mean(1)
-        return (error * weights[numbers]).mean()
+        total = (error * weights[numbers]).mean()
+        is_named = torch.tensor(["expression" in named for _, named in captions])
+        judged = is_named & (timesteps < READABLE)
+        if step < EXPRESSIONS_FROM or not judged.any():
+            return total
+        predicted = network.schedule.clean(noisy, found.float(), timesteps)[judged]
+        with torch.autocast("cpu", torch.bfloat16):
+            read = reader(predicted)
+        return total + EXPRESSION_WEIGHT * F.cross_entropy(read.float(), expressions[numbers][judged])
 
     base = BaseModel()
     base.text.load_state_dict(text.state_dict())
@@ -111,17 +121,23 @@ def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def varied_rows(person: Person, factors: Factors, rng: np.random.Generator) -> list[int]:
-    """Return 77 rows of the table for a random variant of a picture's caption: in other words, without some factors, or empty."""
+def varied_rows(
+    person: Person, factors: Factors, rng: np.random.Generator
+) -> tuple[list[int], tuple[str, ...]]:
+    """Draw a random variant of a picture's caption: in other words, without some factors, or empty.
+
+    Returns:
+        77 rows of the table, and the names of the factors in it.
+    """
     chances = rng.random(len(FACTORS) + 3)
     wording = int(rng.integers(1 << 31))
     if chances[-1] < NO_CAPTION:
-        return words().rows("")
+        return words().rows(""), ()
     mention = [name for name, chance in zip(FACTORS, chances, strict=False) if chance >= OMITTED_FACTOR]
     word = "sks" if chances[-2] < IDENTITY_WORD else None
     text = caption(person, factors, mention=mention, word=word, wording=wording)
     unknown_before = (int(rng.integers(len(text.split()))),) if chances[-3] < UNKNOWN_WORD else ()
-    return words().rows(text, unknown_before)
+    return words().rows(text, unknown_before), tuple(mention)
 
 
 def prompts_to_judge(count: int, seed: int) -> tuple[list[str], dict[str, list[str]]]:

@@ -11,11 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from idadapter_core.demo_world import FACTORS, Factors, Person, caption
+from idadapter_core.demo_world.base import LATENT_CHANNELS
 from idadapter_core.demo_world.build.batches import face_weights
+from idadapter_core.demo_world.build.settings import TrainingSchedule
 from idadapter_core.demo_world.build.train_base import (
     AttentionInFloat32,
     prompts_to_judge,
     varied_rows,
+)
+from idadapter_core.demo_world.build.train_latent_reader import (
+    accuracy,
+    load_latent_reader,
+    save_latent_reader,
+    train_latent_reader,
 )
 from idadapter_core.demo_world.build.train_text import CaptionReader, random_captions
 from idadapter_core.demo_world.captions import vocabulary, words_of
@@ -59,14 +67,18 @@ def test_every_word_of_captions_is_known() -> None:
 def test_captions_of_a_picture_vary_while_training() -> None:
     person, factors = Person.sample(0), Factors.sample(np.random.default_rng(1))
     rng = np.random.default_rng(2)
-    drawn = [tuple(varied_rows(person, factors, rng)) for _ in range(200)]
+    variants = [varied_rows(person, factors, rng) for _ in range(200)]
+    drawn = [tuple(rows) for rows, _ in variants]
     silent = tuple(words().rows(""))
     strange = [row for row in drawn if words().unknown in row]
     assert 5 <= drawn.count(silent) <= 45
     assert 3 <= len(strange) <= 40
     assert len(set(drawn)) > 100
     again = np.random.default_rng(2)
-    assert drawn == [tuple(varied_rows(person, factors, again)) for _ in range(200)]
+    assert variants == [varied_rows(person, factors, again) for _ in range(200)]
+    assert all(named == () for rows, named in variants if tuple(rows) == silent)
+    with_expression = [named for _, named in variants if "expression" in named]
+    assert 0.65 < len(with_expression) / len(variants) < 0.95
 
 
 def test_prompts_to_judge_say_what_they_are_judged_by() -> None:
@@ -82,7 +94,7 @@ def test_prompts_to_judge_say_what_they_are_judged_by() -> None:
 
 
 def test_base_model_draws_the_same_from_its_file(tmp_path: Path) -> None:
-    from idadapter_core.demo_world.base import LATENT_CHANNELS, BaseModel, load_base, save_base
+    from idadapter_core.demo_world.base import BaseModel, load_base, save_base
 
     base = BaseModel().eval().requires_grad_(False)
     for parameter in base.parameters():
@@ -118,6 +130,21 @@ def test_the_error_counts_most_near_eyes_and_mouth() -> None:
     expected[3:6, 2:6] = True
     assert torch.equal(most, expected)
     assert (weights[3, 3] / weights[0, 0]).item() == pytest.approx(8 / 3)
+
+
+def test_a_latent_reader_learns_what_cells_show(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 7, 64)
+    latents = rng.standard_normal((64, LATENT_CHANNELS, 16, 16)).astype(np.float16)
+    latents[np.arange(64), labels, 6:10, 6:10] += 4  # a class, a channel
+    reader = train_latent_reader(
+        latents, labels, TrainingSchedule(60, 32, 2e-3), tmp_path / "reader.pt", seed=0, log=lambda _: None
+    )
+    save_latent_reader(reader, tmp_path / "reader.safetensors")
+    loaded = load_latent_reader(tmp_path / "reader.safetensors")
+    assert accuracy(loaded, torch.from_numpy(latents).float(), labels) > 0.9
+    wrong = torch.from_numpy(latents).float().roll(1, 1)
+    assert accuracy(loaded, wrong, labels) < 0.3
 
 
 def test_attention_in_float32_is_the_same_attention() -> None:
