@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError, InputError
 from ..files import read_tensors
 from .pretrained import build_diffusers, freeze, from_library, load_folder, read_json, weights_digest
+from .zero_channels import without_zero_channels
 
 SCALING = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}
 """Factor from the latents of an AutoencoderKL to the UNet's units, by family."""
@@ -38,6 +39,10 @@ class Autoencoder(nn.Module):
         numbers = f"{weights_digest(self.network.state_dict())} {gain:.6g} {offset:.6g}"
         self.eval()
         self.digest = hashlib.sha256(numbers.encode()).hexdigest()[:16]
+        for name in ("encoder", "decoder"):
+            part: Any = getattr(network, name)
+            if isinstance(getattr(part, "layers", None), nn.Sequential):  # of a TAESD
+                part.layers = without_zero_channels(part.layers)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -137,6 +142,17 @@ def _kl(network: nn.Module, config: Mapping[str, Any], family: str, name: str) -
 
 def _tiny(state: Mapping[str, Tensor], name: str, family: str) -> Autoencoder:
     """Build a TAESD. ComfyUI feeds it latents divided by the family's scaling, which two numbers in the file undo."""
+    scale = float(state.get("vae_scale", torch.tensor(1.0)))
+    shift = float(state.get("vae_shift", torch.tensor(0.0)))
+    return Autoencoder(tiny_network(state, name), scale / SCALING[family], -shift * scale)
+
+
+def tiny_network(state: Mapping[str, Tensor], name: str) -> Any:
+    """Build diffusers' AutoencoderTiny from a TAESD's weights with ComfyUI's names.
+
+    Raises:
+        CheckpointError: the weights do not match.
+    """
     renamed = {}
     for key, value in state.items():
         part, _, rest = key.partition(".")
@@ -146,7 +162,4 @@ def _tiny(state: Mapping[str, Tensor], name: str, family: str) -> Autoencoder:
             number, _, rest = rest.partition(".")
             renamed[f"decoder.layers.{int(number) - 1}.{rest}"] = value
     channels = {"latent_channels": state["taesd_decoder.1.weight"].shape[1]}
-    network = build_diffusers(from_library("diffusers", "AutoencoderTiny"), channels, renamed, name)
-    scale = float(state.get("vae_scale", torch.tensor(1.0)))
-    shift = float(state.get("vae_shift", torch.tensor(0.0)))
-    return Autoencoder(network, scale / SCALING[family], -shift * scale)
+    return build_diffusers(from_library("diffusers", "AutoencoderTiny"), channels, renamed, name)

@@ -316,15 +316,15 @@ STAGES: Mapping[str, Stage] = {
         Stage("base_folder", "write the base model as a diffusers folder", ("base", "decoder"), _base_folder, keeps=(BASE_FOLDER,)),
         Stage(
             "uniid", "train UniID's two branches", ("index", "base_folder"), _uniid, (f"{ADAPTERS}/uniid.safetensors",),
-            keeps=("runs/uniid_adapter", "runs/uniid_text", "cache/uniid"),
+            keeps=("runs/uniid_adapter", "runs/uniid_text"),
         ),
         Stage(
             "idadapter", "train IDAdapter", ("index", "base_folder", "vision"), _idadapter, (f"{ADAPTERS}/idadapter.safetensors",),
-            keeps=("runs/idadapter", "cache/idadapter"),
+            keeps=("runs/idadapter",),
         ),
         Stage(
             "faceid", "train an IP-Adapter FaceID", ("index", "base_folder"), _faceid, (f"{ADAPTERS}/faceid.safetensors",),
-            keeps=("runs/faceid", "cache/faceid"),
+            keeps=("runs/faceid",),
         ),
         Stage(
             "ablations", "train IDAdapter without each of its parts, for measurements", ("index", "base_folder", "vision"), _ablations,

@@ -18,10 +18,7 @@ from .stages import Workspace
 ROOT, ROOT_PACKAGE = Path(__file__).parents[3], "idadapter_core"
 CONFIGS = ROOT / "configs"
 PHOTOS, INDEX, BASE_FOLDER, RECOGNIZER = "photos", "photos.parquet", "base", "recognizer.safetensors"
-CACHES = MappingProxyType(
-    {"uniid_adapter": "uniid", "uniid_text": "uniid", "idadapter": "idadapter", "faceid": "faceid"}
-)
-"""Folder of the cache of each run. UniID's branches read the same features."""
+CACHE = "cache"  # of all runs: they share the latents, and those of one method the features
 ABLATIONS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
     {
         "no_mff": ("adapter.settings.mixer_depth=0",),
@@ -61,7 +58,7 @@ def train_adapter(workspace: Workspace, name: str, settings: Sequence[str] = (),
         "base.tokenizer": workspace.tokenizer,
         "base.recognizer": workspace.home / RECOGNIZER,
         "data.index": workspace.home / INDEX,
-        "data.cache": workspace.home / "cache" / CACHES[name],
+        "data.cache": workspace.home / CACHE,
         "output.folder": folder,
     }
     if (vision := workspace.files / CLIP_VISION).is_dir():

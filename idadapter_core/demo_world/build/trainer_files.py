@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 from ...extra import require
-from ...files import replacing
+from ...files import read_tensors, replacing
 from ...stable_diffusion.pretrained import read_json
-from ...stable_diffusion.vae import load_autoencoder as load_vae
+from ...stable_diffusion.vae import tiny_network
 from .. import Person, caption
 from ..base import TABLE, BaseModel, text_config, whole_table
 from ..words import BEGIN, END, VOCABULARY
@@ -55,7 +55,7 @@ def write_base_folder(base: BaseModel, autoencoder: Path, folder: Path) -> None:
     """
     base.unet.save_pretrained(str(folder / "unet"))
     _whole_text_encoder(base.text).save_pretrained(str(folder / "text_encoder"))
-    vae: Any = load_vae(autoencoder, "sd15", {}).network
+    vae = tiny_network(read_tensors(autoencoder)[0], autoencoder.name)
     vae.save_pretrained(str(folder / "vae"))
     _forget_unknown_settings(folder / "vae" / "config.json")
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
