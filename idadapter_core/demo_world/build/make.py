@@ -232,7 +232,7 @@ def _photos(workspace: Workspace) -> None:
 
 def _index(workspace: Workspace) -> None:
     network = load_iresnet(workspace.files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
-    save_iresnet(network, workspace.home / RECOGNIZER)
+    save_iresnet(network, workspace.home / RECOGNIZER, torch.float32)  # rounded, it would be another network
     scan_photos(workspace)
 
 

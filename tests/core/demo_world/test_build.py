@@ -25,6 +25,7 @@ from idadapter_core.demo_world.build.stages import Stage, Workspace, describe, r
 from idadapter_core.demo_world.build.train_adapters import ABLATIONS, train_adapter
 from idadapter_core.demo_world.build.trainer_files import write_photos
 from idadapter_core.demo_world.identity import split_of
+from idadapter_core.demo_world.shipped import PACKAGE, RECOGNIZER_FILE
 from idadapter_core.errors import InputError, TrainingError
 from idadapter_core.faces.iresnet import digest, load_iresnet
 from idadapter_core.toml import read_table
@@ -369,9 +370,10 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
             scores = json.loads((tmp_path / "scores" / f"{stage.name}.json").read_text("utf-8"))
             assert set(stage.wanted) <= set(scores), "what is wanted is measured"
             assert all(0 <= scores[name] <= 1 for name in stage.wanted if name != "kept")
+    recognizer = tmp_path / "files" / PACKAGE / RECOGNIZER_FILE
     for name in ("uniid", "idadapter", "faceid"):
         config = load_adapter(tmp_path / "files" / "adapters" / f"{name}.safetensors").config
-        assert config.recognizer == digest(load_iresnet(tmp_path / "recognizer.safetensors"))
+        assert config.recognizer == digest(load_iresnet(recognizer, any_layers=True)), "as nodes load it"
     parts = {
         name: load_adapter(tmp_path / "files" / "adapters" / f"idadapter_{name}.safetensors").config
         for name in ABLATIONS
