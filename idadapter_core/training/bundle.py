@@ -30,7 +30,7 @@ from ..stable_diffusion.inject.text import insert_states, with_clause
 from ..stable_diffusion.networks import Networks, encode_heads
 from ..stable_diffusion.text import Conditioning
 from .config import RunConfig
-from .identity_loss import align_faces, crop_to_image, identity_cosines
+from .identity_loss import align_faces, crop_to_image, face_weights, identity_cosines
 from .samples import STAGE_NAMES, Batch
 
 BORDER = 4  # latents around a face that influence its pixels
@@ -86,8 +86,10 @@ class Bundle(nn.Module):
         with self._autocast(latents.device):
             prediction = self._predict(batch, noisy, timesteps).float()
         target = schedule.target(latents, batch.noise, timesteps)
-        mse = (prediction - target).square().mean(dim=(1, 2, 3))
-        loss = (mse * schedule.min_snr_weight(timesteps, self._config.loss.snr_gamma)).mean()
+        errors = (prediction - target).square().mean(dim=1)
+        mse = errors.mean(dim=(1, 2))
+        weighted = (errors * self._face_weights(batch, errors)).mean(dim=(1, 2))
+        loss = (weighted * schedule.min_snr_weight(timesteps, self._config.loss.snr_gamma)).mean()
         cosine, counts = torch.full_like(mse, float("nan")), torch.zeros_like(mse, dtype=torch.bool)
         if self._config.loss.identity > 0:
             term, cosine, counts = self._identity_term(batch, schedule.clean(noisy, prediction, timesteps))
@@ -204,6 +206,14 @@ class Bundle(nn.Module):
         return Conditioning(
             torch.cat([row.states for row in rows]), torch.cat(pooled_rows) if pooled_rows else None
         )
+
+    def _face_weights(self, batch: Batch, errors: Tensor) -> Tensor | float:
+        """Weights (B, h, w) of the errors of latents."""
+        weight = self._config.loss.face_weight
+        if weight == 1:
+            return 1.0
+        height, width = errors.shape[1:]
+        return face_weights(batch.landmarks, height, width, self._base.vae.factor, weight).to(errors)
 
     def _identity_term(self, batch: Batch, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean over the batch of F * (1 - cos), the cosines (B,) for the log, and F (B,)."""

@@ -105,6 +105,7 @@ class LossConfig(Settings):
     gate: str = "noise"
     gate_alpha: float = 0.5  # smallest alpha-bar at which L_id counts (0..1), with gate = "noise"
     snr_gamma: float = 0.0  # gamma of min-SNR weighting; 0: off, as in both papers
+    face_weight: float = 1.0  # weight of L_SD in the face, against 1 elsewhere; 1: off, as in both papers
     renamed: ClassVar = {"min_snr": "snr_gamma"}
 
     def __post_init__(self) -> None:
@@ -113,6 +114,7 @@ class LossConfig(Settings):
         at_least("loss.identity", self.identity, 0)
         within("loss.gate_alpha", self.gate_alpha, 0, 1)
         at_least("loss.snr_gamma", self.snr_gamma, 0)
+        at_least("loss.face_weight", self.face_weight, 1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""L_id: distance between the person in a predicted image and the wanted person, differentiable up to the prediction.
+"""Where a face is in a loss: L_id, and weights of the denoising error.
 
-A similarity transform from landmarks aligns the face to the recogniser's 112 x 112. Landmarks are constants: no gradient passes
-through a detector.
+L_id is the distance between the person in a predicted image and the wanted person, differentiable up to the prediction. A similarity
+transform from landmarks aligns the face to the recogniser's 112 x 112. Landmarks are constants: no gradient passes through a detector.
 """
 
 from __future__ import annotations
@@ -40,6 +40,25 @@ def crop_to_image(landmarks: Tensor) -> Tensor:
     to_crop = similarity(landmarks, template)
     linear = torch.linalg.inv(to_crop[:, :, :2])
     return torch.cat([linear, -linear @ to_crop[:, :, 2:]], 2)
+
+
+def face_weights(landmarks: Tensor, height: int, width: int, cell: int, weight: float) -> Tensor:
+    """Weights (B, height, width) of the errors of latents, of mean 1 for each image: `weight` times as large in the aligned face.
+
+    Args:
+        landmarks: (B, 5, 2) in pixels of the image.
+        cell: pixels of a latent, along each side.
+    """
+    to_image = crop_to_image(landmarks.double())
+    linear = torch.linalg.inv(to_image[:, :, :2])
+    rows, columns = (cell * (torch.arange(side) + 0.5) - 0.5 for side in (height, width))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    centers = torch.stack([x, y], -1).double()
+    moved = centers[None] - to_image[:, None, None, :, 2]
+    points = torch.einsum("bij,bhwj->bhwi", linear, moved)
+    inside = ((points > -0.5) & (points < TEMPLATE_SIZE - 0.5)).all(-1)
+    weights = 1 + (weight - 1) * inside.float()
+    return weights / weights.mean((1, 2), keepdim=True)
 
 
 def align_faces(images: Tensor, landmarks: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from idadapter_core.faces.align import TEMPLATE
 from idadapter_core.stable_diffusion.vae import load_autoencoder
 from idadapter_core.training.adapters import trainable
 from idadapter_core.training.bundle import decode_face
 from idadapter_core.training.config import RunConfig
-from idadapter_core.training.identity_loss import align_faces, identity_cosines
+from idadapter_core.training.identity_loss import align_faces, face_weights, identity_cosines
 from idadapter_core.training.parts import Parts
 from idadapter_core.training.samples import Batch
 from tests.core.training.bundle.passes import POINTS, TIMESTEPS, fresh, gap, opened, passed, running
@@ -52,6 +53,33 @@ def test_the_loss_is_the_formula(parts: Parts, configs: dict[str, RunConfig], ba
     assert torch.allclose(losses["mse"], mse)
     expected = mse.mean() + 0.7 * (1 - cosines).sum() / 4
     assert float(losses["loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_face_can_count_more(parts: Parts, configs: dict[str, RunConfig], batch: Batch) -> None:
+    config = with_loss(configs["uniid"], identity=0.0, face_weight=5.0)
+    with running(parts, config, opened(parts, config)) as bundle:
+        losses, call = passed(parts, bundle, batch)
+    errors = (call.prediction - batch.noise).square().mean(1)
+    weights = face_weights(batch.landmarks, *errors.shape[1:], parts.base.vae.factor, 5.0)
+    assert torch.allclose(losses["mse"], errors.mean((1, 2))), "what is logged stays comparable"
+    assert float(losses["loss"]) == pytest.approx(float((errors * weights).mean()), rel=1e-5)
+    assert float(losses["loss"]) != pytest.approx(float(errors.mean()), rel=1e-3)
+
+
+def test_weights_of_the_face_are_where_the_aligned_face_is() -> None:
+    points = torch.tensor(TEMPLATE)[None] / 2 + torch.tensor([16.0, 32.0])  # a face of 56 px, moved
+    (weights,) = face_weights(points, 16, 12, 8, 4.0)
+    assert weights.shape == (16, 12)
+    assert weights.mean().item() == pytest.approx(1)
+    inside = weights == weights.max()
+    expected = torch.zeros(16, 12, dtype=torch.bool)
+    expected[4:11, 2:9] = True
+    assert torch.equal(inside, expected)
+    assert (weights.max() / weights.min()).item() == pytest.approx(4)
+    turned = torch.stack([points[..., 1] - 16, 128 - points[..., 0]], -1)  # by a quarter
+    (weights,) = face_weights(turned, 16, 12, 8, 4.0)
+    assert (weights == weights.max()).sum() == expected.sum()
 
 
 @pytest.mark.parametrize("identity", [0.0, 0.7])
