@@ -47,6 +47,9 @@ class DataConfig(Settings):
     resolution: int = 512  # side of the square training images, pixels
     # Reference photos per sample (N). IDAdapter only: UniID always uses the target itself.
     references: int = 4
+    # UniID and IP-Adapter: share of samples whose person is known by another of their photos, not by the target itself as in the papers.
+    # An adapter that never sees another photo also learns to copy the target's background and light.
+    other_photo: float = 0.0
     min_photos: int = 1  # skip people with fewer usable photos
     # Prompt of every sample; <caption> and <class word> are replaced. Empty: the method's own.
     prompt: str = ""
@@ -64,6 +67,7 @@ class DataConfig(Settings):
                 f"data.resolution must be a multiple of 8 (a latent is 8 pixels), got {self.resolution}"
             )
         at_least("data.references", self.references, 1)
+        within("data.other_photo", self.other_photo, 0, 1)
         at_least("data.min_photos", self.min_photos, 1)
         at_least("data.workers", self.workers, 0)
         within("data.max_bad_share", self.max_bad_share, 0, 1)

@@ -217,19 +217,33 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
             "landmarks": torch.from_numpy(placement.points(np.array(row.landmarks))).float(),
             "sizes": torch.tensor(placement.size_conditioning(row)),
         }
-        target = PhotoVariant(row)
-        known_by = [] if self._by_target else references
+        known_by = (
+            [PhotoVariant(self._shown(epoch, row, person))]
+            if self._by_target
+            else [*references, PhotoVariant(row)]
+        )
         if self._store is None:
             image = self._index.load(row)
             sample["pictures"] = target_picture(image, row, config.data.resolution, mirrored)
+            *others, last = known_by
             tensors = [
-                photo_tensors(self._index.load(photo.row), photo, self._preprocess) for photo in known_by
+                photo_tensors(self._index.load(photo.row), photo, self._preprocess) for photo in others
             ]
-            tensors.append(photo_tensors(image, target, None))
+            shown = image if last.row is row else self._index.load(last.row)
+            tensors.append(photo_tensors(shown, last, None))
         else:
             sample["moments"] = self._store.latents(row, mirrored)
-            tensors = [dict(self._store.photo(photo)) for photo in [*known_by, target]]
+            tensors = [dict(self._store.photo(photo)) for photo in known_by]
         return sample | _stacked(tensors, self._by_target)
+
+    def _shown(self, epoch: int, row: Row, person: Sequence[Row]) -> Row:
+        """The photo that tells a method who the person is, where the target is its own reference."""
+        share = self._config.data.other_photo
+        others = [other for other in person if other.number != row.number] if share else []
+        random = generator(self._config.train.seed, epoch, row.number, "other photo")
+        if not others or float(torch.rand((), generator=random)) >= share:
+            return row
+        return others[int(torch.randint(len(others), (), generator=random))]
 
 
 def _stacked(photos: list[dict[str, Tensor]], by_target: bool) -> dict[str, Any]:

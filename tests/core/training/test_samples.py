@@ -401,6 +401,29 @@ def test_references_come_with_their_target(toy: Toy, tmp_path: Path) -> None:
         assert any(np.array_equal(levels(crop).round(), face) for face in theirs)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_person_can_be_known_by_another_photo(toy: Toy, tmp_path: Path, share: float) -> None:
+    """The picture and its landmarks are the target's in any case."""
+    index = read_index(toy.index)
+    rows = index.usable("train")
+    config = config_of(data={"resolution": 64, "other_photo": share}, adapter={"method": "uniid"})
+    samples, plain = (
+        Samples(index, rows, some, TIMESTEPS)
+        for some in (config, config_of(data={"resolution": 64}, adapter={"method": "uniid"}))
+    )
+    persons = [row for row in rows if row.identity == rows[5].identity]
+    faces = {row.number: photo_pictures(index.load(row), PhotoVariant(row))[0] for row in persons}
+    seen = []
+    for epoch in range(24):
+        sample, own = samples.sample(epoch, 5), plain.sample(epoch, 5)
+        assert {name for name in own if not _equal(own[name], sample[name])} <= {"crops"}
+        crop = levels(sample["crops"][0]).round()
+        seen += [number for number, face in faces.items() if np.array_equal(crop, face)]
+    assert len(seen) == 24, "always this person"
+    others = [number for number in seen if number != rows[5].number]
+    assert {0.0: len(others) == 0, 0.5: 0 < len(others) < 24, 1.0: len(others) == 24}[share]
+
+
 # ------------------------------------------------------------------------------------------------ shares and prompts
 
 
