@@ -32,6 +32,7 @@ CELL = 8  # pixels along a side of a latent
 FEATURES_FROM = 2600  # step from which faces, and the noise levels of expressions, count more
 EXPRESSIONS_FROM = 4000  # step from which the latent reader's error counts
 EXPRESSION_WEIGHT = 0.02  # of that error
+FINISH_FROM, FINISH_WEIGHT = 6000, 0.005  # later weight: expressions are learned, and teeth are tinted for the reader's sake
 FACE_LEVELS = (150, 650)  # timesteps where noise begins to hide an expression, and where it is lost
 READABLE = 700  # timestep from which on no expression can be read
 
@@ -97,7 +98,8 @@ def train_base(
         predicted = network.schedule.clean(noisy, found.float(), timesteps)[judged]
         with torch.autocast("cpu", torch.bfloat16):
             read = reader(predicted)
-        return total + EXPRESSION_WEIGHT * F.cross_entropy(read.float(), expressions[numbers][judged])
+        weight = EXPRESSION_WEIGHT if step < FINISH_FROM else FINISH_WEIGHT
+        return total + weight * F.cross_entropy(read.float(), expressions[numbers][judged])
 
     base = BaseModel()
     base.text.load_state_dict(text.state_dict())
