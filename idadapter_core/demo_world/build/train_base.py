@@ -32,7 +32,10 @@ CELL = 8  # pixels along a side of a latent
 FEATURES_FROM = 2600  # step from which faces, and the noise levels of expressions, count more
 EXPRESSIONS_FROM = 4000  # step from which the latent reader's error counts
 EXPRESSION_WEIGHT = 0.02  # of that error
-FINISH_FROM, FINISH_WEIGHT = 6000, 0.005  # later weight: expressions are learned, and teeth are tinted for the reader's sake
+FINISH_FROM, FINISH_WEIGHT = (
+    6000,
+    0.005,
+)  # later weight: expressions are learned, and teeth are tinted for the reader's sake
 FACE_LEVELS = (150, 650)  # timesteps where noise begins to hide an expression, and where it is lost
 READABLE = 700  # timestep from which on no expression can be read
 
