@@ -98,17 +98,22 @@ def train_base(
         judged = is_named & (timesteps < READABLE)
         if step < EXPRESSIONS_FROM or not judged.any():
             return total
-        predicted = network.schedule.clean(noisy, found.float(), timesteps)[judged]
-        with torch.autocast("cpu", torch.bfloat16):
-            read = reader(predicted)
+        predicted = network.schedule.clean(noisy, found.float(), timesteps)
         weight = EXPRESSION_WEIGHT if step < FINISH_FROM else FINISH_WEIGHT
-        return total + weight * F.cross_entropy(read.float(), expressions[numbers][judged])
+        return total + weight * _misread(reader, predicted[judged], expressions[numbers][judged])
 
     base = BaseModel()
     base.text.load_state_dict(text.state_dict())
     average = fit(base, loss, schedule, checkpoint, seed=seed, log=log)
     assert isinstance(average, BaseModel)
     return average
+
+
+def _misread(reader: LatentReader, latents: Tensor, expressions: Tensor) -> Tensor:
+    """Error of the expressions (B,) that a reader sees in latents (B, C, h, w)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        read = reader(latents)
+    return F.cross_entropy(read.float(), expressions)
 
 
 class AttentionInFloat32(TorchFunctionMode):
