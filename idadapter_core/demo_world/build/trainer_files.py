@@ -30,11 +30,16 @@ SCHEDULER = {
 
 
 def write_photos(pictures: PictureSet, folder: Path) -> None:
-    """Write each picture as `PERSON/NN.png` with its caption in `PERSON/NN.txt`. Files that exist are kept."""
+    """Write each photo as `PERSON/NN.png` with its caption in `PERSON/NN.txt`. Files that exist are kept.
+
+    Pictures of other styles are left out: a sketch does not show who somebody is as a photo does, and users bring photos.
+    """
     counts: dict[int, int] = {}
     people: dict[int, Person] = {}
     for pixels, fact in zip(pictures.pixels, pictures.facts, strict=True):
         number = counts[fact.person] = counts.get(fact.person, -1) + 1
+        if fact.factors.style != "photo":
+            continue
         home = folder / f"{fact.person:06d}"
         home.mkdir(parents=True, exist_ok=True)
         photo = home / f"{number:02d}.png"
