@@ -311,7 +311,7 @@ STAGES: Mapping[str, Stage] = {
             "base", "train the base model", ("latents", "latent_reader", "readers", "text"), _base, (BASE,),
             {"style": 0.95, "background": 0.95, "sex": 0.95, "accessory": 0.90, "expression": 0.75, "direction": 0.95},
         ),
-        Stage("photos", "write the photos as a folder", ("pictures",), _photos),
+        Stage("photos", "write the photos as a folder", ("pictures",), _photos, keeps=(PHOTOS,)),
         Stage("index", "scan the photos", ("photos", "detector", "sex_and_age", "recognizer"), _index),
         Stage("base_folder", "write the base model as a diffusers folder", ("base", "decoder"), _base_folder, keeps=(BASE_FOLDER,)),
         Stage(
