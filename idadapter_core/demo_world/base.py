@@ -129,6 +129,4 @@ def load_base(path: Path) -> BaseModel:
     Raises:
         CheckpointError: the file is missing, damaged or of another model.
     """
-    base = BaseModel()
-    load_network(base, KIND, path, _MODEL)
-    return base
+    return load_network(BaseModel(), KIND, path, _MODEL)

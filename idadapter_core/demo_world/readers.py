@@ -103,6 +103,4 @@ def load_reader(path: Path) -> Reader:
     Raises:
         CheckpointError: the file is missing, damaged or of another network.
     """
-    reader = Reader()
-    load_network(reader, "reader", path)
-    return reader
+    return load_network(Reader(), "reader", path)

@@ -49,6 +49,4 @@ def load_second_recognizer(path: Path) -> SecondRecognizer:
     Raises:
         CheckpointError: the file is missing, damaged or of another network.
     """
-    network = SecondRecognizer()
-    load_network(network, "second recogniser", path)
-    return network
+    return load_network(SecondRecognizer(), "second recogniser", path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import key_problems, read_tensors, write_safetensors
+
+Network = TypeVar("Network", bound=nn.Module)
 
 ASSETS = Path(__file__).parent / "assets"
 AUTOENCODER = "autoencoder.safetensors"
@@ -71,8 +74,8 @@ def read_network(kind: str, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_network(network: nn.Module, kind: str, path: Path, left_out: str = "") -> None:
-    """Load a file of `save_network` into a network, which is then in float32 and eval mode, without gradients.
+def load_network(network: Network, kind: str, path: Path, left_out: str = "") -> Network:
+    """Load a file of `save_network` into a network and return it, in float32 and eval mode, without gradients.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another network.
@@ -84,7 +87,7 @@ def load_network(network: nn.Module, kind: str, path: Path, left_out: str = "") 
             f"{path.name} is not the {kind} of the demo world, but another one: {problems}; get the file again."
         )
     network.load_state_dict({key: state[_without(left_out, key)].float() for key in expected}, strict=False)
-    network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 def _without(part: str, name: str) -> str:

@@ -77,9 +77,6 @@ def _nonzero(conv: nn.Conv2d, alive: Tensor, least: int = 1) -> Tensor:
 def _narrow_conv(conv: nn.Conv2d, alive: Tensor, outputs: Tensor) -> tuple[nn.Module, Tensor]:
     if len(alive) == conv.in_channels and len(outputs) == conv.out_channels:
         return conv, outputs
-    outputs = (
-        outputs if len(outputs) else torch.zeros(1, dtype=torch.long)
-    )  # a convolution has at least one channel
     narrow = copy.deepcopy(conv)  # also of a subclass
     narrow.in_channels, narrow.out_channels = len(alive), len(outputs)
     narrow.weight = nn.Parameter(conv.weight.detach()[outputs][:, alive].clone(), conv.weight.requires_grad)

@@ -45,7 +45,7 @@ class DataConfig(Settings):
     # Folder of cached latents, crops and features; empty: compute them during training.
     cache: MayChange[str] = ""
     resolution: int = 512  # side of the square training images, pixels
-    # Reference photos per sample (N). IDAdapter only: UniID always uses the target itself.
+    # Reference photos per sample (N). IDAdapter only: UniID is shown one photo (`other_photo`).
     references: int = 4
     # UniID and IP-Adapter: share of samples whose person is known by another of their photos, not by the target itself as in the papers.
     # An adapter that never sees another photo also learns to copy the target's background and light.

@@ -30,14 +30,19 @@ def similarity(source: Tensor, target: Tensor) -> Tensor:
     return torch.stack(rows, 1).to(source.dtype)
 
 
+def image_to_crop(landmarks: Tensor) -> Tensor:
+    """Affine maps (B, 2, 3) from pixels of the image to pixels of an aligned face, for landmarks (B, 5, 2)."""
+    template = torch.as_tensor(TEMPLATE, dtype=landmarks.dtype, device=landmarks.device)[None]
+    return similarity(landmarks, template)
+
+
 def crop_to_image(landmarks: Tensor) -> Tensor:
     """Affine maps (B, 2, 3) from pixels of an aligned face to pixels of the image, for landmarks (B, 5, 2).
 
     The inverse of the best fit of the landmarks to the template, as in `faces.align`. The best fit of the template to the landmarks
     would differ for every face not shaped exactly like the template, and show the recogniser a larger face than it is used to.
     """
-    template = torch.as_tensor(TEMPLATE, dtype=landmarks.dtype, device=landmarks.device)[None]
-    to_crop = similarity(landmarks, template)
+    to_crop = image_to_crop(landmarks)
     linear = torch.linalg.inv(to_crop[:, :, :2])
     return torch.cat([linear, -linear @ to_crop[:, :, 2:]], 2)
 
@@ -49,13 +54,11 @@ def face_weights(landmarks: Tensor, height: int, width: int, cell: int, weight: 
         landmarks: (B, 5, 2) in pixels of the image.
         cell: pixels of a latent, along each side.
     """
-    to_image = crop_to_image(landmarks.double())
-    linear = torch.linalg.inv(to_image[:, :, :2])
+    to_crop = image_to_crop(landmarks.double())
     rows, columns = (cell * (torch.arange(side) + 0.5) - 0.5 for side in (height, width))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    centers = torch.stack([x, y], -1).double()
-    moved = centers[None] - to_image[:, None, None, :, 2]
-    points = torch.einsum("bij,bhwj->bhwi", linear, moved)
+    centers = torch.stack([x, y, torch.ones_like(x)], -1).double()
+    points = torch.einsum("bij,hwj->bhwi", to_crop, centers)
     inside = ((points > -0.5) & (points < TEMPLATE_SIZE - 0.5)).all(-1)
     weights = 1 + (weight - 1) * inside.float()
     return weights / weights.mean((1, 2), keepdim=True)

@@ -240,8 +240,10 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         """The photo that tells a method who the person is, where the target is its own reference."""
         share = self._config.data.other_photo
         others = [other for other in person if other.number != row.number] if share else []
+        if not others:
+            return row
         random = generator(self._config.train.seed, epoch, row.number, "other photo")
-        if not others or float(torch.rand((), generator=random)) >= share:
+        if float(torch.rand((), generator=random)) >= share:
             return row
         return others[int(torch.randint(len(others), (), generator=random))]
 

@@ -75,7 +75,6 @@ def train_base(
     features = face_weights(pool.boxes, latents.shape[-1], CELL, pool.landmarks)
     people = {seed: Person.sample(seed) for seed in {fact.person for fact in facts}}
     expressions = torch.from_numpy(pool.labels("expression", CLASSES))
-    reader.requires_grad_(False)
 
     def loss(network: nn.Module, rng: np.random.Generator, step: int) -> Tensor:
         assert isinstance(network, BaseModel)

@@ -95,6 +95,4 @@ def load_latent_reader(path: Path) -> LatentReader:
     Raises:
         CheckpointError: the file is missing, damaged or of another network.
     """
-    reader = LatentReader()
-    load_network(reader, KIND, path)
-    return reader
+    return load_network(LatentReader(), KIND, path)

@@ -106,6 +106,4 @@ def load_caption_reader(path: Path) -> CaptionReader:
     Raises:
         CheckpointError: the file is missing, damaged or of another network.
     """
-    reader = CaptionReader()
-    load_network(reader, KIND, path)
-    return reader
+    return load_network(CaptionReader(), KIND, path)
