@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from idadapter_core.adapter import load_adapter
 from idadapter_core.demo_world import Person, caption
-from idadapter_core.demo_world.build import pictures as drawing
+from idadapter_core.demo_world.base import LATENT_CHANNELS, new_text_encoder
+from idadapter_core.demo_world.build import pictures as drawing, train_base
 from idadapter_core.demo_world.build.batches import Pool, as_tensor
 from idadapter_core.demo_world.build.fitting import fit, rate_at
 from idadapter_core.demo_world.build.measures import area_under_curve, rank_one, recognition
@@ -23,6 +24,7 @@ from idadapter_core.demo_world.build.pictures import draw_pictures, open_picture
 from idadapter_core.demo_world.build.settings import FULL, TINY, Group, Settings, TrainingSchedule
 from idadapter_core.demo_world.build.stages import Stage, Workspace, describe, run_stages, ship, write_json
 from idadapter_core.demo_world.build.train_adapters import ABLATIONS, train_adapter
+from idadapter_core.demo_world.build.train_latent_reader import LatentReader
 from idadapter_core.demo_world.build.trainer_files import write_photos
 from idadapter_core.demo_world.identity import split_of
 from idadapter_core.demo_world.shipped import PACKAGE, RECOGNIZER_FILE
@@ -343,6 +345,33 @@ def test_people_far_apart_are_all_recognised() -> None:
     people = np.repeat(np.arange(5), 3)
     rows = rng.standard_normal((5, 16))[people] * 3 + 0.1 * rng.standard_normal((15, 16))
     assert recognition(rows, people) == {"auc": 1.0, "rank_one": 1.0}
+
+
+def test_the_base_model_is_taught_faces_and_expressions_in_later_steps(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of both changes what is learned from its step on, and nothing before."""
+    pool = Pool([open_pictures(small, "training")])
+    latents = (
+        np.random.default_rng(0).standard_normal((len(pool), LATENT_CHANNELS, 16, 16)).astype(np.float16)
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        text, reader = new_text_encoder(), LatentReader().eval().requires_grad_(False)
+
+    def trained(features_from: int, expressions_from: int) -> Tensor:
+        monkeypatch.setattr(train_base, "FEATURES_FROM", features_from)
+        monkeypatch.setattr(train_base, "EXPRESSIONS_FROM", expressions_from)
+        schedule, name = TrainingSchedule(2, 8, 1e-3), f"{features_from}-{expressions_from}.pt"
+        base = train_base.train_base(
+            pool, latents, text, reader, schedule, tmp_path / name, seed=0, log=lambda _: None
+        )
+        return torch.cat([weight.flatten() for weight in base.unet.parameters()])
+
+    plain = trained(2, 2)
+    assert torch.equal(trained(9, 9), plain), "not before its step"
+    assert not torch.equal(trained(1, 2), plain)
+    assert not torch.equal(trained(2, 1), plain)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
