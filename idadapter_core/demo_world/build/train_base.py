@@ -30,12 +30,15 @@ UNKNOWN_WORD = 0.08  # probability of an unknown word, which must do no harm
 SEED_TAG = 1_213
 CELL = 8  # pixels along a side of a latent
 FEATURES_FROM = 2600  # step from which faces, and the noise levels of expressions, count more
-EXPRESSIONS_FROM = 4000  # step from which the latent reader's error counts
-EXPRESSION_WEIGHT = 0.02  # of that error
-FINISH_FROM, FINISH_WEIGHT = (
+EXPRESSIONS_FROM, EXPRESSION_WEIGHT = (
+    4000,
+    0.02,
+)  # step from which the latent reader's error counts, and its weight
+FADE_FROM, FADE_WEIGHT = (
     6000,
     0.005,
 )  # later weight: expressions are learned, and teeth are tinted for the reader's sake
+FINISH_FROM = 7000  # step from which it counts no more, so that the tint goes
 FACE_LEVELS = (150, 650)  # timesteps where noise begins to hide an expression, and where it is lost
 READABLE = 700  # timestep from which on no expression can be read
 
@@ -63,7 +66,7 @@ def train_base(
 
     Scenes and heads are learned first. Expressions are small, and from step `FEATURES_FROM` on errors near eyes, nose and mouth have more
     weight, and half of the timesteps come from `FACE_LEVELS`. From step `EXPRESSIONS_FROM` on the expression that the caption names must
-    also be readable in the predicted picture.
+    also be readable in the predicted picture, until step `FINISH_FROM`.
 
     Args:
         text: trained text encoder to start with.
@@ -95,10 +98,10 @@ def train_base(
         total = (error * weights[numbers]).mean()
         is_named = torch.tensor(["expression" in named for _, named in captions])
         judged = is_named & (timesteps < READABLE)
-        if step < EXPRESSIONS_FROM or not judged.any():
+        if not EXPRESSIONS_FROM <= step < FINISH_FROM or not judged.any():
             return total
         predicted = network.schedule.clean(noisy, found.float(), timesteps)
-        weight = EXPRESSION_WEIGHT if step < FINISH_FROM else FINISH_WEIGHT
+        weight = EXPRESSION_WEIGHT if step < FADE_FROM else FADE_WEIGHT
         return total + weight * _misread(reader, predicted[judged], expressions[numbers][judged])
 
     base = BaseModel()

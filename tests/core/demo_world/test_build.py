@@ -350,7 +350,7 @@ def test_people_far_apart_are_all_recognised() -> None:
 def test_the_base_model_is_taught_faces_and_expressions_in_later_steps(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of both changes what is learned from its step on, and nothing before."""
+    """Each of both changes what is learned from its step on, and nothing before; expressions until the last steps."""
     pool = Pool([open_pictures(small, "training")])
     latents = (
         np.random.default_rng(0).standard_normal((len(pool), LATENT_CHANNELS, 16, 16)).astype(np.float16)
@@ -359,10 +359,11 @@ def test_the_base_model_is_taught_faces_and_expressions_in_later_steps(
         torch.manual_seed(0)
         text, reader = new_text_encoder(), LatentReader().eval().requires_grad_(False)
 
-    def trained(features_from: int, expressions_from: int) -> Tensor:
+    def trained(features_from: int, expressions_from: int, finish_from: int = 9) -> Tensor:
         monkeypatch.setattr(train_base, "FEATURES_FROM", features_from)
         monkeypatch.setattr(train_base, "EXPRESSIONS_FROM", expressions_from)
-        schedule, name = TrainingSchedule(2, 8, 1e-3), f"{features_from}-{expressions_from}.pt"
+        monkeypatch.setattr(train_base, "FINISH_FROM", finish_from)
+        schedule, name = TrainingSchedule(2, 8, 1e-3), f"{features_from}-{expressions_from}-{finish_from}.pt"
         base = train_base.train_base(
             pool, latents, text, reader, schedule, tmp_path / name, seed=0, log=lambda _: None
         )
@@ -372,6 +373,7 @@ def test_the_base_model_is_taught_faces_and_expressions_in_later_steps(
     assert torch.equal(trained(9, 9), plain), "not before its step"
     assert not torch.equal(trained(1, 2), plain)
     assert not torch.equal(trained(2, 1), plain)
+    assert torch.equal(trained(2, 1, finish_from=1), plain)
 
 
 # --------------------------------------------------------------------------------------------------------- the command
