@@ -68,13 +68,13 @@ def _groups(
 FULL = Settings(
     name="full",
     size=128,
-    groups=_groups((1080, 10), (400, 10), (128, 8), (64, 8)),
+    groups=_groups((1080, 10), (900, 10), (128, 8), (64, 8)),
     schedules={
         "readers": TrainingSchedule(1500, 32, 2e-3),
         "recognizer": TrainingSchedule(4000, 32, 2e-3),
         "autoencoder": TrainingSchedule(4000, 16, 1.5e-3),
         "decoder": TrainingSchedule(2000, 16, 1e-3, fall=0.5),
-        "second_recognizer": TrainingSchedule(2000, 32, 2e-3),
+        "second_recognizer": TrainingSchedule(4000, 32, 2e-3),
         "detector": TrainingSchedule(10000, 8, 2e-3),
         "sex_and_age": TrainingSchedule(8000, 32, 2e-3),
         "vision": TrainingSchedule(3000, 64, 1e-3),
