@@ -81,8 +81,6 @@ class Recipe:
     """(config, branch) -> the config of that branch alone. Raises MismatchError if the adapter lacks the branch."""
     start: Callable[[Any, Mapping[int, tuple[Tensor, Tensor]]], None] | None = None
     """(layers, to_k and to_v weights of the UNet's cross-attention by site): initialises new layers in place."""
-    values_from_zero: Callable[[Any, Any, int], None] | None = None
-    """(encoder, layers, seed): changes a new adapter in place, so that V of the identity tokens is 0 and the tokens are not."""
     some_idle: bool = False  # in some batches a part of the parameters gets no gradient
 
 

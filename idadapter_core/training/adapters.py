@@ -26,7 +26,6 @@ class AdapterRequirements:
     recognizer: record of the face network for the adapter's file.
     stage_widths: channels of its four stages.
     branch: the branch to train (`Recipe.branches`).
-    zero_init: what is 0 in a new adapter (`AdapterSection.zero_init`).
     settings: overrides of the method's config.
     """
 
@@ -37,7 +36,6 @@ class AdapterRequirements:
     stage_widths: tuple[int, ...]
     branch: str
     settings: Mapping[str, Any]
-    zero_init: str = ""
 
 
 def fresh_adapter(unet: Any, wanted: AdapterRequirements, seed: int) -> Adapter:
@@ -56,9 +54,6 @@ def fresh_adapter(unet: Any, wanted: AdapterRequirements, seed: int) -> Adapter:
             for site, block in transformer_blocks(unet).items()
         }
         method.recipe.start(adapter.layers, key_values)
-        if wanted.zero_init:
-            assert method.recipe.values_from_zero is not None  # `AdapterSection` checks it
-            method.recipe.values_from_zero(adapter.encoder, adapter.layers, seed)
         adapter = to_adapter(adapter, adapter.state_dict(), adapter.name)
     return adapter
 

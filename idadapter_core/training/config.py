@@ -35,7 +35,6 @@ from ..stable_diffusion.config import PRECISIONS, BaseConfig
 ALIGNMENTS = ("target", "detector")
 GATES = ("noise", "detector")
 SCHEDULES = ("constant", "cosine")
-ZERO_INITS = ("", "values")
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,6 @@ class AdapterSection(Settings):
     # Adapter file to continue from; empty: a new adapter with the preset of the base's family.
     start: MayChange[str] = ""
     branch: str = "adapter"  # branch to train, for methods that train one branch per run (UniID)
-    # What is 0 in a new adapter, so that it changes nothing yet. Empty: what the method prescribes; values: V of the identity tokens, not
-    # the tokens as UniID prescribes for its adapter branch. They then differ between people from the first step on.
-    zero_init: str = ""
     # Overrides of the preset of the method's config.
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,12 +90,6 @@ class AdapterSection(Settings):
         one_of("adapter.method", self.method, tuple(trained))
         branches = {branch for recipe in trained.values() for branch in recipe.branches}
         one_of("adapter.branch", self.branch, tuple(trained[self.method].branches or sorted(branches)))
-        one_of("adapter.zero_init", self.zero_init, ZERO_INITS)
-        if self.zero_init and (trained[self.method].values_from_zero is None or self.branch != "adapter"):
-            own = METHODS[self.method].title + (", text branch" if self.branch == "text" else "")
-            raise ConfigError(
-                f"adapter.zero_init is {self.zero_init!r}, which is for UniID's adapter branch; leave it empty for {own}"
-            )
         known = {entry.name for entry in dataclasses.fields(METHODS[self.method].config)}
         for name in self.settings:
             if name not in known:

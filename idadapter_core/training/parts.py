@@ -85,7 +85,6 @@ def prepare_adapter(config: RunConfig, parts: Parts, checkpoint: Path | None = N
         stage_widths=parts.networks.recognizer.widths,
         branch=section.branch,
         settings=_settings(config),
-        zero_init=section.zero_init,
     )
     start = checkpoint or (Path(section.start) if section.start else None)
     if start is not None:

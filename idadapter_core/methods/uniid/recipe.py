@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import ConfigError, MismatchError
 from ...mechanisms.decoupled import SiteProjections
 from ...placeholders import CLASS_WORD
-from ..common import draw_usual, head_width
+from ..common import head_width
 from ..method import AdapterContext, BatchFeatures, Encoded, Recipe
 from .config import ENCODERS, UniIDConfig, branches
 from .encoder import UniIDEncoder
@@ -63,19 +63,6 @@ def start(layers: SiteProjections, key_values: Mapping[int, tuple[Tensor, Tensor
             linear.weight.copy_(weight)
 
 
-@torch.no_grad()
-def values_from_zero(encoder: UniIDEncoder, layers: SiteProjections, seed: int) -> None:
-    """Start with random tokens and V = 0. Ours.
-
-    As published, the tokens start at 0 (`encoder.initialise`). Their common part then grows first, and the norm after it leaves little
-    that differs between people: in the demo world .03 of the tokens' size after 50 steps, against .55 of them with V = 0 after 150.
-    """
-    assert encoder.adapter_branch is not None
-    draw_usual(encoder.adapter_branch.adapter_resampler.proj_out, torch.Generator().manual_seed(seed))
-    for number in layers.adapter_modules:
-        layers.pair(int(number)).to_v_ip.weight.zero_()
-
-
 def encode(encoder: UniIDEncoder, config: UniIDConfig, features: BatchFeatures) -> Encoded:
     """Encode the features; rows without the identity get zeroed features."""
     keep = features.identity.to(features.embedding)
@@ -104,5 +91,4 @@ RECIPE = Recipe(
     branches={"adapter": {}, "text": {"train": {"learning_rate": 1e-4}}},
     branch_of=branch_of,
     start=start,
-    values_from_zero=values_from_zero,
 )

@@ -76,15 +76,6 @@ def test_what_is_written_reads_back_as_it_was(tmp_path: Path, overrides: list[st
         ("[output]\nprompts = 'x'", r"output\.prompts must be a list"),
         ("[base]\nfamily = 'sd3'", r"base\.family must be one of sd15, sd21, sdxl, got 'sd3'"),
         ("[train]\nlearning_rate = 0", r"train\.learning_rate must be above 0"),
-        (
-            "[adapter]\nzero_init = 'values'",
-            r"zero_init is 'values', which is for UniID's .* empty for IDAdapter",
-        ),
-        (
-            "[adapter]\nmethod = 'uniid'\nbranch = 'text'\nzero_init = 'values'",
-            r"zero_init is 'values', .* empty for UniID, text branch",
-        ),
-        ("[adapter]\nmethod = 'uniid'\nzero_init = 'gates'", r"adapter\.zero_init must be one of"),
         ("[train]\nlearning_rate = nan", r"train\.learning_rate must be above 0"),
         ("[train]\nema_decay = 1.5", r"train\.ema_decay must be between 0 and 1"),
         ("[train]\nmax_grad_norm = inf", r"train\.max_grad_norm must be a finite number"),
