@@ -130,6 +130,8 @@ class TrainConfig(Settings):
     global_batch_size: int = 4  # samples per step, over all processes and micro-batches
     gradient_accumulation_steps: MayChange[int] = 1  # micro-batches per step
     learning_rate: float = 3e-5
+    # Of the adapter's encoder; 0: learning_rate. Lower, for an encoder that knows people already and layers in the UNet that are new.
+    encoder_learning_rate: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     lr_scheduler: str = "constant"  # constant or cosine
@@ -167,7 +169,7 @@ class TrainConfig(Settings):
             at_least(f"train.{name}", getattr(self, name), 1)
         if not self.learning_rate > 0:
             raise ConfigError(f"train.learning_rate must be above 0, got {self.learning_rate}")
-        for name in ("weight_decay", "lr_warmup_steps", "max_grad_norm"):
+        for name in ("encoder_learning_rate", "weight_decay", "lr_warmup_steps", "max_grad_norm"):
             at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("ema_decay", "drop_identity", "drop_text", "drop_both"):
             within(f"train.{name}", getattr(self, name), 0, 1)

@@ -39,7 +39,7 @@ from .parts import load_parts, prepare_adapter, require_files
 from .ranks import Ranks
 from .samples import Batch, MicroBatches, Samples, collate
 from .signals import Interrupted, Signals
-from .state import CONFIG, Progress, State, learning_rate
+from .state import CONFIG, Progress, State
 from .watch import Watch, start_watch
 
 log = logging.getLogger(__name__)
@@ -263,8 +263,6 @@ class _Run:
 
     def _one_step(self, batches: Batches) -> None:
         train, state, interval = self.config.train, self.state, self.monitor.interval
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.progress.step)
         done: list[tuple[Batch, dict[str, Tensor]]] = []
         failure: Exception | None = None
         try:

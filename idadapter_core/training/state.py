@@ -42,8 +42,10 @@ class State:
     def __init__(self, config: RunConfig, adapter: Adapter, parameters: Mapping[str, nn.Parameter]) -> None:
         self._config = config
         self.adapter, self.parameters = adapter, parameters
+        groups = _groups(config, adapter, parameters)
+        self._scales = [scale for scale, _ in groups]
         self.optimizer = torch.optim.AdamW(
-            parameters.values(),
+            [{"params": some} for _, some in groups],
             lr=config.train.learning_rate,
             betas=config.train.betas,
             weight_decay=config.train.weight_decay,
@@ -60,6 +62,8 @@ class State:
 
     def update(self, step: int) -> None:
         """Update the weights from their gradients, then the average. `step` updates were done before."""
+        for group, scale in zip(self.optimizer.param_groups, self._scales, strict=True):
+            group["lr"] = learning_rate(self._config, step) * scale
         self.optimizer.step()
         if self._averaging is not None:
             # Rises from 0.1, so that the average soon forgets the initial weights.
@@ -110,8 +114,22 @@ class State:
                     tensor.copy_(averaged[name])
 
 
+def _groups(
+    config: RunConfig, adapter: Adapter, parameters: Mapping[str, nn.Parameter]
+) -> list[tuple[float, list[nn.Parameter]]]:
+    """Parameters by learning rate, each with that rate over `train.learning_rate`."""
+    train = config.train
+    if not train.encoder_learning_rate:
+        return [(1.0, list(parameters.values()))]
+    own = {name for name, _ in adapter.encoder.named_parameters()}
+    encoder = [parameter for name, parameter in parameters.items() if name in own]
+    layers = [parameter for name, parameter in parameters.items() if name not in own]
+    groups = [(train.encoder_learning_rate / train.learning_rate, encoder), (1.0, layers)]
+    return [(scale, some) for scale, some in groups if some]
+
+
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Learning rate of the update after `step` updates."""
+    """Learning rate of the update after `step` updates, but for that of the encoder, which is in proportion."""
     train = config.train
     if step < train.lr_warmup_steps:
         return train.learning_rate * (step + 1) / train.lr_warmup_steps

@@ -81,6 +81,20 @@ def test_a_photo_that_broke_after_the_scan(toy: Toy, tmp_path: Path, workers: in
     assert train(copy.config(run, **settings), resume="auto") == 0
 
 
+def test_the_encoder_may_learn_at_a_rate_of_its_own(toy: Toy, tmp_path: Path) -> None:
+    """And goes on with it after a resumption. AdamW's first steps are as large as the rate."""
+    slow: dict[str, Any] = {"learning_rate": 1e-3, "encoder_learning_rate": 1e-6, "weight_decay": 0.0}
+    for folder, steps in (("whole", [3]), ("halves", [1, 3])):
+        for end in steps:
+            train(toy.config(tmp_path / folder, train={**slow, "steps": end}), resume="auto")
+    before, after = weights(tmp_path / "halves", 1), weights(tmp_path / "halves", 3)
+    assert largest_difference(after, weights(tmp_path / "whole")) == 0
+    moved = {name: float((after[name] - start).abs().max()) for name, start in before.items()}
+    layers = {name for name in moved if name.startswith("layers.")}
+    assert max(moved[name] for name in layers) > 1e-3
+    assert 0 < max(moved[name] for name in moved.keys() - layers) < 1e-5
+
+
 def test_a_test_photo_that_broke_loses_no_step(toy: Toy, tmp_path: Path) -> None:
     copy = Toy(tmp_path / "toy", toy.kind)
     shutil.copytree(toy.folder, copy.folder)
