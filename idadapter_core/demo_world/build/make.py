@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, load_iresnet, save_iresnet
+from ...adapter import save_adapter
+from ...faces.iresnet import CROP_SIZE, EMBEDDING_WIDTH, IResNet, digest, load_iresnet, save_iresnet
 from ...files import replacing
 from ..autoencoder import load_autoencoder, save_autoencoder
 from ..base import load_base, save_base
@@ -57,15 +58,17 @@ from .train_latent_reader import (
 )
 from .train_readers import train_reader
 from .train_recognizers import first_of, train_recognizer
+from .train_start import train_start
 from .train_text import load_caption_reader, save_caption_reader, text_scores, train_text_encoder
 from .train_vision import CONFIG_FILE, WEIGHTS, save_vision, train_vision
 from .trainer_files import write_base_folder, write_photos
 
 RECOGNIZER_LAYERS, RECOGNIZER_WIDTHS = (1, 2, 2, 1), (16, 32, 64, 96)
-LATENTS, TEXT, LATENT_READER = (  # in the folder of a build
+LATENTS, TEXT, LATENT_READER, UNIID_START = (  # in the folder of a build
     "latents/training.npy",
     "text.safetensors",
     "latent_reader.safetensors",
+    "uniid_start.safetensors",
 )
 EXAMPLE_SIDE = 320  # of the detector's input during the export; the file accepts any size
 
@@ -242,8 +245,21 @@ def _base_folder(workspace: Workspace) -> None:
     )
 
 
+def _uniid_start(workspace: Workspace) -> None:
+    recognizer = load_iresnet(workspace.home / RECOGNIZER)
+    adapter = train_start(
+        _pool(workspace, "training"),
+        load_base(workspace.files / BASE),
+        recognizer,
+        digest(recognizer),
+        **_training(workspace, "uniid_start"),
+    )
+    save_adapter(adapter, workspace.home / UNIID_START)
+
+
 def _uniid(workspace: Workspace) -> None:
-    adapter, text = (train_adapter(workspace, f"uniid_{branch}") for branch in ("adapter", "text"))
+    start = f"adapter.start={workspace.home / UNIID_START}"
+    adapter, text = train_adapter(workspace, "uniid_adapter", [start]), train_adapter(workspace, "uniid_text")
     export_adapter(workspace, "uniid", adapter, text)
 
 
@@ -315,7 +331,10 @@ STAGES: Mapping[str, Stage] = {
         Stage("index", "scan the photos", ("photos", "detector", "sex_and_age", "recognizer"), _index),
         Stage("base_folder", "write the base model as a diffusers folder", ("base", "decoder"), _base_folder, keeps=(BASE_FOLDER,)),
         Stage(
-            "uniid", "train UniID's two branches", ("index", "base_folder"), _uniid, (f"{ADAPTERS}/uniid.safetensors",),
+            "uniid_start", "train the tokens of UniID's adapter branch to tell people apart", ("index", "base"), _uniid_start,
+        ),
+        Stage(
+            "uniid", "train UniID's two branches", ("index", "base_folder", "uniid_start"), _uniid, (f"{ADAPTERS}/uniid.safetensors",),
             keeps=("runs/uniid_adapter", "runs/uniid_text"),
         ),
         Stage(

@@ -80,6 +80,7 @@ FULL = Settings(
         "vision": TrainingSchedule(3000, 64, 1e-3),
         "text": TrainingSchedule(1000, 64, 1e-3),
         "latent_reader": TrainingSchedule(2500, 64, 2e-3, fall=0.6),
+        "uniid_start": TrainingSchedule(1000, 64, 1e-3, fall=0.8),
         "base": TrainingSchedule(7400, 64, 1e-3, fall=0.3),
     },
     judged_prompts=240,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from idadapter_core.adapter import load_adapter
 from idadapter_core.demo_world import Person, caption
-from idadapter_core.demo_world.base import LATENT_CHANNELS, new_text_encoder
+from idadapter_core.demo_world.base import LATENT_CHANNELS, BaseModel, new_text_encoder
 from idadapter_core.demo_world.build import pictures as drawing, train_base
 from idadapter_core.demo_world.build.batches import Pool, as_tensor
 from idadapter_core.demo_world.build.fitting import fit, rate_at
@@ -25,11 +25,13 @@ from idadapter_core.demo_world.build.settings import FULL, TINY, Group, Settings
 from idadapter_core.demo_world.build.stages import Stage, Workspace, describe, run_stages, ship, write_json
 from idadapter_core.demo_world.build.train_adapters import ABLATIONS, train_adapter
 from idadapter_core.demo_world.build.train_latent_reader import LatentReader
+from idadapter_core.demo_world.build.train_start import Photos, Teller, train_start
 from idadapter_core.demo_world.build.trainer_files import write_photos
 from idadapter_core.demo_world.identity import split_of
 from idadapter_core.demo_world.shipped import PACKAGE, RECOGNIZER_FILE
 from idadapter_core.errors import InputError, TrainingError
-from idadapter_core.faces.iresnet import digest, load_iresnet
+from idadapter_core.faces.iresnet import IResNet, digest, load_iresnet
+from idadapter_core.stable_diffusion.inject import inject
 from idadapter_core.toml import read_table
 from tests.tiny.bases import write_tokenizer
 
@@ -374,6 +376,44 @@ def test_the_base_model_is_taught_faces_and_expressions_in_later_steps(
     assert not torch.equal(trained(1, 2), plain)
     assert not torch.equal(trained(2, 1), plain)
     assert torch.equal(trained(2, 1, finish_from=1), plain)
+
+
+def test_tokens_learn_who_is_who_before_they_meet_the_base_model(small: Path, tmp_path: Path) -> None:
+    """Their reader finds the photos' people, the new layers change nothing, and what they start with is not nothing."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        base, recognizer = (
+            BaseModel().eval(),
+            IResNet((1, 1, 1, 1), (8, 8, 8, 8)).eval().requires_grad_(False),
+        )
+    pool = Pool([open_pictures(small, name) for name in ("training", "shape")])
+    photos = Photos(pool, recognizer)
+    everybody = np.arange(len(photos))
+    adapter = train_start(
+        pool, base, recognizer, "f" * 16, TrainingSchedule(300, len(photos), 3e-3),
+        tmp_path / "start.pt", seed=0, log=lambda _: None,
+    )  # fmt: skip
+    teller = Teller(adapter.encoder)
+    teller.load_state_dict(torch.load(tmp_path / "start.pt", weights_only=True)["average"])
+    with torch.no_grad():
+        read, means = teller(photos.stages(everybody)), photos.means(everybody)
+    nearest = means[torch.cdist(nn.functional.normalize(read), means).argmin(1)]
+    right = (nearest == means).all(1).float().mean()
+    assert right >= 0.75, "of 7 people"
+    assert adapter.config.recognizer == "f" * 16
+    assert adapter.config.stage_widths == (8, 8, 8, 8)
+    stages = tuple(torch.rand(2, 8, side, side) for side in (56, 28, 14, 7))
+    with torch.no_grad():
+        tokens = adapter.encoder(torch.zeros(2, 512), stages)[1]
+    assert tokens is not None
+    given = torch.randn(2, LATENT_CHANNELS, 16, 16), torch.tensor([500, 20]), torch.randn(2, 77, 128)
+    plain = base(*given)
+    with inject(base.unet, adapter) as injected:
+        with injected.identity(tokens):
+            assert torch.equal(base(*given), plain)
+        for module in adapter.layers.adapter_modules.values():
+            assert module.to_k_ip.weight.any()
+            assert not module.to_v_ip.weight.any()
 
 
 # --------------------------------------------------------------------------------------------------------- the command
