@@ -66,14 +66,18 @@ class Autoencoder(nn.Module):
             mean, deviation = encoded.latents, torch.zeros_like(encoded.latents)
         return torch.cat([(mean - self.offset) / self.gain, deviation / self.gain], dim=1)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, in_bfloat16: bool = False) -> Tensor:
         """Decode latents (B, C, h, w) in the UNet's units to images (B, 3, H, W), RGB, about -1..1 and not clamped. Gradients flow to
-        the latents."""
+        the latents.
+
+        Args:
+            in_bfloat16: compute under autocast: for losses, too coarse for pictures.
+        """
         network: Any = self.network
-        # bfloat16 is too coarse for the decoder, and SDXL's overflows in float16.
-        with torch.autocast(latents.device.type, enabled=False):
+        # SDXL's decoder overflows in float16.
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=in_bfloat16):
             images: Tensor = network.decode(latents.float() * self.gain + self.offset).sample
-        return images
+        return images.float()
 
 
 def load_autoencoder(path: Path, family: str, kl_config: Mapping[str, Any]) -> Autoencoder:

@@ -220,7 +220,7 @@ class Bundle(nn.Module):
         assert batch.embedding is not None
         cosines = torch.full((len(batch),), float("nan"), device=clean.device)
         gate = torch.zeros(len(batch), dtype=torch.bool, device=clean.device)
-        with torch.autocast(clean.device.type, enabled=False):
+        with torch.autocast(clean.device.type, enabled=False):  # coordinates of pixels need their bits
             faces, chosen = [], []
             for number in self._candidates(batch):
                 landmarks = self._landmarks(clean[number].detach(), batch.landmarks[number])
@@ -229,7 +229,8 @@ class Bundle(nn.Module):
                     chosen.append(number)
             if not faces:
                 return clean.sum() * 0, cosines, gate
-            wanted = batch.embedding[chosen, -1]
+        wanted = batch.embedding[chosen, -1]
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=self._is_identity_narrow):
             cosine = identity_cosines(torch.cat(faces), wanted, self._networks.recognizer)
         cosines[chosen], gate[chosen] = cosine.detach(), True
         return (1 - cosine).sum() / len(batch), cosines, gate
@@ -242,10 +243,15 @@ class Bundle(nn.Module):
         return [number for number, does in enumerate(counts.tolist()) if does]
 
     def _decode(self, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+        given = (self._base.vae, latents, landmarks, self._is_identity_narrow)
         if not self._config.train.gradient_checkpointing:
-            return decode_face(self._base.vae, latents, landmarks)
-        image, points = checkpoint(decode_face, self._base.vae, latents, landmarks, use_reentrant=False)
+            return decode_face(*given)
+        image, points = checkpoint(decode_face, *given, use_reentrant=False)
         return image, points
+
+    @property
+    def _is_identity_narrow(self) -> bool:
+        return self._config.loss.mixed_precision == "bf16"
 
     def _landmarks(self, latents: Tensor, target: Tensor) -> Tensor | None:
         """Face landmarks (5, 2) of a predicted image, on the CPU: the target's, or the detector's (as in the paper).
@@ -284,7 +290,9 @@ def _filled_in(plain: Conditioning, special: Conditioning, places: list[int]) ->
     return Conditioning(states, plain.pooled.to(special.pooled.dtype).index_copy(0, index, special.pooled))
 
 
-def decode_face(vae: Any, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+def decode_face(
+    vae: Any, latents: Tensor, landmarks: Tensor, in_bfloat16: bool = False
+) -> tuple[Tensor, Tensor]:
     """Decode the part of an image around its face, (1, 3, S, S), and return it with the landmarks (1, 5, 2) in it.
 
     Only a window of the latents (4, h, w) is decoded, covering the aligned face and the latents that influence it: the decoder is most
@@ -305,5 +313,6 @@ def decode_face(vae: Any, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, T
     side = min(side, height, width)
     middle = (low + high - side) / 2
     left, top = (int(middle[axis].round().clamp(0, size - side)) for axis, size in ((0, width), (1, height)))
-    image = vae.decode(latents[None, :, top : top + side, left : left + side])
+    window = latents[None, :, top : top + side, left : left + side]
+    image = vae.decode(window, in_bfloat16=in_bfloat16)
     return image, (landmarks - torch.tensor([left, top]) * vae.factor)[None]

@@ -56,6 +56,22 @@ def test_the_loss_is_the_formula(parts: Parts, configs: dict[str, RunConfig], ba
 
 
 @torch.no_grad()
+def test_the_identity_loss_in_bfloat16_is_nearly_that_in_fp32(
+    parts: Parts, configs: dict[str, RunConfig], batch: Batch
+) -> None:
+    found = []
+    for precision in ("no", "bf16"):
+        config = with_loss(configs["idadapter"], identity=0.7, mixed_precision=precision)
+        with running(parts, config, opened(parts, config)) as bundle:
+            found.append(passed(parts, bundle, batch)[0])
+    exact, narrow = found
+    assert torch.equal(exact["mse"], narrow["mse"]), "the noise error has its own precision"
+    counted = exact["counts"]
+    assert not torch.equal(exact["cosine"][counted], narrow["cosine"][counted]), "it is another precision"
+    assert torch.allclose(exact["cosine"][counted], narrow["cosine"][counted], atol=0.02)
+
+
+@torch.no_grad()
 def test_the_face_can_count_more(parts: Parts, configs: dict[str, RunConfig], batch: Batch) -> None:
     config = with_loss(configs["uniid"], identity=0.0, face_weight=5.0)
     with running(parts, config, opened(parts, config)) as bundle:
@@ -135,7 +151,7 @@ class Album:
         self.pictures = torch.from_numpy(stacked / 127.5 - 1).movedim(-1, 1)
         self.known: list[Tensor] = []
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, in_bfloat16: bool = False) -> Tensor:
         found = [number for number, known in enumerate(self.known) if torch.equal(known, latents)]
         if not found:
             found = [len(self.known)]
