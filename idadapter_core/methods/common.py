@@ -1,14 +1,24 @@
-"""Shared helpers of the methods for new adapters."""
+"""Shared helpers of the methods."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def head_width(*widths: int) -> int:
     """Return the width of an attention head: 64, or the largest smaller power of two that divides all widths."""
     return next(size for size in (64, 32, 16, 8, 4, 2, 1) if all(width % size == 0 for width in widths))
+
+
+def resized_shallow(stages: Sequence[Tensor], side: int) -> list[Tensor]:
+    """Resize all stage maps (B, C, h, w) of a face network but the deepest to (B, C, side, side), bilinearly; a second time changes nothing."""
+    *shallow, deep = stages
+    size = (side, side)
+    return [*(F.interpolate(s, size=size, mode="bilinear", align_corners=False) for s in shallow), deep]
 
 
 @torch.no_grad()

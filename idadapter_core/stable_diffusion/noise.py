@@ -61,6 +61,12 @@ class NoiseSchedule:
             return ((noisy - spread * prediction) / signal).clamp(-LATENT_LIMIT, LATENT_LIMIT)
         return (signal * noisy - spread * prediction).clamp(-LATENT_LIMIT, LATENT_LIMIT)
 
+    def less_noise(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor, following: Tensor) -> Tensor:
+        """Return the latents at the timesteps `following` (B,) by a deterministic DDIM step (arXiv 2010.02502)."""
+        clean = self.clean(noisy, prediction, timesteps)
+        signal, spread = self.at(timesteps, noisy)
+        return self.add_noise(clean, (noisy - signal * clean) / spread, following)
+
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Weights (B,) of min-SNR (arXiv 2303.09556); 1 for gamma = 0."""
         alpha = self.alphas_cumprod.to(timesteps.device)[timesteps].float()

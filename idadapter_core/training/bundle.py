@@ -8,13 +8,13 @@ divided among processes and micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +23,7 @@ from ..adapter import Adapter
 from ..faces.align import TEMPLATE_SIZE
 from ..faces.detector import select_faces
 from ..faces.iresnet import IResNet
+from ..methods.common import resized_shallow
 from ..methods.method import BatchFeatures, Encoded, Needs
 from ..stable_diffusion.base import Base
 from ..stable_diffusion.inject import inject
@@ -45,11 +46,9 @@ def recognize(recognizer: IResNet, crops: Tensor, needs: Needs) -> dict[str, Ten
     embedding, stages = recognizer(crops)
     features = {"embedding": embedding}
     if needs.stages:
-        shallow = list(stages[:3])
         if needs.shallow_side:
-            size = (needs.shallow_side, needs.shallow_side)
-            shallow = [F.interpolate(s, size=size, mode="bilinear", align_corners=False) for s in shallow]
-        features |= dict(zip(STAGE_NAMES, [*shallow, *stages[3:]], strict=True))
+            stages = resized_shallow(stages, needs.shallow_side)
+        features |= dict(zip(STAGE_NAMES, stages, strict=True))
     return features
 
 
@@ -84,7 +83,8 @@ class Bundle(nn.Module):
         timesteps = batch.timesteps.to(latents.device, non_blocking=True)
         noisy = schedule.add_noise(latents, batch.noise, timesteps)
         with self._autocast(latents.device):
-            prediction = self._predict(batch, noisy, timesteps).float()
+            given = self._with_identity(batch)
+            prediction = self._predict(batch, noisy, timesteps, *given).float()
         target = schedule.target(latents, batch.noise, timesteps)
         errors = (prediction - target).square().mean(dim=1)
         mse = errors.mean(dim=(1, 2))
@@ -92,7 +92,10 @@ class Bundle(nn.Module):
         loss = (weighted * schedule.min_snr_weight(timesteps, self._config.loss.snr_gamma)).mean()
         cosine, counts = torch.full_like(mse, float("nan")), torch.zeros_like(mse, dtype=torch.bool)
         if self._config.loss.identity > 0:
-            term, cosine, counts = self._identity_term(batch, schedule.clean(noisy, prediction, timesteps))
+            clean, at = schedule.clean(noisy, prediction, timesteps), batch.timesteps
+            if self._config.loss.denoise_steps:
+                clean, at = self._denoised(batch, latents, *given)
+            term, cosine, counts = self._identity_term(batch, clean, at)
             loss = loss + self._config.loss.identity * term
         return {"loss": loss, "mse": mse.detach(), "cosine": cosine, "counts": counts}
 
@@ -106,9 +109,9 @@ class Bundle(nn.Module):
         noisy = schedule.add_noise(latents, batch.noise, timesteps)
         target = schedule.target(latents, batch.noise, timesteps)
         errors = []
-        for acts in (True, False):
+        for given in (self._with_identity, self._without_identity):
             with self._autocast(latents.device):
-                prediction = self._predict(batch, noisy, timesteps, acts).float()
+                prediction = self._predict(batch, noisy, timesteps, *given(batch)).float()
             errors.append((prediction - target).square().mean(dim=(1, 2, 3)))
         return errors[0], errors[1]
 
@@ -142,13 +145,15 @@ class Bundle(nn.Module):
         mean, deviation = moments.float().chunk(2, dim=1)
         return mean + deviation * batch.posterior
 
-    def _predict(self, batch: Batch, noisy: Tensor, timesteps: Tensor, acts: bool = True) -> Tensor:
-        if not acts:
-            conditioning = self._plain(list(batch.prompts))
-            setting: dict[str, Any] = {"tokens": None, "strength": 0.0}
-        else:
-            conditioning, setting = self._with_identity(batch)
-        given: dict[str, Any] = {"encoder_hidden_states": conditioning.states}
+    def _predict(
+        self,
+        batch: Batch,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        setting: Mapping[str, Any],
+    ) -> Tensor:
+        given: dict[str, Any] = {}
         if conditioning.pooled is not None:
             given["added_cond_kwargs"] = {"text_embeds": conditioning.pooled, "time_ids": batch.sizes}
         if self.injected is not None:
@@ -157,6 +162,36 @@ class Bundle(nn.Module):
         given["encoder_hidden_states"] = conditioning.states.to(dtype)
         prediction: Tensor = self._base.unet(noisy.to(dtype), timesteps, **given).sample
         return prediction
+
+    def _denoised(
+        self, batch: Batch, latents: Tensor, conditioning: Conditioning, setting: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return x0_hat of latents that the adapter denoised from heavy noise, and its timesteps (B,), on the CPU.
+
+        The target's latents with little noise show who the target is, as pictures in the making do not. Only the last prediction has a
+        gradient.
+        """
+        schedule, loss = self._base.schedule, self._config.loss
+        begin, end = (
+            torch.lerp(torch.tensor(float(low)), torch.tensor(float(high)), batch.denoising[:, which])
+            for which, (low, high) in enumerate((loss.denoise_from, loss.denoise_to))
+        )
+        levels = [
+            torch.lerp(begin, end, step / loss.denoise_steps).long() for step in range(loss.denoise_steps + 1)
+        ]
+        *levels, last = (level.to(latents.device, non_blocking=True) for level in levels)
+        noisy = schedule.add_noise(latents, batch.noise, levels[0])
+        for timesteps, following in pairwise([*levels, last]):
+            # A context of its own: autocast would keep weights that it cast without a gradient.
+            with torch.no_grad(), self._autocast(latents.device):
+                prediction = self._predict(batch, noisy, timesteps, conditioning, setting).float()
+            noisy = schedule.less_noise(noisy, prediction, timesteps, following)
+        with self._autocast(latents.device):
+            prediction = self._predict(batch, noisy, last, conditioning, setting).float()
+        return schedule.clean(noisy, prediction, last), end.long()
+
+    def _without_identity(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
+        return self._plain(list(batch.prompts)), {"tokens": None, "strength": 0.0}
 
     def _with_identity(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
         """Conditioning with the identity, and the arguments for the injected layers."""
@@ -215,14 +250,14 @@ class Bundle(nn.Module):
         height, width = errors.shape[1:]
         return face_weights(batch.landmarks, height, width, self._base.vae.factor, weight).to(errors)
 
-    def _identity_term(self, batch: Batch, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean over the batch of F * (1 - cos), the cosines (B,) for the log, and F (B,)."""
+    def _identity_term(self, batch: Batch, clean: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean over the batch of F * (1 - cos) of x0_hat from `timesteps`, the cosines (B,) for the log, and F (B,)."""
         assert batch.embedding is not None
         cosines = torch.full((len(batch),), float("nan"), device=clean.device)
         gate = torch.zeros(len(batch), dtype=torch.bool, device=clean.device)
         with torch.autocast(clean.device.type, enabled=False):  # coordinates of pixels need their bits
             faces, chosen = [], []
-            for number in self._candidates(batch):
+            for number in self._candidates(batch, timesteps):
                 landmarks = self._landmarks(clean[number].detach(), batch.landmarks[number])
                 if landmarks is not None:
                     faces.append(align_faces(*self._decode(clean[number].float(), landmarks)))
@@ -235,11 +270,11 @@ class Bundle(nn.Module):
         cosines[chosen], gate[chosen] = cosine.detach(), True
         return (1 - cosine).sum() / len(batch), cosines, gate
 
-    def _candidates(self, batch: Batch) -> list[int]:
+    def _candidates(self, batch: Batch, timesteps: Tensor) -> list[int]:
         """Samples with an identity whose noise level is low enough for L_id; with gate "detector", all with an identity."""
         counts = batch.identity
         if self._config.loss.gate == "noise":
-            counts = counts & (self._alphas[batch.timesteps] >= self._config.loss.gate_alpha)
+            counts = counts & (self._alphas[timesteps] >= self._config.loss.gate_alpha)
         return [number for number, does in enumerate(counts.tolist()) if does]
 
     def _decode(self, latents: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,11 @@ class LossConfig(Settings):
     face_weight: float = 1.0  # weight of L_SD in the face, against 1 elsewhere; 1: off, as in both papers
     # L_id's decoder and recogniser. no: fp32; bf16: autocast, twice as fast on a CPU and a little less exact.
     mixed_precision: str = "no"
+    # Steps in which the adapter itself denoises the latents of L_id, without gradient; 0: off, the noise is added to the target, as in
+    # IDAdapter. They begin and end at timesteps drawn from these bounds.
+    denoise_steps: int = 0
+    denoise_from: tuple[int, int] = (750, 900)
+    denoise_to: tuple[int, int] = (250, 650)
     renamed: ClassVar = {"min_snr": "snr_gamma"}
 
     def __post_init__(self) -> None:
@@ -122,6 +127,13 @@ class LossConfig(Settings):
         within("loss.gate_alpha", self.gate_alpha, 0, 1)
         at_least("loss.snr_gamma", self.snr_gamma, 0)
         at_least("loss.face_weight", self.face_weight, 1)
+        at_least("loss.denoise_steps", self.denoise_steps, 0)
+        bounds = (*self.denoise_to, *self.denoise_from)
+        if list(bounds) != sorted(bounds) or not 0 <= bounds[0] <= bounds[-1] < 1000:
+            raise ConfigError(
+                "loss.denoise_to and loss.denoise_from must be ascending timesteps of 0..999, and the first must not reach beyond the second; "
+                f"they are {list(self.denoise_to)} and {list(self.denoise_from)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ class Batch:
     posterior: Tensor  # (B, C, h, w) noise for sampling the latents from the VAE's distribution
     landmarks: Tensor  # (B, 5, 2) in the target image
     sizes: Tensor  # (B, 6), see Placement.size_conditioning
+    denoising: Tensor  # (B, 2) in 0..1: where L_id's denoising begins and ends, between its bounds
     pictures: Tensor | None = None  # (B, 3, R, R), RGB in -1..1
     moments: Tensor | None = None  # (B, 2 C, h, w)
     # (B, N + 1, 3, 112, 112): faces of the references, then of the target; or of the target alone.
@@ -145,7 +146,12 @@ class Batch:
         return replace(self, **moved)
 
 
-_ON_HOST = ("identity", "timesteps", "landmarks")  # reading them back from a device would wait for it
+_ON_HOST = (
+    "identity",
+    "timesteps",
+    "landmarks",
+    "denoising",
+)  # reading them back from a device would wait for it
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -216,6 +222,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
             "posterior": torch.randn(shape, generator=generator(seed, epoch, row.number, "posterior")),
             "landmarks": torch.from_numpy(placement.points(np.array(row.landmarks))).float(),
             "sizes": torch.tensor(placement.size_conditioning(row)),
+            "denoising": torch.rand(2, generator=generator(seed, epoch, row.number, "denoising")),
         }
         known_by = (
             [PhotoVariant(self._shown(epoch, row, person))]

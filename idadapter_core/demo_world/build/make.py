@@ -46,6 +46,7 @@ from .train_adapters import (
     export_adapter,
     scan_photos,
     train_adapter,
+    train_further,
 )
 from .train_autoencoder import train_autoencoder
 from .train_base import encode_pictures, train_base
@@ -259,22 +260,31 @@ def _uniid_start(workspace: Workspace) -> None:
 
 def _uniid(workspace: Workspace) -> None:
     start = f"adapter.start={workspace.home / UNIID_START}"
-    adapter, text = train_adapter(workspace, "uniid_adapter", [start]), train_adapter(workspace, "uniid_text")
-    export_adapter(workspace, "uniid", adapter, text)
+    first = train_adapter(workspace, "uniid_adapter", [start])
+    adapter = train_further(workspace, "uniid_identity", first)
+    export_adapter(workspace, "uniid", adapter, train_adapter(workspace, "uniid_text"))
 
 
 def _idadapter(workspace: Workspace) -> None:
-    export_adapter(workspace, "idadapter", train_adapter(workspace, "idadapter"))
+    first = train_adapter(workspace, "idadapter")
+    export_adapter(workspace, "idadapter", train_further(workspace, "idadapter_identity", first))
 
 
 def _ablations(workspace: Workspace) -> None:
     for name, settings in ABLATIONS.items():
         run = f"idadapter_{name}"
-        export_adapter(workspace, run, train_adapter(workspace, "idadapter", settings, run))
+        # The first part has no L_id to leave out.
+        first = (
+            train_adapter(workspace, "idadapter")
+            if name == "no_id_loss"
+            else train_adapter(workspace, "idadapter", settings, f"{run}_first")
+        )
+        export_adapter(workspace, run, train_further(workspace, "idadapter_identity", first, settings, run))
 
 
 def _faceid(workspace: Workspace) -> None:
-    export_adapter(workspace, "faceid", train_adapter(workspace, "faceid"))
+    first = train_adapter(workspace, "faceid")
+    export_adapter(workspace, "faceid", train_further(workspace, "faceid_identity", first))
 
 
 STAGES: Mapping[str, Stage] = {
@@ -335,15 +345,15 @@ STAGES: Mapping[str, Stage] = {
         ),
         Stage(
             "uniid", "train UniID's two branches", ("index", "base_folder", "uniid_start"), _uniid, (f"{ADAPTERS}/uniid.safetensors",),
-            keeps=("runs/uniid_adapter", "runs/uniid_text"),
+            keeps=("runs/uniid_adapter", "runs/uniid_identity", "runs/uniid_text"),
         ),
         Stage(
             "idadapter", "train IDAdapter", ("index", "base_folder", "vision"), _idadapter, (f"{ADAPTERS}/idadapter.safetensors",),
-            keeps=("runs/idadapter",),
+            keeps=("runs/idadapter", "runs/idadapter_identity"),
         ),
         Stage(
             "faceid", "train an IP-Adapter FaceID", ("index", "base_folder"), _faceid, (f"{ADAPTERS}/faceid.safetensors",),
-            keeps=("runs/faceid",),
+            keeps=("runs/faceid", "runs/faceid_identity"),
         ),
         Stage(
             "ablations", "train IDAdapter without each of its parts, for measurements", ("index", "base_folder", "vision"), _ablations,

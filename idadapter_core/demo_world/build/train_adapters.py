@@ -70,11 +70,23 @@ def train_adapter(workspace: Workspace, name: str, settings: Sequence[str] = (),
     return folder
 
 
+def train_further(
+    workspace: Workspace, name: str, first: Path, settings: Sequence[str] = (), run: str = ""
+) -> Path:
+    """Like `train_adapter`, from the weights at the end of the run in the folder `first`."""
+    start = workspace.home / f"{first.name}.safetensors"
+    _export(first, start)
+    return train_adapter(workspace, name, [f"adapter.start={start}", *settings], run)
+
+
 def export_adapter(workspace: Workspace, name: str, run: Path, text_branch: Path | None = None) -> None:
     """Write the newest checkpoint of a run as the adapter's file, in half precision."""
     file = workspace.files / ADAPTERS / f"{name}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    more: list[str | Path] = [] if text_branch is None else ["--text-branch", text_branch]
+    _export(run, file, *([] if text_branch is None else ["--text-branch", text_branch]))
+
+
+def _export(run: Path, file: Path, *more: str | Path) -> None:
     _command("export", run, file, "--overwrite", "--dtype", "fp16", *more)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...adapter import Adapter, build_adapter, initial_adapter
 from ...faces.iresnet import EMBEDDING_WIDTH, IResNet
 from ...methods import METHODS
-from ...methods.common import draw_usual
+from ...methods.common import draw_usual, resized_shallow
 from ...stable_diffusion.inject import transformer_blocks
 from ..base import TEXT_WIDTH, BaseModel
 from .batches import Numbers, Pool
@@ -53,12 +53,13 @@ class Photos:
         numbers = pool.where(style="photo")
         maps: list[list[Tensor]] = [[] for _ in recognizer.widths]
         directions = []
+        side = METHOD.needs(METHOD.config()).shallow_side
         with torch.no_grad():
             for start in range(0, len(numbers), _PART):
                 some = numbers[start : start + _PART]
                 embedding, stages = recognizer(aligned_crops(pool.pixels(some), pool.landmarks[some]))
                 directions.append(F.normalize(embedding))
-                for kept, stage in zip(maps, _small(stages), strict=True):
+                for kept, stage in zip(maps, resized_shallow(stages, side), strict=True):
                     kept.append(stage.half())
         self._maps = [torch.cat(kept) for kept in maps]
         _, people = np.unique(pool.people[numbers], return_inverse=True)
@@ -74,14 +75,6 @@ class Photos:
 
     def means(self, numbers: Numbers) -> Tensor:
         return self._means[self._people[numbers]]
-
-
-def _small(stages: tuple[Tensor, ...]) -> list[Tensor]:
-    side = METHOD.needs(METHOD.config()).shallow_side
-    shallow = [
-        F.interpolate(stage, (side, side), mode="bilinear", align_corners=False) for stage in stages[:-1]
-    ]
-    return [*shallow, stages[-1]]
 
 
 def train_start(

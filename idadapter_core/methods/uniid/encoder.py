@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from ...mechanisms.decoupled import SiteProjections
 from ...mixing import concatenate_tokens, select_references, token_bias, weighted_mean
 from ...resampler import PerceiverAttention, feed_forward
 from ...types import FaceFeatures, Identity, Mix
-from ..common import draw_usual
+from ..common import draw_usual, resized_shallow
 from .config import ENCODERS, FUSED_SIDE, UniIDConfig
 
 NAME = "uniid"
@@ -154,12 +153,9 @@ class UniIDEncoder(nn.Module):
                 of F photos of one person while embedding is (1, 512).
             weights: (F,) summing to 1: the tokens of all photos form one sequence of keys, weighted in the softmax.
         """
-        stage4 = rearrange(stages[3], "b c h w -> b (h w) c")
-        resized = [
-            F.interpolate(stage, size=(FUSED_SIDE, FUSED_SIDE), mode="bilinear", align_corners=False)
-            for stage in stages[:3]
-        ]
-        fused = rearrange(torch.cat(resized, dim=1), "b c h w -> b (h w) c")
+        *shallow, deep = resized_shallow(stages, FUSED_SIDE)
+        stage4 = rearrange(deep, "b c h w -> b (h w) c")
+        fused = rearrange(torch.cat(shallow, dim=1), "b c h w -> b (h w) c")
         bias = fused_bias = None
         if weights is not None:
             bias, fused_bias = token_bias(weights, stage4.shape[1]), token_bias(weights, fused.shape[1])

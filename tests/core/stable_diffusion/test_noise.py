@@ -20,6 +20,15 @@ def test_a_perfect_prediction_means_the_clean_image(prediction: str) -> None:
     torch.testing.assert_close(schedule.clean(noisy, target, STEPS), CLEAN, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_perfect_prediction_takes_noise_away(prediction: str) -> None:
+    schedule = scaled_linear(prediction)
+    following = torch.tensor([0, 0, 10, 499, 100, 300])
+    noisy, target = schedule.add_noise(CLEAN, NOISE, STEPS), schedule.target(CLEAN, NOISE, STEPS)
+    less = schedule.less_noise(noisy, target, STEPS, following)
+    torch.testing.assert_close(less, schedule.add_noise(CLEAN, NOISE, following), atol=5e-3, rtol=1e-3)
+
+
 def test_it_is_stable_diffusions_schedule() -> None:
     """alpha-bar of the published models: 0.9991 at the first step, 0.0047 at the last."""
     alphas = scaled_linear("epsilon").alphas_cumprod

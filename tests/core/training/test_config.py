@@ -134,7 +134,7 @@ def test_configurations_of_the_demo_world_are_read(path: Path) -> None:
     assert (config.base.family, config.data.resolution) == ("sd15", 128)
     assert config.output.folder == f"demo_world/runs/{path.stem.removeprefix('demo_world_')}"
     if config.adapter.method == "uniid":
-        assert path.stem.endswith(config.adapter.branch)
+        assert path.stem.endswith("identity" if config.loss.identity else config.adapter.branch)
 
 
 OTHERS = ("eval_", "demo_world_")
@@ -366,3 +366,19 @@ def test_what_is_no_text_and_what_is_no_file(tmp_path: Path) -> None:
         read_config(write(tmp_path, "[train]\nseed = 1 2\n"))
     with pytest.raises(ConfigError, match="train.mixed_precision: fp16 is not offered.*bf16"):
         read_config(write(tmp_path, ""), ["train.mixed_precision=fp16"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["loss.denoise_to=[300, 800]"],  # it reaches beyond where denoising begins
+        ["loss.denoise_to=[300, 200]"],
+        ["loss.denoise_from=[900, 1000]"],
+        ["loss.denoise_to=[-1, 200]"],
+    ],
+)
+def test_bounds_of_denoising_are_in_order(tmp_path: Path, settings: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"ascending timesteps of 0..999.*they are \["):
+        read_config(write(tmp_path, ""), settings)
+    found = read_config(write(tmp_path, ""), ["loss.denoise_to=[0, 750]", "loss.denoise_steps=3"]).loss
+    assert (found.denoise_steps, found.denoise_to, found.denoise_from) == (3, (0, 750), (750, 900))

@@ -83,6 +83,7 @@ class Call:
     """What the UNet was called with and what it gave."""
 
     noisy: Tensor
+    timesteps: Tensor
     states: Tensor
     more: dict[str, Any]
     prediction: Tensor
@@ -90,18 +91,23 @@ class Call:
 
 def passed(parts: Parts, bundle: Bundle, batch: Batch) -> tuple[dict[str, Tensor], Call]:
     """Losses of a batch, and the call of the UNet behind them."""
+    losses, (call,) = all_passed(parts, bundle, batch)
+    return losses, call
+
+
+def all_passed(parts: Parts, bundle: Bundle, batch: Batch) -> tuple[dict[str, Tensor], list[Call]]:
+    """Losses of a batch, and all calls of the UNet behind them."""
     calls: list[Call] = []
 
     def note(unet: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append(Call(args[0], kwargs["encoder_hidden_states"], kwargs, output.sample))
+        calls.append(Call(args[0], args[1], kwargs["encoder_hidden_states"], kwargs, output.sample))
 
     handle = parts.base.unet.register_forward_hook(note, with_kwargs=True)
     try:
         losses = bundle(batch)
     finally:
         handle.remove()
-    (call,) = calls
-    return losses, call
+    return losses, calls
 
 
 @torch.no_grad()

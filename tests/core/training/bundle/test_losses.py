@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,16 @@ from idadapter_core.training.config import RunConfig
 from idadapter_core.training.identity_loss import align_faces, face_weights, identity_cosines
 from idadapter_core.training.parts import Parts
 from idadapter_core.training.samples import Batch
-from tests.core.training.bundle.passes import POINTS, TIMESTEPS, fresh, gap, opened, passed, running
+from tests.core.training.bundle.passes import (
+    POINTS,
+    TIMESTEPS,
+    all_passed,
+    fresh,
+    gap,
+    opened,
+    passed,
+    running,
+)
 from tests.golden import recipe
 from tests.tiny.bases import diffusers_base
 from tests.tiny.face_package import MarkedFace, synthesize
@@ -69,6 +79,43 @@ def test_the_identity_loss_in_bfloat16_is_nearly_that_in_fp32(
     counted = exact["counts"]
     assert not torch.equal(exact["cosine"][counted], narrow["cosine"][counted]), "it is another precision"
     assert torch.allclose(exact["cosine"][counted], narrow["cosine"][counted], atol=0.02)
+
+
+@torch.no_grad()
+def test_the_identity_loss_of_latents_that_the_adapter_denoised(
+    parts: Parts, configs: dict[str, RunConfig], batch: Batch
+) -> None:
+    """From heavy noise to less, each step from the prediction before it; L_id judges the last one, L_SD stays what it is."""
+    steps = {"denoise_steps": 2, "denoise_from": (700, 800), "denoise_to": (100, 300)}
+    config = with_loss(configs["idadapter"], identity=0.7, **steps)
+    moved = dataclasses.replace(
+        batch, denoising=torch.tensor([[0.0, 0.0], [0.5, 1.0], [1.0, 0.0], [0.25, 0.5]])
+    )
+    adapter, schedule = opened(parts, config), parts.base.schedule
+    with running(parts, config, adapter) as bundle:
+        losses, (first, *others) = all_passed(parts, bundle, moved)
+    plain = with_loss(configs["idadapter"], identity=0.0)
+    with running(parts, plain, opened(parts, plain)) as bundle:
+        without, _ = passed(parts, bundle, moved)
+    assert torch.equal(losses["mse"], without["mse"])
+    begun, ended = [700, 750, 800, 725], [100, 300, 100, 200]
+    half = [(begin + end) // 2 for begin, end in zip(begun, ended, strict=True)]
+    assert [call.timesteps.tolist() for call in others] == [begun, half, ended]
+    assert torch.equal(first.timesteps, torch.tensor(TIMESTEPS))
+    for call, following in pairwise(others):
+        expected = schedule.less_noise(call.noisy, call.prediction, call.timesteps, following.timesteps)
+        assert torch.allclose(following.noisy, expected, atol=1e-5)
+        assert torch.equal(following.states, first.states), "with the identity"
+    clean = schedule.clean(others[-1].noisy, others[-1].prediction, others[-1].timesteps)
+    assert losses["counts"].tolist() == [True, True, True, False]
+    assert batch.embedding is not None
+    aligned = [
+        align_faces(*decode_face(parts.base.vae, clean[row], batch.landmarks[row])) for row in (0, 1, 2)
+    ]
+    cosines = identity_cosines(torch.cat(aligned), batch.embedding[:3, -1], parts.networks.recognizer)
+    assert losses["cosine"][:3].tolist() == pytest.approx(cosines.tolist(), abs=1e-3)
+    expected = losses["mse"].mean() + 0.7 * (1 - cosines).sum() / 4
+    assert float(losses["loss"]) == pytest.approx(float(expected), rel=1e-4)
 
 
 @torch.no_grad()
@@ -267,12 +314,14 @@ def test_what_lies_outside_the_window_has_no_gradient(taesd: Any) -> None:
 # ------------------------------------------------------------------------------------------------ learning from L_id alone
 
 
+@pytest.mark.parametrize(("steps", "rise"), [(0, 0.1), (2, 0.06)])
 def test_the_identity_term_alone_raises_the_cosine(
-    parts: Parts, configs: dict[str, RunConfig], batch: Batch
+    parts: Parts, configs: dict[str, RunConfig], batch: Batch, steps: int, rise: float
 ) -> None:
-    """From a fresh adapter whose gates are closed, by its own gradient: by 0.1 in 8 steps."""
+    """From a fresh adapter whose gates are closed, by its own gradient, in 8 steps."""
     # Min-SNR with next to nothing as gamma takes L_SD away.
-    config = with_loss(configs["idadapter"], identity=1.0, snr_gamma=1e-9)
+    moved = {"denoise_steps": steps, "denoise_to": (100, 300)}
+    config = with_loss(configs["idadapter"], identity=1.0, snr_gamma=1e-9, **moved)
     adapter = fresh(parts, config)
     parameters = list(trainable(adapter).values())
     optimizer = torch.optim.Adam(parameters, lr=5e-3)
@@ -284,5 +333,5 @@ def test_the_identity_term_alone_raises_the_cosine(
             losses["loss"].backward()
             optimizer.step()
             cosines.append(float(losses["cosine"][losses["counts"]].mean()))
-    assert cosines[-1] > cosines[0] + 0.1
+    assert cosines[-1] > cosines[0] + rise
     assert max(abs(value) for pair in adapter.layers.gates.openings().values() for value in pair) > 1e-3
