@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -176,19 +175,19 @@ class Bundle(nn.Module):
             torch.lerp(torch.tensor(float(low)), torch.tensor(float(high)), batch.denoising[:, which])
             for which, (low, high) in enumerate((loss.denoise_from, loss.denoise_to))
         )
-        levels = [
-            torch.lerp(begin, end, step / loss.denoise_steps).long() for step in range(loss.denoise_steps + 1)
-        ]
-        *levels, last = (level.to(latents.device, non_blocking=True) for level in levels)
-        noisy = schedule.add_noise(latents, batch.noise, levels[0])
-        for timesteps, following in pairwise([*levels, last]):
-            # A context of its own: autocast would keep weights that it cast without a gradient.
+        steps = range(loss.denoise_steps + 1)
+        levels = [torch.lerp(begin, end, step / loss.denoise_steps).long() for step in steps]
+        timesteps = levels[0].to(latents.device)
+        noisy = schedule.add_noise(latents, batch.noise, timesteps)
+        for level in levels[1:]:
+            following = level.to(latents.device)
+            # A context of its own: autocast may keep weights that it cast without a gradient.
             with torch.no_grad(), self._autocast(latents.device):
                 prediction = self._predict(batch, noisy, timesteps, conditioning, setting).float()
-            noisy = schedule.less_noise(noisy, prediction, timesteps, following)
+            noisy, timesteps = schedule.less_noise(noisy, prediction, timesteps, following), following
         with self._autocast(latents.device):
-            prediction = self._predict(batch, noisy, last, conditioning, setting).float()
-        return schedule.clean(noisy, prediction, last), end.long()
+            prediction = self._predict(batch, noisy, timesteps, conditioning, setting).float()
+        return schedule.clean(noisy, prediction, timesteps), levels[-1]
 
     def _without_identity(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
         return self._plain(list(batch.prompts)), {"tokens": None, "strength": 0.0}
