@@ -83,7 +83,8 @@ def export_adapter(workspace: Workspace, name: str, run: Path, text_branch: Path
     """Write the newest checkpoint of a run as the adapter's file, in half precision."""
     file = workspace.files / ADAPTERS / f"{name}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    _export(run, file, *([] if text_branch is None else ["--text-branch", text_branch]))
+    more: list[str | Path] = [] if text_branch is None else ["--text-branch", text_branch]
+    _export(run, file, *more)
 
 
 def _export(run: Path, file: Path, *more: str | Path) -> None:
