@@ -194,5 +194,6 @@ def _batch(case: _Case, timesteps: torch.Tensor, first: int) -> Batch:
         embedding=drawn(5, 512),
         patch_tokens=drawn(4, patches, width),
         class_embedding=drawn(4, width),
+        denoising=torch.zeros(size, 2),
     )
     return batch.to(device())
