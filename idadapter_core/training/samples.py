@@ -146,12 +146,8 @@ class Batch:
         return replace(self, **moved)
 
 
-_ON_HOST = (
-    "identity",
-    "timesteps",
-    "landmarks",
-    "denoising",
-)  # reading them back from a device would wait for it
+# Reading them back from a device would wait for it.
+_ON_HOST = ("identity", "timesteps", "landmarks", "denoising")
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -273,12 +273,10 @@ def _idadapter(workspace: Workspace) -> None:
 def _ablations(workspace: Workspace) -> None:
     for name, settings in ABLATIONS.items():
         run = f"idadapter_{name}"
-        # The first part has no L_id to leave out.
-        first = (
-            train_adapter(workspace, "idadapter")
-            if name == "no_id_loss"
-            else train_adapter(workspace, "idadapter", settings, f"{run}_first")
-        )
+        if any(not entry.startswith("loss.identity") for entry in settings):
+            first = train_adapter(workspace, "idadapter", settings, f"{run}_first")
+        else:  # the first part has no L_id to leave out
+            first = train_adapter(workspace, "idadapter")
         export_adapter(workspace, run, train_further(workspace, "idadapter_identity", first, settings, run))
 
 
