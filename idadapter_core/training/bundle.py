@@ -91,10 +91,9 @@ class Bundle(nn.Module):
         loss = (weighted * schedule.min_snr_weight(timesteps, self._config.loss.snr_gamma)).mean()
         cosine, counts = torch.full_like(mse, float("nan")), torch.zeros_like(mse, dtype=torch.bool)
         if self._config.loss.identity > 0:
+            clean, at = schedule.clean(noisy, prediction, timesteps), batch.timesteps
             if self._config.loss.denoise_steps:
                 clean, at = self._denoised(batch, latents, *given)
-            else:
-                clean, at = schedule.clean(noisy, prediction, timesteps), batch.timesteps
             term, cosine, counts = self._identity_term(batch, clean, at)
             loss = loss + self._config.loss.identity * term
         return {"loss": loss, "mse": mse.detach(), "cosine": cosine, "counts": counts}
@@ -178,33 +177,17 @@ class Bundle(nn.Module):
         )
         steps = range(loss.denoise_steps + 1)
         levels = [torch.lerp(begin, end, step / loss.denoise_steps).long() for step in steps]
-        nobody = self._nobody(batch) if loss.denoise_guidance > 1 else None
-
-        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            # Contexts of their own: autocast may keep weights that it cast without a gradient.
-            plain = None
-            if nobody is not None:
-                with torch.no_grad(), self._autocast(latents.device):
-                    plain = self._predict(batch, noisy, timesteps, *nobody).float()
-            with self._autocast(latents.device):
-                prediction = self._predict(batch, noisy, timesteps, conditioning, setting).float()
-            return prediction if plain is None else plain.lerp(prediction, loss.denoise_guidance)
-
         timesteps = levels[0].to(latents.device)
         noisy = schedule.add_noise(latents, batch.noise, timesteps)
         for level in levels[1:]:
             following = level.to(latents.device)
-            with torch.no_grad():
-                noisy = schedule.less_noise(noisy, predict(noisy, timesteps), timesteps, following)
-            timesteps = following
-        return schedule.clean(noisy, predict(noisy, timesteps), timesteps), levels[-1]
-
-    @torch.no_grad()
-    def _nobody(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
-        """The negative half of guidance: no prompt, and the features of no one."""
-        none = replace(batch, prompts=("",) * len(batch), identity=torch.zeros_like(batch.identity))
-        with self._autocast(batch.noise.device):
-            return self._with_identity(none)
+            # A context of its own: autocast may keep weights that it cast without a gradient.
+            with torch.no_grad(), self._autocast(latents.device):
+                prediction = self._predict(batch, noisy, timesteps, conditioning, setting).float()
+            noisy, timesteps = schedule.less_noise(noisy, prediction, timesteps, following), following
+        with self._autocast(latents.device):
+            prediction = self._predict(batch, noisy, timesteps, conditioning, setting).float()
+        return schedule.clean(noisy, prediction, timesteps), levels[-1]
 
     def _without_identity(self, batch: Batch) -> tuple[Conditioning, dict[str, Any]]:
         return self._plain(list(batch.prompts)), {"tokens": None, "strength": 0.0}

@@ -117,8 +117,6 @@ class LossConfig(Settings):
     denoise_steps: int = 0
     denoise_from: tuple[int, int] = (750, 900)
     denoise_to: tuple[int, int] = (250, 650)
-    # Classifier-free guidance of these steps and of the prediction that follows, as in drawing; 1: none.
-    denoise_guidance: float = 1.0
     renamed: ClassVar = {"min_snr": "snr_gamma"}
 
     def __post_init__(self) -> None:
@@ -130,7 +128,6 @@ class LossConfig(Settings):
         at_least("loss.snr_gamma", self.snr_gamma, 0)
         at_least("loss.face_weight", self.face_weight, 1)
         at_least("loss.denoise_steps", self.denoise_steps, 0)
-        at_least("loss.denoise_guidance", self.denoise_guidance, 1)
         bounds = (*self.denoise_to, *self.denoise_from)
         if list(bounds) != sorted(bounds) or not 0 <= bounds[0] <= bounds[-1] < 1000:
             raise ConfigError(

@@ -119,62 +119,6 @@ def test_the_identity_loss_of_latents_that_the_adapter_denoised(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["idadapter", "uniid"])
-def test_latents_are_denoised_with_the_guidance_of_drawing(
-    parts: Parts, configs: dict[str, RunConfig], batch: Batch, method: str
-) -> None:
-    """The negative half has no prompt and nobody's features; the last prediction is guided as well."""
-    steps = {"denoise_steps": 1, "denoise_from": (700, 700), "denoise_to": (100, 100)}
-    config = with_loss(configs[method], identity=0.7, denoise_guidance=3.0, **steps)
-    adapter, schedule = opened(parts, config), parts.base.schedule
-    nobody = dataclasses.replace(
-        batch, prompts=("",) * 4, identity=torch.zeros(4, dtype=torch.bool), timesteps=torch.full((4,), 700)
-    )
-    with running(parts, config, adapter) as bundle:
-        losses, (first, *others) = all_passed(parts, bundle, batch)
-    negative, positive, last_negative, last = others
-    plain = with_loss(config, identity=0.0)
-    with running(parts, plain, opened(parts, plain)) as bundle:
-        _, unprompted = passed(parts, bundle, nobody)
-    assert [call.timesteps.tolist()[0] for call in others] == [700, 700, 100, 100]
-    assert torch.equal(negative.noisy, positive.noisy)
-    assert torch.equal(last_negative.noisy, last.noisy)
-    assert torch.equal(positive.states, first.states)
-    assert torch.allclose(negative.prediction, unprompted.prediction, atol=1e-5)
-    assert torch.equal(negative.states, unprompted.states)
-    assert torch.equal(last_negative.states, unprompted.states)
-    guided = negative.prediction + 3 * (positive.prediction - negative.prediction)
-    expected = schedule.less_noise(positive.noisy, guided, positive.timesteps, last.timesteps)
-    assert torch.allclose(last.noisy, expected, atol=1e-4)
-    guided = last_negative.prediction + 3 * (last.prediction - last_negative.prediction)
-    clean = schedule.clean(last.noisy, guided, last.timesteps)
-    assert batch.embedding is not None
-    aligned = align_faces(*decode_face(parts.base.vae, clean[0], batch.landmarks[0]))
-    cosine = identity_cosines(aligned, batch.embedding[:1, -1], parts.networks.recognizer)
-    assert float(losses["cosine"][0]) == pytest.approx(float(cosine[0]), abs=1e-3)
-
-
-def test_guidance_leaves_the_gradient_to_the_positive_half(
-    parts: Parts, configs: dict[str, RunConfig], batch: Batch
-) -> None:
-    """Of the five predictions, the first, L_SD's, and the last, L_id's, have one."""
-    steps = {"denoise_steps": 1, "denoise_from": (700, 700), "denoise_to": (100, 100)}
-    calls: list[bool] = []
-    config = with_loss(configs["uniid"], identity=0.7, denoise_guidance=3.0, **steps)
-    with running(parts, config, opened(parts, config)) as bundle:
-        handle = parts.base.unet.register_forward_hook(
-            lambda *given: calls.append(given[-1].sample.requires_grad)
-        )
-        try:
-            bundle(batch)["loss"].backward()
-        finally:
-            handle.remove()
-        gradients = [p.grad for p in bundle.parameters() if p.grad is not None]
-    assert calls == [True, False, False, False, True]
-    assert any(gradient.abs().max() > 0 for gradient in gradients)
-
-
-@torch.no_grad()
 def test_the_face_can_count_more(parts: Parts, configs: dict[str, RunConfig], batch: Batch) -> None:
     config = with_loss(configs["uniid"], identity=0.0, face_weight=5.0)
     with running(parts, config, opened(parts, config)) as bundle:
