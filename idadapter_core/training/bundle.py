@@ -91,9 +91,10 @@ class Bundle(nn.Module):
         loss = (weighted * schedule.min_snr_weight(timesteps, self._config.loss.snr_gamma)).mean()
         cosine, counts = torch.full_like(mse, float("nan")), torch.zeros_like(mse, dtype=torch.bool)
         if self._config.loss.identity > 0:
-            clean, at = schedule.clean(noisy, prediction, timesteps), batch.timesteps
             if self._config.loss.denoise_steps:
                 clean, at = self._denoised(batch, latents, *given)
+            else:
+                clean, at = schedule.clean(noisy, prediction, timesteps), batch.timesteps
             term, cosine, counts = self._identity_term(batch, clean, at)
             loss = loss + self._config.loss.identity * term
         return {"loss": loss, "mse": mse.detach(), "cosine": cosine, "counts": counts}
