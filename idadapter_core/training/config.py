@@ -116,7 +116,7 @@ class LossConfig(Settings):
     # IDAdapter. They begin and end at timesteps drawn from these bounds.
     denoise_steps: int = 0
     denoise_from: tuple[int, int] = (750, 900)
-    denoise_to: tuple[int, int] = (250, 650)
+    denoise_to: tuple[int, int] = (30, 400)
     renamed: ClassVar = {"min_snr": "snr_gamma"}
 
     def __post_init__(self) -> None:
