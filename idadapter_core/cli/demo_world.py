@@ -111,12 +111,13 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="FOLDER",
         help="folder of CLIP's tokenizer with vocab.json and merges.txt, to train adapters (comfy/sd1_tokenizer of ComfyUI)",
     )
-    build.add_argument("--again", action="store_true", help="run finished stages again")
-    build.add_argument("--list", action="store_true", help="list the stages and their states")
-    build.add_argument(
+    work = build.add_mutually_exclusive_group()  # only the first runs stages
+    work.add_argument("--again", action="store_true", help="run finished stages again")
+    work.add_argument("--list", action="store_true", help="list the stages and their states")
+    work.add_argument(
         "--ship",
         action="store_true",
-        help="copy the files of the named stages to the shipped assets, if their scores are good enough",
+        help="copy the files of the named stages, which must be finished, to the shipped assets, if their scores are good enough",
     )
     build.set_defaults(run=_build, interrupted="the same command resumes the build")
 

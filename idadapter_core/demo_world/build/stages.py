@@ -177,7 +177,7 @@ def ship(
     """Copy the files of finished stages to the assets of the package. Returns the copies.
 
     Raises:
-        InputError: no stage is named, one is unknown or has nothing to ship, or its scores are too low.
+        InputError: no stage is named, one is unknown, unfinished or has nothing to ship, or its scores are too low.
     """
     if not names:
         raise InputError("name the stages whose files are to be shipped.")
@@ -186,6 +186,8 @@ def ship(
         if name not in stages or not stages[name].ships:
             shipping = [stage.name for stage in stages.values() if stage.ships]
             raise InputError(f"the stage {name!r} has nothing to ship; choose from: {', '.join(shipping)}.")
+        if not workspace.done(name).is_file():
+            raise InputError(f"the stage {name!r} is not finished; run it first, without --ship.")
         is_measured = stages[name].measure is not None or stages[name].wanted
         scores = workspace.scores(name) if is_measured else {}
         for score, least in (stages[name].wanted or {}).items():

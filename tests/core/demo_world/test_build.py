@@ -461,6 +461,13 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line.split()[:2] for line in lines] == [[name, "done"] for name in STAGES]
 
 
+def test_shipping_does_not_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--again` beside it would be ignored, and the old file shipped."""
+    with pytest.raises(SystemExit):
+        _command("readers", "--again", "--ship", "--work", tmp_path, "--settings", "tiny")
+    assert "argument --ship: not allowed with argument --again" in capsys.readouterr().err
+
+
 def test_adapters_are_not_trained_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"name a folder with its vocab\.json and merges\.txt as --tokenizer"
@@ -494,7 +501,7 @@ def test_photos_have_their_captions_and_are_written_once(small: Path, tmp_path: 
         (("--processes", "0"), "--processes must be at least 1, got 0"),
         (("--threads", "0"), "--threads must be at least 1, got 0"),
         (("--ship",), "name the stages whose files are to be shipped"),
-        (("--ship", "readers"), "readers.json is missing; run the stage `readers` first"),
+        (("--ship", "readers"), "the stage 'readers' is not finished; run it first, without --ship"),
     ],
 )
 def test_what_cannot_be_built_is_said(
