@@ -111,10 +111,10 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="FOLDER",
         help="folder of CLIP's tokenizer with vocab.json and merges.txt, to train adapters (comfy/sd1_tokenizer of ComfyUI)",
     )
-    work = build.add_mutually_exclusive_group()  # only the first runs stages
-    work.add_argument("--again", action="store_true", help="run finished stages again")
-    work.add_argument("--list", action="store_true", help="list the stages and their states")
-    work.add_argument(
+    modes = build.add_mutually_exclusive_group()  # the last two run no stage
+    modes.add_argument("--again", action="store_true", help="run finished stages again")
+    modes.add_argument("--list", action="store_true", help="list the stages and their states")
+    modes.add_argument(
         "--ship",
         action="store_true",
         help="copy the files of the named stages, which must be finished, to the shipped assets, if their scores are good enough",
