@@ -55,7 +55,8 @@ class Pipeline:
     """A base model with an injected adapter.
 
     Args:
-        adapter: its layers are moved to the base's device; None generates with the base alone.
+        adapter: its layers are moved to the base's device, and converted to the base's dtype where that is wider (an adapter's file may be
+            in half precision); None generates with the base alone.
         injected: the adapter's injection, if it is already in the UNet.
         poll: callback before each sampler step; it may raise to stop the generation.
     """
@@ -69,13 +70,15 @@ class Pipeline:
     ) -> None:
         self.base, self.adapter = base, adapter
         self._poll = poll
-        self._device = next(base.unet.parameters()).device
+        weight = next(base.unet.parameters())
+        self._device = weight.device
         self._owns = injected is None
         self.injected = injected
         if adapter is not None:
             adapter.encoder.to(self._device)
             if injected is None and adapter.config.has_adapter_branch:
-                adapter.layers.to(self._device)
+                layer = next(adapter.layers.parameters())
+                adapter.layers.to(self._device, torch.promote_types(layer.dtype, weight.dtype))
                 self.injected = inject(base.unet, adapter)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ training, which take seconds to make.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,17 @@ def test_images_of_a_batch_are_those_generated_one_by_one(
             assert gap(picture, alone) < 5e-4
         swapped = pipeline.generate(PROMPT, identity=people[0], seed=5, **settings)
         assert gap(swapped, together[1]) > 2e-3, "the people look alike"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_in_half_precision_draw_nearly_the_same(
+    kind: str, parts: Parts, adapters: dict[str, Adapter], identities: dict[str, Identity]
+) -> None:
+    """As in an exported file; the base is in single precision."""
+    halved = copy.deepcopy(adapters[kind])
+    halved.layers.half()
+    whole, plain = draw(parts, adapters[kind], identities[kind])[0], draw(parts, None)[0]
+    assert gap(draw(parts, halved, identities[kind])[0], whole) < 0.1 * gap(plain, whole)
 
 
 def test_batches_that_cannot_be(parts: Parts, adapters: dict[str, Adapter]) -> None:
