@@ -273,10 +273,10 @@ def _idadapter(workspace: Workspace) -> None:
 def _ablations(workspace: Workspace) -> None:
     for name, settings in ABLATIONS.items():
         run = f"idadapter_{name}"
-        if any(not entry.startswith("loss.identity") for entry in settings):
-            first = train_adapter(workspace, "idadapter", settings, f"{run}_first")
-        else:  # the first part has no L_id to leave out
+        if all(entry.startswith("loss.identity=") for entry in settings):  # the first part has no L_id to leave out
             first = train_adapter(workspace, "idadapter")
+        else:
+            first = train_adapter(workspace, "idadapter", settings, f"{run}_first")
         export_adapter(workspace, run, train_further(workspace, "idadapter_identity", first, settings, run))
 
 
