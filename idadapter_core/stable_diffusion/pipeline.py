@@ -1,6 +1,6 @@
 """Image generation outside ComfyUI from a base model, an adapter, an identity and a prompt, for training samples and evaluation.
 
-The same seed gives the same image as ComfyUI with KSampler (euler, simple) and the nodes of this pack.
+The same seed gives the same image as ComfyUI with KSampler (scheduler simple) and the nodes of this pack; with the sampler lcm on a CPU only.
 """
 
 from __future__ import annotations
@@ -103,12 +103,13 @@ class Pipeline:
         height: int = 512,
         negative: str = "",
         strengths: Strengths | None = None,
+        sampler: str = "euler",
     ) -> Tensor:
         """Generate images (B, 3, height, width), RGB in 0..1, in one batch. An image does not depend on the others, up to rounding.
 
         Raises:
             InputError: no requests, some with and some without an identity, identities of different numbers of photos, an identity
-                without an adapter, or `strengths` that the method does not support.
+                without an adapter, `strengths` that the method does not support, or a sampler that is none of `sampler.SAMPLERS`.
             MismatchError: an identity was made with another adapter.
         """
         strengths = strengths or Strengths()
@@ -138,6 +139,7 @@ class Pipeline:
             cfg=cfg,
             width=width,
             height=height,
+            sampler=sampler,
             before_step=each_step,
         )
         self._set(None, 0.0)

@@ -1,4 +1,4 @@
-"""Sampling from a base model, equivalent to ComfyUI's KSampler with the sampler "euler" and the scheduler "simple"."""
+"""Sampling from a base model, equivalent to ComfyUI's KSampler with the sampler "euler" or "lcm" and the scheduler "simple"."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .base import Base
 from .noise import NoiseSchedule
 from .text import Conditioning
 
+SAMPLERS = ("euler", "lcm")
+"""Names of ComfyUI: straight steps between noise levels; or each prediction of the clean latents with new noise, for the next level."""
 _LEAST_SIGNAL = 4.8973451890853435e-08  # alpha-bar used for zero signal, as in ComfyUI
 
 
@@ -52,6 +54,7 @@ def sample(
     cfg: float,
     width: int,
     height: int,
+    sampler: str = "euler",
     before_step: Callable[[int, int], Conditioning | None] | None = None,
 ) -> Tensor:
     """Sample the latents of B images (B, C, height / 8, width / 8) in the UNet's units, fp32 on its device, for `Base.vae.decode`.
@@ -64,12 +67,16 @@ def sample(
         seeds: seed of the noise of each image, which is drawn on the CPU to match ComfyUI. An image depends on its own seed only.
         cfg: guidance scale; 1 omits the negative prompt.
         width, height: size of the image in pixels, multiples of 8. Also SDXL's original and target size.
+        sampler: one of `SAMPLERS`.
         before_step: callback (step, steps) before each UNet call; steps count from 0. A conditioning it returns replaces the positive
             one for this step.
 
     Raises:
-        InputError: sizes that are not multiples of 8, another number of prompts than images, or an invalid number of steps.
+        InputError: sizes that are not multiples of 8, another number of prompts than images, an invalid number of steps, or an unknown
+            sampler.
     """
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     factor = base.vae.factor
     if min(width, height) < factor or width % factor or height % factor:
         raise InputError(f"width and height must be multiples of {factor}, got {width}x{height}")
@@ -82,6 +89,7 @@ def sample(
     shape = (1, unet.config.in_channels, height // factor, width // factor)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     latents: Tensor = noise.to(device) * float(sigmas[0].square() + 1) ** 0.5
+    renewing = [torch.Generator().manual_seed(seed + 1) for seed in seeds]  # as ComfyUI on a CPU
     for step in range(steps):
         given = None if before_step is None else before_step(step, steps)
         prompts = [*negatives, given or positive]
@@ -98,7 +106,12 @@ def sample(
         if negatives:
             without, with_text = clean.chunk(2)
             clean = without + (with_text - without) * cfg
-        latents = latents + (latents - clean) / sigma * (float(sigmas[step + 1]) - sigma)
+        following = float(sigmas[step + 1])
+        if sampler == "euler":
+            latents = latents + (latents - clean) / sigma * (following - sigma)
+        else:
+            fresh = torch.cat([torch.randn(shape, generator=generator) for generator in renewing])
+            latents = clean + following * fresh.to(device)
     return latents
 
 

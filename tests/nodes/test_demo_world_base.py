@@ -13,6 +13,7 @@ from idadapter_core.demo_world.build.trainer_files import write_base_folder
 from idadapter_core.stable_diffusion.base import load_base as load_trainers_base
 from idadapter_core.stable_diffusion.config import BaseConfig
 from idadapter_core.stable_diffusion.pipeline import Pipeline
+from idadapter_core.stable_diffusion.sampler import SAMPLERS
 from tests.golden import recipe
 
 SLIM = Shape(LATENT_CHANNELS, (8, 8, 16, 16), (0, 1, 1, 1), (0, 1, 1, 1))
@@ -49,8 +50,9 @@ def test_ksampler_draws_what_the_base_model_does(files: tuple[Path, Path]) -> No
     torch.testing.assert_close(picture, wanted, atol=5e-3, rtol=0)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_trainer_draws_the_same_from_the_folder_written_for_it(
-    files: tuple[Path, Path], tmp_path: Path, comfyui: Path
+    sampler: str, files: tuple[Path, Path], tmp_path: Path, comfyui: Path
 ) -> None:
     from ComfyUI_IDAdapter.nodes.host.demo_world import open_base
 
@@ -60,10 +62,12 @@ def test_the_trainer_draws_the_same_from_the_folder_written_for_it(
     config = BaseConfig(path=str(tmp_path), family="sd15", tokenizer=str(comfyui / "comfy" / "sd1_tokenizer"))
     pipeline = Pipeline(load_trainers_base(config))
     text = "a painted portrait of a woolen zebra, smiling in the snow"
-    drawn = pipeline.generate(text, seed=3, steps=4, cfg=3.0, width=128, height=128, negative="sad")
+    drawn = pipeline.generate(
+        text, seed=3, steps=4, cfg=3.0, width=128, height=128, negative="sad", sampler=sampler
+    )
     model, clip, vae = open_base(*files)
     positive, negative = (comfy_nodes.CLIPTextEncode().encode(clip, words)[0] for words in (text, "sad"))
     empty = {"samples": torch.zeros(1, 4, 16, 16)}
-    latents = comfy_nodes.KSampler().sample(model, 3, 4, 3.0, "euler", "simple", positive, negative, empty)[0]
+    latents = comfy_nodes.KSampler().sample(model, 3, 4, 3.0, sampler, "simple", positive, negative, empty)[0]
     picture = comfy_nodes.VAEDecode().decode(vae, latents)[0][0].movedim(2, 0)
     torch.testing.assert_close(drawn, picture, atol=5e-3, rtol=0)

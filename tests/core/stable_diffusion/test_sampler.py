@@ -12,7 +12,7 @@ from idadapter_core.errors import InputError
 from idadapter_core.stable_diffusion.base import Base, load_base
 from idadapter_core.stable_diffusion.config import BaseConfig
 from idadapter_core.stable_diffusion.noise import scaled_linear
-from idadapter_core.stable_diffusion.sampler import positive_rows, sample, simple_schedule
+from idadapter_core.stable_diffusion.sampler import SAMPLERS, positive_rows, sample, simple_schedule
 from idadapter_core.stable_diffusion.text import Conditioning
 from tests.tiny.bases import KINDS, diffusers_base
 
@@ -38,13 +38,14 @@ def draw(
     return sample(base, base.text.encode([text]), unwanted, **settings)
 
 
-def test_the_seed_makes_the_picture(base: Base) -> None:
-    one = draw(base)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_seed_makes_the_picture(sampler: str, base: Base) -> None:
+    one = draw(base, sampler=sampler)
     assert one.shape == (1, 4, 3, 5)
     assert one.dtype is torch.float32
     assert not one.requires_grad
-    assert torch.equal(one, draw(base))
-    assert not torch.allclose(one, draw(base, seed=2), atol=0.1)
+    assert torch.equal(one, draw(base, sampler=sampler))
+    assert not torch.allclose(one, draw(base, seed=2, sampler=sampler), atol=0.1)
     assert base.vae.decode(one).shape == (1, 3, 24, 40)
 
 
@@ -125,20 +126,22 @@ def test_every_nth_timestep_from_the_last_one_on() -> None:
         ({"height": 0}, "multiples of 8, got 40x0"),
         ({"steps": 0}, "steps must be between 1 and 1000, got 0"),
         ({"steps": 1001}, "steps must be between 1 and 1000, got 1001"),
+        ({"sampler": "ddim"}, "sampler must be one of euler, lcm, got 'ddim'"),
     ],
 )
-def test_what_is_refused(options: dict[str, int], message: str, base: Base) -> None:
+def test_what_is_refused(options: dict[str, Any], message: str, base: Base) -> None:
     with pytest.raises(InputError, match=message):
         draw(base, **options)
 
 
-def test_images_of_a_batch_are_those_drawn_one_by_one(base: Base) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_images_of_a_batch_are_those_drawn_one_by_one(sampler: str, base: Base) -> None:
     texts, seeds = ["a man", "a cat", "a photo"], [5, 1, 5]
     encoded = [base.text.encode([text]) for text in texts]
     pooled = [one.pooled for one in encoded if one.pooled is not None]
     states = torch.cat([one.states for one in encoded])
     positive = Conditioning(states, torch.cat(pooled) if pooled else None)
-    settings = {"steps": 3, "cfg": 3.0, "width": 40, "height": 24}
+    settings: dict[str, Any] = {"steps": 3, "cfg": 3.0, "width": 40, "height": 24, "sampler": sampler}
     negative = base.text.encode(["a cat"])
     together = sample(base, positive, negative, seeds=seeds, **settings)
     assert positive_rows(negative, 3.0, 3).tolist() == [False] * 3 + [True] * 3
