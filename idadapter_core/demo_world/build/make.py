@@ -273,9 +273,8 @@ def _idadapter(workspace: Workspace) -> None:
 def _ablations(workspace: Workspace) -> None:
     for name, settings in ABLATIONS.items():
         run = f"idadapter_{name}"
-        if all(
-            entry.startswith("loss.identity=") for entry in settings
-        ):  # the first part has no L_id to leave out
+        only_second = all(entry.startswith("loss.identity=") for entry in settings)  # the first has no L_id
+        if only_second:
             first = train_adapter(workspace, "idadapter")
         else:
             first = train_adapter(workspace, "idadapter", settings, f"{run}_first")
