@@ -51,17 +51,22 @@ class LoadedAnalyzer:
         return result
 
 
-def load_recognizer(path: Path, progress: Callable[[], object] = lambda: None) -> tuple[Any, str]:
-    """Load a torch face network. Return its ModelPatcher and digest; `progress` is called after each of the two."""
-    network = load_iresnet(path)
+def load_recognizer(
+    path: Path, progress: Callable[[], object] = lambda: None, *, any_layers: bool = False
+) -> tuple[Any, str]:
+    """Load a torch face network. Return its ModelPatcher and digest; `progress` is called after each of the two.
+
+    `any_layers`: accept networks of other sizes than the published ones.
+    """
+    network = load_iresnet(path, any_layers=any_layers)
     progress()
     name = digest(network)
     progress()
-    return manage(network, _reload_recognizer, path, name), name
+    return manage(network, _reload_recognizer, path, name, any_layers), name
 
 
-def _reload_recognizer(path: Path, expected: str) -> Any:
-    patcher, found = load_recognizer(path)
+def _reload_recognizer(path: Path, expected: str, any_layers: bool) -> Any:
+    patcher, found = load_recognizer(path, any_layers=any_layers)
     require_same_file(path, expected, found)
     return patcher
 

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import comfy.clip_vision
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -21,6 +22,8 @@ from torch import Tensor
 from ...idadapter_core.demo_world import base
 from ...idadapter_core.demo_world.shipped import read_network
 from ...idadapter_core.demo_world.words import VOCABULARY
+from ...idadapter_core.errors import CheckpointError
+from ...idadapter_core.files import some
 
 
 class DemoWorldLatents(comfy.latent_formats.SD15):
@@ -73,6 +76,23 @@ def open_base(path: Path, autoencoder: Path) -> DemoWorldParts:
     """
     state = read_network(base.KIND, path)
     return DemoWorldParts(_unet(path), _text_encoder(_part(state, "text.")), _vae(autoencoder))
+
+
+def open_vision(folder: Path) -> Any:
+    """Load CLIP_VISION from the folder of a transformers model. ComfyUI's own loader knows published sizes only.
+
+    Raises:
+        CheckpointError: the weights do not match the configuration.
+    """
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    model = comfy.clip_vision.ClipVisionModel(str(config))
+    missing, unexpected = model.load_sd(comfy.utils.load_torch_file(str(weights)))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{weights.name} of the demo world's CLIP vision does not match its config.json ({some([*missing, *unexpected])}); get this "
+            "pack once more."
+        )
+    return model
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
