@@ -11,65 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from idadapter_core.adapter import build_adapter, initial_adapter, save_adapter
 from idadapter_core.demo_world import Factors, Person, render, shipped
-from idadapter_core.demo_world.autoencoder import Autoencoder, Shape, save_autoencoder
-from idadapter_core.demo_world.base import LATENT_CHANNELS, TEXT_WIDTH, BaseModel, save_base
-from idadapter_core.demo_world.build.detector import Detector
-from idadapter_core.demo_world.build.make import RECOGNIZER_WIDTHS, write_package_file
-from idadapter_core.demo_world.build.train_vision import CONFIG, save_vision
 from idadapter_core.faces.align import align_face, square_crop
 from idadapter_core.faces.features import crops_to_tensor
-from idadapter_core.faces.iresnet import digest, load_iresnet
-from idadapter_core.training.adapters import Wanted, fresh_config
 from idadapter_core.types import Face
-from tests.golden import recipe
 from tests.harness.comfy import pack_nodes
 from tests.nodes.sampling import node
+from tests.tiny.demo_world import write_demo_world
 
 NODE = "IDAdapterLoadDemoWorld"
-METHODS = {
-    "UniID": ("uniid", "uniid"),
-    "IDAdapter": ("idadapter", "idadapter"),
-    "IP-Adapter FaceID": ("ip_adapter", "faceid"),
-}
-"""Method and file, by the node's options."""
-SLIM = Shape(LATENT_CHANNELS, (8, 8, 16, 16), (0, 1, 1, 1), (0, 1, 1, 1))
-
-
-def _write_adapter(method: str, base: BaseModel, recognizer: str, path: Path) -> None:
-    """An adapter of the demo world's sizes with random weights and open gates; UniID's text branch is left out."""
-    wanted = Wanted(method, {"l": TEXT_WIDTH}, (128, 64), recognizer, RECOGNIZER_WIDTHS, "adapter", {})
-    start = initial_adapter(fresh_config(base.unet, wanted), path.name)
-    state = {
-        name: recipe.weight(1, name, value.shape).reshape(value.shape)
-        for name, value in start.state_dict().items()
-    }
-    save_adapter(build_adapter(method, start.config, state, path.name), path)
+METHODS = {"UniID": "uniid", "IDAdapter": "idadapter", "IP-Adapter FaceID": "ip_adapter"}
+"""By the node's options."""
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pack's files, with untrained networks in place of those that take hours."""
-    import transformers
-
-    home = tmp_path_factory.mktemp("demo_world") / "assets"
-    shutil.copytree(shipped.ASSETS, home)
-    base = BaseModel()
-    recipe.fill(base, 0, "demo.")
-    save_base(base, home / shipped.BASE)
-    torch.manual_seed(0)
-    save_autoencoder(Autoencoder(SLIM), home / shipped.AUTOENCODER)
-    save_vision(
-        transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CONFIG)), home / shipped.CLIP_VISION
-    )
-    package = home / shipped.FACE_PACKAGES / "models" / shipped.FACE_PACKAGE
-    write_package_file("detector", Detector(), package)
-    name = digest(load_iresnet(package / shipped.RECOGNIZER_FILE, any_layers=True))
-    (home / shipped.ADAPTERS).mkdir(exist_ok=True)
-    for method, file in METHODS.values():
-        _write_adapter(method, base, name, home / shipped.ADAPTERS / f"{file}.safetensors")
-    return home
+    return write_demo_world(tmp_path_factory.mktemp("demo_world") / "assets")
 
 
 @pytest.fixture
@@ -103,7 +60,7 @@ def test_a_person_is_drawn(method: str, load: Any) -> None:
     import nodes as comfy_nodes
 
     model, clip, vae, clip_vision, analyzer, adapter = load(method)
-    assert adapter.adapter.method == METHODS[method][0]
+    assert adapter.adapter.method == METHODS[method]
     positive, negative = (
         comfy_nodes.CLIPTextEncode().encode(clip, text)[0] for text in ("a photo of a woman", "")
     )
@@ -137,7 +94,7 @@ def test_missing_files_are_named(
 
     monkeypatch.setattr(in_pack, "ASSETS", tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"base\.safetensors is missing in .*; get this project once more"
+        CheckpointError, match=r"base\.safetensors is missing in .*; get this project again"
     ):
         load("UniID")
 
