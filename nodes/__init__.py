@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .adapter import ApplyIDAdapter, LoadIDAdapter, NormalizedRescaling
-from .demo_world import LoadDemoWorld
+from .demo_world import DemoPerson, LoadDemoWorld
 from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
 from .host import exceptions, graph, paths
 from .host.numbers import checks_numbers
@@ -27,6 +27,7 @@ NODES: tuple[type[io.ComfyNode], ...] = tuple(
         SaveIdentity,
         LoadIdentity,
         LoadDemoWorld,
+        DemoPerson,
     )
 )
 

@@ -1,12 +1,14 @@
-"""The node that loads the demo world: a small base model of people who do not exist, its face networks and its adapters."""
+"""The nodes of the demo world: its models, and photos of people who do not exist."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
+from ..idadapter_core.demo_world.portraits import LARGEST, draw_portraits
 from ..idadapter_core.demo_world.shipped import (
     ADAPTERS,
     ASSETS,
@@ -92,3 +94,52 @@ class LoadDemoWorld(io.ComfyNode):
     def fingerprint_inputs(cls, adapter: str | None, **_: Any) -> str:
         names = [] if adapter is None else [f"{ADAPTERS}/{FILES[adapter]}"]
         return paths.stamp(*(ASSETS / name for name in (BASE, AUTOENCODER, *names)))
+
+
+class DemoPerson(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterDemoPerson",
+            display_name="Draw Demo Person",
+            category=CATEGORY,
+            description=(
+                "Draws photos of a person who does not exist, to try this pack without a photo of your own. Each has another expression, "
+                "direction and background. Only the demo world's face networks know these people."
+            ),
+            search_aliases=["demo photo", "example person", "synthetic face", "test photo"],
+            inputs=[
+                io.Int.Input(
+                    "person",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,
+                    tooltip="Another number, another person. The same number always gives the same photos.",
+                ),
+                io.Int.Input(
+                    "photos",
+                    default=4,
+                    min=1,
+                    max=16,
+                    tooltip="How many photos of the person. IDAdapter was trained with four; UniID gains from each.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=128,
+                    max=LARGEST,
+                    step=64,
+                    tooltip="Width and height of each photo in pixels. About a second for each photo at 512.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("photos", display_name="photos", tooltip="For Extract Face Features."),
+                io.String.Output("person", display_name="person", tooltip="woman or man."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, person: int, photos: int, size: int) -> io.NodeOutput:
+        drawn, pictures = draw_portraits(person, photos, size)
+        return io.NodeOutput(torch.from_numpy(pictures.pixels).float() / 255, drawn.sex)

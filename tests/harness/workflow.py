@@ -7,6 +7,33 @@ from typing import Any
 
 Workflow = dict[str, dict[str, Any]]
 Link = list[Any]
+_CONTROLS = ("fixed", "increment", "decrement", "randomize")  # after a number: how it changes from run to run
+_NOTES = ("Note", "MarkdownNote")
+
+
+def api_workflow(saved: Mapping[str, Any]) -> Workflow:
+    """Convert a workflow as the frontend saves it to the API format, as the Run button does.
+
+    Every node must be active, and every input must be named in the file, as in all files of frontends since 1.16.
+    """
+    links = {link[0]: [str(link[1]), link[2]] for link in saved["links"]}
+    prompt: Workflow = {}
+    for node in saved["nodes"]:
+        if node["type"] in _NOTES:
+            continue
+        values = list(node.get("widgets_values", []))
+        inputs: dict[str, Any] = {}
+        for entry in node["inputs"]:
+            if "widget" in entry:
+                value = values.pop(0)
+                if entry["type"] == "INT" and values and values[0] in _CONTROLS:
+                    values.pop(0)
+                if entry["type"] != "IMAGEUPLOAD":
+                    inputs[entry["name"]] = value
+            if entry["link"] is not None:
+                inputs[entry["name"]] = links[entry["link"]]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
 
 
 class Node:

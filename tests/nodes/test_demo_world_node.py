@@ -93,9 +93,7 @@ def test_missing_files_are_named(
     from ComfyUI_IDAdapter.idadapter_core.errors import CheckpointError
 
     monkeypatch.setattr(in_pack, "ASSETS", tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"base\.safetensors is missing in .*; get this project again"
-    ):
+    with pytest.raises(CheckpointError, match=r"base\.safetensors is missing in .*; get this project again"):
         load("UniID")
 
 

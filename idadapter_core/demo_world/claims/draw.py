@@ -68,7 +68,7 @@ class Measurement:
 
     def __init__(self, world: World, plan: Plan, subjects: Sequence[Subject], folder: Path) -> None:
         self.world, self.plan, self.subjects, self.folder = world, plan, tuple(subjects), folder
-        self.judge = Judge.of(world)
+        self.judge = Judge.open(world.files)
         self.likeness = Likeness.of(self.judge, subjects)
         self._features = [world.features(list(subject.references)) for subject in subjects]
 

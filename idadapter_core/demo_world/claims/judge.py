@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from ...faces.detector import FaceAnalyzer
-from ...faces.iresnet import IResNet
+from ...faces.detector import FaceAnalyzer, open_analyzer
+from ...faces.iresnet import IResNet, load_iresnet
 from ..build.batches import as_tensor
 from ..build.train_recognizers import embeddings_of
 from ..readers import Reader, load_reader
 from ..second_recognizer import load_second_recognizer
-from ..shipped import JUDGE, READER
-from ..world import World
+from ..shipped import ASSETS, JUDGE, PACKAGE, READER, RECOGNIZER_FILE
 from .subjects import Pixels, Subject
 
 BATCH = 64
@@ -37,11 +37,15 @@ class Judge:
     reader: Reader
 
     @classmethod
-    def of(cls, world: World) -> Judge:
-        """Load the judges beside a world's files."""
-        path = world.files / JUDGE
-        second = load_second_recognizer(path) if path.is_file() else None
-        return cls(world.analyzer, world.recognizer, second, load_reader(world.files / READER))
+    def open(cls, files: Path = ASSETS) -> Judge:
+        """Open the judges among the shipped files, or among those of a build.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        second = load_second_recognizer(files / JUDGE) if (files / JUDGE).is_file() else None
+        first = load_iresnet(files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
+        return cls(open_analyzer(files / PACKAGE, "cpu"), first, second, load_reader(files / READER))
 
     @property
     def is_independent(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...placeholders import CLASS_WORD
@@ -18,6 +19,11 @@ class Prompt:
     def silent(self) -> tuple[str, ...]:
         """Factors that the prompt does not name, and a reference photo could bring along."""
         return tuple(name for name in LEAKING if name not in self.classes)
+
+
+def followed(named: Mapping[str, str], read: Mapping[str, str]) -> float:
+    """Share of the named classes that the reader reads in a picture."""
+    return sum(read[factor] == value for factor, value in named.items()) / len(named)
 
 
 LEAKING = ("expression", "direction", "background", "accessory")

@@ -14,16 +14,14 @@ from ...statistics import Estimate, estimate
 from ..build.sheets import write_sheet
 from .cases import ABLATIONS, ANCHORS, FACEID, IDADAPTER, UNIID, Case, fronts, mixtures
 from .draw import PictureRow
-from .prompts import LEAKING
+from .prompts import LEAKING, followed
 
 Value = Callable[[PictureRow], float | None]
 Numbers = Mapping[str, Estimate | None]
 
 
 def _accuracy(row: PictureRow) -> float:
-    """Share of the named classes that the reader reads."""
-    named = {name: value for name, value in row.expected.items() if name != "sex"}
-    return sum(row.read[name] == value for name, value in named.items()) / len(named)
+    return followed({name: value for name, value in row.expected.items() if name != "sex"}, row.read)
 
 
 def _of_factor(factor: str) -> Value:

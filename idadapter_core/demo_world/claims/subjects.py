@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import Factors, Person, render, seed_of
+from ..portraits import reference_factors
 
 SEED_TAG = 1_215
 FIRST = 100_000  # number of the first person among those of the group "test", far from those that networks are measured on
@@ -40,7 +41,7 @@ def make_subjects(count: int, first: int = FIRST) -> list[Subject]:
 def _subject(number: int) -> Subject:
     person = Person.sample(seed_of("test", number))
     rng = np.random.default_rng([SEED_TAG, number])
-    shown = [_reference(rng) for _ in range(REFERENCES)]
+    shown = [reference_factors(rng) for _ in range(REFERENCES)]
     plain = [Factors.sample(rng, style="photo", accessory="none") for _ in range(OTHERS)]
     impostor = _other_of(person, number).with_look_of(person)
     people = [person] * (REFERENCES + OTHERS) + [impostor] * OTHERS
@@ -57,14 +58,6 @@ def _subject(number: int) -> Subject:
         impostors,
         drawn.landmarks[parts[2]],
     )
-
-
-def _reference(rng: np.random.Generator) -> Factors:
-    """Draw a photo as a user would give it: of any expression, direction and background, and without sunglasses."""
-    while True:
-        factors = Factors.sample(rng, style="photo")
-        if factors.accessory != "sunglasses":
-            return factors
 
 
 def _other_of(person: Person, number: int) -> Person:
