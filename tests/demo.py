@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from idadapter_core.demo_world.claims.judge import Judge, Likeness
+from idadapter_core.demo_world.claims.judge import INDEPENDENT, Judge, Likeness
 from idadapter_core.demo_world.claims.prompts import PROMPTS, Prompt, followed
 from idadapter_core.demo_world.claims.subjects import Subject, asked_factors, make_subjects, true_pictures
 from idadapter_core.demo_world.portraits import draw_portraits
@@ -73,12 +73,12 @@ class Scorer:
 
     def __init__(self, subject: Subject) -> None:
         self._judge = Judge.open()
-        self._own = Likeness.of(self._judge, [subject]).own[0]
+        self._own = Likeness.of(self._judge, [subject]).own[INDEPENDENT][0]
 
     def scores(self, pictures: Pixels, prompts: Sequence[Prompt]) -> list[Score]:
         """Measure pictures (N, 128, 128, 3), one for each prompt."""
         landmarks, read = self._judge.landmarks(pictures), self._judge.read(pictures)
-        directions, _ = self._judge.directions(pictures, landmarks)
+        directions = self._judge.directions(pictures, landmarks, INDEPENDENT)
         return [
             Score(
                 None if landmarks[place] is None else float(directions[place] @ self._own),

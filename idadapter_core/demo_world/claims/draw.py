@@ -19,8 +19,8 @@ from ...stable_diffusion.pipeline import ImageRequest, Pipeline
 from ...types import FaceFeatures, Identity, Mix
 from ..shipped import ADAPTERS, AUTOENCODER, BASE, JUDGE, READER
 from ..world import World
-from .cases import Case
-from .judge import Judge, Likeness
+from .cases import SHORT, Case
+from .judge import INDEPENDENT, OUTSIDE, OWN, Judge, Likeness
 from .prompts import PROMPTS, Prompt
 from .subjects import SIZE, Pixels, Subject, asked_factors, true_pictures
 
@@ -47,17 +47,15 @@ class Plan:
 class PictureRow:
     """A picture and what it shows.
 
-    likeness: cosine to the mean of the person's other photos by the independent recogniser, and by the adapters' own; None without a
-    face. impostor: cosine to those of another person of the same look. expected: classes that the prompt names. reference: those of the
-    first reference photo.
+    likeness: cosine to the mean of the person's other photos, by recogniser (see `judge`); None without a face. impostor: cosine to those
+    of another person of the same look. expected: classes that the prompt names. reference: those of the first reference photo.
     """
 
     person: str
     prompt: int
     seed: int
-    likeness: float | None
-    likeness_first: float | None
-    impostor: float | None
+    likeness: dict[str, float | None]
+    impostor: dict[str, float | None]
     read: dict[str, str]
     expected: dict[str, str]
     reference: dict[str, str]
@@ -108,7 +106,7 @@ class Measurement:
                 identity = None if adapter is None else adapter.encode(*self._photos(case, number))
                 for seed in range(self.plan.seeds):
                     pictures = self._pictures(case, pipeline, subject, identity, number, seed)
-                    rows += self._judged(number, seed, pictures)
+                    rows += self._judged(number, seed, pictures, self._recognizers(case, seed))
                     if seed == 0 and number < SHOWN:
                         shown.append(pictures)
         return rows, np.stack(shown)
@@ -145,20 +143,32 @@ class Measurement:
         )
         return np.asarray((drawn * 255).round().to(torch.uint8).movedim(1, -1).numpy())
 
-    def _judged(self, number: int, seed: int, pictures: Pixels) -> Iterator[PictureRow]:
+    def _recognizers(self, case: Case, seed: int) -> tuple[str, ...]:
+        """Names of the recognisers that judge. The outside judge is slow, and judges the main cases' first pictures."""
+        is_main = seed == 0 and case in SHORT and self.judge.outside is not None
+        return (INDEPENDENT, OWN, OUTSIDE) if is_main else (INDEPENDENT, OWN)
+
+    def _judged(
+        self, number: int, seed: int, pictures: Pixels, recognizers: Sequence[str]
+    ) -> Iterator[PictureRow]:
         landmarks, read = self.judge.landmarks(pictures), self.judge.read(pictures)
-        second, first = self.judge.directions(pictures, landmarks)
+        likeness: list[dict[str, float | None]] = [{} for _ in pictures]
+        impostor: list[dict[str, float | None]] = [{} for _ in pictures]
+        for name in recognizers:
+            directions = self.judge.directions(pictures, landmarks, name)
+            for people, values in ((self.likeness.own, likeness), (self.likeness.impostors, impostor)):
+                for place, points in enumerate(landmarks):
+                    found = None if points is None else float(directions[place] @ people[name][number])
+                    values[place][name] = found
         subject = self.subjects[number]
         factors = subject.reference_factors[0]
         for place, prompt in enumerate(self.plan.prompts):
-            has_face = landmarks[place] is not None
             yield PictureRow(
                 subject.name,
                 place,
                 seed,
-                float(second[place] @ self.likeness.own[number]) if has_face else None,
-                float(first[place] @ self.likeness.own_first[number]) if has_face else None,
-                float(second[place] @ self.likeness.impostors[number]) if has_face else None,
+                likeness[place],
+                impostor[place],
                 {factor: classes[place] for factor, classes in read.items()},
                 {**prompt.classes, "sex": subject.person.sex},
                 {name: str(getattr(factors, name)) for name in prompt.silent},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,12 @@ from ..build.train_recognizers import embeddings_of
 from ..readers import Reader, load_reader
 from ..second_recognizer import load_second_recognizer
 from ..shipped import ASSETS, JUDGE, PACKAGE, READER, RECOGNIZER_FILE
+from .outside import OutsideJudge
 from .subjects import Pixels, Subject
 
 BATCH = 64
+INDEPENDENT, OWN, OUTSIDE = "independent", "own", "outside"
+"""Recognisers: trained on other people; the one whose features adapters read; trained on photos of real people."""
 Rows = npt.NDArray[np.float32]
 
 
@@ -28,13 +31,14 @@ class Judge:
     """The networks that judge pictures.
 
     The second recogniser was trained on other people and has another form than the one whose features adapters read; where it is
-    missing, the first one stands in for it, which favours the adapters.
+    missing, the first one stands in for it, which favours the adapters. The outside judge is there where it is installed.
     """
 
     analyzer: FaceAnalyzer
     first: IResNet
     second: nn.Module | None
     reader: Reader
+    outside: OutsideJudge | None = None
 
     @classmethod
     def open(cls, files: Path = ASSETS) -> Judge:
@@ -45,7 +49,8 @@ class Judge:
         """
         second = load_second_recognizer(files / JUDGE) if (files / JUDGE).is_file() else None
         first = load_iresnet(files / PACKAGE / RECOGNIZER_FILE, any_layers=True)
-        return cls(open_analyzer(files / PACKAGE, "cpu"), first, second, load_reader(files / READER))
+        analyzer, reader = open_analyzer(files / PACKAGE, "cpu"), load_reader(files / READER)
+        return cls(analyzer, first, second, reader, OutsideJudge.find())
 
     @property
     def is_independent(self) -> bool:
@@ -68,20 +73,21 @@ class Judge:
         return found
 
     def directions(
-        self, pictures: Pixels, landmarks: Sequence[npt.NDArray[np.float32] | None]
-    ) -> tuple[Rows, Rows]:
-        """Embeddings of unit length (N, D) by the independent and by the adapters' recogniser; NaN without a face."""
+        self, pictures: Pixels, landmarks: Sequence[npt.NDArray[np.float32] | None], recognizer: str
+    ) -> Rows:
+        """Embeddings of unit length (N, D) of the faces in pictures, by one of the recognisers; NaN without a face."""
+        if recognizer == OUTSIDE:
+            assert self.outside is not None
+            return self.outside.directions(pictures, landmarks)
+        network = self.first if recognizer == OWN else self.second or self.first
         shown = [number for number, points in enumerate(landmarks) if points is not None]
+        if not shown:
+            return np.full((len(pictures), 1), np.nan, np.float32)
         points = np.array([landmarks[number] for number in shown])
-        rows = []
-        for network in (self.second or self.first, self.first):
-            found = np.full((len(pictures), 1), np.nan, np.float32)
-            if shown:
-                seen = embeddings_of(network, _embed, pictures[shown], points, BATCH)
-                found = np.full((len(pictures), seen.shape[1]), np.nan, np.float32)
-                found[shown] = seen / np.linalg.norm(seen, axis=1, keepdims=True)
-            rows.append(found)
-        return rows[0], rows[1]
+        seen = embeddings_of(network, _embed, pictures[shown], points, BATCH)
+        found = np.full((len(pictures), seen.shape[1]), np.nan, np.float32)
+        found[shown] = seen / np.linalg.norm(seen, axis=1, keepdims=True)
+        return found
 
 
 def _embed(network: nn.Module, crops: Tensor) -> Tensor:
@@ -92,22 +98,26 @@ def _embed(network: nn.Module, crops: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Likeness:
-    """The people that pictures are compared with: mean directions (P, D) of their other photos and of their impostors'."""
+    """The people that pictures are compared with: mean directions (P, D) of their other photos and of their impostors', by recogniser."""
 
-    own: Rows
-    impostors: Rows
-    own_first: Rows  # by the adapters' recogniser
+    own: Mapping[str, Rows]
+    impostors: Mapping[str, Rows]
 
     @classmethod
     def of(cls, judge: Judge, subjects: Sequence[Subject]) -> Likeness:
-        own, impostors, own_first = [], [], []
-        for subject in subjects:
-            second, first = judge.directions(subject.others, list(subject.other_landmarks))
-            other, _ = judge.directions(subject.impostor, list(subject.impostor_landmarks))
-            own.append(_mean(second))
-            own_first.append(_mean(first))
-            impostors.append(_mean(other))
-        return cls(np.stack(own), np.stack(impostors), np.stack(own_first))
+        names = (INDEPENDENT, OWN, *(() if judge.outside is None else (OUTSIDE,)))
+
+        def means(name: str, photos: Callable[[Subject], tuple[Pixels, Rows]]) -> Rows:
+            shown = [photos(subject) for subject in subjects]
+            return np.stack([_mean(judge.directions(one, list(points), name)) for one, points in shown])
+
+        return cls(
+            {name: means(name, lambda subject: (subject.others, subject.other_landmarks)) for name in names},
+            {
+                name: means(name, lambda subject: (subject.impostor, subject.impostor_landmarks))
+                for name in names
+            },
+        )
 
 
 def _mean(rows: Rows) -> Rows:

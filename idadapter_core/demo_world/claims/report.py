@@ -14,6 +14,7 @@ from ...statistics import Estimate, estimate
 from ..build.sheets import write_sheet
 from .cases import ABLATIONS, ANCHORS, FACEID, IDADAPTER, UNIID, Case, fronts, mixtures
 from .draw import PictureRow
+from .judge import INDEPENDENT, OUTSIDE, OWN
 from .prompts import LEAKING, followed
 
 Value = Callable[[PictureRow], float | None]
@@ -43,16 +44,26 @@ def _differs(factor: str) -> Value:
     return value
 
 
-def _beats_impostor(row: PictureRow) -> float | None:
-    if row.likeness is None or row.impostor is None:
-        return None
-    return float(row.likeness > row.impostor)
+def _likeness(recognizer: str) -> Value:
+    return lambda row: row.likeness.get(recognizer)
+
+
+def _beats_impostor(recognizer: str) -> Value:
+    """Whether the picture is nearer to the person than to another one of the same look."""
+
+    def value(row: PictureRow) -> float | None:
+        likeness, impostor = row.likeness.get(recognizer), row.impostor.get(recognizer)
+        return None if likeness is None or impostor is None else float(likeness > impostor)
+
+    return value
 
 
 METRICS: Mapping[str, tuple[str, Value]] = {
-    "likeness": ("ID-Sim", lambda row: row.likeness),
-    "likeness_first": ("ID-Sim, adapters' recogniser", lambda row: row.likeness_first),
-    "beats_impostor": ("nearer than impostor", _beats_impostor),
+    "likeness": ("ID-Sim", _likeness(INDEPENDENT)),
+    "likeness_own": ("ID-Sim, adapters' recogniser", _likeness(OWN)),
+    "likeness_outside": ("ID-Sim, dlib", _likeness(OUTSIDE)),
+    "beats_impostor": ("nearer than impostor", _beats_impostor(INDEPENDENT)),
+    "beats_impostor_outside": ("nearer than impostor, dlib", _beats_impostor(OUTSIDE)),
     "accuracy": ("prompt", _accuracy),
     **{
         name: (name, _of_factor(name))
@@ -61,10 +72,11 @@ METRICS: Mapping[str, tuple[str, Value]] = {
     "expression_diversity": ("Expr-Div", _differs("expression")),
     "direction_diversity": ("Pose-Div", _differs("direction")),
     **{f"{name}_returns": (f"{name} returns", _returns(name)) for name in LEAKING},
-    "found": ("faces", lambda row: float(row.likeness is not None)),
+    "found": ("faces", lambda row: float(row.likeness[INDEPENDENT] is not None)),
 }
 """By name: title, and the value of a picture, None where it does not count."""
 
+JUDGES = ("likeness", "likeness_own", "likeness_outside", "beats_impostor", "beats_impostor_outside")
 SECTIONS: tuple[tuple[str, tuple[Case, ...], tuple[str, ...]], ...] = (
     ("Anchors", ANCHORS, ("likeness", "beats_impostor", "accuracy", "expression", "direction", "found")),
     (
@@ -87,6 +99,7 @@ SECTIONS: tuple[tuple[str, tuple[Case, ...], tuple[str, ...]], ...] = (
         FACEID,
         ("likeness", "beats_impostor", "accuracy", "expression", "style"),
     ),
+    ("By other recognisers", (*ANCHORS, *UNIID, *IDADAPTER, *FACEID), JUDGES),
     ("Identity against prompt, over scales", tuple(fronts()), ("likeness", "beats_impostor", "accuracy")),
     ("Mixing photos", tuple(mixtures()), ("likeness", "beats_impostor", "accuracy", "expression_diversity")),
 )

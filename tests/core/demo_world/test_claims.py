@@ -16,6 +16,8 @@ from idadapter_core.demo_world import shipped
 from idadapter_core.demo_world.claims import draw, run
 from idadapter_core.demo_world.claims.cases import SHORT, all_cases
 from idadapter_core.demo_world.claims.draw import Measurement, PictureRow, Plan
+from idadapter_core.demo_world.claims.judge import INDEPENDENT, OWN
+from idadapter_core.demo_world.claims.outside import OutsideJudge
 from idadapter_core.demo_world.claims.prompts import PROMPTS
 from idadapter_core.demo_world.claims.report import METRICS, SECTIONS, summarize
 from idadapter_core.demo_world.claims.subjects import asked_factors, make_subjects
@@ -44,9 +46,8 @@ def row(**changes: object) -> PictureRow:
         person="1",
         prompt=0,
         seed=0,
-        likeness=0.6,
-        likeness_first=0.7,
-        impostor=0.5,
+        likeness={INDEPENDENT: 0.6, OWN: 0.7},
+        impostor={INDEPENDENT: 0.5, OWN: 0.4},
         read={"style": "photo", "expression": "sad", "direction": "left", "sex": "man"},
         expected={"style": "photo", "expression": "smiling", "sex": "man"},
         reference={"direction": "left"},
@@ -144,6 +145,16 @@ def test_a_copy_is_like_the_person_and_true_pictures_follow_the_prompt(world: Wo
     assert copies["expression_returns"].mean > 0.9  # type: ignore[union-attr]
 
 
+def test_the_outside_judge_tells_people_apart() -> None:
+    judge = OutsideJudge.find()
+    if judge is None:
+        pytest.skip("dlib or its models are not installed: pip install dlib-bin face_recognition_models")
+    one, two = make_subjects(2)
+    own, other = (judge.directions(some.others, list(some.other_landmarks)) for some in (one, two))
+    assert own[0] @ own[1:].mean(0) > own[0] @ other.mean(0)
+    assert np.isnan(judge.directions(one.others[:1], [None])).all()
+
+
 def test_missing_adapters_are_left_out(world: World, tmp_path: Path) -> None:
     lines: list[str] = []
     case = next(case for case in all_cases() if case.name == "idadapter_no_mff_4")
@@ -154,9 +165,12 @@ def test_missing_adapters_are_left_out(world: World, tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ numbers
 def test_what_counts_where() -> None:
-    rows = [row(), row(person="2", likeness=None, likeness_first=None, impostor=None), row(likeness=0.4)]
+    nobody = {INDEPENDENT: None, OWN: None}
+    rows = [row(), row(person="2", likeness=nobody, impostor=nobody), row(likeness={INDEPENDENT: 0.4})]
     found = {name: None if value is None else value.mean for name, value in summarize(rows).items()}
     assert found["likeness"] == pytest.approx(0.5)
+    assert found["likeness_own"] == pytest.approx(0.7)
+    assert found["likeness_outside"] is None, "dlib did not judge"
     assert found["beats_impostor"] == pytest.approx(0.5)
     assert found["found"] == pytest.approx(2 / 3)
     assert found["accuracy"] == pytest.approx(0.5)
