@@ -24,6 +24,7 @@ from ...idadapter_core.demo_world.shipped import read_network
 from ...idadapter_core.demo_world.words import VOCABULARY
 from ...idadapter_core.errors import CheckpointError
 from ...idadapter_core.files import some
+from ...idadapter_core.stable_diffusion.zero_channels import without_zero_channels
 
 
 class DemoWorldLatents(comfy.latent_formats.SD15):
@@ -159,4 +160,8 @@ def _embeddings() -> list[str]:
 
 def _vae(path: Path) -> Any:
     state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
-    return comfy.sd.VAE(sd=state, metadata=metadata)
+    vae = comfy.sd.VAE(sd=state, metadata=metadata)
+    network = vae.first_stage_model  # a TAESD, filled up with zeros
+    network.taesd_encoder = without_zero_channels(network.taesd_encoder)
+    network.taesd_decoder = without_zero_channels(network.taesd_decoder)
+    return vae
