@@ -18,7 +18,7 @@ from idadapter_core.demo_world.claims.prompts import PROMPTS, followed
 from idadapter_core.demo_world.claims.subjects import Subject, make_subjects
 from tests.harness.demo_scene import Pixels, demo_scene
 
-PEOPLE, SEEDS = 8, 2
+PEOPLE, SEEDS = 6, 2
 ASKED = (PROMPTS[1], PROMPTS[3], PROMPTS[5])  # they name expressions, directions, backgrounds and accessories
 SILENT = PROMPTS[0]  # names neither expression nor direction
 CASES = ("base", "uniid_naive", "uniid", "idadapter_1", "idadapter_4", "faceid")
@@ -92,3 +92,28 @@ def _plain(text: str, subject: Subject) -> str:
 @pytest.fixture(scope="module")
 def measured(pack: object) -> Measured:
     return Measured()
+
+
+def test_the_person_is_drawn(measured: Measured) -> None:
+    base = measured.of("base")["likeness"]
+    for case, margin in {"uniid": 0.2, "uniid_naive": 0.2, "idadapter_4": 0.2, "faceid": 0.2}.items():
+        assert measured.of(case)["likeness"] > base + margin, case
+
+
+def test_rescaling_keeps_the_prompt(measured: Measured) -> None:
+    assert measured.of("uniid")["prompt"] > measured.of("base")["prompt"] - 0.1
+
+
+def test_four_photos_give_more_expressions_than_one(measured: Measured) -> None:
+    one, four = measured.of("idadapter_1"), measured.of("idadapter_4")
+    assert four["expression"] > one["expression"]
+    assert four["likeness"] > one["likeness"] - 0.05
+
+
+@pytest.mark.parametrize("method", ["uniid", "idadapter", "faceid"])
+def test_strength_zero_is_the_model_alone(measured: Measured, method: str) -> None:
+    scene, subject = measured.scene, measured.subjects[0]
+    text = f"a photo of a {subject.person.sex} smiling"
+    plain = scene.draw(scene.model, scene.prompt(text), 7)
+    applied = scene.applied(method, scene.identity(method, measured.features[0]), weight=0.0)
+    np.testing.assert_array_equal(scene.draw(applied, scene.prompt(text), 7), plain)
