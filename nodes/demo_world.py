@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import Any
 
+import comfy.model_management
+import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..idadapter_core.demo_world.portraits import LARGEST, draw_portraits
+from ..idadapter_core.demo_world.portraits import draw_portraits
+from ..idadapter_core.demo_world.render import MAX_SIZE
 from ..idadapter_core.demo_world.shipped import (
-    ADAPTERS,
     ASSETS,
     AUTOENCODER,
     BASE,
-    CLIP_VISION,
+    DETECTOR_FILE,
+    METHODS,
+    PACKAGE,
     RECOGNIZER_FILE,
+    SEX_AND_AGE_FILE,
+    VISION_CONFIG,
+    VISION_WEIGHTS,
+    adapter_file,
     face_package,
     shipped,
 )
+from ..idadapter_core.errors import InputError
 from ..idadapter_core.faces.detector import open_analyzer
 from .adapter import load
 from .faces import LoadedAnalyzer, load_recognizer
@@ -26,13 +34,15 @@ from .host import paths
 from .host.demo_world import open_base, open_vision
 from .sockets import CATEGORY, AdapterSocket, FaceAnalyzerSocket
 
-FILES = MappingProxyType(
-    {
-        "UniID": "uniid.safetensors",
-        "IDAdapter": "idadapter.safetensors",
-        "IP-Adapter FaceID": "faceid.safetensors",
-    }
+LOADER = "Load Demo World"
+SHARED = (
+    BASE,
+    AUTOENCODER,
+    VISION_CONFIG,
+    VISION_WEIGHTS,
+    *(f"{PACKAGE}/{name}" for name in (DETECTOR_FILE, RECOGNIZER_FILE, SEX_AND_AGE_FILE)),
 )
+"""Names of the files that are read for every method."""
 
 
 class LoadDemoWorld(io.ComfyNode):
@@ -40,7 +50,7 @@ class LoadDemoWorld(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="IDAdapterLoadDemoWorld",
-            display_name="Load Demo World",
+            display_name=LOADER,
             category=CATEGORY,
             description=(
                 "Loads everything to try this pack with, from files of the pack itself: a small model that draws people who do not exist "
@@ -50,7 +60,7 @@ class LoadDemoWorld(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "adapter",
-                    options=list(FILES),
+                    options=list(METHODS.values()),
                     tooltip="The method whose adapter is loaded. IDAdapter also needs clip_vision at Extract Face Features.",
                 ),
             ],
@@ -58,7 +68,7 @@ class LoadDemoWorld(io.ComfyNode):
                 io.Model.Output(
                     "model",
                     display_name="model",
-                    tooltip="Draws at 128 x 128, with 20 steps and a CFG of about 3.",
+                    tooltip="Draws at 128 x 128, with the sampler lcm, scheduler simple, 12 steps and a CFG of 3.",
                 ),
                 io.Clip.Output(
                     "clip",
@@ -82,18 +92,24 @@ class LoadDemoWorld(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter: str) -> io.NodeOutput:
+        method = next((name for name, title in METHODS.items() if title == adapter), None)
+        if method is None:
+            raise InputError(
+                f"{LOADER} has adapters of {', '.join(METHODS.values())}, got {adapter!r}. Choose from the list."
+            )
+        for name in SHARED:  # what a face package lacks is told as of one that the user chose
+            shipped(name)
         parts = open_base(shipped(BASE), shipped(AUTOENCODER))
         package = face_package()
         recognizer, digest = load_recognizer(package / RECOGNIZER_FILE, any_layers=True)
         analyzer = LoadedAnalyzer(open_analyzer(package, "cpu"), recognizer, digest)
-        vision = open_vision(shipped(CLIP_VISION))
-        loaded = load(shipped(f"{ADAPTERS}/{FILES[adapter]}"), None)
+        vision = open_vision(shipped(VISION_CONFIG), shipped(VISION_WEIGHTS))
+        loaded = load(shipped(adapter_file(method)), None)
         return io.NodeOutput(*parts, vision, analyzer, loaded)
 
     @classmethod
-    def fingerprint_inputs(cls, adapter: str | None, **_: Any) -> str:
-        names = [] if adapter is None else [f"{ADAPTERS}/{FILES[adapter]}"]
-        return paths.stamp(*(ASSETS / name for name in (BASE, AUTOENCODER, *names)))
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        return paths.stamp(*(ASSETS / name for name in (*SHARED, *map(adapter_file, METHODS))))
 
 
 class DemoPerson(io.ComfyNode):
@@ -122,15 +138,15 @@ class DemoPerson(io.ComfyNode):
                     default=4,
                     min=1,
                     max=16,
-                    tooltip="How many photos of the person. IDAdapter was trained with four; UniID gains from each.",
+                    tooltip="How many photos of the person. IDAdapter was trained with four; UniID takes any number.",
                 ),
                 io.Int.Input(
                     "size",
                     default=512,
                     min=128,
-                    max=LARGEST,
+                    max=MAX_SIZE,
                     step=64,
-                    tooltip="Width and height of each photo in pixels. About a second for each photo at 512.",
+                    tooltip="Width and height of each photo in pixels. A photo of 512 takes a second or two.",
                 ),
             ],
             outputs=[
@@ -141,5 +157,11 @@ class DemoPerson(io.ComfyNode):
 
     @classmethod
     def execute(cls, person: int, photos: int, size: int) -> io.NodeOutput:
-        drawn, pictures = draw_portraits(person, photos, size)
-        return io.NodeOutput(torch.from_numpy(pictures.pixels).float() / 255, drawn.sex)
+        progress = comfy.utils.ProgressBar(photos)
+
+        def drawn() -> None:
+            progress.update(1)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        shown, pixels = draw_portraits(person, photos, size, drawn)
+        return io.NodeOutput(torch.from_numpy(pixels).float() / 255, shown.sex)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import numpy.typing as npt
 
 from .factors import Factors
 from .identity import Person, seed_of
-from .render import Pictures, render
+from .render import render
 
 SEED_TAG = 1_216
-LARGEST = 1024  # pixels along a side: beyond it, only time is added
 
 
 def reference_factors(rng: np.random.Generator) -> Factors:
@@ -20,14 +22,24 @@ def reference_factors(rng: np.random.Generator) -> Factors:
             return factors
 
 
-def draw_portraits(number: int, count: int, size: int = 512) -> tuple[Person, Pictures]:
-    """Draw photos of a person whom no network was trained on.
+def draw_portraits(
+    number: int, count: int, size: int = 512, each: Callable[[], None] = lambda: None
+) -> tuple[Person, npt.NDArray[np.uint8]]:
+    """Draw photos (count, size, size, 3) of a person whom no network was trained on.
 
     Args:
         number: of the person in the group `test`. The same number always gives the same person and photos.
         count: of photos. A photo does not depend on the number of photos.
         size: pixels along a side. At 128, as the networks were trained, face packages report a small face.
+        each: called after each photo; it may raise to stop.
+
+    Raises:
+        InputError: a negative number, or a size that the renderer does not draw.
     """
     person = Person.sample(seed_of("test", number))
     rng = np.random.default_rng([SEED_TAG, number])
-    return person, render([person] * count, [reference_factors(rng) for _ in range(count)], size)
+    photos = []
+    for _ in range(count):
+        photos.append(render([person], [reference_factors(rng)], size).pixels)
+        each()
+    return person, np.concatenate(photos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,8 +18,11 @@ AUTOENCODER = "autoencoder.safetensors"
 KIND = "demo_world"  # in the metadata of a network's file
 READER = "reader.safetensors"
 CLIP_VISION = "clip_vision"  # a folder
+VISION_CONFIG, VISION_WEIGHTS = f"{CLIP_VISION}/config.json", f"{CLIP_VISION}/model.safetensors"
 BASE = "base.safetensors"
 ADAPTERS = "adapters"  # a folder
+METHODS: Mapping[str, str] = {"uniid": "UniID", "idadapter": "IDAdapter"}
+"""Titles of the methods with a shipped adapter, by the names of the files in that folder."""
 JUDGE = "second_recognizer.safetensors"
 FACE_PACKAGES = "insightface"  # a root folder of packages, in insightface's layout
 FACE_PACKAGE = "demo_world"  # the name of the package in it
@@ -38,6 +42,11 @@ def shipped(name: str) -> Path:
             f"{name} is missing in {ASSETS}; get this project again, or build it with `python -m idadapter_core demo-world build`."
         )
     return path
+
+
+def adapter_file(method: str) -> str:
+    """Name of a method's adapter among the assets."""
+    return f"{ADAPTERS}/{method}.safetensors"
 
 
 def face_package() -> Path:

@@ -23,7 +23,7 @@ from ...idadapter_core.demo_world import base
 from ...idadapter_core.demo_world.shipped import read_network
 from ...idadapter_core.demo_world.words import VOCABULARY
 from ...idadapter_core.errors import CheckpointError
-from ...idadapter_core.files import some
+from ...idadapter_core.files import read_tensors, some
 from ...idadapter_core.stable_diffusion.zero_channels import without_zero_channels
 
 
@@ -79,19 +79,23 @@ def open_base(path: Path, autoencoder: Path) -> DemoWorldParts:
     return DemoWorldParts(_unet(path), _text_encoder(_part(state, "text.")), _vae(autoencoder))
 
 
-def open_vision(folder: Path) -> Any:
-    """Load CLIP_VISION from the folder of a transformers model. ComfyUI's own loader knows published sizes only.
+def open_vision(config: Path, weights: Path) -> Any:
+    """Load CLIP_VISION from the files of a transformers model. ComfyUI's own loader knows published sizes only.
 
     Raises:
-        CheckpointError: the weights do not match the configuration.
+        CheckpointError: a file is damaged, or they do not match.
     """
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    model = comfy.clip_vision.ClipVisionModel(str(config))
-    missing, unexpected = model.load_sd(comfy.utils.load_torch_file(str(weights)))
+    try:
+        model = comfy.clip_vision.ClipVisionModel(str(config))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{config} is damaged ({type(error).__name__}: {error}); get this pack again."
+        ) from error
+    missing, unexpected = model.load_sd(read_tensors(weights)[0])
     if missing or unexpected:
         raise CheckpointError(
-            f"{weights.name} of the demo world's CLIP vision does not match its config.json ({some([*missing, *unexpected])}); get this "
-            "pack once more."
+            f"{weights.name} of the demo world's CLIP vision does not match its {config.name} ({some([*missing, *unexpected])}); get "
+            "this pack again."
         )
     return model
 
@@ -159,7 +163,7 @@ def _embeddings() -> list[str]:
 
 
 def _vae(path: Path) -> Any:
-    state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    state, metadata = read_tensors(path)
     vae = comfy.sd.VAE(sd=state, metadata=metadata)
     network = vae.first_stage_model  # a TAESD, filled up with zeros
     network.taesd_encoder = without_zero_channels(network.taesd_encoder)

@@ -31,6 +31,8 @@ NODES = (
     "IDAdapterAttach",
     "IDAdapterSaveIdentity",
     "IDAdapterLoadIdentity",
+    "IDAdapterLoadDemoWorld",
+    "IDAdapterDemoPerson",
 )
 # Their choices are the user's files.
 FILE_LISTS = {
