@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ...schedule import RescaleSchedule
 from ...stable_diffusion.pipeline import Strengths
 
-SCALES = (0.3, 0.5, 0.8, 1.2, 1.8)  # of the fronts
+SCALES = (0.5, 0.8, 1.2, 1.8, 2.4)  # of the fronts
 STRANGERS = (0, 1)
 
 
@@ -42,6 +42,10 @@ def stepped(scale: float) -> RescaleSchedule:
     return replace(usual, adapter_early=usual.adapter_early * scale, adapter_late=usual.adapter_late * scale)
 
 
+RESCALED = constant(1.8)
+"""What the demo world's UniID is rescaled by: the front's point at which as many prompts are followed as without identity. The published
+numbers are for SDXL."""
+
 ANCHORS = (
     Case("base", "base model, no identity", anchor="base"),
     Case("true", "true render as asked (ceiling)", anchor="true"),
@@ -51,7 +55,13 @@ UNIID = (
     Case("uniid_text", "UniID, text branch alone", "uniid", strengths=Strengths(0.0, 1.0)),
     Case("uniid_adapter", "UniID, adapter branch alone", "uniid", strengths=Strengths(1.0, 0.0)),
     Case("uniid_naive", "UniID, both branches, naive", "uniid"),
-    Case("uniid", "UniID, both branches, rescaled", "uniid", strengths=Strengths(rescale=RescaleSchedule())),
+    Case("uniid", "UniID, both branches, rescaled", "uniid", strengths=Strengths(rescale=RESCALED)),
+    Case(
+        "uniid_published",
+        "UniID, both branches, rescaled by the numbers for SDXL",
+        "uniid",
+        strengths=Strengths(rescale=RescaleSchedule()),
+    ),
 )
 IDADAPTER = tuple(
     Case(f"idadapter_{count}", f"IDAdapter, N = {count}", "idadapter", photos=count) for count in (1, 2, 4)
@@ -95,7 +105,7 @@ def fronts() -> Iterator[Case]:
 
 def mixtures() -> Iterator[Case]:
     """Ways to mix one to four photos, with and without a stranger among them."""
-    rescaled = Strengths(rescale=RescaleSchedule())
+    rescaled = Strengths(rescale=RESCALED)
     ways = {
         "uniid": (rescaled, ("concatenate", "mean")),
         "idadapter": (Strengths(), ("learned", "concatenate", "mean")),

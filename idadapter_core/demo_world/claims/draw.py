@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 
 from ...adapter import Adapter
 from ...files import file_digest, replacing
-from ...placeholders import CLASS_WORD
 from ...stable_diffusion.pipeline import ImageRequest, Pipeline
 from ...types import FaceFeatures, Identity, Mix
 from ..shipped import ADAPTERS, AUTOENCODER, BASE, JUDGE, READER
@@ -24,7 +23,8 @@ from .judge import INDEPENDENT, OUTSIDE, OWN, Judge, Likeness
 from .prompts import PROMPTS, Prompt
 from .subjects import SIZE, Pixels, Subject, asked_factors, true_pictures
 
-STEPS, CFG = 16, 3.0
+STEPS, CFG, SAMPLER = 12, 3.0, "lcm"
+FORMAT = 2  # of kept results
 SHOWN = 8  # people whose pictures of the first seed are kept to look at
 
 
@@ -40,7 +40,8 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """The numbers and prompts, in JSON."""
         texts = [prompt.text for prompt in self.prompts]
-        return {"people": self.people, "seeds": self.seeds, "prompts": texts, "steps": STEPS, "cfg": CFG}
+        drawn = {"steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
+        return {"people": self.people, "seeds": self.seeds, "prompts": texts, **drawn}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ class Measurement:
         names = [BASE, AUTOENCODER, READER, JUDGE, f"{ADAPTERS}/{case.adapter}.safetensors"]
         files = {name: self.world.files / name for name in names}
         digests = {name: file_digest(path) for name, path in files.items() if path.is_file()}
-        return {**self.plan.facts, "strengths": repr(case.strengths), "files": digests}
+        judges = sorted({name for seed in range(self.plan.seeds) for name in self._recognizers(case, seed)})
+        drawn = repr(replace(case, title=""))
+        return {"format": FORMAT, **self.plan.facts, "case": drawn, "judges": judges, "files": digests}
 
     def _measure(self, case: Case, adapter: Adapter | None) -> tuple[list[PictureRow], Pixels]:
         rows: list[PictureRow] = []
@@ -136,10 +139,16 @@ class Measurement:
         if case.anchor == "true":
             asked = zip(prompts, noise, strict=True)
             return true_pictures(subject, [asked_factors(prompt.classes, start) for prompt, start in asked])
-        texts = [prompt.text.replace(CLASS_WORD, subject.person.sex) for prompt in prompts]
+        texts = [prompt.about(subject.person.sex) for prompt in prompts]
         requests = [ImageRequest(text, identity, start) for text, start in zip(texts, noise, strict=True)]
         drawn = pipeline.generate_batch(
-            requests, steps=STEPS, cfg=CFG, width=SIZE, height=SIZE, strengths=case.strengths
+            requests,
+            steps=STEPS,
+            cfg=CFG,
+            width=SIZE,
+            height=SIZE,
+            strengths=case.strengths,
+            sampler=SAMPLER,
         )
         return np.asarray((drawn * 255).round().to(torch.uint8).movedim(1, -1).numpy())
 
@@ -155,11 +164,9 @@ class Measurement:
         likeness: list[dict[str, float | None]] = [{} for _ in pictures]
         impostor: list[dict[str, float | None]] = [{} for _ in pictures]
         for name in recognizers:
-            directions = self.judge.directions(pictures, landmarks, name)
-            for people, values in ((self.likeness.own, likeness), (self.likeness.impostors, impostor)):
-                for place, points in enumerate(landmarks):
-                    found = None if points is None else float(directions[place] @ people[name][number])
-                    values[place][name] = found
+            both = np.stack([self.likeness.own[name][number], self.likeness.impostors[name][number]])
+            for place, found in enumerate(self.judge.likenesses(pictures, landmarks, name, both)):
+                likeness[place][name], impostor[place][name] = (None, None) if found is None else found
         subject = self.subjects[number]
         factors = subject.reference_factors[0]
         for place, prompt in enumerate(self.plan.prompts):

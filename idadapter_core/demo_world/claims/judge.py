@@ -89,6 +89,20 @@ class Judge:
         found[shown] = seen / np.linalg.norm(seen, axis=1, keepdims=True)
         return found
 
+    def likenesses(
+        self,
+        pictures: Pixels,
+        landmarks: Sequence[npt.NDArray[np.float32] | None],
+        recognizer: str,
+        people: Rows,
+    ) -> list[list[float] | None]:
+        """Cosines of each picture's face to the mean directions of people (P, D); None without a face."""
+        directions = self.directions(pictures, landmarks, recognizer)
+        return [
+            None if points is None else [float(row @ person) for person in people]
+            for row, points in zip(directions, landmarks, strict=True)
+        ]
+
 
 def _embed(network: nn.Module, crops: Tensor) -> Tensor:
     result = network(crops)

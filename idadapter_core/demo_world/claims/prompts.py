@@ -15,6 +15,10 @@ class Prompt:
     text: str
     classes: dict[str, str]
 
+    def about(self, sex: str) -> str:
+        """The text for a woman or man, without an adapter's identity word."""
+        return self.text.replace(CLASS_WORD, sex)
+
     @property
     def silent(self) -> tuple[str, ...]:
         """Factors that the prompt does not name, and a reference photo could bring along."""

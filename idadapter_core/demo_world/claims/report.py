@@ -134,12 +134,13 @@ def _table(title: str, cases: Sequence[Case], metrics: Sequence[str], results: M
     heads = " | ".join(METRICS[name][0] for name in metrics)
     lines = [f"## {title}", "", f"| | {heads} |", f"| --- |{' --- |' * len(metrics)}"]
     for case in cases:
-        values = " | ".join(_number(results[case.name][name]) for name in metrics)
+        values = " | ".join(shown_number(results[case.name][name]) for name in metrics)
         lines.append(f"| {case.title} | {values} |")
     return "\n".join(lines)
 
 
-def _number(value: Estimate | None) -> str:
+def shown_number(value: Estimate | None) -> str:
+    """A mean with its interval, for a table."""
     if value is None:
         return "–"
     if value.low is None or value.high is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import InputError
 from ..world import open_world
 from .cases import SHORT, Case, all_cases
-from .draw import Measurement, Plan
+from .draw import CFG, SAMPLER, STEPS, Measurement, Plan
 from .prompts import PROMPTS
 from .report import summarize, write_grid, write_report
 from .subjects import make_subjects
@@ -70,7 +70,13 @@ def _about(measurement: Measurement) -> str:
         if measurement.judge.is_independent
         else "the adapters' own recogniser, which favours them"
     )
+    outside = (
+        ""
+        if measurement.judge.outside is None
+        else " dlib judges the first picture of each prompt in the main cases."
+    )
     return (
         f"{plan.people} people who were not met in training, {len(plan.prompts)} prompts, {plan.seeds} pictures of each. In brackets the 95 % "
         f"interval over people. ID-Sim is the cosine to the mean of the person's other photos by {judge}."
+        f"{outside} Drawn with {SAMPLER}, {STEPS} steps, CFG {CFG:g}."
     )
