@@ -1,6 +1,6 @@
 """Everything a developer of this pack runs, on any system, with nothing but Python 3.10 to 3.13 to start with.
 
-    python tasks.py demo            a photo in, a picture out, through the real ComfyUI server
+    python tasks.py demo            photos of a person in, pictures of both methods out, through the real ComfyUI server
     python tasks.py test [...]      lint, types and all tests; arguments are passed to pytest
     python tasks.py lint            ruff and mypy alone
     python tasks.py serve [...]     the real ComfyUI with this pack, to look at; arguments are passed to its main.py

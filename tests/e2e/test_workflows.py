@@ -13,7 +13,7 @@ import pytest
 from tests.harness.browser import Browser, GraphNode, find_chromium
 from tests.harness.comfy import REPOSITORY
 from tests.harness.server import PACK_NAME, ComfyServer
-from tests.harness.workflow import Workflow, api_workflow
+from tests.harness.workflow import Workflow
 from tests.tiny.checkpoints import CHECKPOINT_NAMES
 from tests.tiny.files import ADAPTER, CLIP_VISION, PACKAGE, PERSON, PHOTOS, RECOGNIZER, TEXT_BRANCH
 from tests.tiny.idadapter import FILE_NAMES
@@ -158,22 +158,6 @@ def test_it_runs_to_a_picture(server: ComfyServer, opened: dict[str, Opened], na
         # Neither black, as a NaN would leave it, nor clipped flat.
         assert np.asarray(image, dtype=np.float32).std() > 10
     assert saved
-
-
-@pytest.mark.server
-@pytest.mark.browser
-@needs_browser
-def test_it_is_converted_as_the_run_button_does(opened: dict[str, Opened], name: str) -> None:
-    if name != "demo_world":
-        return  # no program converts it
-    sent = {
-        number: {"class_type": node["class_type"], "inputs": node["inputs"]}
-        for number, node in opened[name].prompt.items()
-    }
-    converted = api_workflow(read(name))
-    assert list(converted) == list(sent)
-    for number, node in converted.items():
-        assert node == sent[number]
 
 
 @pytest.mark.server

@@ -7,19 +7,13 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from idadapter_core.demo_world.claims.cases import RESCALED
+from idadapter_core.demo_world.claims.draw import CFG, SAMPLER, STEPS
+from idadapter_core.demo_world.claims.subjects import SIZE, Pixels
+from idadapter_core.demo_world.shipped import METHODS
 from tests.harness.comfy import import_comfy, load_pack, pack_nodes
-
-SIDE = 128
-STEPS, CFG = 16, 3.0  # as in the claims
-RESCALE = ("normalized", 0.8, 1.2, 0.5, 1.8, 0.1667, "ID adapters", False)
-METHODS = {"uniid": "UniID", "idadapter": "IDAdapter", "faceid": "IP-Adapter FaceID"}
-"""Options of Load Demo World, by the names of files."""
-
-Pixels = npt.NDArray[np.uint8]
 
 
 class DemoScene:
@@ -29,10 +23,15 @@ class DemoScene:
         import_comfy()
         load_pack()
         self._nodes = pack_nodes()
+        self.model, self.clip, self.vae, self.vision, self.analyzer, _ = self._loaded("uniid")
+
+    @functools.cache  # noqa: B019 - there is one scene for each process
+    def _loaded(self, method: str) -> tuple[Any, ...]:
         with torch.inference_mode():
-            loaded = {name: self._run("IDAdapterLoadDemoWorld", option) for name, option in METHODS.items()}
-        self.model, self.clip, self.vae, self.vision, self.analyzer, _ = loaded["uniid"]
-        self.adapters = {name: parts[5] for name, parts in loaded.items()}
+            return self._run("IDAdapterLoadDemoWorld", METHODS[method])
+
+    def _adapter(self, method: str) -> Any:
+        return self._loaded(method)[-1]
 
     def _run(self, name: str, *inputs: Any) -> tuple[Any, ...]:
         result: tuple[Any, ...] = self._nodes[name].execute(*inputs).result
@@ -46,11 +45,11 @@ class DemoScene:
                 "IDAdapterExtractFaces", image, self.analyzer, "largest", 0, "error", self.vision
             )[0]
 
-    def identity(self, method: str, features: Any, references: int = 0) -> Any:
-        """IDENTITY of the features, from at most `references` of them (0: as many as the method likes)."""
+    def identity(self, method: str, features: Any) -> Any:
+        """IDENTITY of the features."""
         with torch.inference_mode():
             mixed = self._run(
-                "IDAdapterMixFeatures", self.adapters[method], features, "auto", references, "", "reject"
+                "IDAdapterMixFeatures", self._adapter(method), features, "auto", 0, "", "reject"
             )
         return mixed[0]
 
@@ -66,8 +65,13 @@ class DemoScene:
     ) -> Any:
         """MODEL with the identity in it, on top of `model` (None: the plain one)."""
         start = self.model if model is None else model
-        (found,) = self._run("IDAdapterApply", start, self.adapters[method], identity, weight, 0.0, 1.0, mask)
-        return self._run("IDAdapterRescale", found, *RESCALE)[0] if rescaled else found
+        (found,) = self._run("IDAdapterApply", start, self._adapter(method), identity, weight, 0.0, 1.0, mask)
+        if not rescaled:
+            return found
+        scales = (RESCALED.adapter_early, RESCALED.adapter_late, RESCALED.text_early, RESCALED.text_late)
+        return self._run(
+            "IDAdapterRescale", found, "normalized", *scales, RESCALED.early_fraction, "ID adapters"
+        )[0]
 
     def prompt(self, text: str, identity: Any = None, class_word: str = "auto") -> Any:
         """CONDITIONING of a text, with an identity in it if one is given."""
@@ -79,15 +83,15 @@ class DemoScene:
             return comfy_nodes.CLIPTextEncode().encode(self.clip, text)[0]
 
     def draw(
-        self, model: Any, positive: Any, seed: int, *, batch: int = 1, width: int = SIDE, negative: Any = None
+        self, model: Any, positive: Any, seed: int, *, batch: int = 1, width: int = SIZE, negative: Any = None
     ) -> Pixels:
         """Sample and decode pictures (batch, 128, width, 3)."""
         import nodes as comfy_nodes
 
-        latents = {"samples": torch.zeros(batch, 4, SIDE // 8, width // 8)}
+        latents = {"samples": torch.zeros(batch, 4, SIZE // 8, width // 8)}
         with torch.inference_mode(), _without_progress():
             drawn = comfy_nodes.KSampler().sample(
-                model, seed, STEPS, CFG, "euler", "simple", positive, negative or self.prompt(""), latents
+                model, seed, STEPS, CFG, SAMPLER, "simple", positive, negative or self.prompt(""), latents
             )[0]
             pictures = comfy_nodes.VAEDecode().decode(self.vae, drawn)[0]
         return (pictures * 255).round().to(torch.uint8).numpy()

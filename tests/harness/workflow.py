@@ -14,7 +14,8 @@ _NOTES = ("Note", "MarkdownNote")
 def api_workflow(saved: Mapping[str, Any]) -> Workflow:
     """Convert a workflow as the frontend saves it to the API format, as the Run button does.
 
-    Every node must be active, and every input must be named in the file, as in all files of frontends since 1.16.
+    Every node must be active, and every widget named among the inputs. Files of older frontends, and nodes that upload files, are not
+    converted.
     """
     links = {link[0]: [str(link[1]), link[2]] for link in saved["links"]}
     prompt: Workflow = {}
@@ -28,8 +29,7 @@ def api_workflow(saved: Mapping[str, Any]) -> Workflow:
                 value = values.pop(0)
                 if entry["type"] == "INT" and values and values[0] in _CONTROLS:
                     values.pop(0)
-                if entry["type"] != "IMAGEUPLOAD":
-                    inputs[entry["name"]] = value
+                inputs[entry["name"]] = value
             if entry["link"] is not None:
                 inputs[entry["name"]] = links[entry["link"]]
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}

@@ -1,92 +1,84 @@
 """The quality gate: trained adapters of the demo world draw the person, in ComfyUI, from the files that are shipped.
 
 Everything is real: rendered photos of people whom no network was trained on, the shipped networks, the pack's nodes and ComfyUI's sampler.
-A sign, a swapped K and V, red and blue, or a crop of the wrong place: each makes a test here fail. Limits are taken from docs/claims.md,
-with room for the few people of this test.
+Limits leave room for the few people of this test; docs/demo_world.md says what each kind of damage comes to.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
 from idadapter_core.demo_world.claims.judge import INDEPENDENT, Judge, Likeness
-from idadapter_core.demo_world.claims.prompts import PROMPTS, followed
-from idadapter_core.demo_world.claims.subjects import Subject, make_subjects
+from idadapter_core.demo_world.claims.prompts import PROMPTS, Prompt, followed
+from idadapter_core.demo_world.claims.subjects import make_subjects
+from idadapter_core.demo_world.shipped import METHODS
 from tests.harness.demo_scene import Pixels, demo_scene
 
 PEOPLE, SEEDS = 6, 2
-ASKED = (PROMPTS[1], PROMPTS[3], PROMPTS[5])  # they name expressions, directions, backgrounds and accessories
+ASKED = (
+    PROMPTS[1],
+    PROMPTS[3],
+    PROMPTS[4],
+)  # they name expressions, directions, backgrounds, clothes and accessories
 SILENT = PROMPTS[0]  # names neither expression nor direction
-CASES = ("base", "uniid_naive", "uniid", "idadapter_1", "idadapter_4", "faceid")
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+SILENT_SEEDS = 8
 
 
 class Measured:
-    """Pictures of all cases, and what they show."""
+    """Pictures of all cases, and what they show. A case is base, METHOD_COUNT, or METHOD_COUNT_rescaled, with COUNT photos."""
 
     def __init__(self) -> None:
         self.scene = demo_scene()
         self.subjects = make_subjects(PEOPLE)
         self.judge = Judge.open()
-        self.own = Likeness.of(self.judge, self.subjects).own[INDEPENDENT]
-
-    @functools.cached_property
-    def features(self) -> list[object]:
-        return [self.scene.features(subject.references) for subject in self.subjects]
-
-    def draw(self, case: str, number: int, text: str) -> Pixels:
-        """Pictures (SEEDS, 128, 128, 3) of a person."""
-        method, _, rest = case.partition("_")
-        subject, scene = self.subjects[number], self.scene
-        model, positive = scene.model, scene.prompt(_plain(text, subject))
-        if method != "base":
-            identity = scene.identity(method, self.features[number], 4 if rest == "4" else 1)
-            rescaled = case == "uniid"
-            model = scene.applied(method, identity, rescaled=rescaled)
-            positive = scene.prompt(text, identity, subject.person.sex)
-        return scene.draw(model, positive, 50 + number, batch=SEEDS)
+        self._own = Likeness.of(self.judge, self.subjects).own[INDEPENDENT]
 
     @functools.cache  # noqa: B019 - as long as the module's fixture
-    def of(self, case: str) -> Mapping[str, float]:
-        """Mean likeness, prompt accuracy, and shares of pictures whose expression and direction differ from the first photo's."""
-        likeness, accuracy, expression, direction = [], [], [], []
+    def features(self, number: int, count: int) -> Any:
+        return self.scene.features(self.subjects[number].references[:count])
+
+    def draw(self, case: str, number: int, prompt: Prompt, seeds: int) -> Pixels:
+        """Pictures (seeds, 128, 128, 3) of a person."""
+        scene, sex = self.scene, self.subjects[number].person.sex
+        if case == "base":
+            return scene.draw(scene.model, scene.prompt(prompt.about(sex)), 50 + number, batch=seeds)
+        method, count, *rest = case.split("_")
+        identity = scene.identity(method, self.features(number, int(count)))
+        model = scene.applied(method, identity, rescaled=bool(rest))
+        return scene.draw(model, scene.prompt(prompt.text, identity, sex), 50 + number, batch=seeds)
+
+    @functools.cache  # noqa: B019
+    def of(self, case: str) -> tuple[float, float]:
+        """Mean likeness (a picture without a face is like nobody), and the share of the prompts that is followed."""
+        likeness: list[float] = []
+        accuracy: list[float] = []
         for number in range(PEOPLE):
-            for prompt in (*ASKED, SILENT):
-                pictures = self.draw(case, number, prompt.text)
-                read = self.judge.read(pictures)
-                likeness += self.likeness(pictures, number)
-                for place in range(SEEDS):
-                    seen = {factor: classes[place] for factor, classes in read.items()}
-                    if prompt is not SILENT:
-                        accuracy.append(followed(prompt.classes, seen))
-                        continue
-                    shown = self.subjects[number].reference_factors[0]
-                    expression.append(seen["expression"] != shown.expression)
-                    direction.append(seen["direction"] != shown.direction)
-        return {
-            "likeness": float(np.mean(likeness)),
-            "prompt": float(np.mean(accuracy)),
-            "expression": float(np.mean(expression)),
-            "direction": float(np.mean(direction)),
-        }
+            for prompt in ASKED:
+                pictures = self.draw(case, number, prompt, SEEDS)
+                landmarks, read = self.judge.landmarks(pictures), self.judge.read(pictures)
+                own = self._own[number : number + 1]
+                found = self.judge.likenesses(pictures, landmarks, INDEPENDENT, own)
+                likeness += [0.0 if value is None else value[0] for value in found]
+                accuracy += [followed(prompt.classes, _at(read, place)) for place in range(SEEDS)]
+        return float(np.mean(likeness)), float(np.mean(accuracy))
 
-    def likeness(self, pictures: Pixels, number: int) -> list[float]:
-        """Cosine to the person's other photos; -1 without a face."""
-        landmarks = self.judge.landmarks(pictures)
-        directions = self.judge.directions(pictures, landmarks, INDEPENDENT)
-        return [
-            -1.0 if points is None else float(row @ self.own[number])
-            for row, points in zip(directions, landmarks, strict=True)
-        ]
+    @functools.cache  # noqa: B019
+    def expression_diversity(self, case: str) -> float:
+        """Share of pictures that show another expression than the first photo, where the prompt names none."""
+        shown: list[bool] = []
+        for number, subject in enumerate(self.subjects):
+            read = self.judge.read(self.draw(case, number, SILENT, SILENT_SEEDS))
+            shown += [value != subject.reference_factors[0].expression for value in read["expression"]]
+        return float(np.mean(shown))
 
 
-def _plain(text: str, subject: Subject) -> str:
-    return text.replace("<class word>", subject.person.sex)
+def _at(read: Mapping[str, list[str]], place: int) -> dict[str, str]:
+    return {factor: classes[place] for factor, classes in read.items()}
 
 
 @pytest.fixture(scope="module")
@@ -94,26 +86,26 @@ def measured(pack: object) -> Measured:
     return Measured()
 
 
-def test_the_person_is_drawn(measured: Measured) -> None:
-    base = measured.of("base")["likeness"]
-    for case, margin in {"uniid": 0.2, "uniid_naive": 0.2, "idadapter_4": 0.2, "faceid": 0.2}.items():
-        assert measured.of(case)["likeness"] > base + margin, case
+@pytest.mark.parametrize(
+    ("case", "margin"), [("uniid_4_rescaled", 0.3), ("uniid_4", 0.3), ("idadapter_4", 0.15)]
+)
+def test_the_person_is_drawn(case: str, margin: float, measured: Measured) -> None:
+    assert measured.of(case)[0] > measured.of("base")[0] + margin
 
 
 def test_rescaling_keeps_the_prompt(measured: Measured) -> None:
-    assert measured.of("uniid")["prompt"] > measured.of("base")["prompt"] - 0.1
+    assert measured.of("uniid_4_rescaled")[1] > measured.of("base")[1] - 0.05
 
 
 def test_four_photos_give_more_expressions_than_one(measured: Measured) -> None:
-    one, four = measured.of("idadapter_1"), measured.of("idadapter_4")
-    assert four["expression"] > one["expression"]
-    assert four["likeness"] > one["likeness"] - 0.05
+    assert measured.expression_diversity("idadapter_4") > measured.expression_diversity("idadapter_1")
+    assert measured.of("idadapter_4")[0] > measured.of("idadapter_1")[0] - 0.05
 
 
-@pytest.mark.parametrize("method", ["uniid", "idadapter", "faceid"])
+@pytest.mark.parametrize("method", METHODS)
 def test_strength_zero_is_the_model_alone(measured: Measured, method: str) -> None:
     scene, subject = measured.scene, measured.subjects[0]
-    text = f"a photo of a {subject.person.sex} smiling"
+    text = PROMPTS[1].about(subject.person.sex)
     plain = scene.draw(scene.model, scene.prompt(text), 7)
-    applied = scene.applied(method, scene.identity(method, measured.features[0]), weight=0.0)
+    applied = scene.applied(method, scene.identity(method, measured.features(0, 1)), weight=0.0)
     np.testing.assert_array_equal(scene.draw(applied, scene.prompt(text), 7), plain)
