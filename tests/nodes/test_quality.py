@@ -97,8 +97,13 @@ def test_rescaling_keeps_the_prompt(measured: Measured) -> None:
     assert measured.of("uniid_4_rescaled")[1] > measured.of("base")[1] - 0.05
 
 
-def test_four_photos_give_more_expressions_than_one(measured: Measured) -> None:
-    assert measured.expression_diversity("idadapter_4") > measured.expression_diversity("idadapter_1")
+@pytest.mark.parametrize("case", ["idadapter_1", "idadapter_4", "uniid_4_rescaled"])
+def test_the_photos_expression_does_not_come_back(case: str, measured: Measured) -> None:
+    """The base model shows it by chance, in one picture of sixteen. Copies would show it in all."""
+    assert measured.expression_diversity(case) > measured.expression_diversity("base") - 0.15
+
+
+def test_four_photos_are_as_good_as_one(measured: Measured) -> None:
     assert measured.of("idadapter_4")[0] > measured.of("idadapter_1")[0] - 0.05
 
 

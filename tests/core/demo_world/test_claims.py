@@ -127,6 +127,9 @@ def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
     again = other.rows(chosen[0], lines.append)
     assert again is not None
     assert len(again) == 2, "of another plan: measured again"
+    kept = tmp_path / "cases" / f"{chosen[0].name}.json"
+    kept.write_text(json.dumps({"facts": plan.facts, "rows": [{"likeness_first": 0.5}]}), "utf-8")
+    assert other.rows(chosen[0], lines.append) == again, "kept by an older version: measured again"
 
 
 def test_a_copy_is_like_the_person_and_true_pictures_follow_the_prompt(world: World, tmp_path: Path) -> None:
