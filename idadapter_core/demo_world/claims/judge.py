@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from ...errors import FaceError
+from ...faces.align import align_face
 from ...faces.detector import FaceAnalyzer, open_analyzer
 from ...faces.iresnet import IResNet, load_iresnet
 from ..build.batches import as_tensor
@@ -65,11 +67,12 @@ class Judge:
         return found
 
     def landmarks(self, pictures: Pixels) -> list[npt.NDArray[np.float32] | None]:
-        """Return the five landmarks (5, 2) of the best face of each picture, None where none is found."""
+        """Return the five landmarks (5, 2) of the best face of each picture, None where none is found that a recogniser could see."""
         found: list[npt.NDArray[np.float32] | None] = []
         for picture in pictures:
             faces = self.analyzer.detect(picture)
-            found.append(np.asarray(faces[0].landmarks, np.float32) if faces else None)
+            points = np.asarray(faces[0].landmarks, np.float32) if faces else None
+            found.append(points if points is not None and _can_be_aligned(picture, points) else None)
         return found
 
     def directions(
@@ -102,6 +105,15 @@ class Judge:
             None if points is None else [float(row @ person) for person in people]
             for row, points in zip(directions, landmarks, strict=True)
         ]
+
+
+def _can_be_aligned(picture: Pixels, points: npt.NDArray[np.float32]) -> bool:
+    """Whether enough of the face lies in the picture: a drawn face may be cut off, or no face at all."""
+    try:
+        align_face(picture, points)
+    except FaceError:
+        return False
+    return True
 
 
 def _embed(network: nn.Module, crops: Tensor) -> Tensor:

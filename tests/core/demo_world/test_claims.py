@@ -16,7 +16,7 @@ from idadapter_core.demo_world import shipped
 from idadapter_core.demo_world.claims import draw, run
 from idadapter_core.demo_world.claims.cases import SHORT, all_cases
 from idadapter_core.demo_world.claims.draw import Measurement, PictureRow, Plan
-from idadapter_core.demo_world.claims.judge import INDEPENDENT, OWN
+from idadapter_core.demo_world.claims.judge import INDEPENDENT, OWN, Judge
 from idadapter_core.demo_world.claims.outside import OutsideJudge
 from idadapter_core.demo_world.claims.prompts import PROMPTS
 from idadapter_core.demo_world.claims.report import METRICS, SECTIONS, summarize
@@ -146,6 +146,17 @@ def test_a_copy_is_like_the_person_and_true_pictures_follow_the_prompt(world: Wo
     assert true["accuracy"].mean > 0.9  # type: ignore[union-attr]
     assert true["likeness"].mean > 0.3  # type: ignore[union-attr]
     assert copies["expression_returns"].mean > 0.9  # type: ignore[union-attr]
+
+
+def test_a_face_that_is_cut_off_counts_as_none() -> None:
+    """A model may draw one, and a recogniser cannot see it."""
+    judge, photos = Judge.open(), make_subjects(1)[0].others
+    cut = np.stack([np.roll(photo, shift, 1) for photo in photos for shift in range(44, 84, 4)])
+    found = [bool(judge.analyzer.detect(picture)) for picture in cut]
+    landmarks = judge.landmarks(cut)
+    assert sum(found) > sum(points is not None for points in landmarks) > 0
+    directions = judge.directions(cut, landmarks, INDEPENDENT)
+    assert [points is None for points in landmarks] == list(np.isnan(directions).any(1))
 
 
 def test_the_outside_judge_tells_people_apart() -> None:
