@@ -43,8 +43,8 @@ def stepped(scale: float) -> RescaleSchedule:
 
 
 RESCALED = constant(1.8)
-"""What the demo world's UniID is rescaled by: the front's point at which as many prompts are followed as without identity. The published
-numbers are for SDXL."""
+"""What the demo world's UniID is rescaled by: of the scales tried, one with much likeness at prompts within 5 points of the base model's
+(decision 0015, item 8). The published numbers are for SDXL."""
 
 ANCHORS = (
     Case("base", "base model, no identity", anchor="base"),

@@ -65,6 +65,7 @@ def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:
 
 def _about(measurement: Measurement) -> str:
     plan = measurement.plan
+    drawn = "one picture" if plan.seeds == 1 else f"{plan.seeds} pictures"
     judge = (
         "a recogniser of another form, trained on other people"
         if measurement.judge.is_independent
@@ -76,7 +77,7 @@ def _about(measurement: Measurement) -> str:
         else " dlib judges the first picture of each prompt in the main cases."
     )
     return (
-        f"{plan.people} people who were not met in training, {len(plan.prompts)} prompts, {plan.seeds} pictures of each. In brackets the 95 % "
+        f"{plan.people} people who were not met in training, {len(plan.prompts)} prompts, {drawn} of each. In brackets the 95 % "
         f"interval over people. ID-Sim is the cosine to the mean of the person's other photos by {judge}."
         f"{outside} Drawn with {SAMPLER}, {STEPS} steps, CFG {CFG:g}."
     )

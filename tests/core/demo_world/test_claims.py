@@ -212,7 +212,7 @@ def test_the_command_writes_tables_and_sheets(
     given = (tmp_path, "--files", world.files, "--people", "2", "--prompts", "2", "--seeds", "1")
     assert _claims(*given, "--cases", "base", "true", "faceid_rescaled") == 0
     text = (tmp_path / "claims.md").read_text("utf-8")
-    assert text.startswith("2 people who were not met in training, 2 prompts, 1 pictures of each.")
+    assert text.startswith("2 people who were not met in training, 2 prompts, one picture of each.")
     assert "| true render as asked (ceiling) | " in text
     assert "## Rescaling a foreign adapter" in text
     assert "## Mixing photos" not in text, "nothing of it was measured"
