@@ -44,9 +44,9 @@ def shipped(name: str) -> Path:
     return path
 
 
-def adapter_file(method: str) -> str:
-    """Name of a method's adapter among the assets."""
-    return f"{ADAPTERS}/{method}.safetensors"
+def adapter_file(name: str) -> str:
+    """Name of an adapter's file among the assets, or among the files of a build."""
+    return f"{ADAPTERS}/{name}.safetensors"
 
 
 def face_package() -> Path:

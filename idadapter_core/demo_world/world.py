@@ -24,13 +24,13 @@ from ..stable_diffusion.vision import VisionEncoder, load_vision
 from ..types import FaceFeatures
 from .base import load_base
 from .shipped import (
-    ADAPTERS,
     ASSETS,
     AUTOENCODER,
     BASE,
     CLIP_VISION,
     PACKAGE,
     RECOGNIZER_FILE,
+    adapter_file,
 )
 from .words import words
 
@@ -69,7 +69,7 @@ class World:
 
     def adapter(self, name: str) -> Adapter | None:
         """Load an adapter by the name of its file; None if there is no such file."""
-        path = self.files / ADAPTERS / f"{name}.safetensors"
+        path = self.files / adapter_file(name)
         return load_adapter(path) if path.is_file() else None
 
     def features(self, photos: Sequence[Image]) -> FaceFeatures:

@@ -19,7 +19,6 @@ from ..base import load_base, save_base
 from ..readers import load_reader, save_reader
 from ..second_recognizer import EMBEDDING, SecondRecognizer, save_second_recognizer
 from ..shipped import (
-    ADAPTERS,
     AUTOENCODER,
     BASE,
     CLIP_VISION,
@@ -29,6 +28,7 @@ from ..shipped import (
     READER,
     RECOGNIZER_FILE,
     SEX_AND_AGE_FILE,
+    adapter_file,
 )
 from .batches import Pool
 from .detector import Detector, Exported, output_names, train_detector
@@ -343,15 +343,15 @@ STAGES: Mapping[str, Stage] = {
             "uniid_start", "train the tokens of UniID's adapter branch to tell people apart", ("index", "base"), _uniid_start,
         ),
         Stage(
-            "uniid", "train UniID's two branches", ("index", "base_folder", "uniid_start"), _uniid, (f"{ADAPTERS}/uniid.safetensors",),
+            "uniid", "train UniID's two branches", ("index", "base_folder", "uniid_start"), _uniid, (adapter_file("uniid"),),
             keeps=("runs/uniid_adapter", "runs/uniid_identity", "runs/uniid_text"),
         ),
         Stage(
-            "idadapter", "train IDAdapter", ("index", "base_folder", "vision"), _idadapter, (f"{ADAPTERS}/idadapter.safetensors",),
+            "idadapter", "train IDAdapter", ("index", "base_folder", "vision"), _idadapter, (adapter_file("idadapter"),),
             keeps=("runs/idadapter", "runs/idadapter_identity"),
         ),
         Stage(
-            "faceid", "train an IP-Adapter FaceID", ("index", "base_folder"), _faceid, (f"{ADAPTERS}/faceid.safetensors",),
+            "faceid", "train an IP-Adapter FaceID", ("index", "base_folder"), _faceid, (adapter_file("faceid"),),
             keeps=("runs/faceid", "runs/faceid_identity"),
         ),
         Stage(

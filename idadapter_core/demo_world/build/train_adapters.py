@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 
 from ...errors import InputError, TrainingError
-from ..shipped import ADAPTERS, CLIP_VISION, PACKAGE, face_package
+from ..shipped import CLIP_VISION, PACKAGE, adapter_file, face_package
 from .stages import Workspace
 
 ROOT, ROOT_PACKAGE = Path(__file__).parents[3], "idadapter_core"
@@ -81,7 +81,7 @@ def train_further(
 
 def export_adapter(workspace: Workspace, name: str, run: Path, text_branch: Path | None = None) -> None:
     """Write the newest checkpoint of a run as the adapter's file, in half precision."""
-    file = workspace.files / ADAPTERS / f"{name}.safetensors"
+    file = workspace.files / adapter_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     more: list[str | Path] = [] if text_branch is None else ["--text-branch", text_branch]
     _export(run, file, *more)
