@@ -82,9 +82,9 @@ class Scorer:
         return [
             Score(
                 None if likeness is None else likeness[0],
-                followed(prompt.classes, {factor: classes[place] for factor, classes in read.items()}),
+                followed(prompt.classes, seen),
             )
-            for place, (likeness, prompt) in enumerate(zip(found, prompts, strict=True))
+            for likeness, prompt, seen in zip(found, prompts, read, strict=True)
         ]
 
 

@@ -7,7 +7,6 @@ Limits leave room for the few people of this test; docs/demo_world.md says what 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ class Measured:
                 own = self._own[number : number + 1]
                 found = self.judge.likenesses(pictures, landmarks, INDEPENDENT, own)
                 likeness += [0.0 if value is None else value[0] for value in found]
-                accuracy += [followed(prompt.classes, _at(read, place)) for place in range(SEEDS)]
+                accuracy += [followed(prompt.classes, seen) for seen in read]
         return float(np.mean(likeness)), float(np.mean(accuracy))
 
     @functools.cache  # noqa: B019
@@ -73,12 +72,8 @@ class Measured:
         shown: list[bool] = []
         for number, subject in enumerate(self.subjects):
             read = self.judge.read(self.draw(case, number, SILENT, SILENT_SEEDS))
-            shown += [value != subject.reference_factors[0].expression for value in read["expression"]]
+            shown += [seen["expression"] != subject.reference_factors[0].expression for seen in read]
         return float(np.mean(shown))
-
-
-def _at(read: Mapping[str, list[str]], place: int) -> dict[str, str]:
-    return {factor: classes[place] for factor, classes in read.items()}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from ...adapter import Adapter
 from ...files import file_digest, replacing
 from ...stable_diffusion.pipeline import ImageRequest, Pipeline
 from ...types import FaceFeatures, Identity, Mix
-from ..shipped import ADAPTERS, AUTOENCODER, BASE, JUDGE, READER
+from ..shipped import AUTOENCODER, BASE, JUDGE, READER, adapter_file
 from ..world import World
 from .cases import SHORT, Case
 from .judge import INDEPENDENT, OUTSIDE, OWN, Judge, Likeness
@@ -94,7 +94,7 @@ class Measurement:
 
     def _facts(self, case: Case) -> dict[str, Any]:
         """What a kept result must have been measured with."""
-        names = [BASE, AUTOENCODER, READER, JUDGE, f"{ADAPTERS}/{case.adapter}.safetensors"]
+        names = [BASE, AUTOENCODER, READER, JUDGE, adapter_file(case.adapter)]
         files = {name: self.world.files / name for name in names}
         digests = {name: file_digest(path) for name, path in files.items() if path.is_file()}
         judges = sorted({name for seed in range(self.plan.seeds) for name in self._recognizers(case, seed)})
@@ -176,7 +176,7 @@ class Measurement:
                 seed,
                 likeness[place],
                 impostor[place],
-                {factor: classes[place] for factor, classes in read.items()},
+                read[place],
                 {**prompt.classes, "sex": subject.person.sex},
                 {name: str(getattr(factors, name)) for name in prompt.silent},
             )

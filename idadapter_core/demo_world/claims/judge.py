@@ -58,12 +58,12 @@ class Judge:
     def is_independent(self) -> bool:
         return self.second is not None
 
-    def read(self, pictures: Pixels) -> dict[str, list[str]]:
-        """Return the class of each factor in pictures (N, 128, 128, 3)."""
-        found: dict[str, list[str]] = {}
+    def read(self, pictures: Pixels) -> list[dict[str, str]]:
+        """Return the class of each factor in each of the pictures (N, 128, 128, 3)."""
+        found: list[dict[str, str]] = []
         for part in np.array_split(pictures, max(1, -(-len(pictures) // BATCH))):
-            for factor, classes in self.reader.read(as_tensor(part)).items():
-                found.setdefault(factor, []).extend(classes)
+            read = self.reader.read(as_tensor(part))
+            found += [dict(zip(read, classes, strict=True)) for classes in zip(*read.values(), strict=True)]
         return found
 
     def landmarks(self, pictures: Pixels) -> list[npt.NDArray[np.float32] | None]:

@@ -115,7 +115,7 @@ def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
     pictures = {case.name: np.load(tmp_path / "cases" / f"{case.name}.npy") for case in chosen}
     assert not np.array_equal(pictures["base"], pictures["uniid_naive"])
     np.testing.assert_array_equal(pictures["copy"][0, 0], measurement.subjects[0].references[0])
-    adapter = world.files / shipped.ADAPTERS / "uniid.safetensors"
+    adapter = world.files / shipped.adapter_file("uniid")
     before = adapter.read_bytes()
     with adapter.open("ab") as file:
         file.write(b"changed")
