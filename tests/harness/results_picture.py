@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 import sys
 
-import numpy as np
 import torch
 from PIL import Image
 
 from idadapter_core.demo_world.claims.prompts import PROMPTS
-from idadapter_core.demo_world.claims.subjects import Pixels, make_subjects
+from idadapter_core.demo_world.claims.subjects import Pixels, Subject, make_subjects
 from tests.harness.comfy import PACK_MODULE, REPOSITORY
 from tests.harness.demo_scene import demo_scene
 
@@ -28,7 +27,7 @@ TILE, GAP, DIVIDER = 144, 4, 16  # pixels
 def main() -> int:
     logging.getLogger(PACK_MODULE).setLevel(logging.ERROR)  # the photos are as small as those of the training
     torch.set_num_threads(1)
-    rows = [row_of(number) for number in range(PEOPLE)]
+    rows = [row_of(subject) for subject in make_subjects(PEOPLE)]
     width = len(rows[0]) * (TILE + GAP) - GAP + DIVIDER - GAP
     sheet = Image.new("RGB", (width, PEOPLE * (TILE + GAP) - GAP), "white")
     for number, row in enumerate(rows):
@@ -41,16 +40,16 @@ def main() -> int:
     return 0
 
 
-def row_of(number: int) -> list[Pixels]:
+def row_of(subject: Subject) -> list[Pixels]:
     """Photos of a person, then the pictures."""
-    scene, subject = demo_scene(), make_subjects(number + 1)[number]
+    scene = demo_scene()
     identity = scene.identity("uniid", scene.features(subject.references))
     model = scene.applied("uniid", identity, rescaled=True)
     drawn = [
         scene.draw(model, scene.prompt(prompt.text, identity, subject.person.sex), SEED)[0]
         for prompt in SHOWN
     ]
-    return [*np.asarray(subject.references[:PHOTOS]), *drawn]
+    return [*subject.references[:PHOTOS], *drawn]
 
 
 if __name__ == "__main__":
