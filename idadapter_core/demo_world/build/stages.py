@@ -118,6 +118,28 @@ def run_stages(stages: Mapping[str, Stage], names: Sequence[str], workspace: Wor
         _run(stage, workspace)
 
 
+def take_shipped(stages: Mapping[str, Stage], workspace: Workspace, source: Path = ASSETS) -> list[str]:
+    """Take the shipped files as results of the stages that made them. Returns the names of these stages; finished ones are left as they are.
+
+    Raises:
+        InputError: the folder holds a build with other settings.
+    """
+    _require_same_settings(workspace)
+    taken = []
+    for name, stage in stages.items():
+        is_shipped = bool(stage.ships) and all((source / file).is_file() for file in stage.ships)
+        if not is_shipped or workspace.done(name).is_file():
+            continue
+        for file in stage.ships:
+            (workspace.files / file).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(workspace.files / file) as temporary:
+                shutil.copyfile(source / file, temporary)
+        write_json(workspace.done(name), {"settings": workspace.settings.name, "from": "shipped files"})
+        workspace.log(name, "taken from the shipped files")
+        taken.append(name)
+    return taken
+
+
 def describe(stages: Mapping[str, Stage], workspace: Workspace) -> str:
     """Return a line for each stage: its name, its state and its description."""
     lines = []

@@ -22,7 +22,15 @@ from idadapter_core.demo_world.build.fitting import fit, rate_at
 from idadapter_core.demo_world.build.measures import area_under_curve, rank_one, recognition
 from idadapter_core.demo_world.build.pictures import draw_pictures, open_pictures
 from idadapter_core.demo_world.build.settings import FULL, TINY, Group, Settings, TrainingSchedule
-from idadapter_core.demo_world.build.stages import Stage, Workspace, describe, run_stages, ship, write_json
+from idadapter_core.demo_world.build.stages import (
+    Stage,
+    Workspace,
+    describe,
+    run_stages,
+    ship,
+    take_shipped,
+    write_json,
+)
 from idadapter_core.demo_world.build.train_adapters import ABLATIONS, train_adapter
 from idadapter_core.demo_world.build.train_latent_reader import LatentReader
 from idadapter_core.demo_world.build.train_start import Photos, Teller, train_start
@@ -320,6 +328,23 @@ def test_only_what_is_good_enough_is_shipped(tmp_path: Path) -> None:
     write_json(tmp_path / "work" / "scores" / "second.json", {})
     with pytest.raises(InputError, match="accuracy is None"):
         ship(_stages([]), ["second"], workspace, target)
+
+
+def test_shipped_files_stand_for_the_stages_that_made_them(tmp_path: Path) -> None:
+    _run((), tmp_path / "work")
+    target = tmp_path / "assets"
+    ship(_stages([]), ["first"], _bench(tmp_path / "work"), target)
+    events: list[str] = []
+    stages, other = _stages(events), _bench(tmp_path / "other")
+    assert take_shipped(stages, other, target) == ["first"]
+    assert (other.files / "first.bin").read_bytes() == b"first"
+    run_stages(stages, ["second"], other)
+    assert events == ["second"], "what it needs is there"
+    (other.files / "first.bin").write_bytes(b"built here")
+    assert take_shipped(stages, other, target) == [], "finished stages stay"
+    assert (other.files / "first.bin").read_bytes() == b"built here"
+    with pytest.raises(InputError, match="choose another --work"):
+        take_shipped(stages, _bench(tmp_path / "other", settings=dataclasses.replace(SMALL, size=64)), target)
 
 
 # -------------------------------------------------------------------------------------------------------- measures
