@@ -10,6 +10,10 @@ from ...stable_diffusion.pipeline import Strengths
 
 SCALES = (0.5, 0.8, 1.2, 1.8, 2.4)  # of the fronts
 STRANGERS = (0, 1)
+USUAL_MODES = {
+    "uniid": "concatenate",
+    "idadapter": "learned",
+}  # what "auto" is; of one photo, all modes make the same
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,12 @@ class Case:
     stranger: bool = False
     strengths: Strengths = field(default_factory=Strengths)
     anchor: str = ""
+
+    @property
+    def drawn(self) -> Case:
+        """What the pictures depend on: cases with the same are one, and measured once."""
+        is_usual = self.photos == 1 or self.mode == USUAL_MODES.get(self.adapter)
+        return replace(self, name="", title="", mode="auto" if is_usual else self.mode)
 
 
 def constant(scale: float) -> RescaleSchedule:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from ..world import World
 from .cases import SHORT, Case
 from .judge import INDEPENDENT, OUTSIDE, OWN, Judge, Likeness
 from .prompts import PROMPTS, Prompt
-from .subjects import SIZE, Pixels, Subject, asked_factors, true_pictures
+from .record import is_covered
+from .subjects import SIZE, Pixels, Subject, asked_factors, make_subjects, true_pictures
 
 STEPS, CFG, SAMPLER = 12, 3.0, "lcm"
-FORMAT = 2  # of kept results
+FORMAT = 3  # of kept results
 SHOWN = 8  # people whose pictures of the first seed are kept to look at
 
 
@@ -41,7 +43,13 @@ class Plan:
         """The numbers and prompts, in JSON."""
         texts = [prompt.text for prompt in self.prompts]
         drawn = {"steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
-        return {"people": self.people, "seeds": self.seeds, "prompts": texts, **drawn}
+        return {
+            "format": FORMAT,
+            "people": self.people,
+            "seeds": self.seeds,
+            "prompts": texts,
+            **drawn,
+        }
 
 
 @dataclass(frozen=True)
@@ -63,21 +71,34 @@ class PictureRow:
 
 
 class Measurement:
-    """The parts of a measurement: world, judges and people."""
+    """The parts of a measurement: world, judges and people, who are drawn when a case needs them."""
 
-    def __init__(self, world: World, plan: Plan, subjects: Sequence[Subject], folder: Path) -> None:
-        self.world, self.plan, self.subjects, self.folder = world, plan, tuple(subjects), folder
-        self.judge = Judge.open(world.files)
-        self.likeness = Likeness.of(self.judge, subjects)
-        self._features = [world.features(list(subject.references)) for subject in subjects]
+    def __init__(self, world: World, plan: Plan, folder: Path) -> None:
+        self.world, self.plan, self.folder = world, plan, folder
+
+    @cached_property
+    def subjects(self) -> tuple[Subject, ...]:
+        return tuple(make_subjects(self.plan.people))
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge.open(self.world.files)
+
+    @cached_property
+    def _likeness(self) -> Likeness:
+        return Likeness.of(self.judge, self.subjects)
+
+    @cached_property
+    def _features(self) -> list[FaceFeatures]:
+        return [self.world.features(list(subject.references)) for subject in self.subjects]
 
     def rows(self, case: Case, log: Callable[[str], None]) -> list[PictureRow] | None:
         """Measure a case, or read what was measured before. None where its adapter does not exist."""
         path = self.folder / "cases" / f"{case.name}.json"
-        facts = self._facts(case)
+        facts = self.plan.facts | self.facts(case)
         if path.is_file():
             content = json.loads(path.read_text("utf-8"))
-            if content["facts"] == facts:
+            if is_covered(facts, content["facts"]):
                 return [PictureRow(**row) for row in content["rows"]]
         adapter = self.world.adapter(case.adapter) if case.adapter else None
         if case.adapter and adapter is None:
@@ -92,14 +113,13 @@ class Measurement:
         log(f"{case.name}: {len(rows)} pictures")
         return rows
 
-    def _facts(self, case: Case) -> dict[str, Any]:
-        """What a kept result must have been measured with."""
-        names = [BASE, AUTOENCODER, READER, JUDGE, adapter_file(case.adapter)]
+    def facts(self, case: Case) -> dict[str, Any]:
+        """What a kept result must have been measured with, besides the plan."""
+        names = [BASE, AUTOENCODER, READER, JUDGE, *([adapter_file(case.adapter)] if case.adapter else [])]
         files = {name: self.world.files / name for name in names}
         digests = {name: file_digest(path) for name, path in files.items() if path.is_file()}
         judges = sorted({name for seed in range(self.plan.seeds) for name in self._recognizers(case, seed)})
-        drawn = repr(replace(case, title=""))
-        return {"format": FORMAT, **self.plan.facts, "case": drawn, "judges": judges, "files": digests}
+        return {"case": repr(case.drawn), "judges": judges, "files": digests}
 
     def _measure(self, case: Case, adapter: Adapter | None) -> tuple[list[PictureRow], Pixels]:
         rows: list[PictureRow] = []
@@ -164,7 +184,7 @@ class Measurement:
         likeness: list[dict[str, float | None]] = [{} for _ in pictures]
         impostor: list[dict[str, float | None]] = [{} for _ in pictures]
         for name in recognizers:
-            both = np.stack([self.likeness.own[name][number], self.likeness.impostors[name][number]])
+            both = np.stack([self._likeness.own[name][number], self._likeness.impostors[name][number]])
             for place, found in enumerate(self.judge.likenesses(pictures, landmarks, name, both)):
                 likeness[place][name], impostor[place][name] = (None, None) if found is None else found
         subject = self.subjects[number]

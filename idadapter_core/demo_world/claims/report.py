@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from ...files import replacing
 from ...statistics import Estimate, estimate
 from ..build.sheets import write_sheet
 from .cases import ABLATIONS, ANCHORS, FACEID, IDADAPTER, UNIID, Case, fronts, mixtures
 from .draw import PictureRow
 from .judge import INDEPENDENT, OUTSIDE, OWN
 from .prompts import LEAKING, followed
+from .record import Numbers
 
 Value = Callable[[PictureRow], float | None]
-Numbers = Mapping[str, Estimate | None]
 
 
 def _accuracy(row: PictureRow) -> float:
@@ -111,23 +108,14 @@ def summarize(rows: Sequence[PictureRow]) -> Numbers:
     return {name: estimate([value(row) for row in rows], people) for name, (_, value) in METRICS.items()}
 
 
-def write_report(folder: Path, results: Mapping[str, Numbers], about: str) -> Path:
-    """Write `claims.json` and `claims.md` of measured cases; a table has only the rows that were measured."""
-    numbers = {
-        name: {key: None if value is None else asdict(value) for key, value in found.items()}
-        for name, found in results.items()
-    }
-    with replacing(folder / "claims.json") as file:
-        file.write_text(json.dumps(numbers, indent=1) + "\n", "utf-8", newline="\n")
+def report(results: Mapping[str, Numbers], about: str) -> str:
+    """The tables of measured cases, in Markdown; a table has only the rows that were measured."""
     parts = [about]
     for title, cases, metrics in SECTIONS:
         measured = [case for case in cases if case.name in results]
         if measured:
             parts.append(_table(title, measured, metrics, results))
-    path = folder / "claims.md"
-    with replacing(path) as file:
-        file.write_text("\n\n".join(parts) + "\n", "utf-8", newline="\n")
-    return path
+    return "\n\n".join(parts) + "\n"
 
 
 def _table(title: str, cases: Sequence[Case], metrics: Sequence[str], results: Mapping[str, Numbers]) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import InputError
+from ...files import replacing
 from ..world import open_world
 from .cases import SHORT, Case, all_cases
 from .draw import CFG, SAMPLER, STEPS, Measurement, Plan
 from .prompts import PROMPTS
-from .report import summarize, write_grid, write_report
-from .subjects import make_subjects
+from .record import Record
+from .report import METRICS, report, summarize, write_grid
 
 PLAN_NAMES = ("people", "prompts", "seeds")
 PLAN, SHORT_PLAN = (100, 12, 2), (12, 6, 1)
@@ -30,27 +31,38 @@ def measure(
 ) -> Path:
     """Measure cases and write `claims.md`, `claims.json` and a sheet of each case. Returns the path of the table.
 
+    The table has every case that was measured with these files, also by an earlier call.
+
     Args:
-        folder: results; cases measured before with the same numbers are not measured again.
+        folder: results; cases measured before are not measured again. Its `claims.json` alone is enough for that.
         files: of a build, or the shipped ones.
         names: cases to measure; None: all, or the main ones if `is_short`.
 
     Raises:
-        InputError: an unknown case, or more prompts than there are.
+        InputError: an unknown case, more prompts than there are, or a folder with a measurement of other numbers.
         CheckpointError: a file is missing or damaged.
     """
     if prompts > len(PROMPTS):
         raise InputError(f"there are {len(PROMPTS)} prompts, got {prompts}; choose a smaller number.")
     plan = Plan(people, seeds, PROMPTS[:prompts])
     chosen = _chosen(names, is_short)
-    measurement = Measurement(open_world(files), plan, make_subjects(people), folder)
-    results = {}
+    record = Record.open(folder, plan.facts)
+    measurement = Measurement(open_world(files), plan, folder)
     for case in chosen:
-        rows = measurement.rows(case, log)
-        if rows is not None:
-            results[case.name] = summarize(rows)
-            write_grid(folder, case.name)
-    return write_report(folder, results, _about(measurement))
+        facts = measurement.facts(case)
+        if record.find(facts, frozenset(METRICS)) is None:
+            rows = measurement.rows(case, log)
+            if rows is not None:
+                record.keep(case.name, facts, summarize(rows))
+                write_grid(folder, case.name)
+    results = {}
+    for case in all_cases():
+        if (numbers := record.find(measurement.facts(case), frozenset(METRICS))) is not None:
+            results[case.name] = numbers
+    path = folder / "claims.md"
+    with replacing(path) as file:
+        file.write_text(report(results, _about(measurement)), "utf-8", newline="\n")
+    return path
 
 
 def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:

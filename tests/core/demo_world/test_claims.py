@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ import torch
 
 from idadapter_core.demo_world import shipped
 from idadapter_core.demo_world.claims import draw, run
-from idadapter_core.demo_world.claims.cases import SHORT, all_cases
+from idadapter_core.demo_world.claims.cases import SHORT, Case, all_cases
 from idadapter_core.demo_world.claims.draw import Measurement, PictureRow, Plan
 from idadapter_core.demo_world.claims.judge import INDEPENDENT, OWN, Judge
 from idadapter_core.demo_world.claims.outside import OutsideJudge
 from idadapter_core.demo_world.claims.prompts import PROMPTS
+from idadapter_core.demo_world.claims.record import Record
 from idadapter_core.demo_world.claims.report import METRICS, SECTIONS, summarize
 from idadapter_core.demo_world.claims.subjects import asked_factors, make_subjects
 from idadapter_core.demo_world.readers import READ_FACTORS
@@ -26,6 +27,8 @@ from idadapter_core.demo_world.words import words
 from idadapter_core.demo_world.world import RowTokenizer, World, open_world
 from idadapter_core.errors import CheckpointError
 from idadapter_core.placeholders import CLASS_WORD
+from idadapter_core.statistics import Estimate
+from idadapter_core.types import Mix
 from tests.tiny.demo_world import write_demo_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,7 +105,7 @@ def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
         for case in all_cases()
         if case.name in ("base", "copy", "uniid_naive", "idadapter_2", "uniid_mean_2_stranger")
     ]
-    measurement = Measurement(world, plan, make_subjects(2), tmp_path)
+    measurement = Measurement(world, plan, tmp_path)
     for case in chosen:
         rows = measurement.rows(case, lines.append)
         assert rows is not None
@@ -123,19 +126,20 @@ def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         measurement.rows(naive, lines.append)  # another file: measured again
     adapter.write_bytes(before)
-    other = Measurement(world, dataclasses.replace(plan, people=1), make_subjects(1), tmp_path)
+    other = Measurement(world, dataclasses.replace(plan, people=1), tmp_path)
     again = other.rows(chosen[0], lines.append)
     assert again is not None
     assert len(again) == 2, "of another plan: measured again"
     kept = tmp_path / "cases" / f"{chosen[0].name}.json"
-    kept.write_text(json.dumps({"facts": plan.facts, "rows": [{"likeness_first": 0.5}]}), "utf-8")
+    content = json.loads(kept.read_text("utf-8"))
+    content["facts"]["format"] -= 1
+    kept.write_text(json.dumps({**content, "rows": [{"likeness_first": 0.5}]}), "utf-8")
     assert other.rows(chosen[0], lines.append) == again, "kept by an older version: measured again"
 
 
 def test_a_copy_is_like_the_person_and_true_pictures_follow_the_prompt(world: World, tmp_path: Path) -> None:
     """The judges know people and factors: shipped networks, no random ones."""
-    subjects = make_subjects(4)
-    measurement = Measurement(world, Plan(4, 1, PROMPTS[1:5]), subjects, tmp_path)
+    measurement = Measurement(world, Plan(4, 1, PROMPTS[1:5]), tmp_path)
     true, copies = (
         summarize(measurement.rows(case, print) or [])
         for case in all_cases()
@@ -172,7 +176,7 @@ def test_the_outside_judge_tells_people_apart() -> None:
 def test_missing_adapters_are_left_out(world: World, tmp_path: Path) -> None:
     lines: list[str] = []
     case = next(case for case in all_cases() if case.name == "idadapter_no_mff_4")
-    measurement = Measurement(world, Plan(1, 1, PROMPTS[:1]), make_subjects(1), tmp_path)
+    measurement = Measurement(world, Plan(1, 1, PROMPTS[:1]), tmp_path)
     assert measurement.rows(case, lines.append) is None
     assert lines == ["idadapter_no_mff_4: left out, there is no adapter idadapter_no_mff"]
 
@@ -216,12 +220,9 @@ def test_the_command_writes_tables_and_sheets(
     assert "| true render as asked (ceiling) | " in text
     assert "## Rescaling a foreign adapter" in text
     assert "## Mixing photos" not in text, "nothing of it was measured"
-    assert set(json.loads((tmp_path / "claims.json").read_text("utf-8"))) == {
-        "base",
-        "true",
-        "faceid_rescaled",
-    }
-    assert {path.stem for path in (tmp_path / "grids").iterdir()} == {"base", "true", "faceid_rescaled"}
+    measured = {"base", "true", "faceid_rescaled"}
+    assert set(json.loads((tmp_path / "claims.json").read_text("utf-8"))["cases"]) == measured
+    assert {path.stem for path in (tmp_path / "grids").iterdir()} == measured
     capsys.readouterr()
     for wrong, message in {
         ("--cases", "nothing"): "there is no case 'nothing'; choose from: base, true",
@@ -230,6 +231,71 @@ def test_the_command_writes_tables_and_sheets(
     }.items():
         assert _claims(*given, *wrong) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_record_is_enough_to_go_on_elsewhere(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ("--files", world.files, "--people", "2", "--prompts", "2", "--seeds", "1")
+    assert _claims(tmp_path / "here", *sizes, "--cases", "copy", "uniid") == 0
+    before = (tmp_path / "here" / "claims.md").read_text("utf-8")
+    (tmp_path / "there").mkdir()
+    shutil.copy(tmp_path / "here" / "claims.json", tmp_path / "there")
+    measured: list[str] = []
+    measure = Measurement.rows
+
+    def rows(self: Measurement, case: Case, log: Callable[[str], None]) -> list[PictureRow] | None:
+        measured.append(case.name)
+        return measure(self, case, log)
+
+    monkeypatch.setattr(Measurement, "rows", rows)
+    same = ["uniid", "uniid_concatenate_1", "uniid_mean_1", "uniid_rescaled_1.8"]
+    assert _claims(tmp_path / "there", *sizes, "--cases", *same) == 0
+    assert measured == [], "cases of the same pictures are one"
+    assert (tmp_path / "there" / "claims.md").read_text("utf-8") == before, "with cases measured before"
+    assert _claims(tmp_path / "there", *sizes, "--cases", "true", "uniid_mean_2") == 0
+    assert measured == ["true", "uniid_mean_2"]
+    capsys.readouterr()
+    record = tmp_path / "there" / "claims.json"
+    assert _claims(tmp_path / "there", *sizes[:-1], "2", "--cases", "copy") == 1
+    expected = "holds a measurement with other settings (seeds); choose another folder, or delete claims.json"
+    assert expected in capsys.readouterr().err
+    record.write_text("[]", "utf-8")
+    assert _claims(tmp_path / "there", *sizes, "--cases", "copy") == 1
+    assert "claims.json is no record of a measurement; delete it" in capsys.readouterr().err
+
+
+def test_numbers_of_other_files_metrics_or_judges_do_not_count(tmp_path: Path) -> None:
+    facts = {"case": "a", "judges": ["independent", "outside"], "files": {"base": "1"}}
+    record = Record.open(tmp_path, {"people": 2})
+    record.keep("a", facts, {"likeness": Estimate(0.25, None, None, 3), "found": None})
+    metrics = frozenset({"likeness", "found"})
+    again = Record.open(tmp_path, {"people": 2})
+    assert again.find(facts, metrics) == {"likeness": Estimate(0.25, None, None, 3), "found": None}
+    assert again.find({**facts, "judges": ["independent"]}, metrics) is not None, "fewer judges suffice"
+    assert again.find({**facts, "judges": ["independent", "own"]}, metrics) is None
+    assert again.find({**facts, "files": {"base": "2"}}, metrics) is None
+    assert again.find(facts, metrics | {"accuracy"}) is None
+    Record.open(tmp_path, {"people": 2}).keep("b", {**facts, "case": "b"}, {})
+    again.keep("c", {**facts, "case": "c"}, {})
+    assert set(Record.open(tmp_path, {"people": 2}).cases) == {"a", "b", "c"}, "two processes measure"
+
+
+@pytest.mark.parametrize(("name", "count"), [("uniid", 1), ("uniid", 4), ("idadapter", 1), ("idadapter", 4)])
+def test_modes_that_are_one_case_make_the_same(name: str, count: int) -> None:
+    world = open_world()
+    adapter = world.adapter(name)
+    assert adapter is not None
+    features = world.features(list(make_subjects(1)[0].references[:count]))
+    usual = adapter.encode(features, Mix("auto"))
+    modes = ("concatenate", "mean") if name == "uniid" else ("learned", "concatenate", "mean")
+    known = Case("", "", name, count).drawn
+    for mode in modes:
+        other = adapter.encode(features, Mix(mode))
+        assert usual.adapter_tokens is not None
+        assert other.adapter_tokens is not None
+        is_same = torch.equal(usual.adapter_tokens, other.adapter_tokens)
+        assert is_same == (Case("", "", name, count, mode).drawn == known)
 
 
 def test_the_short_form_is_smaller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
