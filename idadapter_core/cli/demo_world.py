@@ -91,13 +91,16 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
         help="folder of the build; an interrupted build resumes from it",
     )
     build.add_argument(
-        "--processes", type=int, default=2, help="number of processes that draw pictures (default 2)"
+        "--processes",
+        type=int,
+        default=2,
+        help="number of processes that draw pictures and train adapters (default 2)",
     )
     build.add_argument(
         "--threads",
         type=int,
         default=1,
-        help="number of threads of a training (default 1; more gain little beside other programs)",
+        help="number of threads of a process that trains (default 1; more gain little beside other programs)",
     )
     build.add_argument(
         "--settings",

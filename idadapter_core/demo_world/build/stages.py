@@ -29,7 +29,7 @@ class Workspace:
 
     home: Path
     settings: Settings
-    processes: int = 1
+    processes: int = 1  # that draw pictures and train adapters
     again: bool = False  # run finished stages again
     tokenizer: Path | None = None  # folder of CLIP's tokenizer, for the adapters
 

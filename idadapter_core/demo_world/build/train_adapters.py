@@ -65,8 +65,8 @@ def train_adapter(workspace: Workspace, name: str, settings: Sequence[str] = (),
         paths["base.vision"] = vision
     given = [f"{key}={path}" for key, path in paths.items()] + [*workspace.settings.training, *settings]
     config = ["--config", str(CONFIGS / f"demo_world_{name}.toml"), *(f"--set={entry}" for entry in given)]
-    _command("cache", "build", *config)
-    _command("train", *config, "--resume", "auto")
+    _command("cache", "build", *config, processes=workspace.processes)
+    _command("train", *config, "--resume", "auto", processes=workspace.processes)
     return folder
 
 
@@ -91,8 +91,8 @@ def _export(run: Path, file: Path, *more: str | Path) -> None:
     _command("export", run, file, "--overwrite", "--dtype", "fp16", *more)
 
 
-def _command(name: str, *arguments: str | Path) -> None:
-    """Run a command of this package in a process of its own, with as many threads as this one.
+def _command(name: str, *arguments: str | Path, processes: int = 1) -> None:
+    """Run a command of this package in a process of its own, or in several by torchrun, with as many threads as this one.
 
     Raises:
         TrainingError: it failed; its own message is on the screen.
@@ -103,6 +103,8 @@ def _command(name: str, *arguments: str | Path) -> None:
         "PYTHONPATH": f"{ROOT}{os.pathsep}{found}" if found else str(ROOT),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    command = [sys.executable, "-m", ROOT_PACKAGE, name, *map(str, arguments)]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    modules = [*(launcher if processes > 1 else []), ROOT_PACKAGE]
+    command = [sys.executable, "-m", *modules, name, *map(str, arguments)]
     if code := subprocess.run(command, env=environment, check=False).returncode:
         raise TrainingError(f"`{name}` ended with exit code {code}; its message is above.")

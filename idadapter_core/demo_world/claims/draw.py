@@ -14,15 +14,14 @@ import numpy as np
 import torch
 
 from ...adapter import Adapter
-from ...files import file_digest, replacing
+from ...files import replacing
 from ...stable_diffusion.pipeline import ImageRequest, Pipeline
 from ...types import FaceFeatures, Identity, Mix
-from ..shipped import AUTOENCODER, BASE, JUDGE, READER, adapter_file
 from ..world import World
 from .cases import SHORT, Case
 from .judge import INDEPENDENT, OUTSIDE, OWN, Judge, Likeness
 from .prompts import PROMPTS, Prompt
-from .record import is_covered
+from .record import facts_of, is_covered
 from .subjects import SIZE, Pixels, Subject, asked_factors, make_subjects, true_pictures
 
 STEPS, CFG, SAMPLER = 12, 3.0, "lcm"
@@ -115,11 +114,8 @@ class Measurement:
 
     def facts(self, case: Case) -> dict[str, Any]:
         """What a kept result must have been measured with, besides the plan."""
-        names = [BASE, AUTOENCODER, READER, JUDGE, *([adapter_file(case.adapter)] if case.adapter else [])]
-        files = {name: self.world.files / name for name in names}
-        digests = {name: file_digest(path) for name, path in files.items() if path.is_file()}
-        judges = sorted({name for seed in range(self.plan.seeds) for name in self._recognizers(case, seed)})
-        return {"case": repr(case.drawn), "judges": judges, "files": digests}
+        judges = {name for seed in range(self.plan.seeds) for name in self._recognizers(case, seed)}
+        return facts_of(case, self.world.files, judges)
 
     def _measure(self, case: Case, adapter: Adapter | None) -> tuple[list[PictureRow], Pixels]:
         rows: list[PictureRow] = []

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...files import replacing
+from ...files import file_digest, replacing
 from ...statistics import Estimate
+from ..shipped import AUTOENCODER, BASE, JUDGE, READER, adapter_file
+from .cases import Case
 
 Numbers = Mapping[str, Estimate | None]
 """By metric; None where no picture counts."""
 FILE = "claims.json"
+
+
+def facts_of(case: Case, files: Path, judges: Collection[str]) -> dict[str, Any]:
+    """What a measured case depends on, besides the plan: its pictures, the recognisers that judge, and the files of the world."""
+    names = [BASE, AUTOENCODER, READER, JUDGE, *([adapter_file(case.adapter)] if case.adapter else [])]
+    digests = {name: file_digest(files / name) for name in names if (files / name).is_file()}
+    return {"case": repr(case.drawn), "judges": sorted(judges), "files": digests}
 
 
 def is_covered(asked: Mapping[str, Any], kept: Mapping[str, Any]) -> bool:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...files import replacing
+from ..shipped import JUDGE
 from ..world import open_world
 from .cases import SHORT, Case, all_cases
-from .draw import CFG, SAMPLER, STEPS, Measurement, Plan
+from .draw import Measurement, Plan
+from .judge import OUTSIDE
 from .prompts import PROMPTS
-from .record import Record
+from .record import Record, facts_of
 from .report import METRICS, report, summarize, write_grid
 
 PLAN_NAMES = ("people", "prompts", "seeds")
@@ -55,14 +57,19 @@ def measure(
             if rows is not None:
                 record.keep(case.name, facts, summarize(rows))
                 write_grid(folder, case.name)
-    results = {}
-    for case in all_cases():
-        if (numbers := record.find(measurement.facts(case), frozenset(METRICS))) is not None:
-            results[case.name] = numbers
     path = folder / "claims.md"
     with replacing(path) as file:
-        file.write_text(report(results, _about(measurement)), "utf-8", newline="\n")
+        file.write_text(tables(record, files), "utf-8", newline="\n")
     return path
+
+
+def tables(record: Record, files: Path) -> str:
+    """The tables of all cases that were measured with these files, in Markdown."""
+    results = {}
+    for case in all_cases():
+        if (numbers := record.find(facts_of(case, files, ()), frozenset(METRICS))) is not None:
+            results[case.name] = numbers
+    return report(results, _about(record, files))
 
 
 def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:
@@ -75,21 +82,18 @@ def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:
     return [known[name] for name in names]
 
 
-def _about(measurement: Measurement) -> str:
-    plan = measurement.plan
-    drawn = "one picture" if plan.seeds == 1 else f"{plan.seeds} pictures"
+def _about(record: Record, files: Path) -> str:
+    plan = record.plan
+    drawn = "one picture" if plan["seeds"] == 1 else f"{plan['seeds']} pictures"
     judge = (
         "a recogniser of another form, trained on other people"
-        if measurement.judge.is_independent
+        if (files / JUDGE).is_file()
         else "the adapters' own recogniser, which favours them"
     )
-    outside = (
-        ""
-        if measurement.judge.outside is None
-        else " dlib judges the first picture of each prompt in the main cases."
-    )
+    judges = {name for kept in record.cases.values() for name in kept["facts"]["judges"]}
+    outside = " dlib judges the first picture of each prompt in the main cases." if OUTSIDE in judges else ""
     return (
-        f"{plan.people} people who were not met in training, {len(plan.prompts)} prompts, {drawn} of each. In brackets the 95 % "
+        f"{plan['people']} people who were not met in training, {len(plan['prompts'])} prompts, {drawn} of each. In brackets the 95 % "
         f"interval over people. ID-Sim is the cosine to the mean of the person's other photos by {judge}."
-        f"{outside} Drawn with {SAMPLER}, {STEPS} steps, CFG {CFG:g}."
+        f"{outside} Drawn with {plan['sampler']}, {plan['steps']} steps, CFG {plan['cfg']:g}."
     )
