@@ -68,7 +68,7 @@ class LoadDemoWorld(io.ComfyNode):
                 io.Model.Output(
                     "model",
                     display_name="model",
-                    tooltip="Draws at 128 x 128, with the sampler lcm, scheduler simple, 12 steps and a CFG of 3.",
+                    tooltip="Draws at 128 x 128, with the sampler lcm, scheduler simple, 8 steps and a CFG of 3.",
                 ),
                 io.Clip.Output(
                     "clip",

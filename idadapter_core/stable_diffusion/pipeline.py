@@ -55,8 +55,8 @@ class Pipeline:
     """A base model with an injected adapter.
 
     Args:
-        adapter: its layers are moved to the base's device, and converted to the base's dtype where that is wider (an adapter's file may be
-            in half precision); None generates with the base alone.
+        adapter: its layers are moved to the base's device, and converted to the base's dtype unless that is narrower (an adapter's file may
+            be in half precision, one in training is in single precision); None generates with the base alone.
         injected: the adapter's injection, if it is already in the UNet.
         poll: callback before each sampler step; it may raise to stop the generation.
     """
@@ -78,7 +78,8 @@ class Pipeline:
             adapter.encoder.to(self._device)
             if injected is None and adapter.config.has_adapter_branch:
                 layer = next(adapter.layers.parameters())
-                adapter.layers.to(self._device, torch.promote_types(layer.dtype, weight.dtype))
+                is_wider = layer.dtype.itemsize > weight.dtype.itemsize
+                adapter.layers.to(self._device, layer.dtype if is_wider else weight.dtype)
                 self.injected = inject(base.unet, adapter)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from .prompts import PROMPTS, Prompt
 from .record import facts_of, is_covered
 from .subjects import SIZE, Pixels, Subject, asked_factors, make_subjects, true_pictures
 
-STEPS, CFG, SAMPLER = 12, 3.0, "lcm"
+STEPS, CFG, SAMPLER = 8, 3.0, "lcm"
 FORMAT = 3  # of kept results
 SHOWN = 8  # people whose pictures of the first seed are kept to look at
 
@@ -36,12 +36,13 @@ class Plan:
     people: int
     seeds: int
     prompts: tuple[Prompt, ...] = PROMPTS
+    dtype: str = "float32"  # of the UNet
 
     @property
     def facts(self) -> dict[str, Any]:
         """The numbers and prompts, in JSON."""
         texts = [prompt.text for prompt in self.prompts]
-        drawn = {"steps": STEPS, "cfg": CFG, "sampler": SAMPLER}
+        drawn = {"steps": STEPS, "cfg": CFG, "sampler": SAMPLER, "dtype": self.dtype}
         return {
             "format": FORMAT,
             "people": self.people,
@@ -74,6 +75,7 @@ class Measurement:
 
     def __init__(self, world: World, plan: Plan, folder: Path) -> None:
         self.world, self.plan, self.folder = world, plan, folder
+        world.base.unet.to(getattr(torch, plan.dtype))
 
     @cached_property
     def subjects(self) -> tuple[Subject, ...]:

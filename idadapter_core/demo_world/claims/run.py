@@ -29,6 +29,7 @@ def measure(
     seeds: int,
     names: Sequence[str] | None,
     is_short: bool,
+    dtype: str = "float32",
     log: Callable[[str], None],
 ) -> Path:
     """Measure cases and write `claims.md`, `claims.json` and a sheet of each case. Returns the path of the table.
@@ -39,6 +40,7 @@ def measure(
         folder: results; cases measured before are not measured again. Its `claims.json` alone is enough for that.
         files: of a build, or the shipped ones.
         names: cases to measure; None: all, or the main ones if `is_short`.
+        dtype: "float32" or "bfloat16" of the UNet.
 
     Raises:
         InputError: an unknown case, more prompts than there are, or a folder with a measurement of other numbers.
@@ -46,7 +48,7 @@ def measure(
     """
     if prompts > len(PROMPTS):
         raise InputError(f"there are {len(PROMPTS)} prompts, got {prompts}; choose a smaller number.")
-    plan = Plan(people, seeds, PROMPTS[:prompts])
+    plan = Plan(people, seeds, PROMPTS[:prompts], dtype)
     chosen = _chosen(names, is_short)
     record = Record.open(folder, plan.facts)
     measurement = Measurement(open_world(files), plan, folder)
@@ -95,5 +97,5 @@ def _about(record: Record, files: Path) -> str:
     return (
         f"{plan['people']} people who were not met in training, {len(plan['prompts'])} prompts, {drawn} of each. In brackets the 95 % "
         f"interval over people. ID-Sim is the cosine to the mean of the person's other photos by {judge}."
-        f"{outside} Drawn with {plan['sampler']}, {plan['steps']} steps, CFG {plan['cfg']:g}."
+        f"{outside} Drawn with {plan['sampler']}, {plan['steps']} steps, CFG {plan['cfg']:g}, in {plan['dtype']}."
     )

@@ -127,6 +127,20 @@ def test_adapters_in_half_precision_draw_nearly_the_same(
     assert gap(draw(parts, halved, identities[kind])[0], whole) < 0.1 * gap(plain, whole)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_in_bfloat16_draws_nearly_the_same(
+    kind: str, parts: Parts, adapters: dict[str, Adapter], identities: dict[str, Identity]
+) -> None:
+    """Whether the adapter's file is in half or in single precision."""
+    whole, plain = draw(parts, adapters[kind], identities[kind])[0], draw(parts, None)[0]
+    rough = copy.deepcopy(parts)
+    rough.base.unet.to(torch.bfloat16)
+    for dtype in (torch.float16, torch.float32):
+        adapter = copy.deepcopy(adapters[kind])
+        adapter.layers.to(dtype)
+        assert gap(draw(rough, adapter, identities[kind])[0], whole) < 0.5 * gap(plain, whole)
+
+
 def test_batches_that_cannot_be(parts: Parts, adapters: dict[str, Adapter]) -> None:
     adapter, other = adapters["idadapter"], adapters["zeros"]
     both = _features(parts, 0, 2)
