@@ -50,6 +50,8 @@ class DataConfig(Settings):
     # UniID and IP-Adapter: share of samples whose person is known by another of their photos, not by the target itself as in the papers.
     # An adapter that never sees another photo also learns to copy the target's background and light.
     other_photo: float = 0.0
+    # IDAdapter: share of samples with the target itself among the references. An adapter that always sees it copies its expression and pose.
+    own_photo: float = 0.0
     min_photos: int = 1  # skip people with fewer usable photos
     # Prompt of every sample; <caption> and <class word> are replaced. Empty: the method's own.
     prompt: str = ""
@@ -68,6 +70,7 @@ class DataConfig(Settings):
             )
         at_least("data.references", self.references, 1)
         within("data.other_photo", self.other_photo, 0, 1)
+        within("data.own_photo", self.own_photo, 0, 1)
         at_least("data.min_photos", self.min_photos, 1)
         at_least("data.workers", self.workers, 0)
         within("data.max_bad_share", self.max_bad_share, 0, 1)

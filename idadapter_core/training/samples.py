@@ -223,7 +223,7 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
         known_by = (
             [PhotoVariant(self._shown(epoch, row, person))]
             if self._by_target
-            else [*references, PhotoVariant(row)]
+            else [*self._with_own(epoch, row, references), PhotoVariant(row)]
         )
         if self._store is None:
             image = self._index.load(row)
@@ -238,6 +238,15 @@ class Samples(Dataset["dict[str, Any] | IDAdapterError"]):
             sample["moments"] = self._store.latents(row, mirrored)
             tensors = [dict(self._store.photo(photo)) for photo in known_by]
         return sample | _stacked(tensors, self._by_target)
+
+    def _with_own(self, epoch: int, row: Row, references: list[PhotoVariant]) -> list[PhotoVariant]:
+        """The references, with the target in the place of one in the configured share of samples."""
+        share = self._config.data.own_photo
+        random = generator(self._config.train.seed, epoch, row.number, "own photo")
+        if not share or float(torch.rand((), generator=random)) >= share:
+            return references
+        place = int(torch.randint(len(references), (), generator=random))
+        return [*references[:place], PhotoVariant(row), *references[place + 1 :]]
 
     def _shown(self, epoch: int, row: Row, person: Sequence[Row]) -> Row:
         """The photo that tells a method who the person is, where the target is its own reference."""

@@ -24,9 +24,12 @@ ABLATIONS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
         "no_mff": ("adapter.settings.mixer_depth=0",),
         "no_text": ("adapter.settings.text_encoders=[]",),
         "no_id_loss": ("loss.identity=0.0",),
+        "one_photo": ("data.references=1",),
+        "own_photo": ("data.references=1", "data.own_photo=1.0"),
     }
 )
-"""Trainings of IDAdapter without one of its parts (Table 2 of its paper), and the settings that leave it out."""
+"""Trainings of IDAdapter without one of its parts or with one reference, another photo or the target itself (Table 2 of its paper), and the
+settings for that."""
 
 
 def scan_photos(workspace: Workspace) -> None:

@@ -66,6 +66,14 @@ UNIID = (
     Case("uniid_adapter", "UniID, adapter branch alone", "uniid", strengths=Strengths(1.0, 0.0)),
     Case("uniid_naive", "UniID, both branches, naive", "uniid"),
     Case("uniid", "UniID, both branches, rescaled", "uniid", strengths=Strengths(rescale=RESCALED)),
+    Case("uniid_naive_4", "UniID, both branches, naive, four photos", "uniid", photos=4),
+    Case(
+        "uniid_4",
+        "UniID, both branches, rescaled, four photos",
+        "uniid",
+        photos=4,
+        strengths=Strengths(rescale=RESCALED),
+    ),
     Case(
         "uniid_published",
         "UniID, both branches, rescaled by the numbers for SDXL",
@@ -82,6 +90,12 @@ ABLATIONS = tuple(
         ("no_mff", "without MFF"),
         ("no_text", "without identity word"),
         ("no_id_loss", "without L_id"),
+    )
+) + tuple(
+    Case(f"idadapter_{name}_1", f"IDAdapter, trained with {title}", f"idadapter_{name}")
+    for name, title in (
+        ("one_photo", "N = 1, another photo"),
+        ("own_photo", "N = 1, the photo to draw itself"),
     )
 )
 FACEID = (

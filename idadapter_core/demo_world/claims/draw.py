@@ -26,7 +26,7 @@ from .subjects import SIZE, Pixels, Subject, asked_factors, make_subjects, true_
 
 STEPS, CFG, SAMPLER = 8, 3.0, "lcm"
 FORMAT = 3  # of kept results
-SHOWN = 8  # people whose pictures of the first seed are kept to look at
+SHOWN = 8  # people whose pictures of the first seed are kept to look at, after the first reference photo
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Measurement:
                     pictures = self._pictures(case, pipeline, subject, identity, number, seed)
                     rows += self._judged(number, seed, pictures, self._recognizers(case, seed))
                     if seed == 0 and number < SHOWN:
-                        shown.append(pictures)
+                        shown.append(np.concatenate([subject.references[:1], pictures]))
         return rows, np.stack(shown)
 
     def _photos(self, case: Case, number: int) -> tuple[FaceFeatures, Mix]:

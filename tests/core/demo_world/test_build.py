@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from idadapter_core.adapter import load_adapter
+from idadapter_core.cli.export import adapter_file
 from idadapter_core.demo_world import Person, caption
 from idadapter_core.demo_world.base import LATENT_CHANNELS, BaseModel, new_text_encoder
 from idadapter_core.demo_world.build import pictures as drawing, train_base
@@ -478,12 +479,22 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {name for name, config in parts.items() if not config.has_text_branch} == {"no_text"}
     assert read_table(tmp_path / "runs" / "idadapter_no_id_loss" / "config.toml")["loss"]["identity"] == 0
     assert {path.name for path in (tmp_path / "sheets").iterdir()} == {"autoencoder.png", "base.png"}
+    _require_the_same_of_two_processes(Workspace(tmp_path, TINY, 2, tokenizer=tmp_path / "tokenizer"))
     capsys.readouterr()
     assert _command("base", "--ship", "--work", tmp_path, "--settings", "tiny") == 1
     assert "is needed to ship it; train it longer" in capsys.readouterr().err
     assert _command("--list", "--work", tmp_path, "--settings", "tiny") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [[name, "done"] for name in STAGES]
+
+
+def _require_the_same_of_two_processes(workspace: Workspace) -> None:
+    run = train_adapter(workspace, "faceid", run="faceid_of_two")
+    one, two = (load_adapter(adapter_file(folder)) for folder in (workspace.home / "runs" / "faceid", run))
+    theirs = two.layers.state_dict()
+    for name, weight in one.layers.state_dict().items():
+        torch.testing.assert_close(weight, theirs[name], atol=1e-4, rtol=1e-2)
+    assert json.loads((run / "log.jsonl").read_text("utf-8").splitlines()[-1])["step"] == 2
 
 
 def test_shipping_does_not_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -424,6 +424,28 @@ def test_a_person_can_be_known_by_another_photo(toy: Toy, tmp_path: Path, share:
     assert {0.0: len(others) == 0, 0.5: 0 < len(others) < 24, 1.0: len(others) == 24}[share]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_target_can_be_among_the_references(toy: Toy, tmp_path: Path, share: float) -> None:
+    """What else a sample has stays as it was."""
+    index = read_index(toy.index)
+    rows = index.usable("train")
+    samples, plain = (
+        Samples(index, rows, config_of(data={"resolution": 64, "references": 2, **more}), TIMESTEPS)
+        for more in ({"own_photo": share}, {})
+    )
+    own, _ = photo_pictures(index.load(rows[5]), PhotoVariant(rows[5]))
+    places: list[int] = []
+    for epoch in range(24):
+        sample, usual = samples.sample(epoch, 5), plain.sample(epoch, 5)
+        assert {name for name in usual if not _equal(usual[name], sample[name])} <= {"crops", "heads"}
+        assert torch.equal(sample["crops"][-1], usual["crops"][-1]), "the identity to match"
+        shown = [np.array_equal(levels(crop).round(), own) for crop in sample["crops"][:-1]]
+        assert sum(shown) <= 1
+        places += [place for place, is_own in enumerate(shown) if is_own]
+    assert {0.0: not places, 0.5: 0 < len(places) < 24, 1.0: len(places) == 24}[share]
+    assert not places or set(places) == {0, 1}, "in any place"
+
+
 # ------------------------------------------------------------------------------------------------ shares and prompts
 
 
