@@ -111,7 +111,7 @@ def measured(
         ]
         rows += judged(pair, drawn, judge, likeness)
         shown += drawn if pair < SHOWN else []
-    write_sheet(np.stack(shown), out / f"{case.name}.jpg", across=len(PROMPTS))
+    write_sheet(np.stack(shown), out / f"{case.name}.webp", across=len(PROMPTS))
     return rows
 
 

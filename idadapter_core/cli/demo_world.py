@@ -94,7 +94,7 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
         "--processes",
         type=int,
         default=2,
-        help="number of processes that draw pictures and train adapters (default 2)",
+        help="number of processes that draw pictures, and train adapters where there is no GPU (default 2)",
     )
     build.add_argument(
         "--threads",
@@ -114,12 +114,12 @@ def _add_build(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="FOLDER",
         help="folder of CLIP's tokenizer with vocab.json and merges.txt, to train adapters (comfy/sd1_tokenizer of ComfyUI)",
     )
-    build.add_argument(
+    modes = build.add_mutually_exclusive_group()  # the last two run no stage
+    modes.add_argument(
         "--from-shipped",
         action="store_true",
-        help="take the shipped files as results of the stages that made them, for example to train one more adapter",
+        help="take the shipped files as results of all stages but the named ones, for example to train one more adapter",
     )
-    modes = build.add_mutually_exclusive_group()  # the last two run no stage
     modes.add_argument("--again", action="store_true", help="run finished stages again")
     modes.add_argument("--list", action="store_true", help="list the stages and their states")
     modes.add_argument(
@@ -256,7 +256,7 @@ def _build(options: argparse.Namespace) -> int:
         return 0
     torch.set_num_threads(options.threads)
     if options.from_shipped:
-        take_shipped(STAGES, workspace)
+        take_shipped(STAGES, options.stages, workspace)
     run_stages(STAGES, options.stages, workspace)
     return 0
 

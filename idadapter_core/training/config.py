@@ -247,6 +247,17 @@ class RunConfig(Settings):
     train: TrainConfig = field(default_factory=TrainConfig)
     output: MayChange[OutputConfig] = field(default_factory=OutputConfig)
 
+    def __post_init__(self) -> None:
+        title, by_target = self.method.title, self.recipe.known_by_target
+        if self.data.own_photo and by_target:
+            raise ConfigError(
+                f"data.own_photo has no effect on {title}, which is shown one photo; leave it out, or set data.other_photo"
+            )
+        if self.data.other_photo and not by_target:
+            raise ConfigError(
+                f"data.other_photo has no effect on {title}, whose references are other photos; leave it out, or set data.own_photo"
+            )
+
     @property
     def method(self) -> Method:
         """The method to train."""

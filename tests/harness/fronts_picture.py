@@ -5,15 +5,14 @@ python -m tests.harness.fronts_picture
 
 from __future__ import annotations
 
-import json
 import sys
 from importlib import import_module
 from typing import Any
 
 from idadapter_core.demo_world.claims.cases import SCALES, fronts
-from idadapter_core.demo_world.claims.record import FILE, Numbers, Record, facts_of
+from idadapter_core.demo_world.claims.record import Digests, Numbers, facts_of
 from idadapter_core.demo_world.shipped import ASSETS
-from tests.harness.claims_page import FOLDER
+from tests.harness.claims_page import measured
 from tests.harness.comfy import REPOSITORY
 
 PICTURE = REPOSITORY / "docs" / "images" / "fronts.svg"
@@ -23,15 +22,15 @@ TITLES = {"uniid": "UniID", "faceid": "IP-Adapter FaceID"}
 
 
 def main() -> int:
-    plan = json.loads((FOLDER / FILE).read_text("utf-8"))["plan"]
-    record = Record.open(FOLDER, plan)
-    measured = {case.name: record.find(facts_of(case, ASSETS, ()), METRICS) for case in fronts()}
+    record, digests = measured(), Digests(ASSETS)
+    found = {case.name: record.find(case.name, facts_of(case, digests, ()), METRICS) for case in fronts()}
     plot: Any = import_module("matplotlib.pyplot")
+    plot.rcParams["svg.hashsalt"] = PICTURE.name  # the same file each time
     figure, axes = plot.subplots(1, len(TITLES), figsize=(10, 4), sharex=True, sharey=True, squeeze=False)
     for axis, (adapter, title) in zip(axes[0], TITLES.items(), strict=True):
         for way, label in WAYS.items():
-            found = [(scale, measured[f"{adapter}_{way}_{scale}"]) for scale in SCALES]
-            points = [(scale, _point(numbers)) for scale, numbers in found if numbers is not None]
+            of_scales = [(scale, found[f"{adapter}_{way}_{scale}"]) for scale in SCALES]
+            points = [(scale, _point(numbers)) for scale, numbers in of_scales if numbers is not None]
             axis.plot(*zip(*(point for _, point in points), strict=True), marker="o", label=label)
             for scale, point in points:
                 axis.annotate(f"{scale:g}", point, textcoords="offset points", xytext=(4, 4), fontsize=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,15 +271,14 @@ def _idadapter(workspace: Workspace) -> None:
     export_adapter(workspace, "idadapter", train_further(workspace, "idadapter_identity", first))
 
 
-def _ablations(workspace: Workspace) -> None:
-    for name, settings in ABLATIONS.items():
-        run = f"idadapter_{name}"
-        only_second = all(entry.startswith("loss.identity=") for entry in settings)  # the first has no L_id
-        if only_second:
-            first = train_adapter(workspace, "idadapter")
-        else:
-            first = train_adapter(workspace, "idadapter", settings, f"{run}_first")
-        export_adapter(workspace, run, train_further(workspace, "idadapter_identity", first, settings, run))
+def _ablation(workspace: Workspace, name: str) -> None:
+    settings, run = ABLATIONS[name], f"idadapter_{name}"
+    only_second = all(entry.startswith("loss.identity=") for entry in settings)  # the first has no L_id
+    if only_second:
+        first = train_adapter(workspace, "idadapter")
+    else:
+        first = train_adapter(workspace, "idadapter", settings, f"{run}_first")
+    export_adapter(workspace, run, train_further(workspace, "idadapter_identity", first, settings, run))
 
 
 def _faceid(workspace: Workspace) -> None:
@@ -354,9 +354,13 @@ STAGES: Mapping[str, Stage] = {
             "faceid", "train an IP-Adapter FaceID", ("index", "base_folder"), _faceid, (adapter_file("faceid"),),
             keeps=("runs/faceid", "runs/faceid_identity"),
         ),
-        Stage(
-            "ablations", "train IDAdapter without each of its parts, for measurements", ("index", "base_folder", "vision"), _ablations,
-            keeps=tuple(f"runs/idadapter_{name}" for name in ABLATIONS),
+        *(
+            Stage(
+                f"idadapter_{name}", f"train IDAdapter with {', '.join(settings)}, for measurements",
+                ("index", "base_folder", "vision"), partial(_ablation, name=name),
+                keeps=(f"runs/idadapter_{name}_first", f"runs/idadapter_{name}"),
+            )
+            for name, settings in ABLATIONS.items()
         ),
     )
 }  # fmt: skip

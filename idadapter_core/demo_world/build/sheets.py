@@ -14,7 +14,7 @@ def write_sheet(pictures: np.ndarray, path: Path, across: int = 8) -> None:
     rows = [list(pictures[start : start + across]) for start in range(0, count, across)]
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows], 0))
-    sheet.save(path, quality=92)  # of .jpg
+    sheet.save(path, quality=85)  # of .webp
 
 
 def write_pairs(above: np.ndarray, below: np.ndarray, path: Path, across: int = 6) -> None:

@@ -99,9 +99,7 @@ def run_stages(stages: Mapping[str, Stage], names: Sequence[str], workspace: Wor
     Raises:
         InputError: a stage is unknown or lacks one that it needs, or the folder holds a build with other settings.
     """
-    for name in names:
-        if name not in stages:
-            raise InputError(f"there is no stage {name!r}; choose from: {', '.join(stages)}.")
+    _require_known(stages, names)
     _require_same_settings(workspace)
     for name in names or tuple(stages):
         stage = stages[name]
@@ -118,17 +116,25 @@ def run_stages(stages: Mapping[str, Stage], names: Sequence[str], workspace: Wor
         _run(stage, workspace)
 
 
-def take_shipped(stages: Mapping[str, Stage], workspace: Workspace, source: Path = ASSETS) -> list[str]:
-    """Take the shipped files as results of the stages that made them. Returns the names of these stages; finished ones are left as they are.
+def take_shipped(
+    stages: Mapping[str, Stage], names: Sequence[str], workspace: Workspace, source: Path = ASSETS
+) -> list[str]:
+    """Take the shipped files as results of the stages that made them, but for the named ones, which are to be run.
+
+    Returns the names of the stages taken. Those that are finished or begun are left as they are.
 
     Raises:
-        InputError: the folder holds a build with other settings.
+        InputError: no stage is named, or one is unknown, or the folder holds a build with other settings.
     """
+    if not names:
+        raise InputError("name the stages to run; the others are taken from the shipped files.")
+    _require_known(stages, names)
     _require_same_settings(workspace)
     taken = []
     for name, stage in stages.items():
         is_shipped = bool(stage.ships) and all((source / file).is_file() for file in stage.ships)
-        if not is_shipped or workspace.done(name).is_file():
+        is_begun = workspace.done(name).is_file() or workspace.checkpoint(name).is_file()
+        if not is_shipped or is_begun or name in names:
             continue
         for file in stage.ships:
             (workspace.files / file).parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +175,12 @@ def _run(stage: Stage, workspace: Workspace) -> None:
         workspace.done(stage.name), record | ({} if schedule is None else {"schedule": asdict(schedule)})
     )
     workspace.log(stage.name, f"done after {record['seconds']} s")
+
+
+def _require_known(stages: Mapping[str, Stage], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in stages:
+            raise InputError(f"there is no stage {name!r}; choose from: {', '.join(stages)}.")
 
 
 def _forget(stage: Stage, workspace: Workspace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import MappingProxyType
 import torch
 
 from ...errors import InputError, TrainingError
+from ...toml import read_table
 from ..shipped import CLIP_VISION, PACKAGE, adapter_file, face_package
 from .stages import Workspace
 
@@ -25,11 +27,11 @@ ABLATIONS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
         "no_text": ("adapter.settings.text_encoders=[]",),
         "no_id_loss": ("loss.identity=0.0",),
         "one_photo": ("data.references=1",),
-        "own_photo": ("data.references=1", "data.own_photo=1.0"),
+        "own_photo": ("data.references=1", "data.own_photo=1.0", "data.flip=false"),
     }
 )
 """Trainings of IDAdapter without one of its parts or with one reference, another photo or the target itself (Table 2 of its paper), and the
-settings for that."""
+settings for that. A mirrored target would not be its own reference."""
 
 
 def scan_photos(workspace: Workspace) -> None:
@@ -69,8 +71,20 @@ def train_adapter(workspace: Workspace, name: str, settings: Sequence[str] = (),
     given = [f"{key}={path}" for key, path in paths.items()] + [*workspace.settings.training, *settings]
     config = ["--config", str(CONFIGS / f"demo_world_{name}.toml"), *(f"--set={entry}" for entry in given)]
     _command("cache", "build", *config, processes=workspace.processes)
-    _command("train", *config, "--resume", "auto", processes=workspace.processes)
+    processes = _sharing(
+        workspace.processes, CONFIGS / f"demo_world_{name}.toml", workspace.settings.training
+    )
+    _command("train", *config, "--resume", "auto", processes=processes)
     return folder
+
+
+def _sharing(processes: int, config: Path, settings: Sequence[str]) -> int:
+    """How many of the processes train: those that share the batch evenly; one where there is an accelerator, each of which runs one."""
+    if hasattr(torch, "accelerator") and torch.accelerator.is_available():
+        return 1
+    given = dict(entry.split("=", 1) for entry in settings)
+    batch = int(given.get("train.global_batch_size", read_table(config)["train"]["global_batch_size"]))
+    return math.gcd(processes, batch)
 
 
 def train_further(

@@ -21,7 +21,7 @@ from ..world import World
 from .cases import SHORT, Case
 from .judge import INDEPENDENT, OUTSIDE, OWN, Judge, Likeness
 from .prompts import PROMPTS, Prompt
-from .record import facts_of, is_covered
+from .record import Digests, facts_of, is_covered
 from .subjects import SIZE, Pixels, Subject, asked_factors, make_subjects, true_pictures
 
 STEPS, CFG, SAMPLER = 8, 3.0, "lcm"
@@ -75,7 +75,7 @@ class Measurement:
 
     def __init__(self, world: World, plan: Plan, folder: Path) -> None:
         self.world, self.plan, self.folder = world, plan, folder
-        world.base.unet.to(getattr(torch, plan.dtype))
+        self._digests = Digests(world.files)
 
     @cached_property
     def subjects(self) -> tuple[Subject, ...]:
@@ -107,7 +107,8 @@ class Measurement:
             return None
         rows, shown = self._measure(case, adapter)
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path.with_suffix(".npy"), shown)
+        with replacing(path.with_suffix(".npy")) as file, file.open("wb") as stream:
+            np.save(stream, shown)
         with replacing(path) as file:
             kept = {"facts": facts, "rows": [asdict(row) for row in rows]}
             file.write_text(json.dumps(kept) + "\n", "utf-8", newline="\n")
@@ -117,7 +118,7 @@ class Measurement:
     def facts(self, case: Case) -> dict[str, Any]:
         """What a kept result must have been measured with, besides the plan."""
         judges = {name for seed in range(self.plan.seeds) for name in self._recognizers(case, seed)}
-        return facts_of(case, self.world.files, judges)
+        return facts_of(case, self._digests, judges)
 
     def _measure(self, case: Case, adapter: Adapter | None) -> tuple[list[PictureRow], Pixels]:
         rows: list[PictureRow] = []

@@ -54,10 +54,6 @@ class Judge:
         analyzer, reader = open_analyzer(files / PACKAGE, "cpu"), load_reader(files / READER)
         return cls(analyzer, first, second, reader, OutsideJudge.find())
 
-    @property
-    def is_independent(self) -> bool:
-        return self.second is not None
-
     def read(self, pictures: Pixels) -> list[dict[str, str]]:
         """Return the class of each factor in each of the pictures (N, 128, 128, 3)."""
         found: list[dict[str, str]] = []

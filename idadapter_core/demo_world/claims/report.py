@@ -139,6 +139,6 @@ def shown_number(value: Estimate | None) -> str:
 def write_grid(folder: Path, name: str) -> Path:
     """Write a sheet of a case's kept pictures, a row for each person: a reference photo, then the prompts in their order."""
     shown = np.load(folder / "cases" / f"{name}.npy")
-    path = folder / "grids" / f"{name}.jpg"
+    path = folder / "grids" / f"{name}.webp"
     write_sheet(shown.reshape(-1, *shown.shape[2:]), path, across=shown.shape[1])
     return path

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ...errors import InputError
 from ...files import replacing
@@ -11,9 +14,8 @@ from ..shipped import JUDGE
 from ..world import open_world
 from .cases import SHORT, Case, all_cases
 from .draw import Measurement, Plan
-from .judge import OUTSIDE
 from .prompts import PROMPTS
-from .record import Record, facts_of
+from .record import Digests, Record, facts_of
 from .report import METRICS, report, summarize, write_grid
 
 PLAN_NAMES = ("people", "prompts", "seeds")
@@ -51,14 +53,17 @@ def measure(
     plan = Plan(people, seeds, PROMPTS[:prompts], dtype)
     chosen = _chosen(names, is_short)
     record = Record.open(folder, plan.facts)
-    measurement = Measurement(open_world(files), plan, folder)
+    world = open_world(files)
+    world.base.unet.to(getattr(torch, dtype))
+    measurement = Measurement(world, plan, folder)
     for case in chosen:
         facts = measurement.facts(case)
-        if record.find(facts, frozenset(METRICS)) is None:
+        record = Record.open(folder, plan.facts)  # another process may have measured the case
+        if record.find(case.name, facts, frozenset(METRICS)) is None:
             rows = measurement.rows(case, log)
             if rows is not None:
-                record.keep(case.name, facts, summarize(rows))
                 write_grid(folder, case.name)
+                record = record.keep(case.name, facts, summarize(rows))
     path = folder / "claims.md"
     with replacing(path) as file:
         file.write_text(tables(record, files), "utf-8", newline="\n")
@@ -67,11 +72,13 @@ def measure(
 
 def tables(record: Record, files: Path) -> str:
     """The tables of all cases that were measured with these files, in Markdown."""
-    results = {}
+    digests, results = Digests(files), {}
     for case in all_cases():
-        if (numbers := record.find(facts_of(case, files, ()), frozenset(METRICS))) is not None:
+        numbers = record.find(case.name, facts_of(case, digests, ()), frozenset(METRICS))
+        if numbers is not None:
             results[case.name] = numbers
-    return report(results, _about(record, files))
+    has_outside = any(numbers["likeness_outside"] is not None for numbers in results.values())
+    return report(results, _about(record.plan, digests, has_outside))
 
 
 def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:
@@ -84,16 +91,14 @@ def _chosen(names: Sequence[str] | None, is_short: bool) -> Sequence[Case]:
     return [known[name] for name in names]
 
 
-def _about(record: Record, files: Path) -> str:
-    plan = record.plan
+def _about(plan: Mapping[str, Any], digests: Digests, has_outside: bool) -> str:
     drawn = "one picture" if plan["seeds"] == 1 else f"{plan['seeds']} pictures"
     judge = (
-        "a recogniser of another form, trained on other people"
-        if (files / JUDGE).is_file()
-        else "the adapters' own recogniser, which favours them"
+        "the adapters' own recogniser, which favours them"
+        if digests.of(JUDGE) is None
+        else "a recogniser of another form, trained on other people"
     )
-    judges = {name for kept in record.cases.values() for name in kept["facts"]["judges"]}
-    outside = " dlib judges the first picture of each prompt in the main cases." if OUTSIDE in judges else ""
+    outside = " dlib judges the first picture of each prompt in the main cases." if has_outside else ""
     return (
         f"{plan['people']} people who were not met in training, {len(plan['prompts'])} prompts, {drawn} of each. In brackets the 95 % "
         f"interval over people. ID-Sim is the cosine to the mean of the person's other photos by {judge}."

@@ -1,4 +1,4 @@
-"""Training recipe of IDAdapter (arXiv 2403.13535): N references other than the target, the identity word in the caption, L_id."""
+"""Training recipe of IDAdapter (arXiv 2403.13535): N references, as a rule other photos than the target, the identity word in the caption, L_id."""
 
 from __future__ import annotations
 

@@ -337,15 +337,23 @@ def test_shipped_files_stand_for_the_stages_that_made_them(tmp_path: Path) -> No
     ship(_stages([]), ["first"], _bench(tmp_path / "work"), target)
     events: list[str] = []
     stages, other = _stages(events), _bench(tmp_path / "other")
-    assert take_shipped(stages, other, target) == ["first"]
+    with pytest.raises(InputError, match="name the stages to run"):
+        take_shipped(stages, [], other, target)
+    assert take_shipped(stages, ["first"], other, target) == [], "what is to be run is not taken"
+    assert take_shipped(stages, ["second"], other, target) == ["first"]
     assert (other.files / "first.bin").read_bytes() == b"first"
     run_stages(stages, ["second"], other)
     assert events == ["second"], "what it needs is there"
     (other.files / "first.bin").write_bytes(b"built here")
-    assert take_shipped(stages, other, target) == [], "finished stages stay"
+    assert take_shipped(stages, ["second"], other, target) == [], "finished stages stay"
     assert (other.files / "first.bin").read_bytes() == b"built here"
     with pytest.raises(InputError, match="choose another --work"):
-        take_shipped(stages, _bench(tmp_path / "other", settings=dataclasses.replace(SMALL, size=64)), target)
+        take_shipped(
+            stages,
+            ["second"],
+            _bench(tmp_path / "other", settings=dataclasses.replace(SMALL, size=64)),
+            target,
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- measures
@@ -486,6 +494,17 @@ def test_the_whole_build_goes_through(tmp_path: Path, capsys: pytest.CaptureFixt
     assert _command("--list", "--work", tmp_path, "--settings", "tiny") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [[name, "done"] for name in STAGES]
+
+
+def test_another_adapter_needs_what_is_shipped_and_the_pictures() -> None:
+    """The command in docs/demo_world.md: its stages come in an order in which each finds what it needs."""
+    from idadapter_core.demo_world.build.make import STAGES
+
+    run = ["pictures", "photos", "index", "base_folder", "faceid"]
+    found = {name for name, stage in STAGES.items() if stage.ships}
+    for name in run:
+        assert set(STAGES[name].needs) <= found
+        found.add(name)
 
 
 def _require_the_same_of_two_processes(workspace: Workspace) -> None:

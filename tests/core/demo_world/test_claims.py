@@ -25,10 +25,10 @@ from idadapter_core.demo_world.claims.subjects import asked_factors, make_subjec
 from idadapter_core.demo_world.readers import READ_FACTORS
 from idadapter_core.demo_world.words import words
 from idadapter_core.demo_world.world import RowTokenizer, World, open_world
-from idadapter_core.errors import CheckpointError
+from idadapter_core.errors import CheckpointError, InputError
 from idadapter_core.placeholders import CLASS_WORD
 from idadapter_core.statistics import Estimate
-from idadapter_core.types import Mix
+from idadapter_core.types import Identity, Mix
 from tests.tiny.demo_world import write_demo_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,7 +125,7 @@ def test_cases_are_measured_and_kept(world: World, tmp_path: Path) -> None:
         file.write(b"changed")
     naive = next(case for case in chosen if case.name == "uniid_naive")
     with pytest.raises(CheckpointError):
-        measurement.rows(naive, lines.append)  # another file: measured again
+        Measurement(world, plan, tmp_path).rows(naive, lines.append)  # another file: measured again
     adapter.write_bytes(before)
     other = Measurement(world, dataclasses.replace(plan, people=1), tmp_path)
     again = other.rows(chosen[0], lines.append)
@@ -257,29 +257,75 @@ def test_a_record_is_enough_to_go_on_elsewhere(
     assert _claims(tmp_path / "there", *sizes, "--cases", "uniid_mean_2") == 0
     assert measured == ["uniid_mean_2"]
     capsys.readouterr()
-    record = tmp_path / "there" / "claims.json"
-    assert _claims(tmp_path / "there", *sizes[:-1], "2", "--cases", "copy") == 1
-    expected = "holds a measurement with other settings (seeds); choose another folder, or delete claims.json"
+    assert _claims(tmp_path / "there", *sizes, "--dtype", "bfloat16", "--cases", "copy") == 1
+    expected = "holds a measurement with other settings (dtype); choose another folder, or delete claims.json"
     assert expected in capsys.readouterr().err
-    record.write_text("[]", "utf-8")
-    assert _claims(tmp_path / "there", *sizes, "--cases", "copy") == 1
-    assert "claims.json is no record of a measurement; delete it" in capsys.readouterr().err
+
+
+def test_pictures_are_drawn_in_the_dtype_asked_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(Measurement, "rows", lambda self, case, log: seen.append(self.world.base.unet.dtype))
+    for dtype in ("float32", "bfloat16"):
+        given = ("--files", world.files, "--people", "1", "--dtype", dtype, "--cases", "base")
+        assert _claims(tmp_path / dtype, *given) == 0
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"plan": "x", "cases": {}},
+        {"plan": {}, "cases": []},
+        {"plan": {}, "cases": {"base": {"facts": {"case": "", "judges": [], "files": {}}}}},
+        {"plan": {}, "cases": {"base": {"facts": {"case": ""}, "numbers": {}}}},
+        {
+            "plan": {},
+            "cases": {
+                "base": {
+                    "facts": {"case": "", "judges": [], "files": {}},
+                    "numbers": {"likeness": {"mean": 1}},
+                }
+            },
+        },
+    ],
+)
+def test_a_damaged_record_is_named(content: object, tmp_path: Path) -> None:
+    (tmp_path / "claims.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(InputError, match=r"claims\.json is no record of a measurement; delete it"):
+        Record.open(tmp_path, {})
 
 
 def test_numbers_of_other_files_metrics_or_judges_do_not_count(tmp_path: Path) -> None:
-    facts = {"case": "a", "judges": ["independent", "outside"], "files": {"base": "1"}}
+    adapter = shipped.adapter_file("uniid")
+    facts = {"case": "a", "judges": ["independent", "outside"], "files": {shipped.BASE: "1", adapter: "1"}}
+    numbers = {"likeness": Estimate(0.25, None, None, 3), "found": None}
     record = Record.open(tmp_path, {"people": 2})
-    record.keep("a", facts, {"likeness": Estimate(0.25, None, None, 3), "found": None})
-    metrics = frozenset({"likeness", "found"})
+    record.keep("a", facts, numbers)
+    metrics = frozenset(numbers)
     again = Record.open(tmp_path, {"people": 2})
-    assert again.find(facts, metrics) == {"likeness": Estimate(0.25, None, None, 3), "found": None}
-    assert again.find({**facts, "judges": ["independent"]}, metrics) is not None, "fewer judges suffice"
-    assert again.find({**facts, "judges": ["independent", "own"]}, metrics) is None
-    assert again.find({**facts, "files": {"base": "2"}}, metrics) is None
-    assert again.find(facts, metrics | {"accuracy"}) is None
+    assert again.find("a", facts, metrics) == numbers
+    assert again.find("a", {**facts, "judges": ["independent"]}, metrics) is not None, "fewer judges suffice"
+    assert again.find("a", {**facts, "judges": ["independent", "own"]}, metrics) is None
+    assert again.find("a", {**facts, "files": {shipped.BASE: "2", adapter: "1"}}, metrics) is None
+    assert again.find("a", {**facts, "files": {shipped.BASE: "1", adapter: "2"}}, metrics) is None
+    assert again.find("a", {**facts, "files": {adapter: "1"}}, metrics) is None
+    assert again.find("a", {**facts, "files": {shipped.BASE: "1"}}, metrics) is not None, "not shipped"
+    assert again.find("a", facts, metrics | {"accuracy"}) is None
     Record.open(tmp_path, {"people": 2}).keep("b", {**facts, "case": "b"}, {})
     again.keep("c", {**facts, "case": "c"}, {})
     assert set(Record.open(tmp_path, {"people": 2}).cases) == {"a", "b", "c"}, "two processes measure"
+
+
+def test_of_cases_that_draw_the_same_the_one_with_most_judges_counts(tmp_path: Path) -> None:
+    facts = {"case": "a", "judges": ["independent"], "files": {}}
+    few, many, own = ({"found": Estimate(mean, None, None, 3)} for mean in (0.1, 0.2, 0.3))
+    record = Record.open(tmp_path, {}).keep("a_twin", facts, few)
+    record = record.keep("z_twin", {**facts, "judges": ["independent", "outside"]}, many)
+    assert record.find("main", facts, frozenset({"found"})) == many
+    assert record.keep("main", facts, own).find("main", facts, frozenset({"found"})) == own
 
 
 def test_modes_that_are_one_case_make_the_same(world: World) -> None:
@@ -292,13 +338,21 @@ def test_modes_that_are_one_case_make_the_same(world: World) -> None:
         assert adapter is not None
         for count in (1, 4):
             photos = features.pick(list(range(count)))
-            usual = adapter.encode(photos, Mix("auto")).adapter_tokens
+            usual = adapter.encode(photos, Mix("auto"))
             for mode in modes:
-                tokens = adapter.encode(photos, Mix(mode)).adapter_tokens
-                assert usual is not None
-                assert tokens is not None
                 is_one_case = Case("", "", name, count, mode).drawn == Case("", "", name, count).drawn
-                assert torch.equal(usual, tokens) == is_one_case, f"{name}, {mode} of {count}"
+                assert _is_same(adapter.encode(photos, Mix(mode)), usual) == is_one_case, (
+                    f"{name}, {mode} of {count}"
+                )
+
+
+def _is_same(one: Identity, other: Identity) -> bool:
+    pairs = [(getattr(one, name), getattr(other, name)) for name in ("adapter_tokens", "adapter_bias")]
+    pairs += [(tokens, other.text_tokens[name]) for name, tokens in (one.text_tokens or {}).items()]
+    return all(
+        mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
+        for mine, theirs in pairs
+    )
 
 
 def test_the_short_form_is_smaller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
