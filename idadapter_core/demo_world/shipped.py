@@ -21,7 +21,11 @@ CLIP_VISION = "clip_vision"  # a folder
 VISION_CONFIG, VISION_WEIGHTS = f"{CLIP_VISION}/config.json", f"{CLIP_VISION}/model.safetensors"
 BASE = "base.safetensors"
 ADAPTERS = "adapters"  # a folder
-METHODS: Mapping[str, str] = {"uniid": "UniID", "idadapter": "IDAdapter"}
+METHODS: Mapping[str, str] = {
+    "uniid": "UniID",
+    "idadapter": "IDAdapter",
+    "faceid": "IP-Adapter FaceID",
+}
 """Titles of the methods with a shipped adapter, by the names of the files in that folder."""
 JUDGE = "second_recognizer.safetensors"
 FACE_PACKAGES = "insightface"  # a root folder of packages, in insightface's layout

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...errors import InputError
 from ...files import replacing
@@ -54,7 +55,7 @@ def measure(
     chosen = _chosen(names, is_short)
     record = Record.open(folder, plan.facts)
     world = open_world(files)
-    world.base.unet.to(getattr(torch, dtype))
+    nn.Module.to(world.base.unet, getattr(torch, dtype))  # diffusers' own `to` warns of something that it then does
     measurement = Measurement(world, plan, folder)
     for case in chosen:
         facts = measurement.facts(case)
