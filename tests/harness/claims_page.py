@@ -32,7 +32,7 @@ def text() -> str:
         raise ValueError(
             f"{PAGE} lacks the line that divides what is written by hand from the tables: {MARK}"
         )
-    prompts = "".join(f"{number}. {prompt}\n" for number, prompt in enumerate(record.plan["prompts"], 1))
+    prompts = "".join(f"{number}. `{prompt}`\n" for number, prompt in enumerate(record.plan["prompts"], 1))
     sheets = "".join(
         f"- [{case.title}](claims/grids/{case.name}.webp)\n"
         for case in (*MAIN, *ABLATIONS)

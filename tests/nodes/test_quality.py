@@ -82,7 +82,8 @@ def measured(pack: object) -> Measured:
 
 
 @pytest.mark.parametrize(
-    ("case", "margin"), [("uniid_4_rescaled", 0.3), ("uniid_4", 0.3), ("idadapter_4", 0.15)]
+    ("case", "margin"),
+    [("uniid_4_rescaled", 0.3), ("uniid_4", 0.3), ("idadapter_4", 0.15), ("faceid_1", 0.2)],
 )
 def test_the_person_is_drawn(case: str, margin: float, measured: Measured) -> None:
     assert measured.of(case)[0] > measured.of("base")[0] + margin

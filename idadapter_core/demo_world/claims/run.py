@@ -55,7 +55,9 @@ def measure(
     chosen = _chosen(names, is_short)
     record = Record.open(folder, plan.facts)
     world = open_world(files)
-    nn.Module.to(world.base.unet, getattr(torch, dtype))  # diffusers' own `to` warns of something that it then does
+    nn.Module.to(
+        world.base.unet, getattr(torch, dtype)
+    )  # diffusers' own `to` warns of something that it then does
     measurement = Measurement(world, plan, folder)
     for case in chosen:
         facts = measurement.facts(case)
