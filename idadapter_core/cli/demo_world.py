@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,20 +169,31 @@ def _claims(options: argparse.Namespace) -> int:
             setattr(options, name, usual)
     _require_positive(options, *PLAN_NAMES, "threads")
     torch.set_num_threads(options.threads)
-    # Faces of this world are small, which is no reason to warn.
-    logging.getLogger(faces.__name__).setLevel(logging.ERROR)
-    path = measure(
-        options.output,
-        options.files or ASSETS,
-        people=options.people,
-        prompts=options.prompts,
-        seeds=options.seeds,
-        names=options.cases,
-        is_short=options.short,
-        dtype=options.dtype,
-        log=_print,
-    )
+    with _errors_alone(faces.__name__):  # faces of this world are small, which is no reason to warn
+        path = measure(
+            options.output,
+            options.files or ASSETS,
+            people=options.people,
+            prompts=options.prompts,
+            seeds=options.seeds,
+            names=options.cases,
+            is_short=options.short,
+            dtype=options.dtype,
+            log=_print,
+        )
     return _report_written(path)
+
+
+@contextlib.contextmanager
+def _errors_alone(logger: str) -> Iterator[None]:
+    """Leave out a logger's warnings meanwhile."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
 
 
 def _add_verify(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -266,11 +267,20 @@ def test_pictures_are_drawn_in_the_dtype_asked_for(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.dtype] = []
-    monkeypatch.setattr(Measurement, "rows", lambda self, case, log: seen.append(self.world.base.unet.dtype))
+    quiet: list[bool] = []
+    logger = logging.getLogger("idadapter_core.faces")
+
+    def rows(self: Measurement, case: Case, log: Callable[[str], None]) -> None:
+        seen.append(self.world.base.unet.dtype)
+        quiet.append(not logger.isEnabledFor(logging.WARNING))
+
+    monkeypatch.setattr(Measurement, "rows", rows)
     for dtype in ("float32", "bfloat16"):
         given = ("--files", world.files, "--people", "1", "--dtype", dtype, "--cases", "base")
         assert _claims(tmp_path / dtype, *given) == 0
     assert seen == [torch.float32, torch.bfloat16]
+    assert quiet == [True, True], "faces are small"
+    assert logger.isEnabledFor(logging.WARNING), "afterwards they are told of again"
 
 
 @pytest.mark.parametrize(
