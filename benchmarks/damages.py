@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.harness.comfy import PACK_MODULE
@@ -38,21 +39,14 @@ def _replace(function: Any, other: Any) -> None:
                     setattr(module, key, other)
 
 
-def _change_projections(change: Callable[[Any, Any], tuple[Any, Any]]) -> None:
-    """Change the keys and values of identity tokens, in both mechanisms of attention."""
-    for owner in (_core("mechanisms.decoupled").SiteProjections, _core("mechanisms.gated").GatedAdapter):
-        usual = owner.project
-
-        def project(self: Any, *given: Any, usual: Any = usual) -> tuple[Any, Any]:
-            return change(*usual(self, *given))
-
-        owner.project = project
+def _change_projections(owner: Any, change: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """Change the keys and values that a mechanism projects identity tokens to."""
+    usual = owner.project
+    owner.project = lambda self, *given: change(*usual(self, *given))
 
 
 def _opposite() -> None:
-    _core("mechanisms.decoupled").SiteProjections.project = _negated(
-        _core("mechanisms.decoupled").SiteProjections.project
-    )
+    _change_projections(_core("mechanisms.decoupled").SiteProjections, lambda keys, values: (keys, -values))
     gated = _core("mechanisms.gated").GatedAdapter
     attend = gated._attend
 
@@ -63,16 +57,9 @@ def _opposite() -> None:
     gated._attend = opposed
 
 
-def _negated(project: Any) -> Any:
-    def negated(self: Any, *given: Any) -> tuple[Any, Any]:
-        keys, values = project(self, *given)
-        return keys, -values
-
-    return negated
-
-
 def _swapped() -> None:
-    _change_projections(lambda keys, values: (values, keys))
+    for owner in (_core("mechanisms.decoupled").SiteProjections, _core("mechanisms.gated").GatedAdapter):
+        _change_projections(owner, lambda keys, values: (values, keys))
 
 
 def _bgr() -> None:
@@ -82,7 +69,7 @@ def _bgr() -> None:
 
 def _beside() -> None:
     function = _core("faces.align").align_face
-    _replace(function, lambda image, landmarks, *more: function(image, landmarks + ASIDE, *more))
+    _replace(function, lambda image, landmarks, *more: function(image, np.asarray(landmarks) + ASIDE, *more))
 
 
 DAMAGES: dict[str, Callable[[], None]] = {
@@ -114,6 +101,8 @@ def main() -> int:
         torch.set_num_threads(1)
         print(_measure(options.alone), flush=True)
         return 0
+    if unknown := set(options.damages) - set(DAMAGES):
+        parser.error(f"there is no damage {', '.join(sorted(unknown))}; choose from: {'; '.join(DAMAGES)}")
     for name in options.damages or DAMAGES:  # each in a process of its own, so that no damage stays
         command = [sys.executable, "-m", "benchmarks.damages", "--alone", name]
         if code := subprocess.run(command, check=False).returncode:

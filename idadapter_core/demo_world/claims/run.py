@@ -19,6 +19,7 @@ from .prompts import PROMPTS
 from .record import Digests, Record, facts_of
 from .report import METRICS, report, summarize, write_grid
 
+NAMES = frozenset(METRICS)
 PLAN_NAMES = ("people", "prompts", "seeds")
 PLAN, SHORT_PLAN = (100, 12, 2), (12, 6, 1)
 
@@ -55,14 +56,13 @@ def measure(
     chosen = _chosen(names, is_short)
     record = Record.open(folder, plan.facts)
     world = open_world(files)
-    nn.Module.to(
-        world.base.unet, getattr(torch, dtype)
-    )  # diffusers' own `to` warns of something that it then does
+    # diffusers' own `to` warns of something that it then does
+    nn.Module.to(world.base.unet, getattr(torch, dtype))
     measurement = Measurement(world, plan, folder)
     for case in chosen:
         facts = measurement.facts(case)
         record = Record.open(folder, plan.facts)  # another process may have measured the case
-        if record.find(case.name, facts, frozenset(METRICS)) is None:
+        if record.find(case.name, facts, NAMES) is None:
             rows = measurement.rows(case, log)
             if rows is not None:
                 write_grid(folder, case.name)
@@ -77,7 +77,7 @@ def tables(record: Record, files: Path) -> str:
     """The tables of all cases that were measured with these files, in Markdown."""
     digests, results = Digests(files), {}
     for case in all_cases():
-        numbers = record.find(case.name, facts_of(case, digests, ()), frozenset(METRICS))
+        numbers = record.find(case.name, facts_of(case, digests, ()), NAMES)
         if numbers is not None:
             results[case.name] = numbers
     has_outside = any(numbers["likeness_outside"] is not None for numbers in results.values())
