@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..adapter import Adapter
+from ..attention_cpu import AttentionInFloat32, processor
 from ..faces.align import TEMPLATE_SIZE
 from ..faces.detector import select_faces
 from ..faces.iresnet import IResNet
@@ -307,8 +308,11 @@ class Bundle(nn.Module):
 
     @contextmanager
     def _autocast(self, device: torch.device) -> Iterator[None]:
-        is_narrow = self._config.train.mixed_precision == "bf16"
-        with torch.autocast(device.type, torch.bfloat16) if is_narrow else nullcontext():
+        if self._config.train.mixed_precision != "bf16":
+            yield
+            return
+        is_slow = device.type == "cpu" and not processor().tiles
+        with torch.autocast(device.type, torch.bfloat16), AttentionInFloat32() if is_slow else nullcontext():
             yield
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from idadapter_core import attention_cpu
@@ -18,7 +19,7 @@ from idadapter_core.attention import (
     gated_self_attention,
     prepare_identity,
 )
-from idadapter_core.attention_cpu import BlockKeysValues, HeadKeysValues, Processor
+from idadapter_core.attention_cpu import AttentionInFloat32, BlockKeysValues, HeadKeysValues, Processor
 from tests.golden import recipe
 
 HEADS, CHANNELS, LENGTH = 4, 32, 50
@@ -215,3 +216,15 @@ def test_gated_attention_is_the_same_on_all_processors(
     assert bool(asked) == (on == "AVX-512 BF16")
     gated_self_attention(*(x.float() for x in y), *identity, HEADS, bias=bias)
     assert len(asked) <= 1
+
+
+def test_attention_in_float32_is_the_same_attention() -> None:
+    query, key, value = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
+    plain = F.scaled_dot_product_attention(query, key, value)
+    with AttentionInFloat32(), torch.autocast("cpu", torch.bfloat16):
+        found = F.scaled_dot_product_attention(query.bfloat16(), key.bfloat16(), value=value.bfloat16())
+        assert (query @ key.transpose(2, 3)).dtype == torch.bfloat16, "all else stays as it was"
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), plain, atol=0.03, rtol=0.03)
+    found.float().sum().backward()
+    assert query.grad is not None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from ...attention_cpu import AttentionInFloat32
 from .. import FACTORS, SEXES, Factors, Person, caption
 from ..autoencoder import Autoencoder
 from ..base import BaseModel
@@ -116,21 +115,6 @@ def _misread(reader: LatentReader, latents: Tensor, expressions: Tensor) -> Tens
     with torch.autocast("cpu", torch.bfloat16):
         read = reader(latents)
     return F.cross_entropy(read.float(), expressions)
-
-
-class AttentionInFloat32(TorchFunctionMode):
-    """Attention outside autocast: on a CPU, its backward pass takes two to three times as long in bfloat16."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        given = {name: _widened(value) for name, value in (kwargs or {}).items()}
-        with torch.autocast("cpu", enabled=False):
-            return func(*map(_widened, args), **given).to(args[0].dtype)
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def varied_rows(

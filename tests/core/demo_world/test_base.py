@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from idadapter_core.demo_world import FACTORS, Factors, Person, caption
 from idadapter_core.demo_world.base import LATENT_CHANNELS
 from idadapter_core.demo_world.build.batches import face_weights
 from idadapter_core.demo_world.build.settings import TrainingSchedule
 from idadapter_core.demo_world.build.train_base import (
-    AttentionInFloat32,
     prompts_to_judge,
     varied_rows,
 )
@@ -145,18 +143,6 @@ def test_a_latent_reader_learns_what_cells_show(tmp_path: Path) -> None:
     assert accuracy(loaded, torch.from_numpy(latents).float(), labels) > 0.9
     wrong = torch.from_numpy(latents).float().roll(1, 1)
     assert accuracy(loaded, wrong, labels) < 0.3
-
-
-def test_attention_in_float32_is_the_same_attention() -> None:
-    query, key, value = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
-    plain = F.scaled_dot_product_attention(query, key, value)
-    with AttentionInFloat32(), torch.autocast("cpu", torch.bfloat16):
-        found = F.scaled_dot_product_attention(query.bfloat16(), key.bfloat16(), value=value.bfloat16())
-        assert (query @ key.transpose(2, 3)).dtype == torch.bfloat16, "all else stays as it was"
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), plain, atol=0.03, rtol=0.03)
-    found.float().sum().backward()
-    assert query.grad is not None
 
 
 def test_captions_name_what_the_text_encoder_is_asked_for() -> None:
