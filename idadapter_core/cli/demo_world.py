@@ -216,7 +216,8 @@ def _add_verify(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     from ..demo_world.build.settings import FULL
-    from ..demo_world.build.verify import changed_files, changed_scores
+    from ..demo_world.build.verify import changed_scores
+    from ..demo_world.digests import changed_files
     from ..demo_world.shipped import ASSETS
 
     _require_positive(options, "processes")

@@ -17,10 +17,10 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import replacing
+from ..digests import write_record
 from ..shipped import ASSETS
 from .scores import Evidence, Measure
 from .settings import Settings, TrainingSchedule
-from .verify import write_record
 
 
 @dataclass(frozen=True)

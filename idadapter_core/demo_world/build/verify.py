@@ -1,61 +1,18 @@
-"""Checks the shipped files against their record: what they contain, and what they score when they are measured again."""
+"""Measures the shipped files again, and compares their scores with the record."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from ...errors import CheckpointError
-from ...files import replacing
+from ..digests import read_record
 from .pictures import draw_pictures
 from .scores import MEASURES, Evidence, Measure
 from .settings import Settings
 
-RECORD = "record.json"  # among the assets
 TOLERANCE = 0.02  # of a share: another processor rounds otherwise, and a few pictures of some hundred are read otherwise
 _SHARES = 1.0  # scores above it are no shares (decibels, years) and may differ by TOLERANCE times their size
-
-Content = dict[str, dict[str, Any]]
-
-
-def write_record(assets: Path, stage: str, files: Sequence[str], scores: Mapping[str, float]) -> None:
-    """Record the digests of a stage's shipped files, and their scores."""
-    content = read_record(assets) if (assets / RECORD).is_file() else {}
-    content[stage] = {"files": {name: _sha256(assets / name) for name in files}, "scores": dict(scores)}
-    with replacing(assets / RECORD) as file:
-        file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", "utf-8", newline="\n")
-
-
-def read_record(assets: Path) -> Content:
-    """Read the digests and scores of all shipped stages.
-
-    Raises:
-        CheckpointError: the record is missing or damaged.
-    """
-    path = assets / RECORD
-    try:
-        content: Content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); get this project again.") from error
-    return content
-
-
-def changed_files(assets: Path) -> list[str]:
-    """Describe each shipped file that is missing or differs from the record."""
-    problems = []
-    for stage, entry in read_record(assets).items():
-        for name, wanted in entry["files"].items():
-            path = assets / name
-            if not path.is_file():
-                problems.append(f"{name} ({stage}) is missing; get this project again")
-            elif (found := _sha256(path)) != wanted:
-                problems.append(
-                    f"{name} ({stage}) has the SHA-256 {found[:12]}… and not {wanted[:12]}…; get this project again"
-                )
-    return problems
 
 
 def changed_scores(
@@ -86,7 +43,3 @@ def changed_scores(
             if value is None or abs(value - wanted) > TOLERANCE * max(_SHARES, abs(wanted)):
                 problems.append(f"{stage}: {name} is {value}, the record says {wanted}")
     return problems
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,8 @@ import pytest
 
 from idadapter_core.demo_world.build.scores import Evidence, Measure
 from idadapter_core.demo_world.build.settings import Group, Settings
-from idadapter_core.demo_world.build.verify import changed_files, changed_scores, read_record, write_record
+from idadapter_core.demo_world.build.verify import changed_scores
+from idadapter_core.demo_world.digests import changed_files, read_record, write_record
 from idadapter_core.errors import CheckpointError
 
 SMALL = Settings(
