@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from idadapter_core.demo_world.claims.cases import RESCALED
-from idadapter_core.demo_world.claims.draw import CFG, SAMPLER, STEPS
 from idadapter_core.demo_world.claims.subjects import SIZE
+from idadapter_core.demo_world.world import CFG, RESCALED, SAMPLER, STEPS
 from tests.demo import WORKFLOW
 from tests.harness.browser import Browser, find_chromium
 from tests.harness.server import ComfyServer

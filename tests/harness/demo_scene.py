@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from idadapter_core.demo_world.claims.cases import RESCALED
-from idadapter_core.demo_world.claims.draw import CFG, SAMPLER, STEPS
 from idadapter_core.demo_world.claims.subjects import SIZE, Pixels
 from idadapter_core.demo_world.shipped import METHODS
+from idadapter_core.demo_world.world import CFG, RESCALED, SAMPLER, STEPS
 from tests.harness.comfy import import_comfy, load_pack, pack_nodes
 
 

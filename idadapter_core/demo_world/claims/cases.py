@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ...schedule import RescaleSchedule
 from ...stable_diffusion.pipeline import Strengths
+from ..world import RESCALED
 
 SCALES = (0.5, 0.8, 1.2, 1.8, 2.4)  # of the fronts
 STRANGERS = (0, 1)
@@ -51,10 +52,6 @@ def stepped(scale: float) -> RescaleSchedule:
     usual = RescaleSchedule()
     return replace(usual, adapter_early=usual.adapter_early * scale, adapter_late=usual.adapter_late * scale)
 
-
-RESCALED = constant(1.8)
-"""What the demo world's UniID is rescaled by: of the scales tried, one with much likeness at prompts within 5 points of the base model's
-(decision 0015, item 8). The published numbers are for SDXL."""
 
 ANCHORS = (
     Case("base", "base model, no identity", anchor="base"),

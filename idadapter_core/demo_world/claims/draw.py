@@ -17,14 +17,13 @@ from ...adapter import Adapter
 from ...files import replacing
 from ...stable_diffusion.pipeline import ImageRequest, Pipeline
 from ...types import FaceFeatures, Identity, Mix
-from ..world import World
+from ..world import CFG, SAMPLER, SIZE, STEPS, World
 from .cases import SHORT, Case
 from .judge import INDEPENDENT, OUTSIDE, OWN, Judge, Likeness
 from .prompts import PROMPTS, Prompt
 from .record import Digests, facts_of, is_covered
-from .subjects import SIZE, Pixels, Subject, asked_factors, make_subjects, true_pictures
+from .subjects import Pixels, Subject, asked_factors, make_subjects, true_pictures
 
-STEPS, CFG, SAMPLER = 8, 3.0, "lcm"
 FORMAT = 3  # of kept results
 SHOWN = 8  # people whose pictures of the first seed are kept to look at, after the first reference photo
 

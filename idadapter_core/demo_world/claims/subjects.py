@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from .. import Factors, Person, render, seed_of
 from ..portraits import reference_factors
+from ..world import SIZE
 
 SEED_TAG = 1_215
 FIRST = 100_000  # number of the first person among those of the group "test", far from those that networks are measured on
 REFERENCES, OTHERS = 4, 4  # photos of each person: to give to an adapter, and to compare with
-SIZE = 128
 
 Pixels = npt.NDArray[np.uint8]
 
