@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..mechanisms import Mechanisms
 from ..mechanisms.text import TextKind
+from ..published import PublishedFile
 from ..types import FaceFeatures, Identity, Mix
 
 
@@ -184,6 +185,7 @@ class Method:
     made_to_be_rescaled: bool
     """Trained for identity alone, so it follows the prompt only with rescaling at inference."""
     recipe: Recipe | None  # training recipe; None: cannot be trained with this package
+    published: tuple[PublishedFile, ...] = ()  # what a user needs for it, with the weights of its authors
 
     @property
     def usual_needs(self) -> Needs:

@@ -18,7 +18,7 @@ from .encoder import (
     face_feature,
     parameter_counts,
 )
-from .files import FILES
+from .files import FILES, PUBLISHED
 from .recipe import RECIPE
 
 METHOD = Method(
@@ -41,6 +41,7 @@ METHOD = Method(
     references=lambda sizes: sizes.references,
     made_to_be_rescaled=False,
     recipe=RECIPE,
+    published=PUBLISHED,
 )
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...published import ADAPTERS, BUFFALO_L, CLIP_VIT_L, SD15_OR_SDXL, PublishedFile
 from ..method import Files, ForeignFormat
 
 FILES = Files(
@@ -14,4 +15,17 @@ FILES = Files(
             "export or copy the original file again, without converting it",
         ),
     ),
+)
+
+PUBLISHED = (
+    SD15_OR_SDXL,
+    PublishedFile(
+        "adapter",
+        "an IDAdapter, which you train (nobody has published one)",
+        ADAPTERS,
+        "docs/training.md of this pack",
+        "yours, within those of base model, face network and photos",
+    ),
+    CLIP_VIT_L,
+    BUFFALO_L,
 )

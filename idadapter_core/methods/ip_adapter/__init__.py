@@ -6,7 +6,7 @@ from ..method import Method
 from . import config, encoder
 from .config import FaceIDConfig
 from .encoder import FaceIDEncoder, FaceIDLayers
-from .files import FILES
+from .files import FILES, PUBLISHED
 from .recipe import RECIPE
 
 METHOD = Method(
@@ -29,6 +29,7 @@ METHOD = Method(
     references=lambda sizes: 0,
     made_to_be_rescaled=False,
     recipe=RECIPE,
+    published=PUBLISHED,
 )
 
 __all__ = ["METHOD", "FaceIDConfig", "FaceIDEncoder", "FaceIDLayers"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ...errors import CheckpointError, InputError
+from ...published import ADAPTERS, BUFFALO_L, RESEARCH_ONLY, SD15_OR_SDXL, PublishedFile
 from ..method import Files, Layout, State
 from .config import FaceIDConfig
 
@@ -76,3 +77,15 @@ def published_config(state: State, source: str) -> FaceIDConfig:
 
 
 FILES = Files(layers_prefix=LAYERS, layers_head=LAYERS, layouts=(Layout(published_state, published_config),))
+
+PUBLISHED = (
+    SD15_OR_SDXL,
+    PublishedFile(
+        "adapter",
+        "ip-adapter-faceid_sdxl.bin or ip-adapter-faceid_sd15.bin",
+        ADAPTERS,
+        "huggingface.co/h94/IP-Adapter-FaceID",
+        RESEARCH_ONLY,
+    ),
+    BUFFALO_L,
+)

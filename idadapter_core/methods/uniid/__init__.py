@@ -10,7 +10,7 @@ from ..method import Method
 from . import config, encoder
 from .config import UniIDConfig
 from .encoder import AdapterBranch, TextBranch, UniIDEncoder
-from .files import FILES
+from .files import FILES, PUBLISHED
 from .recipe import RECIPE
 
 METHOD = Method(
@@ -33,6 +33,7 @@ METHOD = Method(
     references=lambda sizes: 0,
     made_to_be_rescaled=True,
     recipe=RECIPE,
+    published=PUBLISHED,
 )
 
 __all__ = ["METHOD", "AdapterBranch", "SiteProjections", "TextBranch", "UniIDConfig", "UniIDEncoder"]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError, InputError, MismatchError
+from ...published import ADAPTERS, BUFFALO_L, GLINT360K_R100, SDXL, PublishedFile
 from ..method import Files, Layout, State
 from .config import TEXT_SIZES, UniIDConfig
 
@@ -238,4 +239,24 @@ FILES = Files(
     layouts=(Layout(published_state, published_config),),
     join=join,
     keep=_belongs,
+)
+
+PUBLISHED = (
+    SDXL,
+    PublishedFile(
+        "adapter",
+        "pytorch_model.bin of the adapter branch",
+        f"{ADAPTERS}/uniid/adapter_branch",
+        "huggingface.co/pangly/UniID",
+        "code MIT; weights: see their page",
+    ),
+    PublishedFile(
+        "text_branch",
+        "pytorch_model.bin of the text branch",
+        f"{ADAPTERS}/uniid/text_branch",
+        "huggingface.co/pangly/UniID",
+        "code MIT; weights: see their page",
+    ),
+    GLINT360K_R100,
+    BUFFALO_L,
 )
