@@ -265,8 +265,18 @@ def _describe(
     return "\n".join([head, *lines, *(f"Note: {note}" for note in notes)])
 
 
-def _read_adapter(path: Path) -> tuple[str, dict[str, Tensor], Config, str]:
-    """Return method, weights, config, and the name of the file for messages."""
+def identify_adapter(path: Path) -> tuple[Method, Config]:
+    """Return the method and config of a file that `load_adapter` reads, without reading its weights.
+
+    Raises:
+        CheckpointError: unreadable or unrelated.
+    """
+    method, _, config, _ = _read_adapter(path, mapped=True)
+    return METHODS[method], config
+
+
+def _read_adapter(path: Path, *, mapped: bool = False) -> tuple[str, dict[str, Tensor], Config, str]:
+    """Return method, weights, config, and the name of the file for messages. `mapped`: see `read_tensors`."""
     if path.is_dir():
         inside = [path / name for name in FILES_IN_FOLDER if (path / name).is_file()]
         if not inside:
@@ -274,7 +284,7 @@ def _read_adapter(path: Path) -> tuple[str, dict[str, Tensor], Config, str]:
         path = inside[0]
     # The published files are all called pytorch_model.bin: name their folder too.
     source = f"{path.parent.name}/{path.name}" if path.name in FILES_IN_FOLDER else path.name
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_tensors(path, mapped=mapped)
     if metadata.get("format") == FORMAT:
         require_kind(metadata, "adapter", source)
         method, config = _own_config(metadata, source)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
+from ..idadapter_core.doctor import summary
 from .adapter import ApplyIDAdapter, LoadIDAdapter, NormalizedRescaling
 from .demo_world import DemoPerson, LoadDemoWorld
+from .doctor import Doctor
 from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
 from .host import exceptions, graph, paths
 from .host.numbers import checks_numbers
 from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
+
+log = logging.getLogger(__name__)
 
 NODES: tuple[type[io.ComfyNode], ...] = tuple(
     checks_numbers(node)
@@ -28,6 +34,7 @@ NODES: tuple[type[io.ComfyNode], ...] = tuple(
         LoadIdentity,
         LoadDemoWorld,
         DemoPerson,
+        Doctor,
     )
 )
 
@@ -37,6 +44,7 @@ class IDAdapterExtension(ComfyExtension):
         paths.register()
         graph.register()
         exceptions.use_short_names()
+        log.info("%s", summary(paths.model_files()))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return list(NODES)

@@ -276,6 +276,27 @@ def open_analyzer(
     return analyzer
 
 
+def started_providers(model: Path) -> dict[str, bool]:
+    """Open a session of a model with each provider of the installed onnxruntime. Returns whether it really starts, by the keys of `PROVIDERS`.
+
+    A runtime lists the providers that it was built with, on a machine without such a device too.
+
+    Raises FacePackageError if insightface or its runtime is missing or unusable.
+    """
+    runtime = _import_libraries().onnxruntime
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    found: dict[str, bool] = {}
+    for name, provider in PROVIDERS.items():
+        if provider in runtime.get_available_providers():
+            try:
+                session = runtime.InferenceSession(str(model), options, providers=[provider])
+                found[name] = session.get_providers()[0] == provider
+            except Exception:  # onnxruntime's errors have no other common base class
+                found[name] = False
+    return found
+
+
 def choose_providers(provider: str, available: Sequence[str]) -> list[str]:
     """Return onnxruntime's provider names for a choice, with the CPU last as fallback.
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from pathlib import Path, PurePath
 
 import folder_paths
 
+from ...idadapter_core import published
+from ...idadapter_core.doctor import SUFFIXES, ModelFiles
 from ...idadapter_core.errors import InputError
-from ...idadapter_core.files import PICKLE_SUFFIXES
+from ...idadapter_core.faces.packages import find_packages
 
-ADAPTERS = "idadapter"
-RECOGNIZERS = "idadapter_recognizers"
-IDENTITIES = "idadapter_identities"
-INSIGHTFACE = "insightface"
-_SUBFOLDERS = {RECOGNIZERS: "recognizers", IDENTITIES: "identities"}
-_SUFFIXES = {
-    ADAPTERS: {".safetensors", *PICKLE_SUFFIXES},
-    RECOGNIZERS: {".safetensors", ".onnx", *PICKLE_SUFFIXES},
-    IDENTITIES: {".safetensors"},
-}
+ADAPTERS, INSIGHTFACE = published.ADAPTERS, published.INSIGHTFACE
+RECOGNIZERS = f"{ADAPTERS}_{published.RECOGNIZERS}"
+IDENTITIES = f"{ADAPTERS}_{published.IDENTITIES}"
+_SUBFOLDERS = {RECOGNIZERS: published.RECOGNIZERS, IDENTITIES: published.IDENTITIES}
+_KINDS = {ADAPTERS: published.ADAPTERS, **_SUBFOLDERS}
 
 
 def register() -> None:
@@ -38,7 +36,7 @@ def _known(name: str) -> list[Path]:
 def _add(name: str, paths: list[Path]) -> None:
     unique = list(dict.fromkeys(str(path) for path in paths))
     # A folder known from the yaml alone has an empty suffix set, which would accept every file.
-    folder_paths.folder_names_and_paths[name] = (unique, set(_SUFFIXES[name]))
+    folder_paths.folder_names_and_paths[name] = (unique, set(SUFFIXES[_KINDS[name]]))
 
 
 def files(name: str) -> list[str]:
@@ -110,3 +108,28 @@ def insightface_roots() -> list[Path]:
     with contextlib.suppress(RuntimeError):  # no home directory, as in some containers
         roots.append(Path.home() / ".insightface")
     return list(dict.fromkeys(roots))
+
+
+def model_files() -> ModelFiles:
+    """List the files that concern this pack."""
+
+    def listed(kind: str) -> dict[str, Path]:
+        return {name: path for name in files(kind) if (path := find(kind, name)) is not None}
+
+    return ModelFiles(
+        listed(ADAPTERS),
+        listed(RECOGNIZERS),
+        listed(IDENTITIES),
+        listed(published.CHECKPOINTS),
+        listed(published.CLIP_VISION),
+        find_packages(insightface_roots()),
+    )
+
+
+def comfyui_version() -> str:
+    """Version of the running ComfyUI."""
+    try:
+        found: str = importlib.import_module("comfyui_version").__version__
+    except (ImportError, AttributeError):
+        return "of unknown version"
+    return found

@@ -38,6 +38,7 @@ HEAVY = (
 LAYERS = (
     ("__init__", "__main__"),
     ("cli",),
+    ("doctor",),
     ("evaluation", "training", "demo_world"),  # none of them knows another
     ("data",),
     ("stable_diffusion",),
@@ -48,7 +49,7 @@ LAYERS = (
     ("mixing", "resampler", "schedule", "placeholders", "logs"),
     ("attention",),
     ("attention_cpu", "sites", "files", "config"),
-    ("types", "waiting", "toml", "randomness", "extra", "statistics"),
+    ("types", "waiting", "toml", "randomness", "extra", "statistics", "published"),
     ("encodings",),
     ("errors",),
 )

@@ -33,6 +33,7 @@ NODES = (
     "IDAdapterLoadIdentity",
     "IDAdapterLoadDemoWorld",
     "IDAdapterDemoPerson",
+    "IDAdapterDoctor",
 )
 # Their choices are the user's files.
 FILE_LISTS = {
