@@ -19,6 +19,7 @@ from .formats import FORMAT, FORMAT_VERSION, describe_foreign, require_kind
 from .mechanisms import Mechanisms
 from .mechanisms.deltas import nonzero_deltas
 from .methods import METHODS, Config, Method, method_of
+from .mixing import mean_direction
 from .sites import Site, family_name, is_known_family
 from .types import FaceFeatures, Identity, Mix
 
@@ -71,8 +72,9 @@ class Adapter:
                 f"{self.name} was trained with another face recogniser than the one these features come from ({trained_with}, not "
                 f"{features.recognizer}). Choose the recogniser it was trained with as `recognizer` in Load Face Analyzer."
             )
-        identity = self.kind.encode(self.encoder, self.config, features, mix or Mix())
-        return dataclasses.replace(identity, adapter=self.digest)
+        mix = mix or Mix()
+        identity = self.kind.encode(self.encoder, self.config, features, mix)
+        return dataclasses.replace(identity, adapter=self.digest, embedding=mean_direction(features, mix))
 
     def require_sites(
         self, sites: tuple[Site, ...], widths: Mapping[str, tuple[int, int]], model_name: str

@@ -15,11 +15,15 @@ from .methods import METHODS
 from .types import Identity
 
 _IDENTITY_TENSORS = ("adapter_tokens", "adapter_tokens_uncond", "adapter_bias")
+_FLAT = ("adapter_bias", "embedding")  # the tensors of two dimensions
 
 
 def save_identity(identity: Identity, path: str | Path) -> None:
     """Write an identity file (safetensors). The write is atomic."""
-    write_safetensors(_identity_tensors(identity), _identity_metadata(identity), Path(path))
+    tensors = _identity_tensors(identity)
+    if identity.embedding is not None:
+        tensors["embedding"] = identity.embedding.detach().cpu().contiguous()
+    write_safetensors(tensors, _identity_metadata(identity), Path(path))
 
 
 def load_identity(path: str | Path) -> Identity:
@@ -44,16 +48,17 @@ def load_identity(path: str | Path) -> Identity:
     }
     known = {*_IDENTITY_TENSORS, *(f"text_tokens.{name}" for name in text)}
     bias, tokens = tensors.get("adapter_bias"), tensors.get("adapter_tokens")
+    embedding = tensors.get("embedding")
     odd = [
         key
         for key, t in tensors.items()
-        if key != "adapter_bias" and (key not in known or t.ndim != 3 or t.shape[0] != 1)
+        if key not in {*known, "embedding"} or t.ndim != (2 if key in _FLAT else 3) or t.shape[0] != 1
     ]
     if bias is not None and (tokens is None or bias.shape != tokens.shape[:2]):
         odd.append("adapter_bias")
     if odd or not tensors:
         raise CheckpointError(
-            f"{path.name}: an identity holds tokens of shape (1, tokens, width), and perhaps a bias of shape (1, tokens); "
+            f"{path.name}: an identity holds tokens of shape (1, tokens, width), and perhaps a bias of shape (1, tokens) and an embedding (1, width); "
             f"this file has {some(odd) or 'none'}. Make the identity again from the photos."
         )
     return Identity(
@@ -65,6 +70,7 @@ def load_identity(path: str | Path) -> Identity:
         recognizer=metadata["recognizer"],
         class_word=metadata.get("class_word", ""),
         adapter_bias=bias,
+        embedding=embedding,
     )
 
 
@@ -75,7 +81,7 @@ def text_kind(identity: Identity) -> TextKind | None:
 
 
 def identical(one: Identity, other: Identity) -> bool:
-    """Return whether two identities hold the same tokens of the same adapter."""
+    """Return whether two identities hold the same tokens of the same adapter. Files of before have no embedding, so it does not count."""
     left, right = _identity_tensors(one), _identity_tensors(other)
     same_tensors = left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     return same_tensors and _identity_metadata(one) == _identity_metadata(other)

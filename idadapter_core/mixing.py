@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from .errors import InputError
 from .types import Face, FaceFeatures, Mix, Remark
@@ -74,6 +75,13 @@ def select_references(features: FaceFeatures, mix: Mix) -> tuple[FaceFeatures, T
     ]  # smaller weights are below fp32's range
     kept = kept[positive]
     return features.pick([choice.chosen[number] for number in positive]), kept / kept.sum()
+
+
+def mean_direction(features: FaceFeatures, mix: Mix) -> Tensor:
+    """Return the mean direction (1, 512) of the embeddings of the faces that a mix uses, of length 1, fp32 on the CPU."""
+    chosen, weights = select_references(features, mix)
+    directions = normalize(chosen.embedding.float(), dim=1)
+    return normalize(weighted_mean(directions, weights), dim=1).detach().cpu()
 
 
 def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:

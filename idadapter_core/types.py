@@ -188,3 +188,5 @@ class Identity:
     class_word: str = ""  # "man", "woman", or "" if unknown
     adapter_bias: Tensor | None = None
     """(1, T): log of how often each of the adapter_tokens counts in the attention; None: each counts once."""
+    embedding: Tensor | None = None
+    """(1, 512): mean direction of the photos' embeddings, of length 1, to compare pictures with the person; None in older files."""

@@ -15,6 +15,7 @@ from .host import exceptions, graph, paths
 from .host.numbers import checks_numbers
 from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
+from .report import IdentityReport
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ NODES: tuple[type[io.ComfyNode], ...] = tuple(
         LoadDemoWorld,
         DemoPerson,
         Doctor,
+        IdentityReport,
     )
 )
 

@@ -13,7 +13,6 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
 from ..idadapter_core import Mix
 from ..idadapter_core.demo_world.base import LATENT_CHANNELS, LATENT_SIDE
@@ -21,8 +20,8 @@ from ..idadapter_core.demo_world.portraits import draw_portraits
 from ..idadapter_core.demo_world.shipped import METHODS
 from ..idadapter_core.demo_world.world import CFG, RESCALED, SAMPLER, STEPS
 from ..idadapter_core.doctor import FILES, Section, SelfTest, examine, self_tested, text_of
-from ..idadapter_core.errors import FaceError
 from ..idadapter_core.faces.features import extract_features
+from ..idadapter_core.likeness import Person, compare, person_in
 from ..idadapter_core.types import FaceFeatures
 from .demo_world import LoadDemoWorld
 from .faces import LoadedAnalyzer
@@ -118,7 +117,7 @@ def run_self_test() -> SelfTest:
         identity = adapter.encode(features, Mix())
         applied, _ = host.apply(model, adapter, identity)
         rescaled = host.rescaled(applied, Rescale(RESCALED, False, False, "normalized", None))
-        wanted = normalize(normalize(features.embedding, dim=1).mean(0), dim=0)
+        wanted = person_in(features)
         likenesses = {True: 0.0, False: 0.0}
         for seed, prompt in enumerate(PROMPTS):
             text = prompt.format(person.sex)
@@ -155,10 +154,6 @@ def _draw(model: Any, clip: Any, vae: Any, positive: Any, seed: int) -> Tensor:
     return picture
 
 
-def _likeness(analyzer: LoadedAnalyzer, picture: Tensor, wanted: Tensor) -> float:
-    """Cosine of the face in a picture to an embedding (512,); 0 without a face."""
-    try:
-        found = _features(analyzer, picture)
-    except FaceError:
-        return 0.0
-    return float(cosine_similarity(found.embedding[0], wanted, dim=0))
+def _likeness(analyzer: LoadedAnalyzer, picture: Tensor, person: Person) -> float:
+    """Similarity of a picture (1, H, W, 3) to a person; 0 without a face."""
+    return compare(person, analyzer.features_in(picture[0]))[0].similarity or 0.0

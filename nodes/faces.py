@@ -9,9 +9,11 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..idadapter_core.errors import FaceError
 from ..idadapter_core.faces.align import square_crop
 from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
 from ..idadapter_core.faces.enrich import MAX_COLOUR, MAX_ROTATION, enrich
@@ -21,6 +23,7 @@ from ..idadapter_core.faces.iresnet import digest, load_iresnet
 from ..idadapter_core.faces.packages import find_packages, package_files, resolve_package
 from ..idadapter_core.faces.preview import small_preview, worth_showing
 from ..idadapter_core.methods import views_read
+from ..idadapter_core.types import FaceFeatures
 from .host import images, paths
 from .host.memory import manage, require_same_file
 from .host.messages import from_remarks, info, keeps_report, report_ui
@@ -40,6 +43,11 @@ class LoadedAnalyzer:
     recognizer: Any = None  # ModelPatcher of an IResNet, or None for the recogniser of the package
     recognizer_digest: str = ""
 
+    @property
+    def digest(self) -> str:
+        """Id of the recogniser in features."""
+        return self.recognizer_digest or self.analyzer.recognizer_digest
+
     def get_models(self) -> list[Any]:
         """Return the patcher, for ComfyUI's memory accounting of cached node outputs."""
         return [] if self.recognizer is None else [self.recognizer]
@@ -49,6 +57,27 @@ class LoadedAnalyzer:
         comfy.model_management.load_models_gpu([self.recognizer])
         result: tuple[Tensor, list[Tensor]] = self.recognizer.model(crops.to(self.recognizer.load_device))
         return result
+
+    def features_in(self, picture: Tensor) -> FaceFeatures | None:
+        """Describe all faces in a picture (H, W, 3), RGB in 0..1; None if there is none that can be used."""
+        try:
+            return extract_features(
+                [picture],
+                self.analyzer,
+                None if self.recognizer is None else self.recognize,
+                select="all",
+                recognizer_digest=self.recognizer_digest,
+                check=comfy.model_management.throw_exception_if_processing_interrupted,
+            ).features
+        except FaceError:
+            return None
+
+    def embed(self, crops: Tensor) -> Tensor:
+        """Compute the embeddings (F, 512) of crops (F, 3, 112, 112), RGB in [-1, 1]."""
+        if self.recognizer is not None:
+            return self.recognize(crops)[0].float().cpu()
+        levels = ((crops + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
+        return torch.stack([torch.from_numpy(self.analyzer.embed(crop)) for crop in levels])
 
 
 def load_recognizer(

@@ -60,7 +60,8 @@ def test_the_old_adapter_still_makes_the_old_identities(old: OldFiles, reader: A
         expected = reader.load_identity(DATA / file, adapter)
         for name in ("method", "adapter", "recognizer", "class_word"):
             assert getattr(found, name) == getattr(expected, name), name
-        assert tokens(found).keys() == tokens(expected).keys()
+        # Identities of before have no embedding, which acts in no picture.
+        assert tokens(found).keys() - {"embedding"} == tokens(expected).keys() - {"embedding"}
         for name, tensor in tokens(expected).items():
             torch.testing.assert_close(tokens(found)[name], tensor, atol=2e-5, rtol=1e-4)
 

@@ -42,7 +42,8 @@ LAYERS = (
     ("evaluation", "training", "demo_world"),  # none of them knows another
     ("data",),
     ("stable_diffusion",),
-    ("adapter", "identity"),
+    ("adapter", "identity", "likeness_chart"),
+    ("likeness",),
     ("formats", "recognizer"),
     ("methods",),
     ("mechanisms", "faces"),

@@ -34,6 +34,7 @@ NODES = (
     "IDAdapterLoadDemoWorld",
     "IDAdapterDemoPerson",
     "IDAdapterDoctor",
+    "IDAdapterReport",
 )
 # Their choices are the user's files.
 FILE_LISTS = {
