@@ -1,13 +1,15 @@
-"""Reads and writes identity files (safetensors, strict), and compares identities."""
+"""Reads and writes identity files (safetensors, strict), and compares and merges identities."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError, MismatchError
 from .files import read_tensors, some, write_safetensors
 from .formats import FORMAT, FORMAT_VERSION, describe_foreign, require_kind
 from .mechanisms.text import TextKind
@@ -78,6 +80,99 @@ def text_kind(identity: Identity) -> TextKind | None:
     """Return the kind of an identity's text tokens, or None without any."""
     method = METHODS.get(identity.method)
     return method.text if method is not None and identity.text_tokens else None
+
+
+def merged(one: Identity, other: Identity, ratio: float) -> Identity:
+    """Return an identity between two of one adapter.
+
+    Tokens of equal number are interpolated, and their lengths, too. Of different numbers (one and four photos, say), all stand side by side
+    and count as the ratio says.
+
+    Args:
+        ratio: 0: exactly `one`; 1: exactly `other`.
+
+    Raises:
+        InputError: a ratio outside 0..1.
+        MismatchError: the identities belong to different adapters or recognisers.
+    """
+    if not 0 <= ratio <= 1:
+        raise InputError(
+            f"ratio must be between 0 (the first identity alone) and 1 (the second alone), got {ratio}"
+        )
+    if one.adapter != other.adapter:
+        raise MismatchError(
+            f"the two identities were made with different adapters ({one.adapter} and {other.adapter}), whose numbers have nothing in common. "
+            "Make both with one adapter: Mix Face Features for each person."
+        )
+    if one.recognizer != other.recognizer:
+        raise MismatchError(
+            f"the two identities were made with different face recognisers ({one.recognizer or '(unknown)'} and "
+            f"{other.recognizer or '(unknown)'}). Make both with one Load Face Analyzer."
+        )
+    if ratio in (0, 1):
+        return other if ratio else one
+    is_aligned = _shape(one.adapter_tokens) == _shape(other.adapter_tokens) and (
+        one.adapter_bias is None and other.adapter_bias is None
+    )
+    if not is_aligned and not METHODS[one.method].weighs_tokens:
+        raise MismatchError(
+            f"the two identities hold different numbers of tokens, {_shape(one.adapter_tokens)[1]} and {_shape(other.adapter_tokens)[1]}, as of "
+            f"different numbers of photos, and {METHODS[one.method].title} cannot weigh tokens. Make both of equally many photos, or choose "
+            "mode mean in Mix Face Features."
+        )
+    blend = _between if is_aligned else _side_by_side
+    bias = None if is_aligned else _biases(one, other, ratio)
+    return replace(
+        one,
+        adapter_tokens=blend(one.adapter_tokens, other.adapter_tokens, ratio),
+        adapter_tokens_uncond=blend(one.adapter_tokens_uncond, other.adapter_tokens_uncond, ratio),
+        text_tokens={
+            name: _known(_between(tokens, other.text_tokens[name], ratio))
+            for name, tokens in one.text_tokens.items()
+        },
+        class_word=one.class_word if one.class_word == other.class_word else "",
+        adapter_bias=bias,
+        embedding=_between(one.embedding, other.embedding, ratio),
+    )
+
+
+def _shape(tokens: Tensor | None) -> tuple[int, ...]:
+    return () if tokens is None else tuple(tokens.shape)
+
+
+def _between(one: Tensor | None, other: Tensor | None, ratio: float) -> Tensor | None:
+    """Interpolate tokens (1, T, D) and their lengths; None where one is missing."""
+    if one is None or other is None:
+        return None
+    mixed = torch.lerp(one.float(), other.float(), ratio)
+    lengths = torch.lerp(
+        one.float().norm(dim=-1, keepdim=True), other.float().norm(dim=-1, keepdim=True), ratio
+    )
+    directions = mixed / mixed.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    found: Tensor = (directions * lengths).to(one.dtype)
+    return found
+
+
+def _side_by_side(one: Tensor | None, other: Tensor | None, ratio: float) -> Tensor | None:
+    return None if one is None or other is None else torch.cat([one, other.to(one.dtype)], dim=1)
+
+
+def _biases(one: Identity, other: Identity, ratio: float) -> Tensor | None:
+    """Logs of how often the tokens of both count: as before, times 2 (1 - ratio) and 2 ratio."""
+    parts = []
+    for identity, share in ((one, 1 - ratio), (other, ratio)):
+        if identity.adapter_tokens is None:
+            return None
+        before = identity.adapter_bias
+        if before is None:
+            before = identity.adapter_tokens.new_zeros(identity.adapter_tokens.shape[:2])
+        parts.append(before.float() + math.log(2 * share))
+    return torch.cat(parts, dim=1)
+
+
+def _known(tokens: Tensor | None) -> Tensor:
+    assert tokens is not None
+    return tokens
 
 
 def identical(one: Identity, other: Identity) -> bool:

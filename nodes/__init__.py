@@ -13,7 +13,7 @@ from .doctor import Doctor
 from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
 from .host import exceptions, graph, paths
 from .host.numbers import checks_numbers
-from .identity import AttachIdentity, LoadIdentity, MixFeatures, SaveIdentity
+from .identity import AttachIdentity, LoadIdentity, MergeIdentities, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
 from .report import IdentityReport
 
@@ -37,6 +37,7 @@ NODES: tuple[type[io.ComfyNode], ...] = tuple(
         DemoPerson,
         Doctor,
         IdentityReport,
+        MergeIdentities,
     )
 )
 

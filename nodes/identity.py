@@ -14,7 +14,7 @@ from ..idadapter_core import FaceFeatures, Identity, Mix
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.faces.images import Image
 from ..idadapter_core.faces.preview import crop_sheet, worth_showing
-from ..idadapter_core.identity import identical, load_identity, save_identity
+from ..idadapter_core.identity import identical, load_identity, merged, save_identity
 from ..idadapter_core.methods import METHODS
 from ..idadapter_core.mixing import face_names, left_out, mix_remarks
 from ..idadapter_core.types import MODES, OUTLIERS
@@ -263,6 +263,49 @@ def _describe(identity: Identity, file: str) -> Message:
     """Describe an identity loaded from a file."""
     seen = f", seen as a {identity.class_word}" if identity.class_word else ""
     return info(f"{file}: an identity for {METHODS[identity.method].title}{seen}.")
+
+
+class MergeIdentities(io.ComfyNode):
+    @classmethod
+    @keeps_report
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="IDAdapterMergeIdentities",
+            display_name="Merge Identities",
+            category=CATEGORY,
+            description=(
+                "Makes somebody between two people: an identity that resembles both, more the one or the other. Several photos of one "
+                "person belong into one Mix Face Features instead."
+            ),
+            search_aliases=["blend faces", "interpolate identities", "mix two people", "morph"],
+            inputs=[
+                IdentitySocket.Input(
+                    "identity_a", tooltip="The first person: from Mix Face Features or Load Identity."
+                ),
+                IdentitySocket.Input(
+                    "identity_b",
+                    tooltip="The second person: an identity of the same adapter and face recogniser.",
+                ),
+                io.Float.Input(
+                    "ratio",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="0 is exactly the first person, 1 exactly the second.",
+                ),
+            ],
+            outputs=[IdentitySocket.Output(tooltip="For Apply ID Adapter, ID Prompt and Save Identity.")],
+        )
+
+    @classmethod
+    def execute(cls, identity_a: Identity, identity_b: Identity, ratio: float) -> io.NodeOutput:
+        identity = merged(identity_a, identity_b, ratio)
+        words = {identity_a.class_word, identity_b.class_word}
+        shares = f"{1 - ratio:.0%} of the first person, {ratio:.0%} of the second"
+        seen = f"seen as a {identity.class_word}" if identity.class_word else 'class word "person"'
+        why = " (the two differ)" if len(words) > 1 and not identity.class_word else ""
+        return io.NodeOutput(identity, ui=report_ui([info(f"{shares}; {seen}{why}.")]))
 
 
 class AttachIdentity(io.ComfyNode):

@@ -185,6 +185,7 @@ class Method:
     made_to_be_rescaled: bool
     """Trained for identity alone, so it follows the prompt only with rescaling at inference."""
     recipe: Recipe | None  # training recipe; None: cannot be trained with this package
+    weighs_tokens: bool = False  # whether its layers read `Identity.adapter_bias`
     published: tuple[PublishedFile, ...] = ()  # what a user needs for it, with the weights of its authors
 
     @property

@@ -35,6 +35,7 @@ NODES = (
     "IDAdapterDemoPerson",
     "IDAdapterDoctor",
     "IDAdapterReport",
+    "IDAdapterMergeIdentities",
 )
 # Their choices are the user's files.
 FILE_LISTS = {

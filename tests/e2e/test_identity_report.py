@@ -120,3 +120,32 @@ def test_what_cannot_be_compared_is_said(server: ComfyServer, wired: tuple[str, 
     assert result.error is not None
     assert result.error.node_id == report.id
     assert said in result.error.message
+
+
+def test_between_two_people_the_likeness_follows_the_ratio(server: ComfyServer) -> None:
+    """Merge Identities, measured by the identities that the report compares with."""
+    graph = Graph()
+    nodes = scene(graph)
+    world = nodes["world"]
+    photos = graph.add("IDAdapterDemoPerson", person=STRANGER, photos=2, size=256)
+    faces = graph.add(
+        "IDAdapterExtractFaces",
+        image=photos[0],
+        analyzer=world[4],
+        select="largest",
+        index=0,
+        on_missing="error",
+    )
+    other = graph.add(
+        "IDAdapterMixFeatures", adapter=world[5], faces=faces[0], mode="auto", references=0, weights=""
+    )
+    shown = {}
+    for ratio in (0.0, 0.5, 1.0):
+        merged = graph.add(
+            "IDAdapterMergeIdentities", identity_a=nodes["identity"][0], identity_b=other[0], ratio=ratio
+        )
+        report = graph.add("IDAdapterReport", images=photos[0], analyzer=world[4], identity=merged[0])
+        shown[ratio] = graph.add("PreviewAny", source=report[2])
+    result = server.run(graph.workflow).check()
+    found = {ratio: float(result.outputs[node.id]["text"][0]) for ratio, node in shown.items()}
+    assert found[0.0] + 0.1 < found[0.5] < found[1.0] - 0.1

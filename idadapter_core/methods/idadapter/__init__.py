@@ -41,6 +41,7 @@ METHOD = Method(
     references=lambda sizes: sizes.references,
     made_to_be_rescaled=False,
     recipe=RECIPE,
+    weighs_tokens=True,
     published=PUBLISHED,
 )
 
