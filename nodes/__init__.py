@@ -15,6 +15,7 @@ from .host import exceptions, graph, paths
 from .host.numbers import checks_numbers
 from .identity import AttachIdentity, LoadIdentity, MergeIdentities, MixFeatures, SaveIdentity
 from .prompt import IDPrompt
+from .regions import FaceMasks
 from .report import IdentityReport
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ NODES: tuple[type[io.ComfyNode], ...] = tuple(
         Doctor,
         IdentityReport,
         MergeIdentities,
+        FaceMasks,
     )
 )
 

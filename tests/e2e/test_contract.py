@@ -36,6 +36,7 @@ NODES = (
     "IDAdapterDoctor",
     "IDAdapterReport",
     "IDAdapterMergeIdentities",
+    "IDAdapterFaceMasks",
 )
 # Their choices are the user's files.
 FILE_LISTS = {
