@@ -1,7 +1,8 @@
 """Brings insightface and exactly one fitting onnxruntime into the Python that runs this file.
 
 ComfyUI-Manager and comfy-cli run it after `pip install -r requirements.txt`; by hand: `python install.py` with
-ComfyUI's own Python. It can be repeated at will and downloads no model weights.
+ComfyUI's own Python. It can be repeated at will and downloads no model weights, unless they are named:
+`python install.py --models buffalo_l` passes what follows on to `python -m idadapter_core fetch`.
 
 Why it exists: `onnxruntime` (CPU), `onnxruntime-gpu`, `onnxruntime-directml` ... are separate distributions that own
 the same import package. pip sees no conflict, so packs that depend on different ones overwrite each other's files,
@@ -343,6 +344,8 @@ def main() -> int:
         # A Windows console may lack characters of paths and of what pip says.
         sys.stdout.reconfigure(errors="replace")
     try:
+        if "--models" in sys.argv[1:]:
+            return _fetch(sys.argv[sys.argv.index("--models") + 1 :])
         return _put_in_order()
     except (OSError, subprocess.SubprocessError) as error:
         _say(f"this cannot go on ({type(error).__name__}: {error}).", *_all_by_hand())
@@ -350,6 +353,12 @@ def main() -> int:
     except KeyboardInterrupt:
         _say("interrupted, so the packages may be half in place.", *_all_by_hand())
         return 130
+
+
+def _fetch(arguments: list[str]) -> int:
+    """Download models by the pack's own command, which shows licences and asks."""
+    command = [*_python(), "-m", "idadapter_core", "fetch", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).resolve().parent, check=False).returncode
 
 
 def _put_in_order() -> int:

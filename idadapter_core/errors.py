@@ -39,6 +39,10 @@ class NotFiniteError(TrainingError):
     """A loss or a gradient is NaN or infinite."""
 
 
+class DownloadError(IDAdapterError):
+    """A published file could not be downloaded, or is not what was published."""
+
+
 class MismatchError(IDAdapterError):
     """Two valid parts do not fit together (adapter and model, identity and adapter, ...)."""
 

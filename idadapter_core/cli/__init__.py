@@ -32,6 +32,9 @@ COMMANDS = {
     "export": Command("export", "write a trained adapter as a file for Load ID Adapter"),
     "evaluate": Command("evaluate", "measure adapters: identity, prompt adherence, variety"),
     "convert": Command("convert", "describe or convert a checkpoint; write an untrained IDAdapter"),
+    "fetch": Command(
+        "fetch", "download published models that have a public address, after showing their licence"
+    ),
     "doctor": Command("doctor", "say which programs and model files are here, and what is missing"),
     "demo-world": Command("demo_world", "draw synthetic people; build the networks of their world"),
 }

@@ -49,6 +49,7 @@ LAYERS = (
     ("mechanisms", "faces"),
     ("mixing", "resampler", "schedule", "placeholders", "logs"),
     ("attention",),
+    ("fetch",),
     ("attention_cpu", "sites", "files", "config"),
     ("types", "waiting", "toml", "randomness", "extra", "statistics", "published"),
     ("encodings",),

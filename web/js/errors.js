@@ -8,6 +8,7 @@ import { isOurs, onQueued, titleOf } from "./graph.js";
 const ERRORS = new Set([
   "CheckpointError",
   "ConfigError",
+  "DownloadError",
   "FaceError",
   "FacePackageError",
   "IDAdapterError",
