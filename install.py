@@ -2,7 +2,7 @@
 
 ComfyUI-Manager and comfy-cli run it after `pip install -r requirements.txt`; by hand: `python install.py` with
 ComfyUI's own Python. It can be repeated at will and downloads no model weights, unless they are named:
-`python install.py --models buffalo_l` passes what follows on to `python -m idadapter_core fetch`.
+`python install.py --models buffalo_l` passes what follows on to the command `fetch`, and `--doctor` to `doctor`.
 
 Why it exists: `onnxruntime` (CPU), `onnxruntime-gpu`, `onnxruntime-directml` ... are separate distributions that own
 the same import package. pip sees no conflict, so packs that depend on different ones overwrite each other's files,
@@ -27,6 +27,8 @@ from pathlib import Path
 CPU_RUNTIME = "onnxruntime"
 CUDA_RUNTIME = "onnxruntime-gpu"
 INSIGHTFACE = "insightface>=0.7.3"
+PACK = Path(__file__).resolve().parent
+COMMANDS = {"--models": "fetch", "--doctor": "doctor"}  # options that run a command of the pack instead
 
 # Published onnxruntime-gpu wheels: up to 1.26 linked against CUDA 12, from 1.27 on against CUDA 13.
 CUDA_RUNTIME_VERSIONS = {12: ">=1.20,<1.27", 13: ">=1.27"}
@@ -344,8 +346,9 @@ def main() -> int:
         # A Windows console may lack characters of paths and of what pip says.
         sys.stdout.reconfigure(errors="replace")
     try:
-        if "--models" in sys.argv[1:]:
-            return _fetch(sys.argv[sys.argv.index("--models") + 1 :])
+        for option, command in COMMANDS.items():
+            if option in sys.argv[1:2]:
+                return _run_command(command, sys.argv[2:])
         return _put_in_order()
     except (OSError, subprocess.SubprocessError) as error:
         _say(f"this cannot go on ({type(error).__name__}: {error}).", *_all_by_hand())
@@ -355,10 +358,10 @@ def main() -> int:
         return 130
 
 
-def _fetch(arguments: list[str]) -> int:
-    """Download models by the pack's own command, which shows licences and asks."""
-    command = [*_python(), "-m", "idadapter_core", "fetch", *arguments]
-    return subprocess.run(command, cwd=Path(__file__).resolve().parent, check=False).returncode
+def _run_command(name: str, arguments: list[str]) -> int:
+    """Run a command of the pack. Portable Python does not find modules in the current folder, so the code names it."""
+    code = f"import sys; sys.path.insert(0, {str(PACK)!r}); from idadapter_core.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run([*_python(), "-c", code, name, *arguments], cwd=PACK, check=False).returncode
 
 
 def _put_in_order() -> int:

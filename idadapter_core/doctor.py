@@ -5,7 +5,10 @@ Nothing is downloaded or changed. `python -m idadapter_core doctor` and the node
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
+import os
 import platform
 import re
 from collections import Counter
@@ -19,7 +22,7 @@ import torch
 from .adapter import identify_adapter
 from .demo_world.digests import changed_files
 from .demo_world.shipped import ASSETS, PACKAGE, SEX_AND_AGE_FILE
-from .errors import CheckpointError, FacePackageError, IDAdapterError, RecognizerError
+from .errors import CheckpointError, FacePackageError, IDAdapterError, MismatchError
 from .faces.detector import started_providers
 from .faces.iresnet import load_iresnet
 from .faces.packages import DETECTION, GENDER_AGE, RECOGNITION, find_packages, read_package
@@ -39,6 +42,8 @@ from .sites import attention_sites, family_name
 from .types import Remark
 
 ROOT = Path(__file__).parents[1]
+COMFYUI = ROOT.parents[min(1, len(ROOT.parents) - 1)]  # where the pack lies in its custom_nodes
+UNKNOWN, OTHER = "", "other models"  # kinds of checkpoints beside the families
 SUFFIXES: Mapping[str, frozenset[str]] = {
     ADAPTERS: frozenset({".safetensors", *PICKLE_SUFFIXES}),
     RECOGNIZERS: frozenset({".safetensors", ".onnx", *PICKLE_SUFFIXES}),
@@ -67,7 +72,7 @@ class ModelFiles:
 
     @classmethod
     def below(cls, models: Path) -> ModelFiles:
-        """List the files below a ComfyUI's `models` folder."""
+        """List the files below a ComfyUI's `models` folder, and the face packages of insightface's own folder."""
         own = models / ADAPTERS
         return cls(
             {
@@ -79,7 +84,7 @@ class ModelFiles:
             _listed(own / IDENTITIES, IDENTITIES),
             _listed(models / CHECKPOINTS, CHECKPOINTS),
             _listed(models / CLIP_VISION, CLIP_VISION),
-            find_packages([models / INSIGHTFACE]),
+            find_packages([models / INSIGHTFACE, *home_packages()]),
         )
 
 
@@ -130,11 +135,12 @@ def examine(
 
 
 def self_tested(run: Callable[[], SelfTest]) -> Section:
-    """Run the self-test: `run` draws and measures, and raises an IDAdapterError where something is missing."""
+    """Run the self-test: `run` draws and measures. Whatever it raises is the finding."""
     try:
         found = run()
-    except IDAdapterError as error:
-        return Section(SELF_TEST, (Remark(f"failed: {error}", is_warning=True),))
+    except Exception as error:
+        reason = str(error) if isinstance(error, IDAdapterError) else f"{type(error).__name__}: {error}"
+        return Section(SELF_TEST, (Remark(f"failed: {reason}", is_warning=True),))
     return Section(SELF_TEST, (_verdict(found),))
 
 
@@ -155,8 +161,7 @@ def summary(files: ModelFiles) -> str:
         "face package": len(files.face_packages),
     }
     found = ", ".join(f"{count or 'no'} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-    missing = [] if _version("insightface") else ["insightface"]
-    missing += [] if _runtimes() else ["onnxruntime"]
+    missing = [name for name in ("insightface", "onnxruntime") if importlib.util.find_spec(name) is None]
     lack = f" Missing: {' and '.join(missing)}; {REPAIR}." if missing else ""
     return (
         f"ComfyUI-IDAdapter {own_version()}: {found} in the model folders.{lack} The node ID Adapter Doctor says what is missing; "
@@ -171,9 +176,29 @@ def own_version() -> str:
     return found[1] if found else _version("comfyui-idadapter") or "of unknown version"
 
 
+def home_packages() -> list[Path]:
+    """Return the folder in which insightface itself keeps packages; empty without a home directory, as in some containers."""
+    with contextlib.suppress(RuntimeError):
+        return [Path.home() / ".insightface"]
+    return []
+
+
 def _listed(folder: Path, kind: str) -> dict[str, Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES[kind] and path.is_file())
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    """Files of a kind in a folder and its subfolders, also linked ones, by their paths in it."""
+    found: dict[str, Path] = {}
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        found |= {
+            (Path(place) / name).relative_to(folder).as_posix(): Path(place) / name
+            for name in names
+            if Path(name).suffix in SUFFIXES[kind]
+        }
+    return dict(sorted(found.items()))
 
 
 def _version(distribution: str) -> str:
@@ -184,9 +209,9 @@ def _version(distribution: str) -> str:
 
 
 def _runtimes() -> dict[str, str]:
-    """Versions of all installed distributions of onnxruntime. They share one package, so only one may be there."""
-    names = {(d.metadata["Name"] or "").lower().replace("_", "-") for d in importlib.metadata.distributions()}
-    return {name: _version(name) for name in sorted(names) if re.fullmatch(r"onnxruntime(-\w+)*", name)}
+    """Versions of the distributions that own the package onnxruntime. They overwrite each other, so only one may be there."""
+    owners = importlib.metadata.packages_distributions().get("onnxruntime", [])
+    return {name: _version(name) for name in sorted(set(owners))}
 
 
 def _programs(programs: Mapping[str, str]) -> Iterable[Remark]:
@@ -212,11 +237,10 @@ def _programs(programs: Mapping[str, str]) -> Iterable[Remark]:
             f"{named} are both installed and overwrite each other's files: {REPAIR}.",
             is_warning=True,
         )
-    if torch.cuda.is_available() and "cuda" not in working:
+    if torch.cuda.is_available() and torch.version.cuda and "cuda" not in working:
         yield Remark(
-            f"faces are found on the CPU, because onnxruntime starts no CUDA session beside torch's CUDA {torch.version.cuda}. A few "
-            f"photos take a second or two each; to change it, {REPAIR}.",
-            is_warning=True,
+            f"faces are found on the CPU, because onnxruntime starts no CUDA session beside torch's CUDA {torch.version.cuda}; a few photos "
+            "need no more"
         )
 
 
@@ -226,8 +250,9 @@ class _Found:
     def __init__(self, files: ModelFiles, step: Callable[[], object]) -> None:
         self.adapters: list[tuple[Method, Config]] = []
         self.families = Counter(map(_family_of, files.checkpoints.values()))
+        self.widths = set(map(_vision_width, files.clip_vision.values()))
         self.remarks: list[Remark] = []
-        self.has: dict[Role, bool] = {"clip_vision": bool(files.clip_vision)}
+        self.has: set[Role] = set()
         looks: tuple[tuple[Mapping[str, Path], Callable[[str, Path], str], str], ...] = (
             (files.adapters, self._adapter, ADAPTERS),
             (files.recognizers, self._recognizer, f"{ADAPTERS}/{RECOGNIZERS}"),
@@ -237,7 +262,7 @@ class _Found:
             for name, path in named.items():
                 try:
                     self.remarks.append(Remark(f"{folder}/{name}: {look(name, path)}"))
-                except (CheckpointError, RecognizerError, FacePackageError) as error:
+                except (IDAdapterError, OSError) as error:
                     self.remarks.append(Remark(f"{folder}/{name} is not usable: {error}", is_warning=True))
                 step()
         self.remarks.append(Remark(self._others(files)))
@@ -249,13 +274,15 @@ class _Found:
 
     def _recognizer(self, name: str, path: Path) -> str:
         network = load_iresnet(path)
-        self.has["recognizer"] = True
+        self.has.add("recognizer")
         blocks = "/".join(str(len(getattr(network, f"layer{stage}"))) for stage in (1, 2, 3, 4))
         return f"an IResNet of {blocks} blocks; {_identified(path)}"
 
     def _package(self, name: str, folder: Path) -> str:
         package = read_package(folder)
-        self.has["face_package"] = True
+        self.has.add("detector")
+        if RECOGNITION in package.models:
+            self.has.add("face_package")
         tasks = {DETECTION: "detector", RECOGNITION: "recogniser", GENDER_AGE: "sex and age"}
         return "; ".join(
             f"{title} {package.models[task].name}, {_identified(package.models[task])}"
@@ -265,7 +292,7 @@ class _Found:
         )
 
     def _others(self, files: ModelFiles) -> str:
-        kinds = ", ".join(f"{count} {family or 'of other kinds'}" for family, count in self.families.items())
+        kinds = ", ".join(f"{count} {family or 'of unknown kind'}" for family, count in self.families.items())
         return (
             f"{len(files.checkpoints)} checkpoints{f' ({kinds})' if kinds else ''}, {len(files.clip_vision)} CLIP vision models, "
             f"{len(files.identities)} saved identities"
@@ -279,13 +306,15 @@ class _Found:
         if file.role == "text_branch":
             return any(config.has_text_branch for config in own)
         if file.role == "checkpoint":
-            wanted = {
+            made_for = {
                 family_name(len(config.site_widths), config.context_width)
                 for config in own
                 if config.has_adapter_branch
             }
-            return any(not family or not wanted or family in wanted for family in self.families)
-        return self.has.get(file.role, False)
+            return bool({UNKNOWN, *(made_for or file.families)} & set(self.families))
+        if file.role == "clip_vision":
+            return bool({0, file.width} & self.widths)
+        return file.role in self.has
 
 
 def _needs(found: _Found) -> Iterable[Remark]:
@@ -305,7 +334,7 @@ def _needs(found: _Found) -> Iterable[Remark]:
 def _demo_world() -> Iterable[Remark]:
     try:
         problems = changed_files(ASSETS)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         problems = [str(error)]
     if not problems:
         yield Remark("all files are as they were shipped")
@@ -331,14 +360,26 @@ def _identified(path: Path) -> str:
 
 
 def _family_of(path: Path) -> str:
-    """Name of the family of a checkpoint, from the names in a .safetensors file; empty if they do not tell."""
+    """Name of a checkpoint's family, from the names in a .safetensors file; `UNKNOWN` for other files, `OTHER` for other models."""
     if path.suffix != ".safetensors":
-        return ""
+        return UNKNOWN
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             sites = attention_sites(file.keys())
-            keys = [key for key in file.keys() if key.endswith("attn2.to_k.weight")]  # noqa: SIM118
-            width = file.get_slice(keys[0]).get_shape()[1] if keys else 0
+            first = next(key for key in file.keys() if key.endswith("attn2.to_k.weight"))  # noqa: SIM118
+            shape = file.get_slice(first).get_shape()
+    except MismatchError:
+        return OTHER
     except (OSError, safetensors.SafetensorError):
-        return ""
-    return family_name(len(sites), width) if sites else ""
+        return OTHER
+    return family_name(len(sites), shape[1]) if len(shape) == 2 else UNKNOWN
+
+
+def _vision_width(path: Path) -> int:
+    """Width of a CLIP vision model, from the names in a .safetensors file; 0 if they do not tell."""
+    with contextlib.suppress(OSError, safetensors.SafetensorError):
+        with safetensors.safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.endswith(("embeddings.class_embedding", "visual.class_embedding")):
+                    return int(file.get_slice(key).get_shape()[-1])
+    return 0

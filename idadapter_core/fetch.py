@@ -51,6 +51,25 @@ def address_of(
     return download.url
 
 
+def is_there(download: Download, models: Path) -> bool:
+    """Whether the file is there, or anything in an archive's folder: a package that the user brought is left alone.
+
+    Raises:
+        DownloadError: another file has its name, or it cannot be read.
+    """
+    target = models / download.target
+    with _explained(target):
+        if download.is_archive:
+            return target.is_dir() and any(target.iterdir())
+        if not target.exists():
+            return False
+        if target.is_file() and _sha256(target) == download.sha256:
+            return True
+    raise DownloadError(
+        f"{target} exists and is something else; it is left alone. Rename it, or add --replace."
+    )
+
+
 def fetch(
     download: Download,
     models: Path,
@@ -67,20 +86,15 @@ def fetch(
 
     Args:
         mirrors: beginning of an address -> what stands for it.
-        is_replacing: replace another file of that name.
+        is_replacing: load it anew, and replace files of its names. Other files in an archive's folder stay.
 
     Raises:
         DownloadError: no connection, a wrong sum, no room, a broken archive, another file of that name; says what to do.
     """
     target = models / download.target
-    if target.exists():
-        if not download.is_archive and _sha256(target) == download.sha256:
-            log(f"{target} is there already, with the right sum")
-            return target
-        if not is_replacing:
-            raise DownloadError(
-                f"{target} exists{'' if download.is_archive else ' and is another file'}; it is left alone. Rename it, or add --replace."
-            )
+    if not is_replacing and is_there(download, models):
+        log(f"{target} is there already{'; add --replace to load it anew' if download.is_archive else ''}")
+        return target
     if is_offline():
         raise DownloadError(
             f"{download.name} is not loaded, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids it; unset it, or copy the file to {target}."
@@ -106,18 +120,30 @@ def fetch(
 
 
 @contextmanager
-def _explained(part: Path) -> Iterator[None]:
+def _explained(path: Path) -> Iterator[None]:
     """Turn what the disk refuses into a message."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DownloadError(
-                f"no room in {part.parent} ({error.strerror}). Free some space and call it again: it goes on where it stopped."
+                f"no room in {path.parent} ({error.strerror}). Free some space and call it again: it goes on where it stopped."
             ) from error
         raise DownloadError(
-            f"{part.parent}: {error.strerror or error}. Make the folder writable, or name another one."
+            f"{path.parent}: {error.strerror or error}. Make the folder writable, or name another one."
         ) from error
+
+
+class _Cut(Exception):
+    """The connection failed; another attempt may help."""
+
+
+@contextmanager
+def _from_network() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, HTTPException) as error:
+        raise _Cut(str(getattr(error, "reason", None) or error) or type(error).__name__) from error
 
 
 def _load(download: Download, address: str, part: Path, log: Log, pause: float) -> None:
@@ -125,7 +151,7 @@ def _load(download: Download, address: str, part: Path, log: Log, pause: float) 
     if not address.startswith(("https://", "http://")):
         raise DownloadError(f"{address} is no address of a web server; correct the mirror.")
     download = replace(download, size=download.size or _remote_size(download, address))
-    failures = 0
+    failures, most = 0, 0
     while (done := part.stat().st_size if part.exists() else 0) != download.size:
         if done > download.size:
             part.unlink()
@@ -133,21 +159,14 @@ def _load(download: Download, address: str, part: Path, log: Log, pause: float) 
         _require_room(download, part, done)
         if done:
             log(f"{download.name}: goes on at {done:,} of {download.size:,} bytes")
+        reason = "the connection was cut"
         try:
             _load_once(download, address, part, done, log)
-            reason = "the connection was cut"
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-            reason = _reason(error)
-            if (
-                isinstance(error, urllib.error.HTTPError)
-                and error.code < 500
-                and error.code not in (408, 416, 429)
-            ):
-                raise DownloadError(
-                    f"{download.name}: {address} answers {error.code} ({error.reason}). The file may have moved: {download.page}."
-                ) from error
+        except _Cut as error:
+            reason = str(error)
         now = part.stat().st_size if part.exists() else 0
-        failures = 0 if now > done else failures + 1
+        failures = 0 if now > most else failures + 1  # a server that cannot resume begins again each time
+        most = max(most, now)
         if now != download.size and failures >= ATTEMPTS:
             raise DownloadError(
                 f"{download.name}: {reason}, {ATTEMPTS} times in a row; {now:,} of {download.size:,} bytes are kept in {part}. Check the "
@@ -160,19 +179,23 @@ def _load(download: Download, address: str, part: Path, log: Log, pause: float) 
 def _remote_size(download: Download, address: str) -> int:
     request = urllib.request.Request(address, headers={"User-Agent": AGENT}, method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            return int(answer.headers["Content-Length"])
-    except (OSError, HTTPException, TypeError, ValueError) as error:
+        with _from_network(), urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+    except (_Cut, ValueError) as error:
         raise DownloadError(
-            f"{download.name}: {address} does not say how large the file is ({_reason(error)}). Check the connection, or get it from "
-            f"{download.page}."
+            f"{download.name}: {address} cannot be reached ({error}). Check the connection, or get it from {download.page}."
         ) from error
+    if size < 1:
+        raise DownloadError(
+            f"{download.name}: {address} does not say how large the file is. Get it from {download.page}."
+        )
+    return size
 
 
 def _load_once(download: Download, address: str, part: Path, done: int, log: Log) -> None:
     headers = {"User-Agent": AGENT} | ({"Range": f"bytes={done}-"} if done else {})
     request = urllib.request.Request(address, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+    with _answer(download, request) as answer:
         goes_on = answer.status == 206 and str(answer.headers.get("Content-Range", "")).startswith(
             f"bytes {done}-"
         )
@@ -181,7 +204,11 @@ def _load_once(download: Download, address: str, part: Path, done: int, log: Log
         _require_size(download, answer, done)
         shown = done * 10 // download.size
         with part.open("ab" if done else "wb") as file:
-            while block := answer.read(min(BLOCK, download.size - done + 1)):
+            while True:
+                with _from_network():
+                    block = answer.read(min(BLOCK, download.size - done + 1))
+                if not block:
+                    return
                 file.write(block)
                 done += len(block)
                 if done > download.size:
@@ -189,6 +216,19 @@ def _load_once(download: Download, address: str, part: Path, done: int, log: Log
                 if done * 10 // download.size > shown:
                     shown = done * 10 // download.size
                     log(f"{download.name}: {shown * 10} % of {download.size:,} bytes")
+
+
+def _answer(download: Download, request: urllib.request.Request) -> Any:
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code >= 500 or error.code in (408, 416, 429):
+            raise _Cut(f"the server answers {error.code}") from error
+        raise DownloadError(
+            f"{download.name}: {request.full_url} answers {error.code} ({error.reason}). The file may have moved: {download.page}."
+        ) from error
+    except (OSError, HTTPException) as error:
+        raise _Cut(str(getattr(error, "reason", None) or error)) from error
 
 
 def _require_size(download: Download, answer: Any, done: int) -> None:
@@ -215,11 +255,6 @@ def _require_room(download: Download, part: Path, done: int) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", None) or error
-    return str(reason) or type(error).__name__
-
-
 def _unpack(download: Download, part: Path, target: Path) -> None:
     """Unpack an archive beside the target, and rename the folder when it is whole."""
     aside = target.with_name(f".{target.name}.unpacking")
@@ -235,7 +270,7 @@ def _unpack(download: Download, part: Path, target: Path) -> None:
                 with archive.open(member) as source, file.open("wb") as copy:
                     shutil.copyfileobj(source, copy, BLOCK)
                 flush(file)
-        _exchange(aside, target)
+        _bring(aside, target)
     except (zipfile.BadZipFile, EOFError) as error:
         part.unlink()
         raise DownloadError(f"{download.name}: the archive is damaged ({error}); call it again.") from error
@@ -244,19 +279,15 @@ def _unpack(download: Download, part: Path, target: Path) -> None:
     part.unlink()
 
 
-def _exchange(new: Path, target: Path) -> None:
-    """Put a folder in the place of another."""
-    before = target.with_name(f".{target.name}.before")
-    shutil.rmtree(before, ignore_errors=True)
-    if target.exists():
-        target.rename(before)
-    try:
+def _bring(new: Path, target: Path) -> None:
+    """Move whole files into a folder, which may hold others."""
+    if not target.exists():
         new.rename(target)
-    except OSError:
-        if before.exists():
-            before.rename(target)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+        return
+    for file in sorted(path for path in new.rglob("*") if path.is_file()):
+        place = target / file.relative_to(new)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
 
 
 def _inside(download: Download, member: zipfile.ZipInfo) -> PurePosixPath | None:

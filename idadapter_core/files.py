@@ -52,7 +52,13 @@ def read_tensors(path: Path, *, mapped: bool = False) -> tuple[dict[str, Tensor]
             f"{path.name}: no such file in {path.absolute().parent}; correct the path (in ComfyUI: refresh the node list, or choose "
             "another file)."
         )
-    if _is_safetensors(path):
+    try:
+        is_safetensors = _is_safetensors(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); make it readable, or choose another file."
+        ) from error
+    if is_safetensors:
         try:
             return read_safetensors(path, mapped=mapped)
         except (safetensors.SafetensorError, OSError, RuntimeError) as error:

@@ -85,8 +85,8 @@ def text_kind(identity: Identity) -> TextKind | None:
 def merged(one: Identity, other: Identity, ratio: float) -> Identity:
     """Return an identity between two of one adapter.
 
-    Tokens of equal number are interpolated, and their lengths, too. Of different numbers (one and four photos, say), all stand side by side
-    and count as the ratio says.
+    Tokens of equal number that count equally often are interpolated, and their lengths, too. Of different numbers (one and four photos,
+    say), all stand side by side and count as the ratio says, together as often as those of one identity.
 
     Args:
         ratio: 0: exactly `one`; 1: exactly `other`.
@@ -111,8 +111,9 @@ def merged(one: Identity, other: Identity, ratio: float) -> Identity:
         )
     if ratio in (0, 1):
         return other if ratio else one
-    is_aligned = _shape(one.adapter_tokens) == _shape(other.adapter_tokens) and (
-        one.adapter_bias is None and other.adapter_bias is None
+    other = _on_device_of(one, other)
+    is_aligned = _shape(one.adapter_tokens) == _shape(other.adapter_tokens) and _same(
+        one.adapter_bias, other.adapter_bias
     )
     if not is_aligned and not METHODS[one.method].weighs_tokens:
         raise MismatchError(
@@ -121,11 +122,13 @@ def merged(one: Identity, other: Identity, ratio: float) -> Identity:
             "mode mean in Mix Face Features."
         )
     blend = _between if is_aligned else _side_by_side
-    bias = None if is_aligned else _biases(one, other, ratio)
+    is_nobody_alike = _shape(one.adapter_tokens_uncond) == _shape(other.adapter_tokens_uncond)
+    blend_nobody = _between if is_nobody_alike else _side_by_side
+    bias = one.adapter_bias if is_aligned else _biases(one, other, ratio)
     return replace(
         one,
         adapter_tokens=blend(one.adapter_tokens, other.adapter_tokens, ratio),
-        adapter_tokens_uncond=blend(one.adapter_tokens_uncond, other.adapter_tokens_uncond, ratio),
+        adapter_tokens_uncond=blend_nobody(one.adapter_tokens_uncond, other.adapter_tokens_uncond, ratio),
         text_tokens={
             name: _known(_between(tokens, other.text_tokens[name], ratio))
             for name, tokens in one.text_tokens.items()
@@ -158,7 +161,7 @@ def _side_by_side(one: Tensor | None, other: Tensor | None, ratio: float) -> Ten
 
 
 def _biases(one: Identity, other: Identity, ratio: float) -> Tensor | None:
-    """Logs of how often the tokens of both count: as before, times 2 (1 - ratio) and 2 ratio."""
+    """Logs of how often the tokens of both count: the share of each times as often as before, so together as often as one identity."""
     parts = []
     for identity, share in ((one, 1 - ratio), (other, ratio)):
         if identity.adapter_tokens is None:
@@ -166,8 +169,32 @@ def _biases(one: Identity, other: Identity, ratio: float) -> Tensor | None:
         before = identity.adapter_bias
         if before is None:
             before = identity.adapter_tokens.new_zeros(identity.adapter_tokens.shape[:2])
-        parts.append(before.float() + math.log(2 * share))
+        parts.append(before.float() + math.log(share))
     return torch.cat(parts, dim=1)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.allclose(one.float(), other.float())
+
+
+def _on_device_of(one: Identity, other: Identity) -> Identity:
+    """The second identity, where the first one's tensors are: they may come from a file and from a GPU."""
+
+    def moved(tensor: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or like is None else tensor.to(like.device)
+
+    return replace(
+        other,
+        adapter_tokens=moved(other.adapter_tokens, one.adapter_tokens),
+        adapter_tokens_uncond=moved(other.adapter_tokens_uncond, one.adapter_tokens_uncond),
+        adapter_bias=moved(other.adapter_bias, one.adapter_tokens),
+        embedding=moved(other.embedding, one.embedding),
+        text_tokens={
+            name: tokens.to(one.text_tokens[name].device) for name, tokens in other.text_tokens.items()
+        },
+    )
 
 
 def _known(tokens: Tensor | None) -> Tensor:

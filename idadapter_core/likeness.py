@@ -26,6 +26,8 @@ BANDS = (
 the first band, 95 % of those of look-alikes (same hair, skin, brows) below the second, and 95 % of those of others below the third
 (`benchmarks/likeness_bands.py`)."""
 UNKNOWN_PHOTOS = 2  # assumed behind an identity
+COPIES = 0.9  # cosine from which two photos count as one
+STRANGERS = 0.2  # agreement below which photos are probably of several people; with some recognisers one person's agree by .3
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class Person:
 
     direction: Tensor  # (512,) mean direction of the photos' embeddings, of length 1
     recognizer: str  # digest of the network behind it
-    photos: int  # number of photos behind it; 0: unknown
+    photos: int  # number of different photos behind it; 0: unknown
     agreement: float  # mean cosine between two of them; with fewer than two photos the typical one
     is_typical: bool  # whether the agreement is not their own
     faces: tuple[Face, ...] = ()
@@ -71,19 +73,29 @@ class Likeness:
 def person_in(features: FaceFeatures) -> Person:
     """Return the person of some photos."""
     directions = normalize(features.embedding.float(), dim=1)
-    count = len(directions)
-    cosines = directions @ directions.t()
-    between = float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))) if count > 1 else 0.0
-    # Photos of different people have no agreement that a similarity could be a share of.
-    is_typical = between < TYPICAL_AGREEMENT / 2
+    agreement, photos = _agreement(directions)
+    is_typical = photos < 2 or agreement < STRANGERS
     return Person(
         normalize(directions.mean(0), dim=0),
         features.recognizer,
-        count,
-        TYPICAL_AGREEMENT if is_typical else between,
+        photos,
+        TYPICAL_AGREEMENT if is_typical else agreement,
         is_typical,
         features.faces,
     )
+
+
+def _agreement(directions: Tensor) -> tuple[float, int]:
+    """Mean cosine between photos (F, 512), and their number, without copies: frames of a video, or one photo mirrored, agree by nature."""
+    cosines = directions @ directions.t()
+    kept: list[int] = []
+    for number in range(len(directions)):
+        if all(float(cosines[number, other]) < COPIES for other in kept):
+            kept.append(number)
+    count = len(kept)
+    chosen = cosines[kept][:, kept]
+    between = float(chosen.sum() - chosen.diagonal().sum()) / (count * (count - 1)) if count > 1 else 0.0
+    return between, count
 
 
 def person_of(identity: Identity) -> Person:
@@ -146,7 +158,10 @@ def remarks_on(person: Person, found: Sequence[Likeness]) -> list[Remark]:
         *lines,
         _yardstick(person),
         *_copied(found),
-        *(Remark(f"picture {k + 1}: {_described(person, one)}.") for k, one in enumerate(found)),
+        *(
+            Remark(f"picture {k + 1}: {_described(person, one)}.", is_detail=True)
+            for k, one in enumerate(found)
+        ),
     ]
 
 
@@ -193,7 +208,7 @@ def _yardstick(person: Person) -> Remark:
         )
     return Remark(
         f"Two photos of one person agree by about {person.agreement:.2f}, as measured on people who do not exist: the bands are rough. "
-        "With two or more reference photos they go by the photos."
+        "With two or more different reference photos they go by the photos."
     )
 
 

@@ -98,7 +98,7 @@ def _note(found: Sequence[Likeness], shown: Sequence[int]) -> str:
     parts = [f"{mean_of(found):.2f} on average"] if len(found) > 1 else []
     parts += [f"{missed} of {len(found)} without a face"] if missed else []
     if len(shown) < len(found):
-        parts.append(f"{MOST_ROWS // 2} best and worst of {len(found)}")
+        parts.append(f"{MOST_ROWS // 2} best and {MOST_ROWS // 2} worst of {len(found)}")
     return "; ".join(parts)
 
 

@@ -5,14 +5,16 @@ Facts only. Nothing here downloads anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # Folders below ComfyUI's `models`, and subfolders of the first.
 ADAPTERS, CHECKPOINTS, CLIP_VISION, INSIGHTFACE = "idadapter", "checkpoints", "clip_vision", "insightface"
 RECOGNIZERS, IDENTITIES = "recognizers", "identities"
 
-Role = Literal["checkpoint", "adapter", "text_branch", "recognizer", "face_package", "clip_vision"]
+Role = Literal[
+    "checkpoint", "adapter", "text_branch", "recognizer", "detector", "face_package", "clip_vision"
+]
 
 RESEARCH_ONLY = "non-commercial research only"
 SEE_PAGE = "see its page"
@@ -25,6 +27,8 @@ class PublishedFile:
     name: usual name on disk; files are recognised by their contents.
     folder: below ComfyUI's `models`.
     page: address of the page that has it, or a file of this project that says how to make it.
+    families: UNet families of a checkpoint that fit; width: that of a CLIP vision model that fits. A face package needs a recogniser, a
+    detector does not.
     """
 
     role: Role
@@ -32,6 +36,8 @@ class PublishedFile:
     folder: str
     page: str
     licence: str
+    families: tuple[str, ...] = ()
+    width: int = 0
 
 
 BUFFALO_L = PublishedFile(
@@ -54,6 +60,7 @@ CLIP_VIT_L = PublishedFile(
     CLIP_VISION,
     "huggingface.co/openai/clip-vit-large-patch14",
     SEE_PAGE,
+    width=1024,
 )
 SDXL = PublishedFile(
     "checkpoint",
@@ -61,10 +68,17 @@ SDXL = PublishedFile(
     CHECKPOINTS,
     "huggingface.co/SG161222/RealVisXL_V5.0",
     SEE_PAGE,
+    ("SDXL",),
 )
 SD15_OR_SDXL = PublishedFile(
-    "checkpoint", "an SD1.5 or SDXL checkpoint, as the adapter is for", CHECKPOINTS, "its own page", SEE_PAGE
+    "checkpoint",
+    "an SD1.5 or SDXL checkpoint, as the adapter is for",
+    CHECKPOINTS,
+    "its own page",
+    SEE_PAGE,
+    ("SD1.5", "SDXL"),
 )
+DETECTOR = replace(BUFFALO_L, role="detector")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Remark:
 
     text: str
     is_warning: bool = False
+    is_detail: bool = False  # too much for a node, for the report alone
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,11 @@ def main() -> None:
         sys.modules[NAME] = module
         spec.loader.exec_module(module)
         doctor = importlib.import_module(f"{NAME}.nodes.doctor")
-        sys.stdout.write(json.dumps(asdict(doctor.run_self_test())) + "\n")
+        try:
+            found = asdict(doctor.run_self_test())
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

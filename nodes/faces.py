@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +15,16 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..idadapter_core.errors import FaceError
-from ..idadapter_core.faces.align import square_crop
+from ..idadapter_core.faces.align import align_face, square_crop
 from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
 from ..idadapter_core.faces.enrich import MAX_COLOUR, MAX_ROTATION, enrich
-from ..idadapter_core.faces.features import ON_MISSING, Extraction, extract_features
+from ..idadapter_core.faces.features import ON_MISSING, Extraction, crops_to_tensor, extract_features
 from ..idadapter_core.faces.images import Image, check_image
 from ..idadapter_core.faces.iresnet import digest, load_iresnet
 from ..idadapter_core.faces.packages import find_packages, package_files, resolve_package
 from ..idadapter_core.faces.preview import small_preview, worth_showing
 from ..idadapter_core.methods import views_read
-from ..idadapter_core.types import FaceFeatures
+from ..idadapter_core.types import Face, FaceFeatures
 from .host import images, paths
 from .host.memory import manage, require_same_file
 from .host.messages import from_remarks, info, keeps_report, report_ui
@@ -60,17 +61,18 @@ class LoadedAnalyzer:
 
     def features_in(self, picture: Tensor) -> FaceFeatures | None:
         """Describe all faces in a picture (H, W, 3), RGB in 0..1; None if there is none that can be used."""
-        try:
-            return extract_features(
-                [picture],
-                self.analyzer,
-                None if self.recognizer is None else self.recognize,
-                select="all",
-                recognizer_digest=self.recognizer_digest,
-                check=comfy.model_management.throw_exception_if_processing_interrupted,
-            ).features
-        except FaceError:
+        pixels = check_image(picture)
+        faces: list[Face] = []
+        crops: list[Image] = []
+        check = comfy.model_management.throw_exception_if_processing_interrupted
+        for face in self.analyzer.detect(pixels, check=check):
+            with contextlib.suppress(FaceError):  # one at the edge that cannot be cut out
+                crops.append(align_face(pixels, face.landmarks))
+                faces.append(face)
+        if not faces:
             return None
+        cut = crops_to_tensor(crops)
+        return FaceFeatures(self.embed(cut), faces=tuple(faces), recognizer=self.digest, crops=cut)
 
     def embed(self, crops: Tensor) -> Tensor:
         """Compute the embeddings (F, 512) of crops (F, 3, 112, 112), RGB in [-1, 1]."""

@@ -185,7 +185,11 @@ class SaveIdentity(io.ComfyNode):
             _save_fingerprints.record(path)
             log.info("saved identity %s", path)
             done = f"Saved as {path.name} in {path.parent}. Load Identity lists it after a refresh (R)."
-        elif identical(identity, load_identity(path)):
+        elif identical(identity, before := load_identity(path)) and before.embedding is None:
+            save_identity(identity, path)
+            _save_fingerprints.record(path)
+            done = f"{path.name} in {path.parent} held this identity without the numbers for Identity Report, which were added."
+        elif identical(identity, before):
             done = f"{path.name} in {path.parent} holds this identity already."
         else:
             raise InputError(

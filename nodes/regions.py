@@ -85,7 +85,7 @@ class FaceMasks(io.ComfyNode):
         masks = torch.stack([people_masks(faces, height, width, grow) for faces, _ in chosen], dim=1)
         empty = masks.new_zeros(MOST_PEOPLE - people, *masks.shape[1:])
         shown = [
-            small_preview(check_image(pictures[n]), chosen[n][0], chosen[n][0], f"picture {n + 1}")
+            small_preview(check_image(pictures[n]), chosen[n][0], chosen[n][0], f"picture {n + 1}", first=1)
             for n in worth_showing(len(pictures), ())
         ]
         more = sum(found > people for _, found in chosen)

@@ -98,7 +98,7 @@ def _inputs() -> list[io.Input]:
         FaceFeaturesSocket.Input(
             "faces",
             optional=True,
-            tooltip="The person to compare with: from Extract Face Features. Two and more photos make the words exact.",
+            tooltip="The person to compare with: from Extract Face Features. From two different photos on, the words go by how much they agree.",
         ),
         IdentitySocket.Input(
             "identity",
@@ -152,9 +152,7 @@ def _report(
 
 def _shown(remarks: list[Remark]) -> dict[str, Any]:
     """The sentences on the node; those about single pictures are in the chart."""
-    return report_ui(
-        from_remarks([remark for remark in remarks if not remark.text.startswith("picture ")]), TITLE
-    )
+    return report_ui(from_remarks([remark for remark in remarks if not remark.is_detail]), TITLE)
 
 
 def _person(analyzer: LoadedAnalyzer, faces: FaceFeatures | None, identity: Identity | None) -> Person:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..doctor import (
+    COMFYUI,
     DEMO_WORLD,
     PROGRAMS,
     ROOT,
@@ -23,7 +24,6 @@ from ..doctor import (
 from ..errors import IDAdapterError, InputError
 from .program import Parser, run
 
-COMFYUI = ROOT.parents[1]  # where the pack lies in its custom_nodes
 NECESSARY = (PROGRAMS, DEMO_WORLD, SELF_TEST)  # sections whose warnings are failures
 
 
@@ -47,8 +47,11 @@ def _report(options: argparse.Namespace) -> int:
     if options.self_test:
         sections.append(self_tested(lambda: _self_test(comfyui)))
     sys.stdout.write(text_of(sections))
-    if models is None:
-        sys.stdout.write("No model folder was searched: name that of your ComfyUI with --models.\n")
+    sys.stdout.write(
+        "No model folder was searched: name that of your ComfyUI with --models.\n"
+        if models is None
+        else f"Searched: {models} and insightface's own folder. The node ID Adapter Doctor also knows extra_model_paths.yaml.\n"
+    )
     return 0 if all(section.is_ok for section in sections if section.title in NECESSARY) else 1
 
 
@@ -58,10 +61,14 @@ def _self_test(comfyui: Path) -> SelfTest:
     result = subprocess.run(
         command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
     )
-    if result.returncode:
+    try:
+        found = json.loads(result.stdout.strip().rpartition("\n")[2])
+    except ValueError as error:
         reason = (result.stderr.strip() or f"exit code {result.returncode}").rpartition("\n")[2]
-        raise IDAdapterError(f"it ended with {reason}")
-    return SelfTest(**json.loads(result.stdout.strip().rpartition("\n")[2]))
+        raise IDAdapterError(f"it ended with {reason}") from error
+    if "error" in found:
+        raise IDAdapterError(found["error"])
+    return SelfTest(**found)
 
 
 def _parser() -> Parser:

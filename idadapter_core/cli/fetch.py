@@ -7,19 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..doctor import ROOT
+from ..doctor import COMFYUI
 from ..errors import InputError
-from ..fetch import fetch
+from ..fetch import fetch, is_there
 from ..published import DOWNLOADS, Download
 from .program import Parser, run
-
-COMFYUI = ROOT.parents[1]  # where the pack lies in its custom_nodes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.list or not options.names:
         sys.stdout.write("".join(_line(download) for download in DOWNLOADS.values()))
         return 0
@@ -36,18 +34,19 @@ def _fetch(options: argparse.Namespace) -> int:
     if not models.is_dir():
         raise InputError(f"{models}: no such folder; name the `models` folder of your ComfyUI with --models.")
     mirrors = dict(_mirror(text) for text in options.mirror)
-    for download in map(DOWNLOADS.__getitem__, dict.fromkeys(options.names)):
+    chosen = [DOWNLOADS[name] for name in dict.fromkeys(options.names)]
+    present = {download.name for download in chosen if not options.replace and is_there(download, models)}
+    for download in chosen:
         sys.stdout.write(_line(download))
-        if not options.yes:
+        if download.name not in present and not options.yes:
             _ask(download)
-        fetch(
-            download,
-            models,
-            mirrors=mirrors,
-            is_replacing=options.replace,
-            log=lambda line: print(line, flush=True),
-        )
+    for download in chosen:
+        fetch(download, models, mirrors=mirrors, is_replacing=options.replace, log=_say)
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _line(download: Download) -> str:
@@ -95,7 +94,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--yes", action="store_true", help="accept the licences without being asked")
     parser.add_argument(
-        "--replace", action="store_true", help="replace another file of that name, once the new one is whole"
+        "--replace",
+        action="store_true",
+        help="load what is there anew, and replace files of its names once the new ones are whole",
     )
     parser.add_argument(
         "--mirror",

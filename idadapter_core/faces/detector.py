@@ -366,7 +366,7 @@ def _import_libraries() -> _Libraries:
 
         # Uninstalling one of two onnxruntime flavours leaves an empty package that can still be imported.
         onnxruntime.InferenceSession  # noqa: B018
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, OSError) as error:  # another numpy, a missing library
         raise FacePackageError(
             f"face analysis needs insightface and onnxruntime, and they cannot be used: {error}.\n{_INSTALL_HINT}"
         ) from error

@@ -54,7 +54,11 @@ def find_packages(roots: Sequence[Path]) -> dict[str, Path]:
 def _folders(parent: Path) -> list[Path]:
     """List the subfolders that may hold packages; empty if the folder is missing or not readable."""
     try:
-        return sorted(path for path in parent.iterdir() if path.is_dir() and path.name != "models")
+        return sorted(
+            path
+            for path in parent.iterdir()
+            if path.is_dir() and path.name != "models" and not path.name.startswith(".")
+        )
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -41,10 +41,11 @@ def draw_preview(
     chosen: Sequence[Face],
     emphasis: float = 1.0,
     size: tuple[int, int] | None = None,
+    first: int = 0,
 ) -> Image:
     """Draw a copy of the photo (H, W, 3), RGB uint8, with a box, number and score for each face.
 
-    The numbers are positions in `found`: with faces in selection order, they are the values of `index`. Chosen faces have a
+    The numbers are positions in `found`, counted from `first`: with faces in selection order, they are the values of `index`. Chosen faces have a
     thick green box and a filled label, the others a thin orange one. `emphasis` scales labels and line widths.
 
     Args:
@@ -58,7 +59,7 @@ def draw_preview(
     short_side = min(picture.size)
     font = ImageFont.load_default(size=max(12, round(emphasis * short_side / 28)))
     thin = max(1, round(emphasis * short_side / 300))
-    for number, face in enumerate(found):
+    for number, face in enumerate(found, first):
         is_chosen = face in chosen
         color = CHOSEN_COLOR if is_chosen else OTHER_COLOR
         x1, y1, x2, y2 = face.box
@@ -75,12 +76,14 @@ def draw_preview(
     return np.array(picture, dtype=np.uint8)
 
 
-def small_preview(image: Image, found: Sequence[Face], chosen: Sequence[Face], name: str = "") -> Image:
+def small_preview(
+    image: Image, found: Sequence[Face], chosen: Sequence[Face], name: str = "", first: int = 0
+) -> Image:
     """`draw_preview` on a copy whose longer side is at most 768 px. A skipped photo (no chosen face) gets a red frame with `name`."""
     height, width = image.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     size = (max(round(height * scale), 1), max(round(width * scale), 1))
-    drawn = draw_preview(image, found, chosen, _EMPHASIS, size)
+    drawn = draw_preview(image, found, chosen, _EMPHASIS, size, first)
     return drawn if chosen else _framed(drawn, f"{name} left out".strip(), LEFT_OUT_COLOR)
 
 

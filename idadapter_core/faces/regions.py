@@ -33,7 +33,8 @@ def choose_people(faces: Sequence[Face], count: int) -> list[Face]:
 
 
 def people_masks(faces: Sequence[Face], height: int, width: int, grow: float) -> Tensor:
-    """Draw a mask for each face: 1 in its box enlarged, 0 elsewhere. Where boxes meet, each pixel belongs to the nearest face.
+    """Draw a mask for each face: 1 in its box enlarged, 0 elsewhere. Where boxes overlap, each pixel belongs to the nearest of
+    their faces.
 
     Distances are measured in sizes of the faces, so a large face in front keeps its surroundings.
 
@@ -55,5 +56,7 @@ def people_masks(faces: Sequence[Face], height: int, width: int, grow: float) ->
         along = (y >= y1 - grow * side) & (y <= y2 + 2 * grow * side)
         inside.append(across & along)
         distances.append(torch.hypot(x - cx, y - cy) / max(side, 1.0))
-    nearest = torch.stack(distances).argmin(0)
-    return torch.stack([(part & (nearest == number)).float() for number, part in enumerate(inside)])
+    reached = torch.stack(inside)
+    nearest = torch.stack(distances).masked_fill(~reached, float("inf")).argmin(0)
+    own = torch.arange(len(faces))[:, None, None] == nearest
+    return (reached & own).float()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from pathlib import Path, PurePath
 
 import folder_paths
 
 from ...idadapter_core import published
-from ...idadapter_core.doctor import SUFFIXES, ModelFiles
+from ...idadapter_core.doctor import SUFFIXES, ModelFiles, home_packages
 from ...idadapter_core.errors import InputError
 from ...idadapter_core.faces.packages import find_packages
 
@@ -104,9 +103,7 @@ def folder_hint(name: str) -> str:
 
 def insightface_roots() -> list[Path]:
     """Return the usual folders of insightface packages, those of other packs included."""
-    roots = [*_known(INSIGHTFACE), Path(folder_paths.models_dir) / INSIGHTFACE]
-    with contextlib.suppress(RuntimeError):  # no home directory, as in some containers
-        roots.append(Path.home() / ".insightface")
+    roots = [*_known(INSIGHTFACE), Path(folder_paths.models_dir) / INSIGHTFACE, *home_packages()]
     return list(dict.fromkeys(roots))
 
 

@@ -148,6 +148,69 @@ def test_a_checkpoint_counts_where_it_is_of_the_adapters_family(
     assert found.covers(method, method.published[0]) is is_enough
 
 
+@pytest.mark.parametrize(
+    ("tensors", "kind"),
+    [
+        ({"double_blocks.0.img_attn.proj.weight": torch.zeros(2, 2)}, doctor.OTHER),
+        (
+            {"model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4)},
+            doctor.UNKNOWN,
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_no_end(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], kind: str
+) -> None:
+    """Flux, or weights that are packed."""
+    (tmp_path / "checkpoints").mkdir()
+    save_file(tensors, tmp_path / "checkpoints" / "other.safetensors")
+    found = doctor._Found(ModelFiles.below(tmp_path), lambda: None)
+    assert dict(found.families) == {kind: 1}
+    assert found.covers(METHODS["uniid"], METHODS["uniid"].published[0]) is (kind == doctor.UNKNOWN)
+    assert text_of(examine(ModelFiles.below(tmp_path), {}))
+
+
+@pytest.mark.parametrize(("width", "is_enough"), [(1024, True), (1280, False)])
+def test_another_clip_vision_does_not_count(tmp_path: Path, width: int, is_enough: bool) -> None:
+    (tmp_path / "clip_vision").mkdir()
+    name = "vision_model.embeddings.class_embedding"
+    save_file({name: torch.zeros(width)}, tmp_path / "clip_vision" / "any.safetensors")
+    found = doctor._Found(ModelFiles.below(tmp_path), lambda: None)
+    (wanted,) = [file for file in METHODS["idadapter"].published if file.role == "clip_vision"]
+    assert found.covers(METHODS["idadapter"], wanted) is is_enough
+
+
+def test_a_package_without_a_recogniser_is_enough_for_uniid_alone(models: Path) -> None:
+    folder = models / "insightface" / "models" / "buffalo_l"
+    write_package(folder, "buffalo_l")
+    (folder / "w600k_r50.onnx").unlink()
+    found = sections(models)
+    assert any("no recogniser" in line for line in lines(found["Model files"]))
+    lacking = [line for line in lines(found["What each method needs"]) if "buffalo_l" in line]
+    assert lacking
+    assert not any(line.startswith(UNIID) for line in lacking)
+
+
+def test_files_that_may_not_be_read_are_named(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(doctor, "file_digest", refuse)
+    (warned,) = [remark.text for remark in sections(models)["Model files"].remarks if remark.is_warning]
+    assert "is not usable" in warned
+    assert "Permission denied" in warned
+
+
+def test_linked_folders_are_searched(models: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "big.ckpt").write_bytes(b"1")
+    (models / "checkpoints").mkdir()
+    (models / "checkpoints" / "SDXL").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(models / "checkpoints")
+    assert list(ModelFiles.below(models).checkpoints) == ["SDXL/big.ckpt"]
+
+
 def test_a_method_with_everything_says_so(models: Path) -> None:
     write_package(models / "insightface" / "models" / "buffalo_l", "buffalo_l")
     (models / "checkpoints").mkdir()
@@ -166,6 +229,7 @@ def second_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second distribution of onnxruntime beside the installed one, as pip leaves it."""
     folder = tmp_path / "site" / "onnxruntime_gpu-1.2.3.dist-info"
     folder.mkdir(parents=True)
+    (folder / "top_level.txt").write_text("onnxruntime\n", "utf-8")
     (folder / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.2.3\n", "utf-8"
     )
@@ -215,6 +279,10 @@ def test_a_self_test_that_cannot_run_says_why() -> None:
     def fails() -> SelfTest:
         raise CheckpointError("base.safetensors is missing; get this project again")
 
+    def breaks() -> SelfTest:
+        raise MemoryError("out of memory")
+
+    assert self_tested(breaks).remarks[0].text == "failed: MemoryError: out of memory"
     (remark,) = self_tested(fails).remarks
     assert remark == Remark("failed: base.safetensors is missing; get this project again", is_warning=True)
 
@@ -239,7 +307,8 @@ def test_the_command_reports_and_ends_with_0(models: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     titles = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
-    assert titles == ["Programs", "Model files", "What each method needs", "Demo world"]
+    assert titles[:-1] == ["Programs", "Model files", "What each method needs", "Demo world"]
+    assert titles[-1].startswith(f"Searched: {models} ")
     assert "    idadapter/uniid/adapter_branch/pytorch_model.bin: UniID, " in result.stdout
 
 

@@ -67,6 +67,23 @@ def test_one_photo_is_judged_by_the_typical_agreement() -> None:
     assert any("rough" in remark.text for remark in remarks_on(person, [Likeness(1, 0.6)]))
 
 
+def test_copies_of_a_photo_count_once() -> None:
+    """Mirrored photos and frames of a video agree by nature, which says nothing of another photo."""
+    one = photos(0.8)
+    copies = FaceFeatures(
+        torch.cat([near(normalize(one.embedding[0], dim=0), 0.97, seed)[None] for seed in range(4)]),
+        faces=one.faces * 4,
+    )
+    person = person_in(copies)
+    assert (person.photos, person.is_typical, person.agreement) == (1, True, TYPICAL_AGREEMENT)
+
+
+def test_a_recogniser_by_which_photos_agree_little_keeps_its_own_scale() -> None:
+    person = person_in(photos(0.55, 0.55, 0.55))
+    assert not person.is_typical
+    assert person.agreement == pytest.approx(0.3, abs=0.08)
+
+
 def test_photos_of_different_people_are_noticed() -> None:
     person = person_in(photos(0.1, -0.1))
     warned = [remark.text for remark in remarks_on(person, [Likeness(1, 0.6)]) if remark.is_warning]

@@ -71,15 +71,34 @@ def test_of_different_numbers_of_photos_all_tokens_stay_and_count_by_the_ratio()
     assert found.adapter_bias is not None
     assert found.adapter_tokens.shape == (1, 15, 8)
     copies = found.adapter_bias.exp()
-    torch.testing.assert_close(copies[:, :5], torch.full((1, 5), 1.5))
-    torch.testing.assert_close(copies[:, 5:], torch.full((1, 10), 0.5))
+    torch.testing.assert_close(copies[:, :5], torch.full((1, 5), 0.75))
+    torch.testing.assert_close(copies[:, 5:], torch.full((1, 10), 0.25))
 
 
-def test_a_bias_of_before_stays() -> None:
-    biased = identity(2, adapter_bias=torch.full((1, 5), 2.0).log())
-    found = merged(A, biased, 0.5).adapter_bias
-    assert found is not None
-    torch.testing.assert_close(found.exp(), torch.tensor([[1.0] * 5 + [2.0] * 5]))
+def test_a_bias_that_both_have_stays() -> None:
+    """As of one photo each: its tokens count as often as those of all photos in training."""
+    copies = torch.full((1, 5), 4.0).log()
+    one, other = (identity(seed, adapter_bias=copies) for seed in (1, 2))
+    found = merged(one, other, 0.25)
+    assert found.adapter_tokens is not None
+    assert found.adapter_tokens.shape == (1, 5, 8)
+    torch.testing.assert_close(found.adapter_bias, copies)
+
+
+@pytest.mark.parametrize("tokens", [3, 5])
+def test_together_they_count_as_often_as_one_identity(tokens: int) -> None:
+    """So the strength does not jump where the ratio leaves 0 or reaches 1."""
+    one = identity(1, adapter_bias=torch.full((1, 5), 2.0).log())
+    other = identity(2, tokens, adapter_bias=torch.full((1, tokens), 10 / tokens * 1.5).log())
+    for ratio in (1e-6, 0.5, 1 - 1e-6):
+        bias = merged(one, other, ratio).adapter_bias
+        assert bias is not None
+        assert float(bias.exp().sum()) == pytest.approx(10 * (1 - ratio) + 15 * ratio, rel=1e-4)
+
+
+def test_tokens_of_nobody_are_not_doubled() -> None:
+    found = merged(A, replace(identity(2, tokens=10), adapter_tokens_uncond=A.adapter_tokens_uncond), 0.5)
+    torch.testing.assert_close(found.adapter_tokens_uncond, A.adapter_tokens_uncond)
 
 
 def test_class_words_that_differ_are_left_open() -> None:

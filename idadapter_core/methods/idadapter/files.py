@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ...published import ADAPTERS, BUFFALO_L, CLIP_VIT_L, SD15_OR_SDXL, PublishedFile
 from ..method import Files, ForeignFormat
 
@@ -18,7 +20,11 @@ FILES = Files(
 )
 
 PUBLISHED = (
-    SD15_OR_SDXL,
+    replace(
+        SD15_OR_SDXL,
+        name="an SD1.5, SD2.1 or SDXL checkpoint, as the adapter is for",
+        families=("SD1.5", "SD2.1", "SDXL"),
+    ),
     PublishedFile(
         "adapter",
         "an IDAdapter, which you train (nobody has published one)",

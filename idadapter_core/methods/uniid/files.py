@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError, InputError, MismatchError
-from ...published import ADAPTERS, BUFFALO_L, GLINT360K_R100, SDXL, PublishedFile
+from ...published import ADAPTERS, DETECTOR, GLINT360K_R100, SDXL, PublishedFile
 from ..method import Files, Layout, State
 from .config import TEXT_SIZES, UniIDConfig
 
@@ -258,5 +258,5 @@ PUBLISHED = (
         "code MIT; weights: see their page",
     ),
     GLINT360K_R100,
-    BUFFALO_L,
+    DETECTOR,
 )

@@ -62,3 +62,12 @@ def test_masks_at_the_edge_stay_inside() -> None:
 def test_a_grow_outside_is_refused(grow: float) -> None:
     with pytest.raises(InputError, match="grow must be"):
         people_masks([face(30, 40, 10)], 80, 100, grow)
+
+
+def test_every_pixel_that_a_box_reaches_belongs_to_somebody() -> None:
+    """At different heights and sizes: an adult and a child, one in front of the other."""
+    for faces in ([face(100, 100, 100), face(300, 350, 100)], [face(60, 60, 80), face(120, 160, 30)]):
+        together = people_masks(faces, 400, 400, 1)
+        alone = torch.cat([people_masks([one], 400, 400, 1) for one in faces])
+        torch.testing.assert_close(together.amax(0), alone.amax(0))
+        assert together.sum(0).max() == 1
