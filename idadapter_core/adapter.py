@@ -74,7 +74,8 @@ class Adapter:
             )
         mix = mix or Mix()
         identity = self.kind.encode(self.encoder, self.config, features, mix)
-        return dataclasses.replace(identity, adapter=self.digest, embedding=mean_direction(features, mix))
+        chosen = dataclasses.replace(mix, references=mix.references or self.kind.references(self.config))
+        return dataclasses.replace(identity, adapter=self.digest, embedding=mean_direction(features, chosen))
 
     def require_sites(
         self, sites: tuple[Site, ...], widths: Mapping[str, tuple[int, int]], model_name: str

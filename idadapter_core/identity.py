@@ -17,7 +17,6 @@ from .methods import METHODS
 from .types import Identity
 
 _IDENTITY_TENSORS = ("adapter_tokens", "adapter_tokens_uncond", "adapter_bias")
-_FLAT = ("adapter_bias", "embedding")  # the tensors of two dimensions
 
 
 def save_identity(identity: Identity, path: str | Path) -> None:
@@ -54,7 +53,10 @@ def load_identity(path: str | Path) -> Identity:
     odd = [
         key
         for key, t in tensors.items()
-        if key not in {*known, "embedding"} or t.ndim != (2 if key in _FLAT else 3) or t.shape[0] != 1
+        if key != "adapter_bias"
+        and (
+            key not in {*known, "embedding"} or t.ndim != (2 if key == "embedding" else 3) or t.shape[0] != 1
+        )
     ]
     if bias is not None and (tokens is None or bias.shape != tokens.shape[:2]):
         odd.append("adapter_bias")

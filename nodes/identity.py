@@ -185,7 +185,11 @@ class SaveIdentity(io.ComfyNode):
             _save_fingerprints.record(path)
             log.info("saved identity %s", path)
             done = f"Saved as {path.name} in {path.parent}. Load Identity lists it after a refresh (R)."
-        elif identical(identity, before := load_identity(path)) and before.embedding is None:
+        elif (
+            identical(identity, before := load_identity(path))
+            and before.embedding is None
+            and identity.embedding is not None
+        ):
             save_identity(identity, path)
             _save_fingerprints.record(path)
             done = f"{path.name} in {path.parent} held this identity without the numbers for Identity Report, which were added."

@@ -134,6 +134,36 @@ def test_the_fingerprint_of_a_saved_identity(pack: ModuleType, models: Callable[
     assert node.fingerprint_inputs(name="saved") not in (begun, missing)
 
 
+def test_a_saved_identity_of_before_gets_what_pictures_are_compared_with(
+    pack: ModuleType, models: Callable[[str, str], Path]
+) -> None:
+    """The same identity saved again under its name; another one is still refused."""
+    from ComfyUI_IDAdapter.idadapter_core.errors import InputError
+    from ComfyUI_IDAdapter.idadapter_core.identity import load_identity
+    from ComfyUI_IDAdapter.idadapter_core.types import Identity
+    from ComfyUI_IDAdapter.nodes.host import paths
+
+    node = pack_nodes()["IDAdapterSaveIdentity"]
+    path = models(paths.IDENTITIES, "before.safetensors")
+    path.unlink()
+
+    def identity(value: float, embedding: torch.Tensor | None) -> Identity:
+        tokens = torch.full((1, 2, 3), value)
+        return Identity(tokens, None, method="uniid", adapter="a", recognizer="r", embedding=embedding)
+
+    direction = torch.nn.functional.normalize(torch.ones(1, 8), dim=1)
+    node.execute(identity(1.0, None), "before")
+    with pytest.raises(InputError, match="not overwritten"):
+        node.execute(identity(2.0, direction), "before")
+    said = node.execute(identity(1.0, direction), "before").ui["idadapter"][0]["text"]
+    assert "Identity Report" in said
+    found = load_identity(path).embedding
+    assert found is not None
+    torch.testing.assert_close(found, direction)
+    node.execute(identity(1.0, None), "before")
+    assert load_identity(path).embedding is not None, "what is known is not lost"
+
+
 def test_a_copy_that_comfyui_builds_anew_from_another_file_is_refused(
     pack: ModuleType, tmp_path: Path
 ) -> None:
