@@ -368,9 +368,7 @@ def _family_of(path: Path) -> str:
             sites = attention_sites(file.keys())
             first = next(key for key in file.keys() if key.endswith("attn2.to_k.weight"))  # noqa: SIM118
             shape = file.get_slice(first).get_shape()
-    except MismatchError:
-        return OTHER
-    except (OSError, safetensors.SafetensorError):
+    except (MismatchError, OSError, safetensors.SafetensorError):
         return OTHER
     return family_name(len(sites), shape[1]) if len(shape) == 2 else UNKNOWN
 

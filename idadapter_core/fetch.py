@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import time
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import DownloadError
-from .files import flush
+from .files import flush, sha256_of
 from .published import Download
 
 BLOCK = 1 << 20
@@ -63,11 +62,17 @@ def is_there(download: Download, models: Path) -> bool:
             return target.is_dir() and any(target.iterdir())
         if not target.exists():
             return False
-        if target.is_file() and _sha256(target) == download.sha256:
+        if target.is_file() and sha256_of(target) == download.sha256:
             return True
     raise DownloadError(
         f"{target} exists and is something else; it is left alone. Rename it, or add --replace."
     )
+
+
+def already(download: Download, models: Path) -> str:
+    """Say of a file that it is there."""
+    more = "; add --replace to load it anew" if download.is_archive else ""
+    return f"{models / download.target} is there already{more}"
 
 
 def fetch(
@@ -93,7 +98,7 @@ def fetch(
     """
     target = models / download.target
     if not is_replacing and is_there(download, models):
-        log(f"{target} is there already{'; add --replace to load it anew' if download.is_archive else ''}")
+        log(already(download, models))
         return target
     if is_offline():
         raise DownloadError(
@@ -103,7 +108,7 @@ def fetch(
     with _explained(part):
         target.parent.mkdir(parents=True, exist_ok=True)
         _load(download, address_of(download, mirrors or {}), part, log, pause)
-        found = _sha256(part)
+        found = sha256_of(part)
         if found != download.sha256:
             part.unlink()
             raise DownloadError(
@@ -219,16 +224,15 @@ def _load_once(download: Download, address: str, part: Path, done: int, log: Log
 
 
 def _answer(download: Download, request: urllib.request.Request) -> Any:
-    try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code >= 500 or error.code in (408, 416, 429):
-            raise _Cut(f"the server answers {error.code}") from error
-        raise DownloadError(
-            f"{download.name}: {request.full_url} answers {error.code} ({error.reason}). The file may have moved: {download.page}."
-        ) from error
-    except (OSError, HTTPException) as error:
-        raise _Cut(str(getattr(error, "reason", None) or error)) from error
+    with _from_network():
+        try:
+            return urllib.request.urlopen(request, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            if error.code >= 500 or error.code in (408, 416, 429):
+                raise _Cut(f"the server answers {error.code}") from error
+            raise DownloadError(
+                f"{download.name}: {request.full_url} answers {error.code} ({error.reason}). The file may have moved: {download.page}."
+            ) from error
 
 
 def _require_size(download: Download, answer: Any, done: int) -> None:
@@ -306,11 +310,3 @@ def _inside(download: Download, member: zipfile.ZipInfo) -> PurePosixPath | None
         return None
     own = PurePosixPath(download.target).name
     return path.relative_to(own) if path.parts[0] == own and len(path.parts) > 1 else path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -302,20 +302,25 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def file_digest(path: Path) -> str:
     """Return the first 16 hex digits of the SHA-256 of a file's bytes.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return sha256_of(path)[:16]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); name another file.") from error
-    return digest.hexdigest()[:16]
 
 
 def state_digest(state: Mapping[str, Tensor], progress: Callable[[float], None] | None = None) -> str:

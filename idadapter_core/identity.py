@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,10 +114,8 @@ def merged(one: Identity, other: Identity, ratio: float) -> Identity:
         )
     if ratio in (0, 1):
         return other if ratio else one
-    other = _on_device_of(one, other)
-    is_aligned = _shape(one.adapter_tokens) == _shape(other.adapter_tokens) and _same(
-        one.adapter_bias, other.adapter_bias
-    )
+    other = move_identity(other, _device_of(one))
+    is_aligned = _shape(one.adapter_tokens) == _shape(other.adapter_tokens) and count_alike(one, other)
     if not is_aligned and not METHODS[one.method].weighs_tokens:
         raise MismatchError(
             f"the two identities hold different numbers of tokens, {_shape(one.adapter_tokens)[1]} and {_shape(other.adapter_tokens)[1]}, as of "
@@ -126,29 +125,39 @@ def merged(one: Identity, other: Identity, ratio: float) -> Identity:
     blend = _between if is_aligned else _side_by_side
     is_nobody_alike = _shape(one.adapter_tokens_uncond) == _shape(other.adapter_tokens_uncond)
     blend_nobody = _between if is_nobody_alike else _side_by_side
-    bias = one.adapter_bias if is_aligned else _biases(one, other, ratio)
     return replace(
         one,
-        adapter_tokens=blend(one.adapter_tokens, other.adapter_tokens, ratio),
-        adapter_tokens_uncond=blend_nobody(one.adapter_tokens_uncond, other.adapter_tokens_uncond, ratio),
+        adapter_tokens=_both(blend, one.adapter_tokens, other.adapter_tokens, ratio),
+        adapter_tokens_uncond=_both(
+            blend_nobody, one.adapter_tokens_uncond, other.adapter_tokens_uncond, ratio
+        ),
         text_tokens={
-            name: _known(_between(tokens, other.text_tokens[name], ratio))
-            for name, tokens in one.text_tokens.items()
+            name: _between(tokens, other.text_tokens[name], ratio) for name, tokens in one.text_tokens.items()
         },
         class_word=one.class_word if one.class_word == other.class_word else "",
-        adapter_bias=bias,
-        embedding=_between(one.embedding, other.embedding, ratio),
+        adapter_bias=one.adapter_bias if is_aligned else _biases(one, other, ratio),
+        embedding=_both(_between, one.embedding, other.embedding, ratio),
     )
+
+
+def _device_of(identity: Identity) -> torch.device:
+    tensors = [identity.adapter_tokens, *identity.text_tokens.values()]
+    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
 
 def _shape(tokens: Tensor | None) -> tuple[int, ...]:
     return () if tokens is None else tuple(tokens.shape)
 
 
-def _between(one: Tensor | None, other: Tensor | None, ratio: float) -> Tensor | None:
-    """Interpolate tokens (1, T, D) and their lengths; None where one is missing."""
-    if one is None or other is None:
-        return None
+def _both(
+    blend: Callable[[Tensor, Tensor, float], Tensor], one: Tensor | None, other: Tensor | None, ratio: float
+) -> Tensor | None:
+    """Blend two tensors; None where one is missing."""
+    return None if one is None or other is None else blend(one, other, ratio)
+
+
+def _between(one: Tensor, other: Tensor, ratio: float) -> Tensor:
+    """Interpolate tokens (1, T, D) and their lengths."""
     mixed = torch.lerp(one.float(), other.float(), ratio)
     lengths = torch.lerp(
         one.float().norm(dim=-1, keepdim=True), other.float().norm(dim=-1, keepdim=True), ratio
@@ -158,8 +167,8 @@ def _between(one: Tensor | None, other: Tensor | None, ratio: float) -> Tensor |
     return found
 
 
-def _side_by_side(one: Tensor | None, other: Tensor | None, ratio: float) -> Tensor | None:
-    return None if one is None or other is None else torch.cat([one, other.to(one.dtype)], dim=1)
+def _side_by_side(one: Tensor, other: Tensor, ratio: float) -> Tensor:
+    return torch.cat([one, other.to(one.dtype)], dim=1)
 
 
 def _biases(one: Identity, other: Identity, ratio: float) -> Tensor | None:
@@ -175,33 +184,26 @@ def _biases(one: Identity, other: Identity, ratio: float) -> Tensor | None:
     return torch.cat(parts, dim=1)
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.shape == other.shape and torch.allclose(one.float(), other.float())
+def count_alike(one: Identity, other: Identity) -> bool:
+    """Return whether the tokens of two identities count equally often in the attention."""
+    if one.adapter_bias is None or other.adapter_bias is None:
+        return one.adapter_bias is other.adapter_bias
+    return torch.equal(one.adapter_bias, other.adapter_bias)
 
 
-def _on_device_of(one: Identity, other: Identity) -> Identity:
-    """The second identity, where the first one's tensors are: they may come from a file and from a GPU."""
+def move_identity(identity: Identity, device: torch.device | str) -> Identity:
+    """Return a copy of an identity with its tensors on `device`; what pictures are compared with stays on the CPU."""
 
-    def moved(tensor: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or like is None else tensor.to(like.device)
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
 
     return replace(
-        other,
-        adapter_tokens=moved(other.adapter_tokens, one.adapter_tokens),
-        adapter_tokens_uncond=moved(other.adapter_tokens_uncond, one.adapter_tokens_uncond),
-        adapter_bias=moved(other.adapter_bias, one.adapter_tokens),
-        embedding=moved(other.embedding, one.embedding),
-        text_tokens={
-            name: tokens.to(one.text_tokens[name].device) for name, tokens in other.text_tokens.items()
-        },
+        identity,
+        adapter_tokens=moved(identity.adapter_tokens),
+        adapter_tokens_uncond=moved(identity.adapter_tokens_uncond),
+        adapter_bias=moved(identity.adapter_bias),
+        text_tokens={name: tokens.to(device) for name, tokens in identity.text_tokens.items()},
     )
-
-
-def _known(tokens: Tensor | None) -> Tensor:
-    assert tokens is not None
-    return tokens
 
 
 def identical(one: Identity, other: Identity) -> bool:

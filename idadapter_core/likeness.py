@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 
 from .errors import InputError
 from .faces.pose import estimate_pose
-from .types import Face, FaceFeatures, Identity, Remark
+from .mixing import mean_direction
+from .types import Face, FaceFeatures, Identity, Mix, Remark
 
 TYPICAL_AGREEMENT = 0.62
 """Mean cosine of two photos of one person, for a single reference: measured by the demo world's recogniser (`benchmarks/likeness_bands.py`)."""
@@ -69,6 +70,10 @@ class Likeness:
     independent: float | None = None
     turn: float | None = None
 
+    def or_else(self, otherwise: float) -> float:
+        """The similarity, or another number for a picture without a face."""
+        return otherwise if self.similarity is None else self.similarity
+
 
 def person_in(features: FaceFeatures) -> Person:
     """Return the person of some photos."""
@@ -76,7 +81,7 @@ def person_in(features: FaceFeatures) -> Person:
     agreement, photos = _agreement(directions)
     is_typical = photos < 2 or agreement < STRANGERS
     return Person(
-        normalize(directions.mean(0), dim=0),
+        mean_direction(features, Mix())[0],
         features.recognizer,
         photos,
         TYPICAL_AGREEMENT if is_typical else agreement,
@@ -128,12 +133,12 @@ def compare(person: Person, features: FaceFeatures | None) -> tuple[Likeness, in
 
 def best_of(found: Sequence[Likeness]) -> int:
     """Index of the picture that is most like the person; 0 if none shows a face."""
-    return max(range(len(found)), key=lambda k: (_known(found[k], float("-inf")), -k))
+    return max(range(len(found)), key=lambda k: (found[k].or_else(float("-inf")), -k))
 
 
 def mean_of(found: Sequence[Likeness]) -> float:
     """Mean similarity; a picture without a face counts 0."""
-    return sum(_known(one, 0.0) for one in found) / len(found)
+    return sum(one.or_else(0.0) for one in found) / len(found)
 
 
 def remarks_on(person: Person, found: Sequence[Likeness]) -> list[Remark]:
@@ -143,7 +148,7 @@ def remarks_on(person: Person, found: Sequence[Likeness]) -> list[Remark]:
     if missed == len(found):
         which = "the picture shows no face" if missed == 1 else f"none of the {missed} pictures shows a face"
         return [Remark(f"{which} that the detector finds, so there is nothing to compare.", is_warning=True)]
-    top = _known(found[best], 0.0)
+    top = found[best].or_else(0.0)
     which = f"best: picture {best + 1} with " if len(found) > 1 else ""
     average = f"; {mean:.2f} on average" if len(found) > 1 else ""
     lines = [Remark(f"{which}similarity {top:.2f}, {person.words(top)}{average}.")]
@@ -163,10 +168,6 @@ def remarks_on(person: Person, found: Sequence[Likeness]) -> list[Remark]:
             for k, one in enumerate(found)
         ),
     ]
-
-
-def _known(one: Likeness, otherwise: float) -> float:
-    return otherwise if one.similarity is None else one.similarity
 
 
 def _described(person: Person, one: Likeness) -> str:

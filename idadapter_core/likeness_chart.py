@@ -41,7 +41,7 @@ def rows_shown(found: Sequence[Likeness]) -> list[int]:
     """Indices of the pictures with a row, in their order: all, or the best and the worst."""
     if len(found) <= MOST_ROWS:
         return list(range(len(found)))
-    ranked = sorted(range(len(found)), key=lambda k: -2.0 if (seen := found[k].similarity) is None else seen)
+    ranked = sorted(range(len(found)), key=lambda k: found[k].or_else(-2.0))
     half = MOST_ROWS // 2
     return sorted([*ranked[:half], *ranked[-half:]])
 

@@ -49,7 +49,7 @@ class IDAdapterExtension(ComfyExtension):
         paths.register()
         graph.register()
         exceptions.use_short_names()
-        log.info("%s", summary(paths.model_files()))
+        log.info("%s", summary(paths.own_files()))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return list(NODES)

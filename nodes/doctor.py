@@ -21,12 +21,12 @@ from ..idadapter_core.demo_world.shipped import METHODS
 from ..idadapter_core.demo_world.world import CFG, RESCALED, SAMPLER, STEPS
 from ..idadapter_core.doctor import FILES, Section, SelfTest, examine, self_tested, text_of
 from ..idadapter_core.faces.features import extract_features
-from ..idadapter_core.likeness import Person, compare, person_in
+from ..idadapter_core.likeness import compare, mean_of, person_in
 from ..idadapter_core.types import FaceFeatures
 from .demo_world import LoadDemoWorld
 from .faces import LoadedAnalyzer
 from .host import images, model as host, paths
-from .host.messages import Message, keeps_report, report_ui
+from .host.messages import Message, keeps_report, message_of, report_ui
 from .host.plan import Rescale
 from .host.text import encode_prompt
 from .sockets import CATEGORY
@@ -97,7 +97,7 @@ def _messages(sections: Sequence[Section]) -> list[Message]:
     """What to read on the node: warnings first, and the lists of files last; the report has the order in which things were looked at."""
     remarks = [(section.title == FILES, remark) for section in sections for remark in section.remarks]
     ordered = sorted(remarks, key=lambda entry: (not entry[1].is_warning, entry[0]))
-    return [Message("warning" if remark.is_warning else "info", remark.text) for _, remark in ordered]
+    return [message_of(remark) for _, remark in ordered]
 
 
 def run_self_test() -> SelfTest:
@@ -118,18 +118,16 @@ def run_self_test() -> SelfTest:
         applied, _ = host.apply(model, adapter, identity)
         rescaled = host.rescaled(applied, Rescale(RESCALED, False, False, "normalized", None))
         wanted = person_in(features)
-        likenesses = {True: 0.0, False: 0.0}
-        for seed, prompt in enumerate(PROMPTS):
-            text = prompt.format(person.sex)
-            for is_applied in likenesses:
-                positive = (
-                    encode_prompt(clip, text, identity, 1.0)
-                    if is_applied
-                    else clip.encode_from_tokens_scheduled(clip.tokenize(text))
-                )
-                picture = _draw(rescaled if is_applied else model, clip, vae, positive, seed)
-                likenesses[is_applied] += _likeness(analyzer, picture, wanted) / len(PROMPTS)
-    return SelfTest(method, likenesses[True], likenesses[False], time.monotonic() - begun)
+        texts = [prompt.format(person.sex) for prompt in PROMPTS]
+        negative = _encoded(clip, "")
+
+        def likeness(model: Any, positives: list[Any]) -> float:
+            pictures = [_draw(model, vae, one, negative, seed) for seed, one in enumerate(positives)]
+            return mean_of([compare(wanted, analyzer.features_in(picture))[0] for picture in pictures])
+
+        with_adapter = likeness(rescaled, [encode_prompt(clip, text, identity, 1.0) for text in texts])
+        without = likeness(model, [_encoded(clip, text) for text in texts])
+    return SelfTest(method, with_adapter, without, time.monotonic() - begun)
 
 
 def _features(analyzer: LoadedAnalyzer, pictures: Tensor) -> FaceFeatures:
@@ -142,18 +140,16 @@ def _features(analyzer: LoadedAnalyzer, pictures: Tensor) -> FaceFeatures:
     ).features
 
 
-def _draw(model: Any, clip: Any, vae: Any, positive: Any, seed: int) -> Tensor:
-    """Draw a picture (1, H, W, 3), RGB in 0..1."""
+def _encoded(clip: Any, text: str) -> Any:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def _draw(model: Any, vae: Any, positive: Any, negative: Any, seed: int) -> Tensor:
+    """Draw a picture (H, W, 3), RGB in 0..1."""
     latents = torch.zeros(1, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
-    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     noise = comfy.sample.prepare_noise(latents, seed)
     drawn = comfy.sample.sample(
         model, noise, STEPS, CFG, SAMPLER, "simple", positive, negative, latents, seed=seed, disable_pbar=True
     )
-    picture: Tensor = vae.decode(drawn)
+    picture: Tensor = vae.decode(drawn)[0]
     return picture
-
-
-def _likeness(analyzer: LoadedAnalyzer, picture: Tensor, person: Person) -> float:
-    """Similarity of a picture (1, H, W, 3) to a person; 0 without a face."""
-    return compare(person, analyzer.features_in(picture[0]))[0].similarity or 0.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..doctor import COMFYUI
 from ..errors import InputError
-from ..fetch import fetch, is_there
+from ..fetch import already, fetch, is_there
 from ..published import DOWNLOADS, Download
 from .program import Parser, run
 
@@ -35,12 +35,16 @@ def _fetch(options: argparse.Namespace) -> int:
         raise InputError(f"{models}: no such folder; name the `models` folder of your ComfyUI with --models.")
     mirrors = dict(_mirror(text) for text in options.mirror)
     chosen = [DOWNLOADS[name] for name in dict.fromkeys(options.names)]
-    present = {download.name for download in chosen if not options.replace and is_there(download, models)}
+    wanted = []
     for download in chosen:
         sys.stdout.write(_line(download))
-        if download.name not in present and not options.yes:
+        if not options.replace and is_there(download, models):
+            _say(already(download, models))
+            continue
+        if not options.yes:
             _ask(download)
-    for download in chosen:
+        wanted.append(download)
+    for download in wanted:
         fetch(download, models, mirrors=mirrors, is_replacing=options.replace, log=_say)
     return 0
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import replacing
+from ..files import replacing, sha256_of
 
 RECORD = "record.json"  # among the assets
 
@@ -19,7 +18,7 @@ Content = dict[str, dict[str, Any]]
 def write_record(assets: Path, stage: str, files: Sequence[str], scores: Mapping[str, float]) -> None:
     """Record the digests of a stage's shipped files, and their scores."""
     content = read_record(assets) if (assets / RECORD).is_file() else {}
-    content[stage] = {"files": {name: _sha256(assets / name) for name in files}, "scores": dict(scores)}
+    content[stage] = {"files": {name: sha256_of(assets / name) for name in files}, "scores": dict(scores)}
     with replacing(assets / RECORD) as file:
         file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", "utf-8", newline="\n")
 
@@ -46,12 +45,8 @@ def changed_files(assets: Path) -> list[str]:
             path = assets / name
             if not path.is_file():
                 problems.append(f"{name} ({stage}) is missing; get this project again")
-            elif (found := _sha256(path)) != wanted:
+            elif (found := sha256_of(path)) != wanted:
                 problems.append(
                     f"{name} ({stage}) has the SHA-256 {found[:12]}… and not {wanted[:12]}…; get this project again"
                 )
     return problems
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..errors import InputError
 from ..faces.images import Image
+from ..identity import count_alike
 from ..placeholders import CLASS_WORD
 from ..schedule import RescaleSchedule
 from ..types import Identity
@@ -202,7 +203,7 @@ def _tokens_of(people: Sequence[Identity], rows: Tensor) -> tuple[Tensor | None,
     if first.adapter_tokens is None:
         return None, {}
     found = [person.adapter_tokens for person in people if person.adapter_tokens is not None]
-    is_alike = all(_same(person.adapter_bias, first.adapter_bias) for person in people)
+    is_alike = all(count_alike(person, first) for person in people)
     if len({tokens.shape for tokens in found}) > 1 or len(found) < len(people) or not is_alike:
         raise InputError(
             "the identities of a batch have different numbers or weights of photos; generate their images apart"
@@ -212,12 +213,6 @@ def _tokens_of(people: Sequence[Identity], rows: Tensor) -> tuple[Tensor | None,
         tokens = torch.cat(found).repeat(len(rows) // len(people), 1, 1)
     bias = None if first.adapter_bias is None else first.adapter_bias[0]
     return tokens, {"bias": bias, "rows": rows, "unconditional": first.adapter_tokens_uncond}
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one, other)
 
 
 def _together(parts: Sequence[Conditioning]) -> Conditioning:

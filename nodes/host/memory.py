@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-from torch import Tensor, nn
+from torch import nn
 
 from ...idadapter_core import Adapter, FaceFeatures, Identity, Mix
 from ...idadapter_core.errors import MismatchError
+from ...idadapter_core.identity import move_identity
 
 
 def manage(module: nn.Module, reload: Callable[..., Any], *arguments: Any) -> Any:
@@ -56,18 +57,3 @@ class LoadedAdapter:
         comfy.model_management.load_models_gpu([self.patcher])
         identity = self.adapter.encode(features, mix)
         return move_identity(identity, comfy.model_management.intermediate_device())
-
-
-def move_identity(identity: Identity, device: Any) -> Identity:
-    """Return a copy of an identity with its tensors on `device`."""
-
-    def moved(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
-
-    return replace(
-        identity,
-        adapter_tokens=moved(identity.adapter_tokens),
-        adapter_tokens_uncond=moved(identity.adapter_tokens_uncond),
-        adapter_bias=moved(identity.adapter_bias),
-        text_tokens={name: tokens.to(device) for name, tokens in identity.text_tokens.items()},
-    )

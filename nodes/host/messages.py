@@ -58,12 +58,17 @@ def node_id_of(node: Any) -> str | None:
     return found
 
 
+def message_of(remark: Remark) -> Message:
+    """Convert a remark of the core to a message."""
+    return Message("warning" if remark.is_warning else "info", remark.text)
+
+
 def from_remarks(remarks: Iterable[Remark]) -> list[Message]:
     """Convert remarks of the core to messages. Of many (a video), 12 are kept: the first, then warnings before others."""
     remarks = tuple(remarks)
     ranked = sorted(range(len(remarks)), key=lambda i: (i > 0 and not remarks[i].is_warning, i))
     shown = [remarks[i] for i in sorted(ranked[:MOST_SHOWN])]
-    messages = [Message("warning" if remark.is_warning else "info", remark.text) for remark in shown]
+    messages = list(map(message_of, shown))
     if len(remarks) > MOST_SHOWN:
         messages.append(info(f"… and {len(remarks) - MOST_SHOWN} more, in the report output."))
     return messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 import folder_paths
@@ -107,20 +108,27 @@ def insightface_roots() -> list[Path]:
     return list(dict.fromkeys(roots))
 
 
-def model_files() -> ModelFiles:
-    """List the files that concern this pack."""
-
-    def listed(kind: str) -> dict[str, Path]:
-        return {name: path for name in files(kind) if (path := find(kind, name)) is not None}
-
+def own_files() -> ModelFiles:
+    """List the files in the pack's own folders, and the face packages."""
     return ModelFiles(
-        listed(ADAPTERS),
-        listed(RECOGNIZERS),
-        listed(IDENTITIES),
-        listed(published.CHECKPOINTS),
-        listed(published.CLIP_VISION),
-        find_packages(insightface_roots()),
+        adapters=_listed(ADAPTERS),
+        recognizers=_listed(RECOGNIZERS),
+        face_packages=find_packages(insightface_roots()),
     )
+
+
+def model_files() -> ModelFiles:
+    """List all files that concern this pack."""
+    return replace(
+        own_files(),
+        identities=_listed(IDENTITIES),
+        checkpoints=_listed(published.CHECKPOINTS),
+        clip_vision=_listed(published.CLIP_VISION),
+    )
+
+
+def _listed(kind: str) -> dict[str, Path]:
+    return {name: path for name in files(kind) if (path := find(kind, name)) is not None}
 
 
 def comfyui_version() -> str:

@@ -14,16 +14,8 @@ pytestmark = pytest.mark.server
 PERSON, STRANGER = 5, 6
 
 
-def scene(graph: Graph) -> dict[str, Node]:
-    """The demo world, photos of a person, and a batch of a photo of the person and one of somebody else."""
-    world = graph.add("IDAdapterLoadDemoWorld", adapter="UniID")
-    photos = graph.add("IDAdapterDemoPerson", person=PERSON, photos=2, size=256)
-    more = graph.add("IDAdapterDemoPerson", person=PERSON, photos=3, size=256)
-    third = graph.add("ImageFromBatch", image=more[0], batch_index=2, length=1)
-    other = graph.add("IDAdapterDemoPerson", person=STRANGER, photos=1, size=256)
-    nobody = graph.add("EmptyImage", width=256, height=256, batch_size=1, color=0)
-    batch = graph.add("ImageBatch", image1=other[0], image2=third[0])
-    batch = graph.add("ImageBatch", image1=batch[0], image2=nobody[0])
+def identity_of(graph: Graph, world: Node, photos: Node) -> tuple[Node, Node]:
+    """Extract Face Features and Mix Face Features of a person's photos."""
     faces = graph.add(
         "IDAdapterExtractFaces",
         image=photos[0],
@@ -35,6 +27,20 @@ def scene(graph: Graph) -> dict[str, Node]:
     identity = graph.add(
         "IDAdapterMixFeatures", adapter=world[5], faces=faces[0], mode="auto", references=0, weights=""
     )
+    return faces, identity
+
+
+def scene(graph: Graph) -> dict[str, Node]:
+    """The demo world, photos of a person, and a batch of a photo of the person and one of somebody else."""
+    world = graph.add("IDAdapterLoadDemoWorld", adapter="UniID")
+    photos = graph.add("IDAdapterDemoPerson", person=PERSON, photos=2, size=256)
+    more = graph.add("IDAdapterDemoPerson", person=PERSON, photos=3, size=256)
+    third = graph.add("ImageFromBatch", image=more[0], batch_index=2, length=1)
+    other = graph.add("IDAdapterDemoPerson", person=STRANGER, photos=1, size=256)
+    nobody = graph.add("EmptyImage", width=256, height=256, batch_size=1, color=0)
+    batch = graph.add("ImageBatch", image1=other[0], image2=third[0])
+    batch = graph.add("ImageBatch", image1=batch[0], image2=nobody[0])
+    faces, identity = identity_of(graph, world, photos)
     return {"world": world, "batch": batch, "faces": faces, "identity": identity}
 
 
@@ -128,17 +134,7 @@ def test_between_two_people_the_likeness_follows_the_ratio(server: ComfyServer) 
     nodes = scene(graph)
     world = nodes["world"]
     photos = graph.add("IDAdapterDemoPerson", person=STRANGER, photos=2, size=256)
-    faces = graph.add(
-        "IDAdapterExtractFaces",
-        image=photos[0],
-        analyzer=world[4],
-        select="largest",
-        index=0,
-        on_missing="error",
-    )
-    other = graph.add(
-        "IDAdapterMixFeatures", adapter=world[5], faces=faces[0], mode="auto", references=0, weights=""
-    )
+    _, other = identity_of(graph, world, photos)
     shown = {}
     for ratio in (0.0, 0.5, 1.0):
         merged = graph.add(
