@@ -272,12 +272,9 @@ def _idadapter(workspace: Workspace) -> None:
 
 
 def _ablation(workspace: Workspace, name: str) -> None:
-    settings, run = ABLATIONS[name], f"idadapter_{name}"
-    only_second = all(entry.startswith("loss.identity=") for entry in settings)  # the first has no L_id
-    if only_second:
-        first = train_adapter(workspace, "idadapter")
-    else:
-        first = train_adapter(workspace, "idadapter", settings, f"{run}_first")
+    ablation, run = ABLATIONS[name], f"idadapter_{name}"
+    first = train_adapter(workspace, "idadapter", ablation.both, f"{run}_first" if ablation.both else "")
+    settings = (*ablation.both, *ablation.second)
     export_adapter(workspace, run, train_further(workspace, "idadapter_identity", first, settings, run))
 
 
@@ -356,11 +353,11 @@ STAGES: Mapping[str, Stage] = {
         ),
         *(
             Stage(
-                f"idadapter_{name}", f"train IDAdapter with {', '.join(settings)}, for measurements",
+                f"idadapter_{name}", f"train IDAdapter with {', '.join((*ablation.both, *ablation.second))}, for measurements",
                 ("index", "base_folder", "vision"), partial(_ablation, name=name),
                 keeps=(f"runs/idadapter_{name}_first", f"runs/idadapter_{name}"),
             )
-            for name, settings in ABLATIONS.items()
+            for name, ablation in ABLATIONS.items()
         ),
     )
 }  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,17 +22,29 @@ ROOT, ROOT_PACKAGE = Path(__file__).parents[3], "idadapter_core"
 CONFIGS = ROOT / "configs"
 PHOTOS, INDEX, BASE_FOLDER, RECOGNIZER = "photos", "photos.parquet", "base", "recognizer.safetensors"
 CACHE = "cache"  # of all runs: they share the latents, and those of one method the features
-ABLATIONS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
+@dataclass(frozen=True)
+class Ablation:
+    """A training of IDAdapter without one of its parts or with other photos (Table 2 of its paper).
+
+    both: settings of both parts of the training; without any, the first part is that of the full adapter.
+    second: more settings of the second part.
+    """
+
+    both: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
+
+
+ABLATIONS: MappingProxyType[str, Ablation] = MappingProxyType(
     {
-        "no_mff": ("adapter.settings.mixer_depth=0",),
-        "no_text": ("adapter.settings.text_encoders=[]",),
-        "no_id_loss": ("loss.identity=0.0",),
-        "one_photo": ("data.references=1",),
-        "own_photo": ("data.references=1", "data.own_photo=1.0", "data.flip=false"),
+        "no_mff": Ablation(both=("adapter.settings.mixer_depth=0",)),
+        "no_text": Ablation(both=("adapter.settings.text_encoders=[]",)),
+        "no_id_loss": Ablation(second=("loss.identity=0.0",)),
+        "own_photo": Ablation(second=("data.references=1", "data.own_photo=1.0")),
+        "other_photos": Ablation(both=("data.references=4", "data.own_photo=0.0", "data.flip=true")),
     }
 )
-"""Trainings of IDAdapter without one of its parts or with one reference, another photo or the target itself (Table 2 of its paper), and the
-settings for that. A mirrored target would not be its own reference."""
+"""The trainings for measurements. `own_photo` is N = 1 of the paper: each photo is drawn from itself. `other_photos` never shows the photo to
+draw."""
 
 
 def scan_photos(workspace: Workspace) -> None:

@@ -82,17 +82,13 @@ IDADAPTER = tuple(
     Case(f"idadapter_{count}", f"IDAdapter, N = {count}", "idadapter", photos=count) for count in (1, 2, 4)
 )
 ABLATIONS = tuple(
-    Case(f"idadapter_{name}_4", f"IDAdapter, N = 4, {title}", f"idadapter_{name}", photos=4)
-    for name, title in (
-        ("no_mff", "without MFF"),
-        ("no_text", "without identity word"),
-        ("no_id_loss", "without L_id"),
-    )
-) + tuple(
-    Case(f"idadapter_{name}_1", f"IDAdapter, trained with {title}", f"idadapter_{name}")
-    for name, title in (
-        ("one_photo", "N = 1, another photo"),
-        ("own_photo", "N = 1, the photo to draw itself"),
+    Case(f"idadapter_{name}_{photos}", f"IDAdapter, {title}", f"idadapter_{name}", photos=photos)
+    for name, photos, title in (
+        ("no_mff", 4, "N = 4, without MFF"),
+        ("no_text", 4, "N = 4, without identity word"),
+        ("no_id_loss", 4, "N = 4, without L_id"),
+        ("own_photo", 1, "trained with N = 1, the photo to draw itself"),
+        ("other_photos", 4, "N = 4, trained with other photos only"),
     )
 )
 FACEID = (
