@@ -22,6 +22,8 @@ ROOT, ROOT_PACKAGE = Path(__file__).parents[3], "idadapter_core"
 CONFIGS = ROOT / "configs"
 PHOTOS, INDEX, BASE_FOLDER, RECOGNIZER = "photos", "photos.parquet", "base", "recognizer.safetensors"
 CACHE = "cache"  # of all runs: they share the latents, and those of one method the features
+
+
 @dataclass(frozen=True)
 class Ablation:
     """A training of IDAdapter without one of its parts or with other photos (Table 2 of its paper).

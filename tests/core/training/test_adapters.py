@@ -367,6 +367,18 @@ def test_a_trained_adapter_comes_back_from_its_file(
     assert all(torch.equal(p, parameters[name]) for name, p in trainable(back).items())
 
 
+def test_a_start_goes_on_with_another_number_of_photos(unets: dict[str, Any], tmp_path: Path) -> None:
+    """The number is what the run teaches: first one photo, then four."""
+    first = fresh(unets["sd15"], "idadapter", references=1)
+    save_adapter(first, tmp_path / "first.safetensors")
+    second = start_from(tmp_path / "first.safetensors", unets["sd15"], settings={"references": 4})
+    assert isinstance(second.config, IDAdapterConfig)
+    assert (first.config.references, second.config.references) == (1, 4)
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+    save_adapter(second, tmp_path / "second.safetensors")
+    assert load_adapter(tmp_path / "second.safetensors").config.references == 4
+
+
 def test_an_incomplete_state_makes_no_adapter(unets: dict[str, Any]) -> None:
     adapter, parameters = trained(unets["sd15"], "uniid adapter")
     name = "adapter_branch.adapter_modules.3.to_v_ip.weight"
