@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .host.vision import digest_of, encode_heads, encode_views
 from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket
 
 FROM_PACKAGE = "from package"
+MORE_PHOTOS, MOST_MORE = "more_photos", 15
 NO_PACKAGE = "(no package yet: put buffalo_l into models/insightface/models)"
 
 
@@ -166,8 +167,8 @@ def _extract_inputs() -> list[io.Input]:
     return [
         io.Image.Input(
             "image",
-            tooltip="One photo, or a batch of photos of one person (Batch Images, which crops every photo to the shape "
-            "of the first).",
+            tooltip="One photo, or a batch of photos of one person. Photos of other shapes go to `more_photos`, because Batch Images "
+            "crops every photo to the shape of the first.",
         ),
         FaceAnalyzerSocket.Input("analyzer", tooltip="From Load Face Analyzer."),
         io.ClipVision.Input(
@@ -195,6 +196,17 @@ def _extract_inputs() -> list[io.Input]:
             options=list(ON_MISSING),
             default="error",
             tooltip="A photo without that face: stop with an error, or leave the photo out and say so in the report.",
+        ),
+        io.Autogrow.Input(
+            MORE_PHOTOS,
+            template=io.Autogrow.TemplatePrefix(
+                io.Image.Input("photo", tooltip="Another photo of the same person, of any shape."),
+                prefix="photo",
+                min=0,
+                max=MOST_MORE,
+            ),
+            optional=True,
+            tooltip="More photos of the same person, of any shapes, each with a socket of its own.",
         ),
     ]
 
@@ -228,7 +240,7 @@ class ExtractFaces(io.ComfyNode):
                     "preview",
                     display_name="preview",
                     tooltip="The photos with numbered boxes; the chosen faces in green. Of more than 16 photos it is made smaller: "
-                    "16 megapixels for all, but at least a quarter of each side.",
+                    "16 megapixels for all, but at least a quarter of each side. Photos of several shapes lie on canvases of one.",
                 ),
                 io.String.Output(
                     "report",
@@ -236,7 +248,7 @@ class ExtractFaces(io.ComfyNode):
                     tooltip="What was found where, and what to watch out for.",
                 ),
             ],
-            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.dynprompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -248,8 +260,10 @@ class ExtractFaces(io.ComfyNode):
         index: int,
         on_missing: str,
         clip_vision: Any = None,
+        more_photos: Mapping[str, Tensor] | None = None,
     ) -> io.NodeOutput:
-        pictures = images.photos(image)
+        more = {name: photo for name, photo in (more_photos or {}).items() if photo is not None}
+        pictures = images.photos(image, *more.values())
         progress = comfy.utils.ProgressBar(len(pictures))
         extraction = extract_features(
             pictures,
@@ -259,7 +273,9 @@ class ExtractFaces(io.ComfyNode):
             index=index,
             on_missing=on_missing,
             recognizer_digest=analyzer.recognizer_digest,
-            origins=photo_origins(cls.hidden, "image", len(pictures)),
+            origins=photo_origins(
+                cls.hidden, ("image", *(f"{MORE_PHOTOS}.{name}" for name in more)), len(pictures)
+            ),
             progress=lambda: progress.update(1),
             check=comfy.model_management.throw_exception_if_processing_interrupted,
         )

@@ -15,22 +15,24 @@ from ...idadapter_core.faces.preview import draw_preview, face_mask, preview_siz
 from ...idadapter_core.types import Face
 
 
-def photos(image: Tensor) -> list[Tensor]:
-    """Split an IMAGE (B, H, W, C) in 0..1 into checked photos. `check_image` converts one to (H, W, 3), RGB uint8.
+def photos(*batches: Tensor) -> list[Tensor]:
+    """Split IMAGEs (B, H, W, C) in 0..1 into checked photos. `check_image` converts one to (H, W, 3), RGB uint8.
 
     Photos are not converted here, because a video would take gigabytes.
 
     Raises:
         InputError: wrong shape, NaN, or too small; names the photo.
     """
-    if image.ndim != 4:
-        raise InputError(
-            f"expected an IMAGE of shape (batch, height, width, channels), got {tuple(image.shape)}; "
-            "repair the node that made it"
-        )
-    for index, photo in enumerate(image):
-        require_image(photo, index, len(image))
-    return list(image)
+    for image in batches:
+        if image.ndim != 4:
+            raise InputError(
+                f"expected an IMAGE of shape (batch, height, width, channels), got {tuple(image.shape)}; "
+                "repair the node that made it"
+            )
+    found = [photo for image in batches for photo in image]
+    for index, photo in enumerate(found):
+        require_image(photo, index, len(found))
+    return found
 
 
 def to_image(pictures: Iterable[Image], count: int) -> Tensor:
@@ -46,18 +48,25 @@ def to_image(pictures: Iterable[Image], count: int) -> Tensor:
 def previews(
     pictures: Sequence[Tensor], found: Sequence[Sequence[Face]], chosen: Sequence[Sequence[Face]]
 ) -> tuple[Tensor, Tensor]:
-    """Draw photos with boxes around their faces (IMAGE) and the chosen faces (MASK). See `preview_size` for their size."""
+    """Draw photos with boxes around their faces (IMAGE) and the chosen faces (MASK), as one batch.
+
+    Photos of different shapes lie at the top left of a canvas that holds the largest. See `preview_size` for the size.
+    """
     count = len(pictures)
-    height, width = pictures[0].shape[:2]
+    height, width = (max(picture.shape[side] for picture in pictures) for side in (0, 1))
     size = preview_size(count, height, width)
-    drawn = (
-        draw_preview(check_image(picture, number, count), found[number], chosen[number], size=size)
-        for number, picture in enumerate(pictures)
-    )
-    boxes = torch.zeros(count, *size)
-    for number, faces in enumerate(chosen):
-        boxes[number] = face_mask(faces, height, width, size)
-    return to_image(drawn, count), boxes
+    preview, boxes = torch.zeros(count, *size, 3), torch.zeros(count, *size)
+    for number, picture in enumerate(pictures):
+        own = picture.shape[:2]
+        shown = (
+            max(round(own[0] * size[0] / height), 1),
+            max(round(own[1] * size[1] / width), 1),
+        )
+        pixels = check_image(picture, number, count)
+        drawn = draw_preview(pixels, found[number], chosen[number], size=shown)
+        preview[number, : shown[0], : shown[1]] = torch.from_numpy(drawn)
+        boxes[number, : shown[0], : shown[1]] = face_mask(chosen[number], own[0], own[1], shown)
+    return preview.div_(255), boxes
 
 
 def crops_to_image(crops: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import folder_paths
+from comfy_execution.graph import NodeNotFoundError
 from PIL import Image, ImageSequence
 
 from ...idadapter_core.faces.images import Origin
@@ -15,35 +16,42 @@ _ORIENTATION = 0x0112
 _DEEPEST = 50  # maximum nodes between a loader and its user; also stops at circular wiring
 
 
-def photo_origins(node: Any, name: str, count: int) -> list[Origin | None]:
-    """Return the file of each photo wired to the input `name` of a node.
+_NodeOf = Callable[[str], Mapping[str, Any]]  # id of a node -> {class_type, inputs}
+
+
+def photo_origins(node: Any, names: Iterable[str], count: int) -> list[Origin | None]:
+    """Return the file of each photo wired to the inputs `names` of a node.
 
     Links are followed to Load Image through nodes that join batches and through Enrich Photos, whose variants have no file (None).
     The result is empty if there is any other node on the way or if the files do not hold `count` photos: only certain origins
     are reported.
 
     Args:
-        node: holder of the node's hidden inputs, with `prompt` and `unique_id`; None outside a prompt.
+        node: holder of the node's hidden inputs, with `dynprompt` and `unique_id`; None outside a prompt.
     """
     if node is None:
         return []
     try:
-        found = _trace(node.prompt, node.prompt[node.unique_id]["inputs"][name], _DEEPEST)
-    except (KeyError, TypeError, ValueError, IndexError, OSError):
+        node_of: _NodeOf = node.dynprompt.get_node
+        inputs = node_of(node.unique_id)["inputs"]
+        found = [
+            origin for name in names if name in inputs for origin in _trace(node_of, inputs[name], _DEEPEST)
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, NodeNotFoundError):
         return []
     return found if len(found) == count else []
 
 
-def _trace(prompt: Mapping[str, Any], link: Any, depth: int) -> list[Origin | None]:
+def _trace(node_of: _NodeOf, link: Any, depth: int) -> list[Origin | None]:
     """Return the origins behind a link. Raises ValueError if one is unknown."""
-    node = prompt[link[0]]
+    node = node_of(link[0])
     if depth and node["class_type"] == "LoadImage":
         return _read(node["inputs"]["image"])
     if depth and node["class_type"] in ("ImageBatch", "BatchImagesNode"):
         inputs = sorted(node["inputs"].items(), key=lambda entry: _number(entry[0]))
-        return [origin for _, value in inputs for origin in _trace(prompt, value, depth - 1)]
+        return [origin for _, value in inputs for origin in _trace(node_of, value, depth - 1)]
     if depth and node["class_type"] == "IDAdapterEnrich":
-        given = _trace(prompt, node["inputs"]["image"], depth - 1)
+        given = _trace(node_of, node["inputs"]["image"], depth - 1)
         return [*given, *[None] * (int(node["inputs"]["count"]) - len(given))]
     raise ValueError(f"{node['class_type']} may change photos")
 

@@ -73,6 +73,30 @@ def test_a_stranger_can_be_kept(server: ComfyServer, other_person: str) -> None:
     assert difference(kept, rejected) > 5
 
 
+def test_photos_of_other_shapes_have_sockets_of_their_own(server: ComfyServer) -> None:
+    """Nothing is cropped, and a photo alone is described as in a batch."""
+    with Image.open(server.input_dir / PERSON) as photo:
+        wide = Image.new("RGB", (960, 640), (200, 200, 200))
+        wide.paste(photo, (200, 0))
+    name = server.add_input_image("wide_person.png", wide)
+    graph, nodes = uniid_graph((PERSON,))
+    more = graph.add("LoadImage", image=name)
+    graph.workflow[nodes["faces"].id]["inputs"]["more_photos.photo0"] = [more.id, 0]
+    found = add_text(graph, nodes["faces"], 4)
+    preview = graph.add("PreviewImage", images=nodes["faces"][3])
+    boxes = graph.add("PreviewImage", images=graph.add("MaskToImage", mask=nodes["faces"][2]))
+    result = server.run(graph.workflow).check()
+    report = "".join(result.outputs[found.id]["text"])
+    assert f"image 1 of 2 ({PERSON}, 640x640)" in report
+    assert f"image 2 of 2 ({name}, 960x640)" in report
+    assert [image.size for image in result.images_by_node[preview.id]] == [(960, 640)] * 2
+    first, second = (np.asarray(image)[..., 0] > 0 for image in result.images_by_node[boxes.id])
+    assert first.any() and not first[:, 640:].any()
+    both, either = first[:, :640] & second[:, 200:840], first[:, :640] | second[:, 200:840]
+    assert both.sum() > 0.9 * either.sum(), "the same face, 200 pixels to the right"
+    assert np.asarray(result.images_by_node[preview.id][0])[:, 640:].max() == 0
+
+
 def test_one_photo_is_enriched_to_four(server: ComfyServer) -> None:
     """Not mirrored, and hardly in other colours: the tiny detector tells left from right by the colours of its dots."""
     graph, nodes = uniid_graph((PERSON,))

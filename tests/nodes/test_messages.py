@@ -226,10 +226,21 @@ def test_photos_are_followed_to_their_files(
     from ComfyUI_IDAdapter.nodes.host.origins import photo_origins
 
     prompt = {**PROMPT, "12:3": {"class_type": "IDAdapterExtractFaces", "inputs": {"image": [source, 0]}}}
-    found = photo_origins(SimpleNamespace(prompt=prompt, unique_id="12:3"), "image", count)
+    prompt["12:3"]["inputs"]["more_photos.photo1"] = ["1", 0]
+    found = photo_origins(_running(prompt, "12:3"), ["image"], count)
     assert [origin and (origin.file, origin.width, origin.height) for origin in found] == expected
-    assert photo_origins(SimpleNamespace(prompt=prompt, unique_id="99"), "image", count) == []
-    assert photo_origins(None, "image", count) == []
+    if expected:
+        with_more = photo_origins(_running(prompt, "12:3"), ["image", "more_photos.photo1"], count + 1)
+        assert [origin and origin.file for origin in with_more[count:]] == ["wide.png"]
+    assert photo_origins(_running(prompt, "99"), ["image"], count) == []
+    assert photo_origins(None, ["image"], count) == []
+
+
+def _running(prompt: dict[str, Any], node: str) -> SimpleNamespace:
+    """The hidden inputs of a node in a running prompt."""
+    from comfy_execution.graph import DynamicPrompt
+
+    return SimpleNamespace(dynprompt=DynamicPrompt(prompt), unique_id=node)
 
 
 def test_messages_of_a_prompt_that_a_program_queued_reach_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
