@@ -91,7 +91,8 @@ def test_photos_of_other_shapes_have_sockets_of_their_own(server: ComfyServer) -
     assert f"image 2 of 2 ({name}, 960x640)" in report
     assert [image.size for image in result.images_by_node[preview.id]] == [(960, 640)] * 2
     first, second = (np.asarray(image)[..., 0] > 0 for image in result.images_by_node[boxes.id])
-    assert first.any() and not first[:, 640:].any()
+    assert first.any()
+    assert not first[:, 640:].any()
     both, either = first[:, :640] & second[:, 200:840], first[:, :640] | second[:, 200:840]
     assert both.sum() > 0.9 * either.sum(), "the same face, 200 pixels to the right"
     assert np.asarray(result.images_by_node[preview.id][0])[:, 640:].max() == 0
