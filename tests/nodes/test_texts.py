@@ -43,11 +43,11 @@ def test_everything_on_a_node_is_explained(schemas: dict[str, Any], node_id: str
     assert silent == []
 
 
-def table(page: str, section: str) -> list[str]:
-    """First column, without its backticks, of the table in a section of a help page."""
+def explained(page: str, section: str) -> list[str]:
+    """What the paragraphs in a section of a help page are about: their bold beginnings, without backticks."""
     match = re.search(rf"^## {section}s?\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     assert match, f"no section {section}"
-    return re.findall(r"^\| `([^`]+)` \|", match[1], re.MULTILINE)
+    return re.findall(r"^\*\*`([^`]+)`\*\*:", match[1], re.MULTILINE)
 
 
 @pytest.mark.parametrize("node_id", NODE_IDS)
@@ -55,8 +55,8 @@ def test_the_help_page_lists_inputs_and_outputs(schemas: dict[str, Any], node_id
     schema = schemas[node_id]
     page = (HELP / f"{node_id}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {schema.display_name}\n")
-    assert table(page, "Input") == [entry.id for entry in schema.inputs]
-    assert table(page, "Output") == [entry.display_name or entry.io_type for entry in schema.outputs]
+    assert explained(page, "Input") == [entry.id for entry in schema.inputs]
+    assert explained(page, "Output") == [entry.display_name or entry.io_type for entry in schema.outputs]
 
 
 @pytest.mark.parametrize("path", sorted(locales.FOLDER.glob("*.json")), ids=lambda path: path.name)
@@ -90,12 +90,23 @@ def messages() -> tuple[str, ...]:
 
 
 def quotes(document: str) -> list[str]:
-    """The messages quoted in the tables of a document about what can go wrong."""
+    """The messages that a document quotes where it says what can go wrong: at the beginning of a paragraph, or first in a table."""
     sections = re.findall(
         r"^## (?:If it stops|When something goes wrong)\n(.*?)(?=^## |\Z)", document, re.MULTILINE | re.DOTALL
     )
-    cells = re.findall(r"^\|(.*?)(?<!\\)\|", "\n".join(sections), re.MULTILINE)
-    return [quote for cell in cells for quote in re.findall(r"`([^`]+)`", cell)]
+    text = "\n".join(sections)
+    cells = re.findall(r"^\|(.*?)(?<!\\)\|", text, re.MULTILINE)
+    beginnings = re.findall(r"^\*\*(.+?)\*\*:", text, re.MULTILINE | re.DOTALL)
+    return [
+        " ".join(quote.split()) for part in (*cells, *beginnings) for quote in re.findall(r"`([^`]+)`", part)
+    ]
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_a_help_page_fits_a_narrow_panel(node_id: str) -> None:
+    """The panel is 270 pixels wide: a table shows its first column only."""
+    page = (HELP / f"{node_id}.md").read_text(encoding="utf-8")
+    assert [line for line in page.splitlines() if line.startswith("|")] == []
 
 
 @pytest.mark.parametrize("path", [TROUBLESHOOTING, *HELP_PAGES], ids=lambda path: path.stem)
