@@ -20,6 +20,7 @@ from .mechanisms import Mechanisms
 from .mechanisms.deltas import nonzero_deltas
 from .methods import METHODS, Config, Method, method_of
 from .mixing import mean_direction
+from .schedule import RescaleSchedule
 from .sites import Site, family_name, is_known_family
 from .types import FaceFeatures, Identity, Mix
 
@@ -57,7 +58,24 @@ class Adapter:
     @property
     def made_to_be_rescaled(self) -> bool:
         """Whether it needs normalized rescaling to work as intended."""
-        return self.kind.made_to_be_rescaled
+        return self.usual_rescale is not None
+
+    @property
+    def usual_rescale(self) -> RescaleSchedule | None:
+        """The scales of normalized rescaling to begin with; None if it is not made to be rescaled."""
+        return self.kind.usual_rescale(self.config)
+
+    def at_strength(self, strength: float) -> tuple[float, RescaleSchedule | None]:
+        """Return the weight and the scales that a strength means: 0 is the model alone, 1 what the adapter is usually used with.
+
+        Raises:
+            InputError: the strength is negative or not finite.
+        """
+        factor = self.kind.dial.factor(strength)
+        usual = self.usual_rescale
+        if usual is None or not factor:
+            return factor, None
+        return 1.0, usual.scaled(factor)
 
     def encode(self, features: FaceFeatures, mix: Mix | None = None) -> Identity:
         """Encode the photos of one person to an identity (see `encode` in `methods`).

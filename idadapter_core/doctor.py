@@ -250,7 +250,7 @@ class _Found:
     def __init__(self, files: ModelFiles, step: Callable[[], object]) -> None:
         self.adapters: list[tuple[Method, Config]] = []
         self.families = Counter(map(_family_of, files.checkpoints.values()))
-        self.widths = set(map(_vision_width, files.clip_vision.values()))
+        self.widths = set(map(vision_width, files.clip_vision.values()))
         self.remarks: list[Remark] = []
         self.has: set[Role] = set()
         looks: tuple[tuple[Mapping[str, Path], Callable[[str, Path], str], str], ...] = (
@@ -373,7 +373,7 @@ def _family_of(path: Path) -> str:
     return family_name(len(sites), shape[1]) if len(shape) == 2 else UNKNOWN
 
 
-def _vision_width(path: Path) -> int:
+def vision_width(path: Path) -> int:
     """Width of a CLIP vision model, from the names in a .safetensors file; 0 if they do not tell."""
     with contextlib.suppress(OSError, safetensors.SafetensorError):
         with safetensors.safe_open(path, framework="pt") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .errors import InputError
 
@@ -50,6 +50,27 @@ class RescaleSchedule:
                 raise InputError(f"{field.name} must be a finite number, got {value}")
         if not 0 <= self.early_fraction <= 1:
             raise InputError(f"early_fraction must be between 0 and 1, got {self.early_fraction}")
+
+    @classmethod
+    def parse(cls, text: str) -> RescaleSchedule:
+        """Read the numbers as they stand in an adapter's file, separated by commas and in the order of the fields.
+
+        Raises:
+            InputError: they are no such numbers.
+        """
+        try:
+            return cls(*(float(number) for number in text.split(",")))
+        except (TypeError, ValueError) as error:
+            names = ", ".join(field.name for field in fields(cls))
+            raise InputError(
+                f"a rescaling must be up to five numbers separated by commas ({names}), got {text!r}"
+            ) from error
+
+    def scaled(self, factor: float) -> RescaleSchedule:
+        """Return the schedule with the adapter's scales multiplied by a factor."""
+        return replace(
+            self, adapter_early=self.adapter_early * factor, adapter_late=self.adapter_late * factor
+        )
 
     def is_early(self, step: int, steps: int) -> bool:
         return step < round(self.early_fraction * steps)

@@ -14,6 +14,7 @@ from .faces import EnrichPhotos, ExtractFaces, LoadFaceAnalyzer
 from .host import exceptions, graph, paths
 from .host.numbers import checks_numbers
 from .identity import AttachIdentity, LoadIdentity, MergeIdentities, MixFeatures, SaveIdentity
+from .personalize import FaceIdentity
 from .prompt import IDPrompt
 from .regions import FaceMasks
 from .report import IdentityReport
@@ -40,6 +41,7 @@ NODES: tuple[type[io.ComfyNode], ...] = tuple(
         IdentityReport,
         MergeIdentities,
         FaceMasks,
+        FaceIdentity,
     )
 )
 

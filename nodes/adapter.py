@@ -15,15 +15,17 @@ from torch import Tensor
 from ..idadapter_core import Adapter, Identity, load_adapter
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.schedule import RescaleSchedule
-from .host import model as host, paths
-from .host.memory import LoadedAdapter, manage, require_same_file
+from .host import choices, model as host, paths
+from .host.choices import AUTO, NONE
+from .host.memory import Live, LoadedAdapter, manage, require_same_file
 from .host.messages import Message, info, keeps_report, node_id_of, report_ui, warning
 from .host.plan import Application, Rescale, RescaleMode
 from .host.titles import APPLY, LOAD_ADAPTER, RESCALE
-from .sockets import CATEGORY, NONE, AdapterSocket, IdentitySocket, file_options
+from .sockets import CATEGORY, AdapterSocket, IdentitySocket, auto_options, file_options
 
 log = logging.getLogger(__name__)
 RESCALE_MODES: tuple[RescaleMode, ...] = ("normalized", "limit", "off")
+_live: Live[LoadedAdapter] = Live()
 SCOPES = ("ID adapters", "every attention patch")
 
 
@@ -42,6 +44,14 @@ def load(path: Path, text_branch: Path | None) -> LoadedAdapter:
         return LoadedAdapter(adapter, encoder)
     gates.adapter_digest = adapter.digest  # identifies copies for other devices
     return LoadedAdapter(adapter, encoder, manage(gates, _reload_gates, path, adapter.digest))
+
+
+def load_files(adapter: str, text_branch: str | None, *, hand_over: bool = False) -> LoadedAdapter:
+    """Load an adapter by the names of its files, or return it if something still uses it (see `Live`)."""
+    path = paths.path_of(paths.ADAPTERS, adapter)
+    second = None if text_branch is None else paths.path_of(paths.ADAPTERS, text_branch)
+    stamp = paths.stamp(path, *(() if second is None else (second,)))
+    return _live.get(stamp, lambda: load(path, second), hand_over=hand_over)
 
 
 def _reload_encoder(path: Path, text_branch: Path | None, digest: str) -> object:
@@ -74,15 +84,15 @@ class LoadIDAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "adapter",
-                    options=file_options(paths.ADAPTERS),
-                    tooltip="A file of models/idadapter. For the published UniID, the adapter branch's pytorch_model.bin.",
+                    options=auto_options(file_options(paths.ADAPTERS)),
+                    tooltip="A file of models/idadapter. For the published UniID, the adapter branch's pytorch_model.bin. auto: the only one.",
                 ),
                 io.Combo.Input(
                     "text_branch",
-                    options=[NONE, *paths.files(paths.ADAPTERS)],
-                    default=NONE,
-                    tooltip="A second file with the text branch: UniID publishes its two branches apart. "
-                    "none where one file holds everything.",
+                    options=[AUTO, NONE, *paths.files(paths.ADAPTERS)],
+                    default=AUTO,
+                    tooltip="A second file with the text branch: UniID publishes its two branches apart. auto: the one in the folder "
+                    "text_branch beside the adapter's adapter_branch. none where one file holds everything.",
                 ),
             ],
             outputs=[
@@ -97,13 +107,16 @@ class LoadIDAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter: str, text_branch: str) -> io.NodeOutput:
-        second = None if text_branch == NONE else paths.path_of(paths.ADAPTERS, text_branch)
-        loaded = load(paths.path_of(paths.ADAPTERS, adapter), second)
+        first = choices.adapter_file(adapter)
+        second = choices.text_branch(text_branch, first)
+        loaded = load_files(first, second)
         return io.NodeOutput(loaded, loaded.adapter.info, ui=report_ui(_report(loaded.adapter), LOAD_ADAPTER))
 
     @classmethod
     def fingerprint_inputs(cls, adapter: str | None, text_branch: str | None, **_: Any) -> str:
-        return " ".join(paths.stamp_of(paths.ADAPTERS, name) for name in (adapter, text_branch))
+        return " ".join(
+            paths.stamp_of(paths.ADAPTERS, None if name == AUTO else name) for name in (adapter, text_branch)
+        )
 
 
 def _report(adapter: Adapter) -> list[Message]:

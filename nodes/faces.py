@@ -25,16 +25,19 @@ from ..idadapter_core.faces.packages import find_packages, package_files, resolv
 from ..idadapter_core.faces.preview import small_preview, worth_showing
 from ..idadapter_core.methods import views_read
 from ..idadapter_core.types import Face, FaceFeatures
-from .host import images, paths
-from .host.memory import manage, require_same_file
+from .host import choices, images, paths
+from .host.choices import AUTO, FROM_PACKAGE
+from .host.memory import Live, Recent, manage, require_same_file
 from .host.messages import from_remarks, info, keeps_report, report_ui
 from .host.origins import photo_origins
 from .host.vision import digest_of, encode_heads, encode_views
-from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket
+from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket, auto_options
 
-FROM_PACKAGE = "from package"
 MORE_PHOTOS, MOST_MORE = "more_photos", 15
 NO_PACKAGE = "(no package yet: put buffalo_l into models/insightface/models)"
+
+
+_recent: Recent[Extraction] = Recent()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,19 @@ def _reload_recognizer(path: Path, expected: str, any_layers: bool) -> Any:
     return patcher
 
 
+_live: Live[LoadedAnalyzer] = Live()
+
+
+def _open(package: Path, recognizer: Path | None, provider: str) -> LoadedAnalyzer:
+    if recognizer is None:
+        return LoadedAnalyzer(open_analyzer(package, provider, recognition=True))
+    progress = comfy.utils.ProgressBar(3)
+    patcher, recognizer_digest = load_recognizer(recognizer, lambda: progress.update(1))
+    analyzer = open_analyzer(package, provider)
+    progress.update(1)
+    return LoadedAnalyzer(analyzer, patcher, recognizer_digest)
+
+
 class LoadFaceAnalyzer(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -119,9 +135,9 @@ class LoadFaceAnalyzer(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "package",
-                    options=packages,
-                    tooltip="A folder of insightface models: buffalo_l or antelopev2, in models/insightface/models. "
-                    "Nothing is downloaded. For non-commercial research only.",
+                    options=auto_options(packages),
+                    tooltip="A folder of insightface models: buffalo_l or antelopev2, in models/insightface/models; auto takes the only one, "
+                    "or buffalo_l. Nothing is downloaded. For non-commercial research only.",
                 ),
                 io.Combo.Input(
                     "recognizer",
@@ -143,21 +159,16 @@ class LoadFaceAnalyzer(io.ComfyNode):
 
     @classmethod
     def execute(cls, package: str, recognizer: str, provider: str) -> io.NodeOutput:
-        wanted = "buffalo_l" if package == NO_PACKAGE else package
+        wanted = choices.package(AUTO if package == NO_PACKAGE else package)
         folder = resolve_package(wanted, paths.insightface_roots())
-        if recognizer == FROM_PACKAGE:
-            return io.NodeOutput(LoadedAnalyzer(open_analyzer(folder, provider, recognition=True)))
-        progress = comfy.utils.ProgressBar(3)
-        file = paths.path_of(paths.RECOGNIZERS, recognizer)
-        patcher, recognizer_digest = load_recognizer(file, lambda: progress.update(1))
-        analyzer = open_analyzer(folder, provider)
-        progress.update(1)
-        return io.NodeOutput(LoadedAnalyzer(analyzer, patcher, recognizer_digest))
+        file = None if recognizer == FROM_PACKAGE else paths.path_of(paths.RECOGNIZERS, recognizer)
+        stamp = f"{provider} {paths.stamp(*package_files(folder), *(() if file is None else (file,)))}"
+        return io.NodeOutput(_live.get(stamp, lambda: _open(folder, file, provider)))
 
     @classmethod
     def fingerprint_inputs(cls, package: str | None, recognizer: str | None, **_: Any) -> str:
         packages = find_packages(paths.insightface_roots())
-        folders = [folder for name, folder in packages.items() if package in (name, None)]
+        folders = [folder for name, folder in packages.items() if package in (name, None, AUTO)]
         models = paths.stamp(*(path for folder in folders for path in package_files(folder)))
         return f"{models} {paths.stamp_of(paths.RECOGNIZERS, recognizer)}"
 
@@ -209,6 +220,44 @@ def _extract_inputs() -> list[io.Input]:
             tooltip="More photos of the same person, of any shapes, each with a socket of its own.",
         ),
     ]
+
+
+def _extract(
+    node: type[io.ComfyNode],
+    pictures: Sequence[Tensor],
+    analyzer: LoadedAnalyzer,
+    settings: tuple[str, int, str, tuple[str, ...]],
+    clip_vision: Any,
+) -> Extraction:
+    """Find and describe the faces; see the inputs of Extract Face Features. `settings` ends with the names of the sockets of more photos."""
+    select, index, on_missing, more = settings
+    progress = comfy.utils.ProgressBar(len(pictures))
+    sockets = ("image", *(f"{MORE_PHOTOS}.{name}" for name in more))
+    extraction = extract_features(
+        pictures,
+        analyzer.analyzer,
+        None if analyzer.recognizer is None else analyzer.recognize,
+        select=select,
+        index=index,
+        on_missing=on_missing,
+        recognizer_digest=analyzer.recognizer_digest,
+        origins=photo_origins(node.hidden, sockets, len(pictures)),
+        progress=lambda: progress.update(1),
+        check=comfy.model_management.throw_exception_if_processing_interrupted,
+    )
+    if clip_vision is None:
+        return extraction
+    features = extraction.features
+    photos = [(check_image(pictures[face.image_index]), face) for face in features.faces]
+    patch_tokens, class_embedding = encode_heads(clip_vision, (square_crop(*pair) for pair in photos))
+    features = replace(
+        features,
+        patch_tokens=patch_tokens,
+        class_embedding=class_embedding,
+        vision=digest_of(clip_vision),
+        views=encode_views(clip_vision, views_read(), photos),
+    )
+    return replace(extraction, features=features)
 
 
 class ExtractFaces(io.ComfyNode):
@@ -264,32 +313,16 @@ class ExtractFaces(io.ComfyNode):
     ) -> io.NodeOutput:
         more = {name: photo for name, photo in (more_photos or {}).items() if photo is not None}
         pictures = images.photos(image, *more.values())
-        progress = comfy.utils.ProgressBar(len(pictures))
-        extraction = extract_features(
-            pictures,
-            analyzer.analyzer,
-            None if analyzer.recognizer is None else analyzer.recognize,
-            select=select,
-            index=index,
-            on_missing=on_missing,
-            recognizer_digest=analyzer.recognizer_digest,
-            origins=photo_origins(
-                cls.hidden, ("image", *(f"{MORE_PHOTOS}.{name}" for name in more)), len(pictures)
-            ),
-            progress=lambda: progress.update(1),
-            check=comfy.model_management.throw_exception_if_processing_interrupted,
+        others = [*more.values(), *([] if clip_vision is None else [clip_vision])]
+        settings = (select, index, on_missing, tuple(more))
+        extraction = _recent.get(
+            image,
+            others,
+            settings,
+            lambda: _extract(cls, pictures, analyzer, settings, clip_vision),
+            analyzer,
         )
         features = extraction.features
-        if clip_vision is not None:
-            photos = [(check_image(pictures[face.image_index]), face) for face in features.faces]
-            patch_tokens, class_embedding = encode_heads(clip_vision, (square_crop(*pair) for pair in photos))
-            features = replace(
-                features,
-                patch_tokens=patch_tokens,
-                class_embedding=class_embedding,
-                vision=digest_of(clip_vision),
-                views=encode_views(clip_vision, views_read(), photos),
-            )
         preview, boxes = images.previews(pictures, extraction.found, extraction.chosen)
         assert features.crops is not None  # extract_features always cuts them
         return io.NodeOutput(

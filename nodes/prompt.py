@@ -11,12 +11,12 @@ from ..idadapter_core import Identity
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.mechanisms.text import IDENTIFIER
 from ..idadapter_core.placeholders import CLASS_WORD
+from .host.choices import AUTO
 from .host.messages import info, keeps_report, node_id_of, report_ui, warning
 from .host.text import complete_prompt, encode_prompt
 from .host.titles import PROMPT
 from .sockets import CATEGORY, IdentitySocket
 
-AUTO = "auto"
 NO_TEXT_BRANCH = (
     "the adapter of this identity has no text branch, so the prompt is encoded without identity tokens; the person comes from "
     "Apply ID Adapter alone"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..mechanisms import Mechanisms
 from ..mechanisms.text import TextKind
 from ..published import PublishedFile
+from ..schedule import RescaleSchedule
+from ..strength import IN_PROPORTION, Dial
 from ..types import FaceFeatures, Identity, Mix
 
 
@@ -182,10 +184,14 @@ class Method:
         [Any], Mapping[str, int]
     ]  # trained parameters of each part; empty for a method of one part
     references: Callable[[Any], int]  # maximum photos per person in Mix Face Features; 0: all
-    made_to_be_rescaled: bool
-    """Trained for identity alone, so it follows the prompt only with rescaling at inference."""
+    usual_rescale: Callable[[Any], RescaleSchedule | None]
+    """(config) -> the scales to begin with, for a method that is trained for identity alone and follows the prompt only with rescaling at
+    inference; None for others."""
     recipe: Recipe | None  # training recipe; None: cannot be trained with this package
     weighs_tokens: bool = False  # whether its layers read `Identity.adapter_bias`
+    dial: Dial = (
+        IN_PROPORTION  # what a strength means for the scales, or for the weight of a method without them
+    )
     published: tuple[PublishedFile, ...] = ()  # what a user needs for it, with the weights of its authors
 
     @property

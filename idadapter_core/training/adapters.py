@@ -16,7 +16,10 @@ from ..methods import METHODS
 from ..methods.method import AdapterContext
 from ..stable_diffusion.inject import fitting_blocks, transformer_blocks
 
-DATA_SETTINGS = ("references",)  # sizes that come from the data settings of a run, and shape no weight
+WEIGHTLESS = (
+    "references",
+    "rescale",
+)  # settings that shape no weight: those of the run hold, whatever it starts from
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def fresh_config(unet: Any, wanted: AdapterRequirements) -> Any:
 def load_start(path: Path, unet: Any, wanted: AdapterRequirements) -> Adapter:
     """Read the adapter file to continue from, and check it against the base. Of two branches, only the one to train is kept.
 
-    If the file does not record its face network, the run's is recorded. The number of reference photos is the run's: it is what the
-    training teaches, and no weight depends on it.
+    If the file does not record its face network, the run's is recorded. Settings that shape no weight are the run's: the number of
+    reference photos, for example, is what the training teaches.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -144,7 +147,7 @@ def load_start(path: Path, unet: Any, wanted: AdapterRequirements) -> Adapter:
             f"{adapter.name} was trained with the face recogniser {config.recognizer}, base.recognizer is {wanted.recognizer}. Name "
             "the one it was trained with as base.recognizer, or leave adapter.start empty."
         )
-    learned = {name: value for name, value in wanted.settings.items() if name in DATA_SETTINGS}
+    learned = {name: value for name, value in wanted.settings.items() if name in WEIGHTLESS}
     config = dataclasses.replace(config, recognizer=config.recognizer or wanted.recognizer, **learned)
     if config == adapter.config:
         return adapter
@@ -154,7 +157,7 @@ def load_start(path: Path, unet: Any, wanted: AdapterRequirements) -> Adapter:
 
 def _require_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
-        if name not in DATA_SETTINGS and getattr(adapter.config, name) != value:
+        if name not in WEIGHTLESS and getattr(adapter.config, name) != value:
             raise ConfigError(
                 f"adapter.settings.{name} is {value!r}, but {adapter.name} was made with {getattr(adapter.config, name)!r}. "
                 "Settings are for a new adapter: leave this one out, or leave adapter.start empty."

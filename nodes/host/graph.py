@@ -14,10 +14,11 @@ from typing import Any
 
 from . import messages
 from .messages import Message, warning
-from .titles import APPLY, ATTACH, PROMPT
+from .titles import APPLY, ATTACH, FACE_IDENTITY, PROMPT
 
-APPLY_ID = "IDAdapterApply"
-IN_CONDITIONINGS = {"IDAdapterPrompt": PROMPT, "IDAdapterAttach": ATTACH}
+FACE_IDENTITY_ID = "IDAdapterPersonalize"
+ON_MODELS = ("IDAdapterApply", FACE_IDENTITY_ID)
+IN_CONDITIONINGS = {"IDAdapterPrompt": PROMPT, "IDAdapterAttach": ATTACH, FACE_IDENTITY_ID: FACE_IDENTITY}
 _ANY = "*"
 
 
@@ -88,16 +89,17 @@ def omissions(prompt: Mapping[str, Any], sockets_of: SocketsOf) -> dict[str, lis
     graph = Graph(prompt, sockets_of)
     applied: dict[str, bool] = {}  # by node: whether it meets an adapter
     for place in graph.meeting_places():
-        has_adapter = any(graph.classes[node] == APPLY_ID for node in graph.sources(place, "MODEL"))
+        has_adapter = any(graph.classes[node] in ON_MODELS for node in graph.sources(place, "MODEL"))
         for node in graph.sources(place, "CONDITIONING"):
             applied[node] = applied.get(node, False) or has_adapter
-    anywhere = APPLY_ID in graph.classes.values()
+    anywhere = any(kind in ON_MODELS for kind in graph.classes.values())
     consumed = {link.source for links in graph.links.values() for link in links}
     found: dict[str, list[Message]] = {}
     for node, kind in graph.classes.items():
         if kind in IN_CONDITIONINGS:
             missing = node in consumed and not applied.get(node, anywhere)
-            found[node] = [warning(_WITHOUT_APPLY)] if missing else []
+            text = _MODEL_UNUSED if kind == FACE_IDENTITY_ID else _WITHOUT_APPLY
+            found[node] = [warning(text)] if missing else []
     return found
 
 
@@ -144,4 +146,8 @@ def register() -> None:
 _WITHOUT_APPLY = (
     f"no {APPLY} is on the model that samples with this prompt, so the picture will not show the person. Put it between the model's "
     "loader and the sampler, with the same identity."
+)
+_MODEL_UNUSED = (
+    "the model that samples with this prompt does not come from this node, so the picture will not show the person. Wire this node's `model` "
+    "to the sampler."
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary, ref
 
 import comfy.model_management
 import comfy.model_patcher
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...idadapter_core import Adapter, FaceFeatures, Identity, Mix
 from ...idadapter_core.errors import MismatchError
@@ -38,6 +40,65 @@ def require_same_file(path: Path, expected: str, found: str) -> None:
         raise MismatchError(
             f"{path.name} has been replaced since it was loaded. Queue the prompt again, which loads the new file."
         )
+
+
+Loaded = TypeVar("Loaded")
+
+
+class Live(Generic[Loaded]):
+    """Loaded files that something still uses, by the stamp of their files: they need not be loaded again."""
+
+    def __init__(self) -> None:
+        self._live: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self._handed_over: Any = None
+
+    def get(self, stamp: str, load: Callable[[], Loaded], *, hand_over: bool = False) -> Loaded:
+        """Return what is loaded already, or load it.
+
+        Args:
+            hand_over: keep it until it is asked for the next time, by the node whose result it becomes.
+        """
+        found: Loaded | None = self._live.get(stamp)
+        if found is None:
+            found = load()
+            self._live[stamp] = found
+        self._handed_over = found if hand_over else None
+        return found
+
+
+class Recent(Generic[Loaded]):
+    """The last result for each tensor, as long as the tensor is kept: what was found in a photo is not looked for again."""
+
+    def __init__(self) -> None:
+        self._results: Any = WeakTensorKeyDictionary()
+
+    def get(
+        self,
+        tensor: Tensor,
+        others: Sequence[object],
+        settings: object,
+        make: Callable[[], Loaded],
+        tool: object = None,
+    ) -> Loaded:
+        """Return the last result for a tensor if it came from the same, or make it.
+
+        Args:
+            others: more objects that it depends on, compared by identity.
+            settings: compared by value.
+            tool: an object to compare by identity that is kept as long as the result.
+        """
+        known = self._results.get(tensor)
+        if known is not None:
+            its_others, its_settings, its_tool, result = known
+            same = len(its_others) == len(others) and all(
+                reference() is other for reference, other in zip(its_others, others, strict=True)
+            )
+            if same and its_settings == settings and its_tool is tool:
+                found: Loaded = result
+                return found
+        made = make()
+        self._results[tensor] = ([ref(other) for other in others], settings, tool, made)
+        return made
 
 
 @dataclass(frozen=True, eq=False)

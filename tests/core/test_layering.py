@@ -47,7 +47,7 @@ LAYERS = (
     ("formats", "recognizer"),
     ("methods",),
     ("mechanisms", "faces"),
-    ("mixing", "resampler", "schedule", "placeholders", "logs"),
+    ("mixing", "resampler", "schedule", "strength", "placeholders", "logs"),
     ("attention",),
     ("fetch",),
     ("attention_cpu", "sites", "files", "config"),

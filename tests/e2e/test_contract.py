@@ -37,6 +37,7 @@ NODES = (
     "IDAdapterReport",
     "IDAdapterMergeIdentities",
     "IDAdapterFaceMasks",
+    "IDAdapterPersonalize",
 )
 # Their choices are the user's files.
 FILE_LISTS = {
@@ -45,6 +46,11 @@ FILE_LISTS = {
     ("IDAdapterLoadAdapter", "adapter"),
     ("IDAdapterLoadAdapter", "text_branch"),
     ("IDAdapterLoadIdentity", "identity"),
+    ("IDAdapterPersonalize", "adapter"),
+    ("IDAdapterPersonalize", "text_branch"),
+    ("IDAdapterPersonalize", "package"),
+    ("IDAdapterPersonalize", "recognizer"),
+    ("IDAdapterPersonalize", "vision"),
 }
 
 

@@ -73,11 +73,12 @@ export function workflowOf(promptId) {
   return workflowOfPrompt.get(promptId) ?? openWorkflow();
 }
 
-/** The node with an execution id of the open workflow: "12", or "12:3" for node 3 inside the subgraph node 12. */
+/** The node with an execution id of the open workflow: "12", or "12:3" for node 3 inside the subgraph node 12. What a node expands to
+ * while it runs, "12.0.0.faces", is that node. */
 export function findNode(executionId) {
   let graph = rootGraph();
   let node;
-  for (const id of String(executionId).split(":")) {
+  for (const id of String(executionId).split(".")[0].split(":")) {
     node = graph?.getNodeById(Number(id));
     graph = node?.subgraph;
   }

@@ -140,7 +140,7 @@ function drawAll() {
 api.addEventListener(EVENT, ({ detail }) => keep(workflowOf(detail.prompt_id), String(detail.node), detail.topic, detail.messages));
 api.addEventListener("executed", ({ detail }) => {
   const report = detail.output?.[REPORT_KEY];
-  if (report) keep(workflowOf(detail.prompt_id), String(detail.display_node ?? detail.node), "report", report);
+  if (report) keep(workflowOf(detail.prompt_id), String(detail.node), "report", report);
 });
 
 onOpened(drawAll);

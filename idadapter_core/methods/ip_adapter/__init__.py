@@ -27,7 +27,7 @@ METHOD = Method(
     notes=config.notes,
     parameters=lambda sizes: {},
     references=lambda sizes: 0,
-    made_to_be_rescaled=False,
+    usual_rescale=lambda sizes: None,
     recipe=RECIPE,
     published=PUBLISHED,
 )

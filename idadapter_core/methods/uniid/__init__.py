@@ -31,7 +31,8 @@ METHOD = Method(
     notes=config.notes,
     parameters=lambda sizes: {},
     references=lambda sizes: 0,
-    made_to_be_rescaled=True,
+    usual_rescale=config.usual_rescale,
+    dial=config.DIAL,
     recipe=RECIPE,
     published=PUBLISHED,
 )

@@ -8,7 +8,9 @@ from typing import ClassVar
 from ...errors import InputError
 from ...faces.iresnet import STAGE_WIDTHS
 from ...mechanisms import Mechanisms
+from ...schedule import RescaleSchedule
 from ...sites import family_name
+from ...strength import Dial
 from ..method import Needs
 
 ENCODERS = ("l", "g")  # supported text encoders, in the order of SDXL's concatenated states
@@ -16,6 +18,8 @@ FUSED_SIDE = 16  # stages 1-3 are resized to 16 x 16 before they are fused
 # The sizes in UniIDConfig that define each branch, besides `head_width`.
 TEXT_SIZES = ("text_widths", "text_tokens", "text_depth", "text_hidden", "embedding_width")
 ADAPTER_SIZES = ("adapter_tokens", "adapter_width", "adapter_depth", "context_width", "site_widths")
+
+DIAL = Dial(((0.0, 0.0), (1.0, 1.0), (2.0, 2.0)))
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class UniIDConfig:
     embedding_width: int = 512
     stage_widths: tuple[int, ...] = STAGE_WIDTHS  # channels of the recogniser's four stages
     recognizer: str = ""  # digest of the face network used in training; empty: not recorded
+    rescale: str = (
+        ""  # scales to begin with, as `RescaleSchedule.parse` reads them; empty: the published ones
+    )
 
     non_weight_settings: ClassVar[tuple[str, ...]] = ("head_width",)  # affects an identity, but no weight
 
@@ -56,6 +63,8 @@ class UniIDConfig:
             raise InputError(
                 f"stage_widths must have {len(STAGE_WIDTHS)} entries, one per stage of the recogniser, got {self.stage_widths}"
             )
+        if self.rescale:
+            RescaleSchedule.parse(self.rescale)
         names = (
             "head_width",
             "stage_widths",
@@ -83,6 +92,11 @@ def needs(config: UniIDConfig) -> Needs:
     """Require the recogniser's stages, and the text encoders of the text branch."""
     widths = dict(zip(ENCODERS, config.text_widths, strict=False))
     return Needs(stages=True, shallow_side=FUSED_SIDE, text_widths=widths, all_text_encoders=True)
+
+
+def usual_rescale(config: UniIDConfig) -> RescaleSchedule:
+    """Return the scales to begin with."""
+    return RescaleSchedule.parse(config.rescale) if config.rescale else RescaleSchedule()
 
 
 def branches(config: UniIDConfig) -> str:
