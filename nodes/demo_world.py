@@ -29,8 +29,8 @@ from ..idadapter_core.demo_world.shipped import (
 from ..idadapter_core.errors import InputError
 from ..idadapter_core.faces.detector import open_analyzer
 from .adapter import load
-from .faces import LoadedAnalyzer, load_recognizer
 from .host import paths
+from .host.analyzer import LoadedAnalyzer, load_recognizer
 from .host.demo_world import open_base, open_vision
 from .sockets import CATEGORY, AdapterSocket, FaceAnalyzerSocket
 

@@ -24,8 +24,8 @@ from ..idadapter_core.faces.features import extract_features
 from ..idadapter_core.likeness import compare, mean_of, person_in
 from ..idadapter_core.types import FaceFeatures
 from .demo_world import LoadDemoWorld
-from .faces import LoadedAnalyzer
 from .host import images, model as host, paths
+from .host.analyzer import LoadedAnalyzer
 from .host.messages import Message, keeps_report, message_of, report_ui
 from .host.plan import Rescale
 from .host.text import encode_prompt

@@ -2,121 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..idadapter_core.errors import FaceError
-from ..idadapter_core.faces.align import align_face, square_crop
-from ..idadapter_core.faces.detector import POLICIES, PROVIDERS, FaceAnalyzer, open_analyzer
+from ..idadapter_core.faces.detector import POLICIES, PROVIDERS
 from ..idadapter_core.faces.enrich import MAX_COLOUR, MAX_ROTATION, enrich
-from ..idadapter_core.faces.features import ON_MISSING, Extraction, crops_to_tensor, extract_features
-from ..idadapter_core.faces.images import Image, check_image
-from ..idadapter_core.faces.iresnet import digest, load_iresnet
-from ..idadapter_core.faces.packages import find_packages, package_files, resolve_package
-from ..idadapter_core.faces.preview import small_preview, worth_showing
-from ..idadapter_core.methods import views_read
-from ..idadapter_core.types import Face, FaceFeatures
-from .host import choices, images, paths
+from ..idadapter_core.faces.features import ON_MISSING
+from ..idadapter_core.faces.packages import find_packages, package_files
+from .host import images, paths
+from .host.analyzer import LoadedAnalyzer, Selection, faces_in, open_files, with_heads
 from .host.choices import AUTO, FROM_PACKAGE
-from .host.memory import Live, Recent, manage, require_same_file
 from .host.messages import from_remarks, info, keeps_report, report_ui
-from .host.origins import photo_origins
-from .host.vision import digest_of, encode_heads, encode_views
 from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket, auto_options
 
-MORE_PHOTOS, MOST_MORE = "more_photos", 15
+MORE_PHOTOS = "more_photos"
+PHOTO_NAMES = [f"photo_{number}" for number in range(1, 17)]
 NO_PACKAGE = "(no package yet: put buffalo_l into models/insightface/models)"
-
-
-_recent: Recent[Extraction] = Recent()
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedAnalyzer:
-    """Value of the FACE_ANALYZER socket: the detector, and the torch recogniser under ComfyUI's management."""
-
-    analyzer: FaceAnalyzer
-    recognizer: Any = None  # ModelPatcher of an IResNet, or None for the recogniser of the package
-    recognizer_digest: str = ""
-
-    @property
-    def digest(self) -> str:
-        """Id of the recogniser in features."""
-        return self.recognizer_digest or self.analyzer.recognizer_digest
-
-    def get_models(self) -> list[Any]:
-        """Return the patcher, for ComfyUI's memory accounting of cached node outputs."""
-        return [] if self.recognizer is None else [self.recognizer]
-
-    def recognize(self, crops: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Compute embedding and stages of crops (F, 3, 112, 112) on ComfyUI's compute device."""
-        comfy.model_management.load_models_gpu([self.recognizer])
-        result: tuple[Tensor, list[Tensor]] = self.recognizer.model(crops.to(self.recognizer.load_device))
-        return result
-
-    def features_in(self, picture: Tensor) -> FaceFeatures | None:
-        """Describe all faces in a picture (H, W, 3), RGB in 0..1; None if there is none that can be used."""
-        pixels = check_image(picture)
-        faces: list[Face] = []
-        crops: list[Image] = []
-        check = comfy.model_management.throw_exception_if_processing_interrupted
-        for face in self.analyzer.detect(pixels, check=check):
-            with contextlib.suppress(FaceError):  # one at the edge that cannot be cut out
-                crops.append(align_face(pixels, face.landmarks))
-                faces.append(face)
-        if not faces:
-            return None
-        cut = crops_to_tensor(crops)
-        return FaceFeatures(self.embed(cut), faces=tuple(faces), recognizer=self.digest, crops=cut)
-
-    def embed(self, crops: Tensor) -> Tensor:
-        """Compute the embeddings (F, 512) of crops (F, 3, 112, 112), RGB in [-1, 1]."""
-        if self.recognizer is not None:
-            return self.recognize(crops)[0].float().cpu()
-        levels = ((crops + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
-        return torch.stack([torch.from_numpy(self.analyzer.embed(crop)) for crop in levels])
-
-
-def load_recognizer(
-    path: Path, progress: Callable[[], object] = lambda: None, *, any_layers: bool = False
-) -> tuple[Any, str]:
-    """Load a torch face network. Return its ModelPatcher and digest; `progress` is called after each of the two.
-
-    `any_layers`: accept networks of other sizes than the published ones.
-    """
-    network = load_iresnet(path, any_layers=any_layers)
-    progress()
-    name = digest(network)
-    progress()
-    return manage(network, _reload_recognizer, path, name, any_layers), name
-
-
-def _reload_recognizer(path: Path, expected: str, any_layers: bool) -> Any:
-    patcher, found = load_recognizer(path, any_layers=any_layers)
-    require_same_file(path, expected, found)
-    return patcher
-
-
-_live: Live[LoadedAnalyzer] = Live()
-
-
-def _open(package: Path, recognizer: Path | None, provider: str) -> LoadedAnalyzer:
-    if recognizer is None:
-        return LoadedAnalyzer(open_analyzer(package, provider, recognition=True))
-    progress = comfy.utils.ProgressBar(3)
-    patcher, recognizer_digest = load_recognizer(recognizer, lambda: progress.update(1))
-    analyzer = open_analyzer(package, provider)
-    progress.update(1)
-    return LoadedAnalyzer(analyzer, patcher, recognizer_digest)
 
 
 class LoadFaceAnalyzer(io.ComfyNode):
@@ -159,11 +63,7 @@ class LoadFaceAnalyzer(io.ComfyNode):
 
     @classmethod
     def execute(cls, package: str, recognizer: str, provider: str) -> io.NodeOutput:
-        wanted = choices.package(AUTO if package == NO_PACKAGE else package)
-        folder = resolve_package(wanted, paths.insightface_roots())
-        file = None if recognizer == FROM_PACKAGE else paths.path_of(paths.RECOGNIZERS, recognizer)
-        stamp = f"{provider} {paths.stamp(*package_files(folder), *(() if file is None else (file,)))}"
-        return io.NodeOutput(_live.get(stamp, lambda: _open(folder, file, provider)))
+        return io.NodeOutput(open_files(AUTO if package == NO_PACKAGE else package, recognizer, provider))
 
     @classmethod
     def fingerprint_inputs(cls, package: str | None, recognizer: str | None, **_: Any) -> str:
@@ -210,54 +110,15 @@ def _extract_inputs() -> list[io.Input]:
         ),
         io.Autogrow.Input(
             MORE_PHOTOS,
-            template=io.Autogrow.TemplatePrefix(
+            template=io.Autogrow.TemplateNames(
                 io.Image.Input("photo", tooltip="Another photo of the same person, of any shape."),
-                prefix="photo",
+                names=PHOTO_NAMES[1:],
                 min=0,
-                max=MOST_MORE,
             ),
             optional=True,
             tooltip="More photos of the same person, of any shapes, each with a socket of its own.",
         ),
     ]
-
-
-def _extract(
-    node: type[io.ComfyNode],
-    pictures: Sequence[Tensor],
-    analyzer: LoadedAnalyzer,
-    settings: tuple[str, int, str, tuple[str, ...]],
-    clip_vision: Any,
-) -> Extraction:
-    """Find and describe the faces; see the inputs of Extract Face Features. `settings` ends with the names of the sockets of more photos."""
-    select, index, on_missing, more = settings
-    progress = comfy.utils.ProgressBar(len(pictures))
-    sockets = ("image", *(f"{MORE_PHOTOS}.{name}" for name in more))
-    extraction = extract_features(
-        pictures,
-        analyzer.analyzer,
-        None if analyzer.recognizer is None else analyzer.recognize,
-        select=select,
-        index=index,
-        on_missing=on_missing,
-        recognizer_digest=analyzer.recognizer_digest,
-        origins=photo_origins(node.hidden, sockets, len(pictures)),
-        progress=lambda: progress.update(1),
-        check=comfy.model_management.throw_exception_if_processing_interrupted,
-    )
-    if clip_vision is None:
-        return extraction
-    features = extraction.features
-    photos = [(check_image(pictures[face.image_index]), face) for face in features.faces]
-    patch_tokens, class_embedding = encode_heads(clip_vision, (square_crop(*pair) for pair in photos))
-    features = replace(
-        features,
-        patch_tokens=patch_tokens,
-        class_embedding=class_embedding,
-        vision=digest_of(clip_vision),
-        views=encode_views(clip_vision, views_read(), photos),
-    )
-    return replace(extraction, features=features)
 
 
 class ExtractFaces(io.ComfyNode):
@@ -311,18 +172,15 @@ class ExtractFaces(io.ComfyNode):
         clip_vision: Any = None,
         more_photos: Mapping[str, Tensor] | None = None,
     ) -> io.NodeOutput:
-        more = {name: photo for name, photo in (more_photos or {}).items() if photo is not None}
-        pictures = images.photos(image, *more.values())
-        others = [*more.values(), *([] if clip_vision is None else [clip_vision])]
-        settings = (select, index, on_missing, tuple(more))
-        extraction = _recent.get(
-            image,
-            others,
-            settings,
-            lambda: _extract(cls, pictures, analyzer, settings, clip_vision),
-            analyzer,
+        more = {
+            f"{MORE_PHOTOS}.{name}": photo for name, photo in (more_photos or {}).items() if photo is not None
+        }
+        pictures, extraction = faces_in(
+            {"image": image, **more}, analyzer, Selection(select, index, on_missing), cls.hidden
         )
         features = extraction.features
+        if clip_vision is not None:
+            features = with_heads(features, pictures, clip_vision)
         preview, boxes = images.previews(pictures, extraction.found, extraction.chosen)
         assert features.crops is not None  # extract_features always cuts them
         return io.NodeOutput(
@@ -332,20 +190,10 @@ class ExtractFaces(io.ComfyNode):
             preview,
             extraction.report,
             ui={
-                **images.picture_ui(cls, _node_pictures(pictures, extraction)),
+                **images.picture_ui(cls, images.found_pictures(pictures, extraction)),
                 **report_ui(from_remarks(extraction.remarks)),
             },
         )
-
-
-def _node_pictures(pictures: Sequence[Tensor], extraction: Extraction) -> list[Image]:
-    """Return small photos with face boxes. If there are too many to show, skipped photos have priority."""
-    left_out = {i for i, chosen in enumerate(extraction.chosen) if not chosen}
-    shown = worth_showing(len(pictures), left_out)
-    return [
-        small_preview(check_image(pictures[i]), extraction.found[i], extraction.chosen[i], f"image {i + 1}")
-        for i in shown
-    ]
 
 
 class EnrichPhotos(io.ComfyNode):

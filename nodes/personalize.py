@@ -6,29 +6,31 @@ keeps those of ordinary nodes; what is dear to make is therefore found again as 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io
-from comfy_execution.graph_utils import GraphBuilder, Node
+from comfy_execution.graph_utils import GraphBuilder
+from torch import Tensor
 
-from ..idadapter_core.adapter import Adapter
+from ..idadapter_core import Mix
 from ..idadapter_core.faces.detector import POLICIES
 from ..idadapter_core.faces.features import ON_MISSING
 from ..idadapter_core.faces.packages import find_packages
+from ..idadapter_core.mixing import left_out, mix_remarks, select_references
 from ..idadapter_core.placeholders import CLASS_WORD
 from ..idadapter_core.schedule import RescaleSchedule
 from ..idadapter_core.strength import STRONGEST
 from ..idadapter_core.types import OUTLIERS
 from .adapter import RESCALE_MODES, SCOPES, load_files
-from .faces import MORE_PHOTOS, MOST_MORE
-from .host import choices, paths
+from .faces import MORE_PHOTOS, PHOTO_NAMES
+from .host import choices, images, paths
+from .host.analyzer import LoadedAnalyzer, Selection, faces_in, open_files
 from .host.choices import AUTO, FROM_PACKAGE, NONE
 from .host.memory import LoadedAdapter
-from .host.messages import info, keeps_report, report_ui
+from .host.messages import from_remarks, info, keeps_report, report_ui, warning
 from .host.titles import FACE_IDENTITY, RESCALE
-from .prompt import CLASS_WORDS
+from .prompt import CLASS_WORDS, class_word_line, fill_class_word
 from .sockets import CATEGORY, AdapterSocket, FaceAnalyzerSocket, IdentitySocket
 
 PHOTOS = "photos"
@@ -38,11 +40,10 @@ Link = list[Any]  # [id of a node, number of its output], as in a queued prompt
 def _photos() -> io.Input:
     return io.Autogrow.Input(
         PHOTOS,
-        template=io.Autogrow.TemplatePrefix(
-            io.Image.Input("photo", raw_link=True, tooltip="A photo of the person, or a batch of photos."),
-            prefix="photo",
+        template=io.Autogrow.TemplateNames(
+            io.Image.Input("photo", tooltip="A photo of the person, or a batch of photos."),
+            names=PHOTO_NAMES,
             min=1,
-            max=MOST_MORE + 1,
         ),
         tooltip="Photos of one person, of any shapes: one is enough, two to four are better. Each has a socket of its own.",
     )
@@ -138,7 +139,6 @@ def _sockets() -> list[io.Input]:
         FaceAnalyzerSocket.Input(
             "loaded_analyzer",
             optional=True,
-            raw_link=True,
             tooltip="From Load Face Analyzer or Load Demo World.",
         ),
         io.ClipVision.Input(
@@ -216,38 +216,55 @@ class FaceIdentity(io.ComfyNode):
         cls,
         model: Link,
         clip: Link,
-        strength: float,
+        photos: Mapping[str, Tensor],
+        text: str,
         negative: str,
-        index: int,
+        strength: float,
         adapter: str,
         text_branch: str,
+        package: str,
+        recognizer: str,
+        vision: str,
+        select: str,
+        index: int,
+        on_missing: str,
+        outliers: str,
+        class_word: str,
         loaded_adapter: LoadedAdapter | None = None,
+        loaded_analyzer: LoadedAnalyzer | None = None,
+        clip_vision: Link | None = None,
         attn_mask: Link | None = None,
-        **given: Any,
     ) -> io.NodeOutput:
-        graph = GraphBuilder()
-        if loaded_adapter is None:
-            loaded_adapter, link = _loaded(graph, adapter, text_branch)
-        else:
-            link = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]["loaded_adapter"]
-        weight, rescale = loaded_adapter.adapter.at_strength(strength)
-        faces = _faces(graph, loaded_adapter.adapter, {**given, "index": index})
-        identity = graph.node(
-            "IDAdapterMixFeatures", "identity", adapter=link, faces=faces.out(0), mode=AUTO, references=0, weights="",
-            outliers=given["outliers"],
-        )  # fmt: skip
-        prompts = _prompts(graph, clip, identity, strength, negative, given)
-        applied = graph.node(
-            "IDAdapterApply", "model", model=model, adapter=link, identity=identity.out(0), weight=weight, start_percent=0.0,
-            end_percent=1.0, **({} if attn_mask is None else {"attn_mask": attn_mask}),
-        )  # fmt: skip
-        if rescale is not None:
-            applied = graph.node(
-                "IDAdapterRescale", "rescale", model=applied.out(0), mode=RESCALE_MODES[0], scope=SCOPES[0], gated=False, **vars(rescale)
-            )  # fmt: skip
-        means = info(_means(strength, weight, rescale))
+        parts = _Parts(cls.hidden)
+        loaded = parts.adapter(loaded_adapter, adapter, text_branch)
+        analyzer = parts.analyzer(loaded_analyzer, package, recognizer, loaded)
+        parts.clip_vision(clip_vision, vision, loaded)
+        given = {f"{PHOTOS}.{name}": photo for name, photo in photos.items() if photo is not None}
+        selection = Selection(select, index, on_missing)
+        pictures, found = faces_in(given, analyzer, selection, cls.hidden)
+        parts.identity(list(given), selection, outliers)
+        weight, rescale = loaded.adapter.at_strength(strength)
+        mix = Mix(AUTO, loaded.adapter.kind.references(loaded.adapter.config), (), outliers)
+        seen = select_references(found.features, mix)[0].class_word
+        noun = (seen or "person") if class_word == AUTO else class_word
+        prompts = parts.prompts(clip, text, negative, noun, bool(strength))
+        applied = parts.model(model, weight, rescale, attn_mask)
+
+        not_used = {found.features.faces[i].image_index for i in left_out(found.features, mix)}
+        messages = [
+            info(_means(strength, weight, rescale)),
+            *from_remarks(found.remarks),
+            *from_remarks(mix_remarks(found.features, mix)),
+            info(class_word_line(noun, class_word, seen)),
+            *map(warning, loaded.adapter.notes),
+        ]
+        shown = images.picture_ui(cls, images.found_pictures(pictures, found, not_used))
         return io.NodeOutput(
-            applied.out(0), *prompts, identity.out(0), expand=graph.finalize(), ui=report_ui([means])
+            applied,
+            *prompts,
+            parts.identity_link,
+            expand=parts.graph(),
+            ui={**shown, **report_ui(messages, FACE_IDENTITY)},
         )
 
     @classmethod
@@ -262,49 +279,102 @@ class FaceIdentity(io.ComfyNode):
         )
 
 
-def _loaded(graph: GraphBuilder, adapter: str, text_branch: str) -> tuple[LoadedAdapter, Link]:
-    """Add the node that loads an adapter. The node that the graph runs gets what is loaded here."""
-    first = choices.adapter_file(adapter)
-    second = choices.text_branch(text_branch, first)
-    loaded = load_files(first, second, hand_over=True)
-    node = graph.node("IDAdapterLoadAdapter", "adapter", adapter=first, text_branch=second or NONE)
-    return loaded, node.out(0)
+class _Parts:
+    """The nodes that Face Identity expands to.
 
+    They report to nobody: Face Identity says it all in its own result, which ComfyUI sends again when it is cached.
+    """
 
-def _faces(graph: GraphBuilder, adapter: Adapter, given: Mapping[str, Any]) -> Node:
-    """Add the nodes that describe the photos."""
-    analyzer = given.get("loaded_analyzer")
-    if analyzer is None:
-        loader = graph.node(
-            "IDAdapterLoadFaceAnalyzer", "analyzer", package=given["package"], recognizer=choices.recognizer(given["recognizer"], adapter),
-            provider=AUTO,
+    def __init__(self, hidden: Any) -> None:
+        self._builder = GraphBuilder()
+        self._node = str(hidden.unique_id)
+        self._given: Mapping[str, Any] = hidden.dynprompt.get_node(hidden.unique_id)["inputs"]
+        self._adapter: Link = []
+        self._analyzer: Link = []
+        self._vision: Link | None = None
+        self.identity_link: Link = []
+
+    def _add(self, kind: str, name: str, **inputs: Any) -> Link:
+        node = self._builder.node(kind, name, **inputs)
+        node.set_override_display_id(f"{self._node}.{name}")
+        return list(node.out(0))
+
+    def adapter(self, loaded: LoadedAdapter | None, adapter: str, text_branch: str) -> LoadedAdapter:
+        """Load the adapter, unless it is wired. The node that the graph runs gets what is loaded here."""
+        if loaded is not None:
+            self._adapter = self._given["loaded_adapter"]
+            return loaded
+        first = choices.adapter_file(adapter)
+        second = choices.text_branch(text_branch, first)
+        self._adapter = self._add(
+            "IDAdapterLoadAdapter", "adapter", adapter=first, text_branch=second or NONE
+        )
+        return load_files(first, second, hand_over=True)
+
+    def analyzer(
+        self, loaded: LoadedAnalyzer | None, package: str, recognizer: str, adapter: LoadedAdapter
+    ) -> LoadedAnalyzer:
+        """Open the face package, unless it is wired."""
+        if loaded is not None:
+            self._analyzer = self._given["loaded_analyzer"]
+            return loaded
+        files = {
+            "package": choices.package(package),
+            "recognizer": choices.recognizer(recognizer, adapter.adapter),
+        }
+        self._analyzer = self._add("IDAdapterLoadFaceAnalyzer", "analyzer", provider=AUTO, **files)
+        return open_files(**files, provider=AUTO, hand_over=True)
+
+    def clip_vision(self, link: Link | None, file: str, adapter: LoadedAdapter) -> None:
+        self._vision = link
+        if link is None and (name := choices.clip_vision(file, adapter.adapter)) is not None:
+            self._vision = self._add("CLIPVisionLoader", "vision", clip_name=name)
+
+    def identity(self, photos: Sequence[str], selection: Selection, outliers: str) -> None:
+        """Describe the photos, wired to the inputs of those names, and make one identity of them."""
+        first, *more = (self._given[name] for name in photos)
+        optional = {} if self._vision is None else {"clip_vision": self._vision}
+        optional |= {f"{MORE_PHOTOS}.{name}": link for name, link in zip(PHOTO_NAMES[1:], more, strict=False)}
+        faces = self._add(
+            "IDAdapterExtractFaces",
+            "faces",
+            image=first,
+            analyzer=self._analyzer,
+            **vars(selection),
+            **optional,
+        )
+        self.identity_link = self._add(
+            "IDAdapterMixFeatures", "identity", adapter=self._adapter, faces=faces, mode=AUTO, references=0, weights="",
+            outliers=outliers,
         )  # fmt: skip
-        analyzer = loader.out(0)
-    vision = given.get("clip_vision")
-    if vision is None and (name := choices.clip_vision(given["vision"], adapter)) is not None:
-        vision = graph.node("CLIPVisionLoader", "vision", clip_name=name).out(0)
-    first, *more = (link for link in given[PHOTOS].values() if link is not None)
-    return graph.node(
-        "IDAdapterExtractFaces", "faces", image=first, analyzer=analyzer, select=given["select"], index=given["index"],
-        on_missing=given["on_missing"], **({} if vision is None else {"clip_vision": vision}),
-        **{f"{MORE_PHOTOS}.photo{number}": link for number, link in enumerate(more)},
-    )  # fmt: skip
 
+    def prompts(
+        self, clip: Link, text: str, negative: str, noun: str, has_identity: bool
+    ) -> tuple[Link, Link]:
+        """Encode the positive prompt, with the identity or as an ordinary one, and the negative one."""
+        if has_identity:
+            positive = self._add(
+                "IDAdapterPrompt", "positive", clip=clip, identity=self.identity_link, text=text, class_word=noun, token_weight=1.0
+            )  # fmt: skip
+        else:
+            plain = fill_class_word(text, noun)
+            positive = self._add("CLIPTextEncode", "positive", clip=clip, text=plain)
+        return positive, self._add("CLIPTextEncode", "negative", clip=clip, text=negative)
 
-def _prompts(
-    graph: GraphBuilder, clip: Link, identity: Node, strength: float, negative: str, given: Mapping[str, Any]
-) -> tuple[Link, Link]:
-    """Add the positive and the negative prompt. At strength 0 the positive one is an ordinary prompt."""
-    if strength:
-        node = graph.node(
-            "IDAdapterPrompt", "positive", clip=clip, identity=identity.out(0), text=given["text"], class_word=given["class_word"],
-            token_weight=1.0,
+    def model(self, model: Link, weight: float, rescale: RescaleSchedule | None, mask: Link | None) -> Link:
+        optional = {} if mask is None else {"attn_mask": mask}
+        applied = self._add(
+            "IDAdapterApply", "model", model=model, adapter=self._adapter, identity=self.identity_link, weight=weight,
+            start_percent=0.0, end_percent=1.0, **optional,
         )  # fmt: skip
-    else:
-        noun = "person" if given["class_word"] == AUTO else given["class_word"]
-        plain = re.sub(re.escape(CLASS_WORD), lambda _: noun, given["text"], flags=re.IGNORECASE)
-        node = graph.node("CLIPTextEncode", "positive", clip=clip, text=plain)
-    return node.out(0), graph.node("CLIPTextEncode", "negative", clip=clip, text=negative).out(0)
+        if rescale is None:
+            return applied
+        return self._add(
+            "IDAdapterRescale", "rescale", model=applied, mode=RESCALE_MODES[0], scope=SCOPES[0], gated=False, **vars(rescale)
+        )  # fmt: skip
+
+    def graph(self) -> dict[str, Any]:
+        return dict(self._builder.finalize())
 
 
 def _means(strength: float, weight: float, rescale: RescaleSchedule | None) -> str:

@@ -83,12 +83,12 @@ class IDPrompt(io.ComfyNode):
                 "ID Prompt got no CLIP: this checkpoint holds no text encoder. Load one with a CLIP loader and wire it to `clip`."
             )
         word = (identity.class_word or "person") if class_word == AUTO else class_word
-        filled = re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
+        filled = fill_class_word(text, word)
         prompt = complete_prompt(clip, filled, identity, word)
         conditioning = encode_prompt(clip, prompt, identity, token_weight, node_id_of(cls))
         messages = [info(f'Encoded: "{prompt}"')]
         if prompt != text:
-            messages.insert(0, info(_class_word_line(word, class_word, identity)))
+            messages.insert(0, info(class_word_line(word, class_word, identity.class_word)))
         if prompt != filled:
             messages.insert(
                 1, info(f'The text had no "{IDENTIFIER}", the word of the identity, so it was added.')
@@ -98,13 +98,14 @@ class IDPrompt(io.ComfyNode):
         return io.NodeOutput(conditioning, prompt, ui=report_ui(messages, PROMPT))
 
 
-def _class_word_line(word: str, class_word: str, identity: Identity) -> str:
-    """Name the class word and the source of the choice."""
-    if class_word != AUTO:
+def fill_class_word(text: str, word: str) -> str:
+    """Put the noun of a person where a prompt has its place."""
+    return re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
+
+
+def class_word_line(word: str, choice: str, seen: str) -> str:
+    """Name the class word and the source of the choice. `seen`: what the photos tell; empty: nothing."""
+    if choice != AUTO:
         return f'Class word: "{word}", as chosen.'
-    seen = (
-        "as the face package sees the photos"
-        if identity.class_word
-        else "because the photos do not tell more"
-    )
-    return f'Class word: "{word}", {seen}.'
+    source = "as the face package sees the photos" if seen else "because the photos do not tell more"
+    return f'Class word: "{word}", {source}.'

@@ -12,8 +12,8 @@ from ..idadapter_core.faces.images import check_image, image_name
 from ..idadapter_core.faces.preview import small_preview, worth_showing
 from ..idadapter_core.faces.regions import MAX_GROW, choose_people, people_masks
 from ..idadapter_core.types import Face
-from .faces import LoadedAnalyzer
 from .host import images
+from .host.analyzer import LoadedAnalyzer
 from .host.messages import info, keeps_report, report_ui
 from .sockets import CATEGORY, FaceAnalyzerSocket
 

@@ -24,8 +24,8 @@ from ..idadapter_core.likeness import (
 )
 from ..idadapter_core.likeness_chart import draw_chart
 from ..idadapter_core.types import Remark
-from .faces import LoadedAnalyzer
 from .host import images
+from .host.analyzer import LoadedAnalyzer
 from .host.messages import from_remarks, keeps_report, report_ui
 from .sockets import CATEGORY, FaceAnalyzerSocket, FaceFeaturesSocket, IdentitySocket
 

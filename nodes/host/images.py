@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,15 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ...idadapter_core.errors import InputError
+from ...idadapter_core.faces.features import Extraction
 from ...idadapter_core.faces.images import Image, check_image, require_image
-from ...idadapter_core.faces.preview import draw_preview, face_mask, preview_size
+from ...idadapter_core.faces.preview import (
+    draw_preview,
+    face_mask,
+    preview_size,
+    small_preview,
+    worth_showing,
+)
 from ...idadapter_core.types import Face
 
 
@@ -82,3 +89,20 @@ def picture_ui(node: type[io.ComfyNode], pictures: Sequence[Image]) -> dict[str,
         [to_image([picture], 1)[0] for picture in pictures], cls=node
     ).as_dict()
     return shown
+
+
+def found_pictures(
+    pictures: Sequence[Tensor], extraction: Extraction, not_used: Collection[int] = ()
+) -> list[Image]:
+    """Return small photos with face boxes, those left out with a red frame. If there are too many to show, these have priority.
+
+    Args:
+        not_used: numbers of photos that are left out although a face was found.
+    """
+    chosen = [() if i in not_used else faces for i, faces in enumerate(extraction.chosen)]
+    left_out = {i for i, faces in enumerate(chosen) if not faces}
+    shown = worth_showing(len(pictures), left_out)
+    return [
+        small_preview(check_image(pictures[i]), extraction.found[i], chosen[i], f"image {i + 1}")
+        for i in shown
+    ]

@@ -47,8 +47,8 @@ def face_identity(graph: Graph, world: Node, photos: list[Any], **given: Any) ->
         **given,
     }
     node = graph.add("IDAdapterPersonalize", model=world[0], clip=world[1], **values)
-    for number, photo in enumerate(photos):
-        graph.workflow[node.id]["inputs"][f"photos.photo{number}"] = [photo.id, 0]
+    for number, photo in enumerate(photos, 1):
+        graph.workflow[node.id]["inputs"][f"photos.photo_{number}"] = [photo.id, 0]
     return node
 
 
@@ -124,8 +124,9 @@ def test_it_draws_exactly_what_the_long_chain_draws(
 
 
 def test_strength_0_is_the_model_alone(server: ComfyServer) -> None:
-    picture = short(server, "UniID", strength=0.0, class_word="woman")
-    assert np.array_equal(picture, base(server, TEXT.replace("<class word>", "woman")))
+    for class_word, noun in (("woman", "woman"), ("auto", "man")):
+        picture = short(server, "UniID", strength=0.0, class_word=class_word)
+        assert np.array_equal(picture, base(server, TEXT.replace("<class word>", noun)))
 
 
 def test_another_strength_runs_what_follows_only(server: ComfyServer) -> None:
@@ -158,14 +159,19 @@ def test_what_its_parts_report_is_told_as_its_own(server: ComfyServer) -> None:
     drawn(graph, world, node[0], node[1], node[2])
     result = server.run(graph.workflow).check()
     reports = [
-        "\n".join(message["text"] for message in data["output"]["idadapter"])
+        (
+            data["node"],
+            "\n".join(message["text"] for message in data["output"]["idadapter"]),
+            data["output"].get("images"),
+        )
         for kind, data in result.messages
-        if kind == "executed" and data["display_node"] == node.id and "idadapter" in data["output"]
+        if kind == "executed" and data["display_node"] == node.id
     ]
-    together = "\n".join(reports)
+    ((_, together, pictures),) = reports
+    assert len(pictures) == 2
     assert "Strength 0.5: Normalized Identity Rescaling with adapter_early" in together
     assert "image 2 of 2" in together
-    assert 'Encoded: "a photo of a' in together
+    assert 'Class word: "man"' in together
 
 
 def test_its_identity_goes_on(server: ComfyServer) -> None:

@@ -81,7 +81,7 @@ def test_photos_of_other_shapes_have_sockets_of_their_own(server: ComfyServer) -
     name = server.add_input_image("wide_person.png", wide)
     graph, nodes = uniid_graph((PERSON,))
     more = graph.add("LoadImage", image=name)
-    graph.workflow[nodes["faces"].id]["inputs"]["more_photos.photo0"] = [more.id, 0]
+    graph.workflow[nodes["faces"].id]["inputs"]["more_photos.photo_2"] = [more.id, 0]
     found = add_text(graph, nodes["faces"], 4)
     preview = graph.add("PreviewImage", images=nodes["faces"][3])
     boxes = graph.add("PreviewImage", images=graph.add("MaskToImage", mask=nodes["faces"][2]))

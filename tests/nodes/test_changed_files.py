@@ -170,7 +170,7 @@ def test_a_copy_that_comfyui_builds_anew_from_another_file_is_refused(
     """As for a second device, long after the file was loaded."""
     from ComfyUI_IDAdapter.idadapter_core.errors import MismatchError
     from ComfyUI_IDAdapter.nodes.adapter import load
-    from ComfyUI_IDAdapter.nodes.faces import load_recognizer
+    from ComfyUI_IDAdapter.nodes.host.analyzer import load_recognizer
 
     from idadapter_core.adapter import save_adapter
 

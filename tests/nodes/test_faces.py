@@ -31,7 +31,7 @@ def test_a_photo_can_be_interrupted_before_it_is_done(
     interrupted: type[BaseException], tmp_path: Path
 ) -> None:
     from ComfyUI_IDAdapter.idadapter_core.faces.detector import open_analyzer
-    from ComfyUI_IDAdapter.nodes.faces import LoadedAnalyzer
+    from ComfyUI_IDAdapter.nodes.host.analyzer import LoadedAnalyzer
 
     analyzer = LoadedAnalyzer(open_analyzer(write_package(tmp_path), "cpu"))
     image = torch.from_numpy(synthesize())[None].float() / 255
@@ -63,7 +63,7 @@ def recognizers(node: Any) -> list[str]:
 def test_clip_vision_adds_tokens_of_each_head(pack: ModuleType, tmp_path: Path) -> None:
     from ComfyUI_IDAdapter.idadapter_core.faces.align import square_crop
     from ComfyUI_IDAdapter.idadapter_core.faces.detector import open_analyzer
-    from ComfyUI_IDAdapter.nodes.faces import LoadedAnalyzer
+    from ComfyUI_IDAdapter.nodes.host.analyzer import LoadedAnalyzer
 
     analyzer = LoadedAnalyzer(open_analyzer(write_package(tmp_path), "cpu", recognition=True))
     photo = synthesize(faces=[MarkedFace(180, 300, 60, identity=1), MarkedFace(450, 300, 90, identity=2)])
@@ -99,7 +99,7 @@ def extract_frames(analyzer: Any, frames: torch.Tensor) -> Any:
 @pytest.fixture(scope="module")
 def package_analyzer(pack: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from ComfyUI_IDAdapter.idadapter_core.faces.detector import open_analyzer
-    from ComfyUI_IDAdapter.nodes.faces import LoadedAnalyzer
+    from ComfyUI_IDAdapter.nodes.host.analyzer import LoadedAnalyzer
 
     folder = write_package(tmp_path_factory.mktemp("package"))
     return LoadedAnalyzer(open_analyzer(folder, "cpu", recognition=True))

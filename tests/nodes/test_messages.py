@@ -226,11 +226,11 @@ def test_photos_are_followed_to_their_files(
     from ComfyUI_IDAdapter.nodes.host.origins import photo_origins
 
     prompt = {**PROMPT, "12:3": {"class_type": "IDAdapterExtractFaces", "inputs": {"image": [source, 0]}}}
-    prompt["12:3"]["inputs"]["more_photos.photo1"] = ["1", 0]
+    prompt["12:3"]["inputs"]["more_photos.photo_2"] = ["1", 0]
     found = photo_origins(_running(prompt, "12:3"), ["image"], count)
     assert [origin and (origin.file, origin.width, origin.height) for origin in found] == expected
     if expected:
-        with_more = photo_origins(_running(prompt, "12:3"), ["image", "more_photos.photo1"], count + 1)
+        with_more = photo_origins(_running(prompt, "12:3"), ["image", "more_photos.photo_2"], count + 1)
         assert [origin and origin.file for origin in with_more[count:]] == ["wide.png"]
     assert photo_origins(_running(prompt, "99"), ["image"], count) == []
     assert photo_origins(None, ["image"], count) == []

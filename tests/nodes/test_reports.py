@@ -48,7 +48,7 @@ def has(picture: np.ndarray, color: tuple[int, int, int]) -> bool:
 @pytest.fixture(scope="module")
 def analyzer(pack: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from ComfyUI_IDAdapter.idadapter_core.faces.detector import open_analyzer
-    from ComfyUI_IDAdapter.nodes.faces import LoadedAnalyzer
+    from ComfyUI_IDAdapter.nodes.host.analyzer import LoadedAnalyzer
 
     package = write_package(tmp_path_factory.mktemp("faces"))
     return LoadedAnalyzer(open_analyzer(package, "cpu", recognition=True))

@@ -45,7 +45,7 @@ def stranger() -> np.ndarray:
 def analyzer(pack: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The detector and the torch face network, as Load Face Analyzer gives them."""
     from ComfyUI_IDAdapter.idadapter_core.faces.detector import open_analyzer
-    from ComfyUI_IDAdapter.nodes.faces import LoadedAnalyzer, load_recognizer
+    from ComfyUI_IDAdapter.nodes.host.analyzer import LoadedAnalyzer, load_recognizer
 
     base = tmp_path_factory.mktemp("faces")
     bring_face_package(base)

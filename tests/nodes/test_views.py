@@ -21,7 +21,7 @@ def extracted(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A photo, a CLIP vision model, and the features of its two faces while a method reads two more views."""
     from ComfyUI_IDAdapter.idadapter_core.faces.detector import open_analyzer
     from ComfyUI_IDAdapter.idadapter_core.methods import METHODS
-    from ComfyUI_IDAdapter.nodes.faces import LoadedAnalyzer
+    from ComfyUI_IDAdapter.nodes.host.analyzer import LoadedAnalyzer
 
     toy = replace(METHODS["uniid"], name="toy", needs=lambda config: Needs(views=("aligned_224", "blank")))
     monkeypatch.setitem(METHODS, "toy", toy)

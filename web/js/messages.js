@@ -140,7 +140,8 @@ function drawAll() {
 api.addEventListener(EVENT, ({ detail }) => keep(workflowOf(detail.prompt_id), String(detail.node), detail.topic, detail.messages));
 api.addEventListener("executed", ({ detail }) => {
   const report = detail.output?.[REPORT_KEY];
-  if (report) keep(workflowOf(detail.prompt_id), String(detail.node), "report", report);
+  const node = String(detail.display_node ?? detail.node);
+  if (report && !node.includes(".")) keep(workflowOf(detail.prompt_id), node, "report", report); // not of a part of another node
 });
 
 onOpened(drawAll);
