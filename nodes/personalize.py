@@ -28,7 +28,7 @@ from .host import choices, images, paths
 from .host.analyzer import LoadedAnalyzer, Selection, faces_in, open_files
 from .host.choices import AUTO, FROM_PACKAGE, NONE
 from .host.memory import LoadedAdapter
-from .host.messages import from_remarks, info, keeps_report, report_ui, warning
+from .host.messages import Message, from_remarks, info, keeps_report, report_ui, warning
 from .host.titles import FACE_IDENTITY, RESCALE
 from .prompt import CLASS_WORDS, class_word_line, fill_class_word
 from .sockets import CATEGORY, AdapterSocket, FaceAnalyzerSocket, IdentitySocket
@@ -254,7 +254,7 @@ class FaceIdentity(io.ComfyNode):
         messages = [
             info(_means(strength, weight, rescale)),
             *from_remarks(found.remarks),
-            *from_remarks(mix_remarks(found.features, mix)),
+            *_in_short(from_remarks(mix_remarks(found.features, mix))),
             info(class_word_line(noun, class_word, seen)),
             *map(warning, loaded.adapter.notes),
         ]
@@ -375,6 +375,11 @@ class _Parts:
 
     def graph(self) -> dict[str, Any]:
         return dict(self._builder.finalize())
+
+
+def _in_short(messages: list[Message]) -> list[Message]:
+    """Leave out the weights of single photos, which are equal here."""
+    return [*messages[:1], *(message for message in messages[1:] if message.level == "warning")]
 
 
 def _means(strength: float, weight: float, rescale: RescaleSchedule | None) -> str:
