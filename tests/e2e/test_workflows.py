@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 from tests.harness.browser import Browser, GraphNode, find_chromium
 from tests.harness.comfy import REPOSITORY
 from tests.harness.server import PACK_NAME, ComfyServer
+from tests.harness.uniid_graph import uniid_graph
 from tests.harness.workflow import Workflow
 from tests.tiny.checkpoints import CHECKPOINT_NAMES
 from tests.tiny.files import ADAPTER, CLIP_VISION, PACKAGE, PERSON, PHOTOS, RECOGNIZER, TEXT_BRANCH
 from tests.tiny.idadapter import FILE_NAMES
 
+IDENTITY = "person of a workflow.safetensors"
 WORKFLOWS = {path.stem: path for path in sorted((REPOSITORY / "workflows").glob("*.json"))}
+LARGE = ("demo_world", "four_photos_one_person", "idadapter_sd15", "idadapter_sdxl", "uniid_sdxl")
 TITLE_HEIGHT = 30
 # What nodes grow by, in pixels, when they show their report and picture: of four photos, with a warning.
 REPORTS = {
@@ -27,6 +31,7 @@ REPORTS = {
     "IDAdapterLoadAdapter": 170,
     "IDAdapterPrompt": 90,
     "IDAdapterApply": 90,
+    "IDAdapterPersonalize": 380,
 }
 
 # Inputs that name a file: the folder it belongs into, and the tiny file that stands for it.
@@ -46,12 +51,29 @@ def idadapter(kind: str) -> dict[tuple[str, str], Stand]:
     return {("IDAdapterLoadAdapter", "adapter"): ("models/idadapter", FILE_NAMES[kind]), **checkpoint(kind)}
 
 
+FACE_IDENTITY: dict[tuple[str, str], Stand] = {
+    ("IDAdapterPersonalize", "adapter"): ("models/idadapter", ADAPTER),
+    ("IDAdapterPersonalize", "text_branch"): ("models/idadapter", TEXT_BRANCH),
+    ("IDAdapterPersonalize", "package"): ("models/insightface/models", PACKAGE),
+    ("IDAdapterPersonalize", "recognizer"): ("models/idadapter/recognizers", RECOGNIZER),
+    **checkpoint("sdxl"),
+}
+UNIID: dict[tuple[str, str], Stand] = {
+    ("IDAdapterLoadAdapter", "adapter"): ("models/idadapter", ADAPTER),
+    ("IDAdapterLoadAdapter", "text_branch"): ("models/idadapter", TEXT_BRANCH),
+    **checkpoint("sdxl"),
+}
 FILES: dict[str, dict[tuple[str, str], Stand]] = {
+    "one_photo": FACE_IDENTITY,
+    "several_photos": FACE_IDENTITY,
+    "saved_identity": {
+        **UNIID,
+        ("IDAdapterLoadIdentity", "identity"): ("models/idadapter/identities", IDENTITY),
+    },
+    "demo_world_app": {},
     "uniid_sdxl": {
-        ("IDAdapterLoadAdapter", "adapter"): ("models/idadapter", ADAPTER),
-        ("IDAdapterLoadAdapter", "text_branch"): ("models/idadapter", TEXT_BRANCH),
+        **UNIID,
         ("IDAdapterLoadFaceAnalyzer", "recognizer"): ("models/idadapter/recognizers", RECOGNIZER),
-        **checkpoint("sdxl"),
     },
     "idadapter_sd15": idadapter("sd15"),
     "idadapter_sdxl": idadapter("sdxl"),
@@ -105,7 +127,7 @@ def opened(server: ComfyServer) -> dict[str, Opened]:
             missing = [
                 path
                 for inputs, field, folder, _ in named_files(name, prompt)
-                if not (path := server.base / folder / inputs[field]).exists()
+                if inputs[field] != "auto" and not (path := server.base / folder / inputs[field]).exists()
             ]
             try:
                 for path in missing:
@@ -139,9 +161,20 @@ def test_it_opens_without_a_complaint_once_the_files_are_there(opened: dict[str,
     assert opened[name].complaints == []
 
 
+@pytest.fixture(scope="module")
+def saved_identity(server: ComfyServer) -> Iterator[None]:
+    """The identity that a workflow loads."""
+    graph, nodes = uniid_graph((PERSON,))
+    graph.add("IDAdapterSaveIdentity", identity=nodes["identity"], name=IDENTITY.removesuffix(".safetensors"))
+    server.run(graph.workflow).check()
+    yield
+    (server.base / "models" / "idadapter" / "identities" / IDENTITY).unlink()
+
+
 @pytest.mark.server
 @pytest.mark.browser
 @needs_browser
+@pytest.mark.usefixtures("saved_identity")
 def test_it_runs_to_a_picture(server: ComfyServer, opened: dict[str, Opened], name: str) -> None:
     prompt: Workflow = json.loads(json.dumps(opened[name].prompt))
     for inputs, field, _, stand_in in named_files(name, prompt):
@@ -149,12 +182,13 @@ def test_it_runs_to_a_picture(server: ComfyServer, opened: dict[str, Opened], na
     for node in prompt.values():
         node["inputs"] |= SMALL.get(node["class_type"], {})
     result = server.run(prompt).check()
-    assert set(result.executed_nodes) | set(result.cached_nodes) == set(prompt)
+    ran = {node_id.partition(".")[0] for node_id in result.executed_nodes}  # parts of a node as the node
+    assert ran | set(result.cached_nodes) == set(prompt)
     saved = [node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage"]
     for node_id in saved:
         (image,) = result.images_by_node[node_id]
         assert image.format == "PNG"
-        assert image.size == (64, 64)
+        assert image.size == ((512, 512) if name == "demo_world_app" else (64, 64))
         # Neither black, as a NaN would leave it, nor clipped flat.
         assert np.asarray(image, dtype=np.float32).std() > 10
     assert saved
@@ -208,3 +242,48 @@ def test_it_explains_itself(name: str) -> None:
         assert inside & notes, f"group {group['title']} has no note"
         members.append(inside)
     assert {node["id"] for node in workflow["nodes"]} - set().union(*members) <= notes
+
+
+def test_its_notes_can_be_read_in_both_renderers(name: str) -> None:
+    """Nodes 2.0 draws code in a note blue on blue."""
+    texts = [node["widgets_values"][0] for node in read(name)["nodes"] if node["type"] == "MarkdownNote"]
+    assert [text for text in texts if "`" in text] == []
+
+
+def test_it_fits_a_screen(name: str) -> None:
+    if name in LARGE:
+        return
+    for group in read(name)["groups"]:
+        left, top, width, height = group["bounding"]
+        assert left >= 0
+        assert top >= 0
+        assert left + width <= 2000
+        assert top + height <= 1100
+
+
+def test_every_node_names_its_pack_and_every_public_file_its_address(name: str) -> None:
+    """ComfyUI offers to install the one and to download the other."""
+    for node in read(name)["nodes"]:
+        properties = node["properties"]
+        assert properties["cnr_id"] == (
+            "comfyui-idadapter" if node["type"].startswith("IDAdapter") else "comfy-core"
+        )
+        assert properties["ver"]
+        if node["type"] in ("CheckpointLoaderSimple", "CLIPVisionLoader"):
+            (file,) = properties["models"]
+            assert file["name"] == node["widgets_values"][0]
+            assert file["url"].startswith("https://huggingface.co/")
+            assert file["url"].endswith(".safetensors")
+            assert file["directory"] == (
+                "clip_vision" if node["type"] == "CLIPVisionLoader" else "checkpoints"
+            )
+
+
+def test_an_app_names_widgets_that_exist(name: str) -> None:
+    workflow = read(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    linear = workflow["extra"].get("linearData", {"inputs": [], "outputs": []})
+    for number, widget in linear["inputs"]:
+        assert widget in [entry.get("widget", {}).get("name") for entry in nodes[number]["inputs"]], widget
+    assert all(nodes[number]["type"] == "SaveImage" for number in linear["outputs"])
+    assert bool(linear["outputs"]) == (name not in LARGE)
