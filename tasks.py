@@ -3,7 +3,7 @@
     python tasks.py demo            photos of a person in, pictures of both methods out, through the real ComfyUI server
     python tasks.py test [...]      lint, types and all tests; arguments are passed to pytest
     python tasks.py lint            ruff and mypy alone
-    python tasks.py serve [...]     the real ComfyUI with this pack, to look at; arguments are passed to its main.py
+    python tasks.py serve [...]     the real ComfyUI with this pack, open at a graph that runs at once; arguments go to its main.py
     python tasks.py python [...]    the Python of the set-up, for example `python tasks.py python -m idadapter_core train --help`
     python tasks.py lab [...]       drawn people and tiny models to try training with (docs/training.md)
     python tasks.py setup           only the set-up, which the commands above do by themselves
@@ -35,7 +35,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
+import urllib.request
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -52,6 +55,23 @@ REQUIREMENTS = [ROOT / f"requirements{part}.txt" for part in ("", "-train", "-de
 
 PACK_NAME = "ComfyUI-IDAdapter"  # the folder name under which ComfyUI sees the pack
 TYPED_NAME = "comfyui_idadapter"  # the package name under which mypy sees it
+
+ADAPTERS = "idadapter"  # folder of this pack below ComfyUI's models
+FIRST_TEMPLATE = "demo_world_app"  # what `serve` opens
+DRAW_PHOTOS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from PIL import Image
+from idadapter_core.demo_world.portraits import draw_portraits
+folder = Path({folder!r})
+folder.mkdir(parents=True, exist_ok=True)
+for person in (3, 8):
+    names = [folder / f"person_{{person}}_photo_{{number}}.png" for number in (1, 2)]
+    if not all(name.is_file() for name in names):
+        for name, pixels in zip(names, draw_portraits(person, 2, 512)[1]):
+            Image.fromarray(pixels).save(name)
+"""
 
 TORCH = "torch==2.13.0"
 TORCHVISION = "torchvision==0.28.0"
@@ -459,14 +479,39 @@ def command_serve(arguments: list[str]) -> int:
     base = CACHE / "serve"  # models, input and output of this server; `clean` leaves it alone
     (base / "user").mkdir(parents=True, exist_ok=True)
     link_folder(base / "custom_nodes" / PACK_NAME, ROOT)
+    environment = child_environment(comfyui)
     has_gpu = ask_python(
         "import torch; assert torch.cuda.is_available() or torch.backends.mps.is_available()"
     )
-    options = ["--base-directory", str(base), "--disable-api-nodes"]
+    photos = ask_python(DRAW_PHOTOS.format(root=str(ROOT), folder=str(base / "input")), environment)
+    if photos.returncode:
+        raise TaskError(f"the example photos could not be drawn:\n{photos.stderr}")
+    for folder in (ADAPTERS, f"{ADAPTERS}/recognizers", f"{ADAPTERS}/identities", "insightface/models"):
+        (base / "models" / folder).mkdir(parents=True, exist_ok=True)
+    options = ["--base-directory", str(base), "--disable-api-nodes", "--disable-auto-launch"]
     options += ["--database-url", f"sqlite:///{(base / 'user' / 'comfyui.db').as_posix()}"]
     options += [] if has_gpu.returncode == 0 else ["--cpu"]
+    known = argparse.ArgumentParser(add_help=False)
+    known.add_argument("--port", default="8188")
+    known.add_argument("--listen", nargs="?", default="127.0.0.1", const="127.0.0.1")
+    port = known.parse_known_args(arguments)[0].port
     say(f"Models go into {base / 'models'}. Stop the server with Ctrl+C.")
-    return run_openly([PYTHON, comfyui / "main.py", *options, *arguments], child_environment(comfyui))
+    threading.Thread(target=open_when_ready, args=(port,), daemon=True).start()
+    return run_openly([PYTHON, comfyui / "main.py", *options, *arguments], environment)
+
+
+def open_when_ready(port: str) -> None:
+    """Open the server's page at the graph that runs at once, in the user's browser if there is one."""
+    address = f"http://127.0.0.1:{port}"
+    while True:
+        with contextlib.suppress(OSError):
+            with urllib.request.urlopen(f"{address}/system_stats", timeout=5):
+                break
+        time.sleep(0.5)
+    page = f"{address}/?template={FIRST_TEMPLATE}&source={PACK_NAME}"
+    say(f"\nOpen {page} and press Run.\n")
+    if not os.environ.get("CI"):
+        webbrowser.open(page)
 
 
 def command_python(arguments: list[str]) -> int:
