@@ -19,6 +19,7 @@ from .host import choices, model as host, paths
 from .host.choices import AUTO, NONE
 from .host.memory import Live, LoadedAdapter, manage, require_same_file
 from .host.messages import Message, info, keeps_report, node_id_of, report_ui, warning
+from .host.off import is_off
 from .host.plan import Application, Rescale, RescaleMode
 from .host.titles import APPLY, LOAD_ADAPTER, RESCALE
 from .sockets import CATEGORY, AdapterSocket, IdentitySocket, auto_options, file_options
@@ -182,7 +183,7 @@ class ApplyIDAdapter(io.ComfyNode):
             ),
             search_aliases=["apply uniid", "faceid", "identity", "ipadapter face"],
             inputs=_apply_inputs(),
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
         )
 
@@ -191,12 +192,14 @@ class ApplyIDAdapter(io.ComfyNode):
         cls,
         model: object,
         adapter: LoadedAdapter,
-        identity: Identity,
+        identity: Identity | None,
         weight: float,
         start_percent: float,
         end_percent: float,
         attn_mask: Tensor | None = None,
     ) -> io.NodeOutput:
+        if identity is None or is_off(cls.hidden):
+            return io.NodeOutput(model)
         if start_percent > end_percent:
             raise InputError(
                 f"start_percent ({start_percent}) lies after end_percent ({end_percent}); exchange them. Equal values switch the "
@@ -305,7 +308,7 @@ class NormalizedRescaling(io.ComfyNode):
             ),
             search_aliases=["uniid rescale", "prompt control", "identity strength schedule"],
             inputs=_rescale_inputs(),
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="For the sampler, or the next node that changes the model.")],
         )
 
@@ -322,6 +325,8 @@ class NormalizedRescaling(io.ComfyNode):
         scope: str,
         gated: bool = False,
     ) -> io.NodeOutput:
+        if is_off(cls.hidden):
+            return io.NodeOutput(model)
         schedule = RescaleSchedule(adapter_early, adapter_late, text_early, text_late, early_fraction)
         chosen = next((known for known in RESCALE_MODES if known == mode), None)
         if chosen is None or scope not in SCOPES:

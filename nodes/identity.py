@@ -22,6 +22,7 @@ from .host import images, paths
 from .host.conditioning import ATTACHED, Attached
 from .host.memory import LoadedAdapter
 from .host.messages import Message, from_remarks, info, keeps_report, node_id_of, report_ui
+from .host.off import is_off
 from .host.titles import ATTACH, MIX
 from .sockets import CATEGORY, AdapterSocket, FaceFeaturesSocket, IdentitySocket, file_options
 
@@ -99,6 +100,7 @@ class MixFeatures(io.ComfyNode):
                     tooltip="Which photos took part, with what weight, and which were left out and why.",
                 ),
             ],
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -111,6 +113,8 @@ class MixFeatures(io.ComfyNode):
         weights: str,
         outliers: str = "reject",
     ) -> io.NodeOutput:
+        if is_off(cls.hidden):
+            return io.NodeOutput(None, "")
         # Fill in the adapter's own number here, so that the report describes the same choice.
         own_number = adapter.adapter.kind.references(adapter.adapter.config)
         mix = Mix(mode, references or own_number, parse_weights(weights), outliers)
@@ -178,7 +182,11 @@ class SaveIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, identity: Identity, name: str) -> io.NodeOutput:
+    def execute(cls, identity: Identity | None, name: str) -> io.NodeOutput:
+        if identity is None:
+            return io.NodeOutput(
+                None, ui=report_ui([info("Nothing is saved: the node that makes the identity is off.")])
+            )
         path = paths.folder_of(paths.IDENTITIES) / identity_file(name)
         if not path.exists():
             save_identity(identity, path)
@@ -307,7 +315,12 @@ class MergeIdentities(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, identity_a: Identity, identity_b: Identity, ratio: float) -> io.NodeOutput:
+    def execute(cls, identity_a: Identity | None, identity_b: Identity | None, ratio: float) -> io.NodeOutput:
+        if identity_a is None or identity_b is None:
+            there = identity_a or identity_b
+            return io.NodeOutput(
+                there, ui=report_ui([info("One of the two is off, so there is nothing to merge.")])
+            )
         identity = merged(identity_a, identity_b, ratio)
         words = {identity_a.class_word, identity_b.class_word}
         shares = f"{1 - ratio:.0%} of the first person, {ratio:.0%} of the second"
@@ -346,7 +359,9 @@ class AttachIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, conditioning: list[list[Any]], identity: Identity, role: str) -> io.NodeOutput:
+    def execute(cls, conditioning: list[list[Any]], identity: Identity | None, role: str) -> io.NodeOutput:
+        if identity is None:
+            return io.NodeOutput(conditioning)
         mark = Attached(identity, role, node_id_of(cls))
         attached = [
             [states, {**options, ATTACHED: (*options.get(ATTACHED, ()), mark)}]

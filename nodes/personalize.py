@@ -29,6 +29,7 @@ from .host.analyzer import LoadedAnalyzer, Selection, faces_in, open_files
 from .host.choices import AUTO, FROM_PACKAGE, NONE
 from .host.memory import LoadedAdapter
 from .host.messages import Message, from_remarks, info, keeps_report, report_ui, warning
+from .host.off import is_off
 from .host.titles import FACE_IDENTITY, RESCALE
 from .prompt import CLASS_WORDS, class_word_line, fill_class_word
 from .sockets import CATEGORY, AdapterSocket, FaceAnalyzerSocket, IdentitySocket
@@ -236,6 +237,11 @@ class FaceIdentity(io.ComfyNode):
         attn_mask: Link | None = None,
     ) -> io.NodeOutput:
         parts = _Parts(cls.hidden)
+        if is_off(cls.hidden):
+            noun = "person" if class_word == AUTO else class_word
+            prompts = parts.prompts(clip, text, negative, noun, False)
+            off = report_ui([info("Off: the model alone.")])
+            return io.NodeOutput(model, *prompts, None, expand=parts.graph(), ui=off)
         loaded = parts.adapter(loaded_adapter, adapter, text_branch)
         analyzer = parts.analyzer(loaded_analyzer, package, recognizer, loaded)
         parts.clip_vision(clip_vision, vision, loaded)

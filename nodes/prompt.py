@@ -13,6 +13,7 @@ from ..idadapter_core.mechanisms.text import IDENTIFIER
 from ..idadapter_core.placeholders import CLASS_WORD
 from .host.choices import AUTO
 from .host.messages import info, keeps_report, node_id_of, report_ui, warning
+from .host.off import is_off
 from .host.text import complete_prompt, encode_prompt
 from .host.titles import PROMPT
 from .sockets import CATEGORY, IdentitySocket
@@ -65,7 +66,7 @@ class IDPrompt(io.ComfyNode):
                     "name's; Normalized Identity Rescaling multiplies it by its text scales. IDAdapter: prompt weight of the word.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
             outputs=[
                 io.Conditioning.Output(
                     "conditioning", display_name="conditioning", tooltip="For the sampler's positive input."
@@ -76,14 +77,20 @@ class IDPrompt(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip: Any, identity: Identity, text: str, class_word: str, token_weight: float
+        cls, clip: Any, identity: Identity | None, text: str, class_word: str, token_weight: float
     ) -> io.NodeOutput:
         if clip is None:
             raise InputError(
                 "ID Prompt got no CLIP: this checkpoint holds no text encoder. Load one with a CLIP loader and wire it to `clip`."
             )
-        word = (identity.class_word or "person") if class_word == AUTO else class_word
+        seen = "" if identity is None else identity.class_word
+        word = (seen or "person") if class_word == AUTO else class_word
         filled = fill_class_word(text, word)
+        if identity is None or is_off(cls.hidden):
+            plain = clip.encode_from_tokens_scheduled(clip.tokenize(filled))
+            return io.NodeOutput(
+                plain, filled, ui=report_ui([info(f'Encoded without the person: "{filled}"')])
+            )
         prompt = complete_prompt(clip, filled, identity, word)
         conditioning = encode_prompt(clip, prompt, identity, token_weight, node_id_of(cls))
         messages = [info(f'Encoded: "{prompt}"')]

@@ -1,4 +1,4 @@
-"""Checks a queued graph for missing nodes before it runs.
+"""Checks a queued graph for missing nodes before it runs, and switches off what has no effect.
 
 Without Apply ID Adapter no code of this pack runs during sampling, so a run cannot detect that the identity in its prompt has no
 effect. The graph shows it each time it is queued, even if ComfyUI takes all nodes from its cache.
@@ -14,6 +14,7 @@ from typing import Any
 
 from . import messages
 from .messages import Message, warning
+from .off import OFF, is_marked
 from .titles import APPLY, ATTACH, FACE_IDENTITY, PROMPT
 
 FACE_IDENTITY_ID = "IDAdapterPersonalize"
@@ -46,10 +47,13 @@ class Graph:
 
     def __init__(self, prompt: Mapping[str, Any], sockets_of: SocketsOf):
         self.classes: dict[str, str] = {}
+        self.off: set[str] = set()
         self.links: dict[str, list[_Link]] = {}
         nodes = {str(number): node for number, node in prompt.items() if isinstance(node, Mapping)}
         for number, node in nodes.items():
             self.classes[number] = str(node.get("class_type", ""))
+            if is_marked(node):
+                self.off.add(number)
         for number, node in nodes.items():
             inputs = node.get("inputs")
             values = inputs.items() if isinstance(inputs, Mapping) else ()
@@ -77,11 +81,41 @@ class Graph:
                 waiting += [link.source for link in self.links[source] if link.type in (kind, _ANY)]
         return found
 
+    def is_off(self, node: str) -> bool:
+        return node in self.off
+
     def meeting_places(self) -> Iterator[str]:
         """Yield the nodes that take both a model and a conditioning: samplers, guiders, pipes."""
         for node, links in self.links.items():
             if {"MODEL", "CONDITIONING"} <= {link.type for link in links}:
                 yield node
+
+
+def without_effect(prompt: Mapping[str, Any], sockets_of: SocketsOf) -> set[str]:
+    """Return the nodes to switch off because those they belong to are missing or off, so that the picture is that of the plain model.
+
+    A prompt without an adapter on the model that it samples with would still have the identity's tokens in it; an adapter on a model all of
+    whose prompts are switched off would still act.
+    """
+    graph = Graph(prompt, sockets_of)
+    acting: dict[
+        str, list[bool]
+    ] = {}  # by prompt: for each place where it is used, whether an adapter acts there
+    asked: dict[
+        str, list[bool]
+    ] = {}  # by adapter: for each place where it is used, whether a prompt asks for it
+    for place in graph.meeting_places():
+        models = {node for node in graph.sources(place, "MODEL") if graph.classes[node] in ON_MODELS}
+        prompts = {
+            node for node in graph.sources(place, "CONDITIONING") if graph.classes[node] in IN_CONDITIONINGS
+        }
+        has_adapter = any(not graph.is_off(node) for node in models)
+        is_asked = not prompts or any(not graph.is_off(node) for node in prompts)
+        for node in prompts:
+            acting.setdefault(node, []).append(has_adapter)
+        for node in models:
+            asked.setdefault(node, []).append(is_asked)
+    return {node for uses in (acting, asked) for node, found in uses.items() if not any(found)}
 
 
 def omissions(prompt: Mapping[str, Any], sockets_of: SocketsOf) -> dict[str, list[Message]]:
@@ -97,7 +131,7 @@ def omissions(prompt: Mapping[str, Any], sockets_of: SocketsOf) -> dict[str, lis
     found: dict[str, list[Message]] = {}
     for node, kind in graph.classes.items():
         if kind in IN_CONDITIONINGS:
-            missing = node in consumed and not applied.get(node, anywhere)
+            missing = node in consumed and not graph.is_off(node) and not applied.get(node, anywhere)
             text = _MODEL_UNUSED if kind == FACE_IDENTITY_ID else _WITHOUT_APPLY
             found[node] = [warning(text)] if missing else []
     return found
@@ -107,9 +141,12 @@ def on_prompt(data: Any) -> Any:
     """Handler that ComfyUI calls with every queued prompt, before validating it."""
     prompt = data.get("prompt") if isinstance(data, Mapping) else None
     if isinstance(prompt, Mapping):
-        for node, found in omissions(prompt, functools.cache(_sockets_of)).items():
+        sockets_of = functools.cache(_sockets_of)
+        for node, found in omissions(prompt, sockets_of).items():
             title = IN_CONDITIONINGS[str(prompt[node]["class_type"])]
             messages.show(node, title, "graph", found, data.get("client_id"))
+        for node in without_effect(prompt, sockets_of):
+            prompt[node]["inputs"][OFF] = True
     return data
 
 
