@@ -19,7 +19,7 @@ from .formats import FORMAT, FORMAT_VERSION, describe_foreign, require_kind
 from .mechanisms import Mechanisms
 from .mechanisms.deltas import nonzero_deltas
 from .methods import METHODS, Config, Method, method_of
-from .mixing import mean_direction
+from .mixing import mean_direction, portrait
 from .schedule import RescaleSchedule
 from .sites import Site, family_name, is_known_family
 from .types import FaceFeatures, Identity, Mix
@@ -93,7 +93,12 @@ class Adapter:
         mix = mix or Mix()
         identity = self.kind.encode(self.encoder, self.config, features, mix)
         chosen = dataclasses.replace(mix, references=mix.references or self.kind.references(self.config))
-        return dataclasses.replace(identity, adapter=self.digest, embedding=mean_direction(features, chosen))
+        return dataclasses.replace(
+            identity,
+            adapter=self.digest,
+            embedding=mean_direction(features, chosen),
+            thumbnail=portrait(features, chosen),
+        )
 
     def require_sites(
         self, sites: tuple[Site, ...], widths: Mapping[str, tuple[int, int]], model_name: str

@@ -17,14 +17,17 @@ from .mechanisms.text import TextKind
 from .methods import METHODS
 from .types import Identity
 
+_THUMBNAIL = "thumbnail"
 _IDENTITY_TENSORS = ("adapter_tokens", "adapter_tokens_uncond", "adapter_bias")
 
 
-def save_identity(identity: Identity, path: str | Path) -> None:
-    """Write an identity file (safetensors). The write is atomic."""
+def save_identity(identity: Identity, path: str | Path, *, thumbnail: bool = True) -> None:
+    """Write an identity file (safetensors), with the thumbnail of the face or without. The write is atomic."""
     tensors = _identity_tensors(identity)
     if identity.embedding is not None:
         tensors["embedding"] = identity.embedding.detach().cpu().contiguous()
+    if thumbnail and identity.thumbnail is not None:
+        tensors[_THUMBNAIL] = identity.thumbnail.detach().cpu().contiguous()
     write_safetensors(tensors, _identity_metadata(identity), Path(path))
 
 
@@ -50,7 +53,7 @@ def load_identity(path: str | Path) -> Identity:
     }
     known = {*_IDENTITY_TENSORS, *(f"text_tokens.{name}" for name in text)}
     bias, tokens = tensors.get("adapter_bias"), tensors.get("adapter_tokens")
-    embedding = tensors.get("embedding")
+    embedding, thumbnail = tensors.get("embedding"), tensors.pop(_THUMBNAIL, None)
     odd = [
         key
         for key, t in tensors.items()
@@ -59,11 +62,14 @@ def load_identity(path: str | Path) -> Identity:
             key not in {*known, "embedding"} or t.ndim != (2 if key == "embedding" else 3) or t.shape[0] != 1
         )
     ]
+    if thumbnail is not None and not is_picture(thumbnail):
+        odd.append(_THUMBNAIL)
     if bias is not None and (tokens is None or bias.shape != tokens.shape[:2]):
         odd.append("adapter_bias")
     if odd or not tensors:
         raise CheckpointError(
-            f"{path.name}: an identity holds tokens of shape (1, tokens, width), and perhaps a bias of shape (1, tokens) and an embedding (1, width); "
+            f"{path.name}: an identity holds tokens of shape (1, tokens, width), and perhaps a bias of shape (1, tokens) and an embedding (1, width) "
+            f"and a thumbnail (height, width, 3); "
             f"this file has {some(odd) or 'none'}. Make the identity again from the photos."
         )
     return Identity(
@@ -76,7 +82,13 @@ def load_identity(path: str | Path) -> Identity:
         class_word=metadata.get("class_word", ""),
         adapter_bias=bias,
         embedding=embedding,
+        thumbnail=thumbnail,
     )
+
+
+def is_picture(tensor: Tensor) -> bool:
+    """Return whether a tensor is a picture (H, W, 3), RGB uint8."""
+    return tensor.dtype == torch.uint8 and tensor.ndim == 3 and tensor.shape[2] == 3 and tensor.numel() > 0
 
 
 def text_kind(identity: Identity) -> TextKind | None:
@@ -137,6 +149,7 @@ def merged(one: Identity, other: Identity, ratio: float) -> Identity:
         class_word=one.class_word if one.class_word == other.class_word else "",
         adapter_bias=one.adapter_bias if is_aligned else _biases(one, other, ratio),
         embedding=_both(_between, one.embedding, other.embedding, ratio),
+        thumbnail=None,  # nobody looks like that
     )
 
 
@@ -207,7 +220,7 @@ def move_identity(identity: Identity, device: torch.device | str) -> Identity:
 
 
 def identical(one: Identity, other: Identity) -> bool:
-    """Return whether two identities hold the same tokens of the same adapter. Files of before have no embedding, so it does not count."""
+    """Return whether two identities hold the same tokens of the same adapter. Embedding and thumbnail may be missing in a file, so they do not count."""
     left, right = _identity_tensors(one), _identity_tensors(other)
     same_tensors = left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     return same_tensors and _identity_metadata(one) == _identity_metadata(other)

@@ -191,3 +191,5 @@ class Identity:
     """(1, T): log of how often each of the adapter_tokens counts in the attention; None: each counts once."""
     embedding: Tensor | None = None
     """(1, 512): mean direction of the photos' embeddings, of length 1, to compare pictures with the person; None in older files."""
+    thumbnail: Tensor | None = None
+    """(112, 112, 3) uint8, RGB: the face that counts most, as the recogniser sees it; None: not kept."""

@@ -177,44 +177,67 @@ class SaveIdentity(io.ComfyNode):
             inputs=[
                 IdentitySocket.Input("identity", tooltip="From Mix Face Features."),
                 io.String.Input("name", default="person", tooltip="The file's name, without a folder."),
+                io.Boolean.Input(
+                    "thumbnail",
+                    default=True,
+                    optional=True,
+                    tooltip="Keep a picture of the face in the file, 112 x 112, for Load Identity to show. Off: the file holds numbers only.",
+                ),
             ],
             outputs=[IdentitySocket.Output(tooltip="The same identity, to go on with.")],
         )
 
     @classmethod
-    def execute(cls, identity: Identity | None, name: str) -> io.NodeOutput:
+    def execute(cls, identity: Identity | None, name: str, thumbnail: bool = True) -> io.NodeOutput:
         if identity is None:
             return io.NodeOutput(
                 None, ui=report_ui([info("Nothing is saved: the node that makes the identity is off.")])
             )
         path = paths.folder_of(paths.IDENTITIES) / identity_file(name)
-        if not path.exists():
-            save_identity(identity, path)
-            _save_fingerprints.record(path)
-            log.info("saved identity %s", path)
-            done = f"Saved as {path.name} in {path.parent}. Load Identity lists it after a refresh (R)."
-        elif (
-            identical(identity, before := load_identity(path))
-            and before.embedding is None
-            and identity.embedding is not None
-        ):
-            save_identity(identity, path)
-            _save_fingerprints.record(path)
-            done = f"{path.name} in {path.parent} held this identity without the numbers for Identity Report, which were added."
-        elif identical(identity, before):
-            done = f"{path.name} in {path.parent} holds this identity already."
-        else:
+        before = load_identity(path) if path.exists() else None
+        if before is not None and not identical(identity, before):
             raise InputError(
                 f"{path.name} already holds another identity and is not overwritten. Choose another name, or delete the file "
                 f"in {path.parent}."
             )
-        return io.NodeOutput(identity, ui=report_ui([info(done)]))
+        changes = [] if before is None else _differences(identity, before, thumbnail)
+        if before is None or changes:
+            save_identity(identity, path, thumbnail=thumbnail)
+            _save_fingerprints.record(path)
+            log.info("saved identity %s", path)
+        if before is None:
+            done = f"Saved as {path.name} in {path.parent}. Load Identity lists it after a refresh (R)."
+        elif changes:
+            done = f"{path.name} in {path.parent} held this identity; {' and '.join(changes)}."
+        else:
+            done = f"{path.name} in {path.parent} holds this identity already."
+        return io.NodeOutput(
+            identity, ui={**_shown(cls, identity if thumbnail else None), **report_ui([info(done)])}
+        )
 
     @classmethod
     def fingerprint_inputs(cls, name: str | None, **_: Any) -> str:
         if name is None:  # comes from another node, unknown until that ran
             return ""
         return _save_fingerprints.fingerprint(paths.folder_of(paths.IDENTITIES) / identity_file(name))
+
+
+def _differences(identity: Identity, saved: Identity, thumbnail: bool) -> list[str]:
+    """Say what a file that holds this identity lacks, or holds without being asked to."""
+    found = []
+    if saved.embedding is None and identity.embedding is not None:
+        found.append("the numbers for Identity Report were added")
+    wanted = thumbnail and identity.thumbnail is not None
+    if wanted != (saved.thumbnail is not None):
+        found.append("the thumbnail was added" if wanted else "the thumbnail was taken out")
+    return found
+
+
+def _shown(node: type[io.ComfyNode], identity: Identity | None) -> dict[str, Any]:
+    """Return the UI output that shows the face of an identity, if it has one."""
+    if identity is None or identity.thumbnail is None:
+        return {}
+    return images.picture_ui(node, [identity.thumbnail.numpy()])
 
 
 class _SaveFingerprints:
@@ -268,7 +291,7 @@ class LoadIdentity(io.ComfyNode):
     def execute(cls, identity: str, adapter: LoadedAdapter) -> io.NodeOutput:
         loaded = load_identity(paths.path_of(paths.IDENTITIES, identity))
         adapter.adapter.require_identity(loaded, identity)
-        return io.NodeOutput(loaded, ui=report_ui([_describe(loaded, identity)]))
+        return io.NodeOutput(loaded, ui={**_shown(cls, loaded), **report_ui([_describe(loaded, identity)])})
 
     @classmethod
     def fingerprint_inputs(cls, identity: str | None, **_: Any) -> str:
