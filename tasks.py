@@ -66,7 +66,7 @@ from PIL import Image
 from idadapter_core.demo_world.portraits import draw_portraits
 folder = Path({folder!r})
 folder.mkdir(parents=True, exist_ok=True)
-for person in (3, 8):
+for person in (1, 8):
     names = [folder / f"person_{{person}}_photo_{{number}}.png" for number in (1, 2)]
     if not all(name.is_file() for name in names):
         for name, pixels in zip(names, draw_portraits(person, 2, 512)[1]):

@@ -92,4 +92,4 @@ def test_it_opens_at_a_graph_that_draws_a_person(page: str) -> None:
     ]
     shown = json.loads(urllib.request.urlopen(f"{server}/object_info/LoadImage").read())
     photos = shown["LoadImage"]["input"]["required"]["image"][0]
-    assert {"person_3_photo_1.png", "person_8_photo_2.png"} <= set(photos)
+    assert {"person_1_photo_1.png", "person_8_photo_2.png"} <= set(photos)
