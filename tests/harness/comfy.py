@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACK_MODULE = "ComfyUI_IDAdapter"
 """Module name of the pack after `load_pack`: import parts of it as `ComfyUI_IDAdapter.nodes.faces`."""
 
-_CACHED_COMFYUI = REPOSITORY / ".cache" / "ComfyUI-0.30.0"
+PINNED = REPOSITORY / ".cache" / "ComfyUI-0.30.0"
 
 
 def comfyui_path() -> Path | None:
@@ -31,7 +31,7 @@ def comfyui_path() -> Path | None:
     """
     named = os.environ.get("COMFYUI_PATH")
     if not named:
-        return _CACHED_COMFYUI if (_CACHED_COMFYUI / "main.py").is_file() else None
+        return PINNED if (PINNED / "main.py").is_file() else None
     path = Path(named).resolve()
     if not (path / "main.py").is_file():
         raise FileNotFoundError(

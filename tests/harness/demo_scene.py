@@ -12,6 +12,7 @@ import torch
 from idadapter_core.demo_world.claims.subjects import SIZE, Pixels
 from idadapter_core.demo_world.shipped import METHODS
 from idadapter_core.demo_world.world import CFG, RESCALED, SAMPLER, STEPS
+from idadapter_core.schedule import RescaleSchedule
 from tests.harness.comfy import import_comfy, load_pack, pack_nodes
 
 
@@ -65,12 +66,16 @@ class DemoScene:
         """MODEL with the identity in it, on top of `model` (None: the plain one)."""
         start = self.model if model is None else model
         (found,) = self._run("IDAdapterApply", start, self._adapter(method), identity, weight, 0.0, 1.0, mask)
-        if not rescaled:
-            return found
-        scales = (RESCALED.adapter_early, RESCALED.adapter_late, RESCALED.text_early, RESCALED.text_late)
-        return self._run(
-            "IDAdapterRescale", found, "normalized", *scales, RESCALED.early_fraction, "ID adapters"
-        )[0]
+        return self._rescaled(found, RESCALED) if rescaled else found
+
+    def _rescaled(self, model: Any, schedule: RescaleSchedule) -> Any:
+        return self._run("IDAdapterRescale", model, "normalized", *vars(schedule).values(), "ID adapters")[0]
+
+    def at_strength(self, method: str, identity: Any, strength: float) -> Any:
+        """MODEL with the identity in it as strongly as Face Identity makes it."""
+        weight, schedule = self._adapter(method).adapter.at_strength(strength)
+        found = self.applied(method, identity, weight=weight)
+        return found if schedule is None else self._rescaled(found, schedule)
 
     def prompt(self, text: str, identity: Any = None, class_word: str = "auto") -> Any:
         """CONDITIONING of a text, with an identity in it if one is given."""

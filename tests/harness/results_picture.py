@@ -1,56 +1,121 @@
-"""Draws the picture of results in docs/demo_world.md: people whom no network was trained on, by UniID with rescaling.
+"""Draws the pictures of results in README and docs: people whom no network was trained on.
 
-    COMFYUI_PATH=... python -m tests.harness.results_picture
+    COMFYUI_PATH=... python -m tests.harness.results_picture [NAME ...]
 
-writes docs/images/results.webp. Nothing is chosen by hand: the people are the first of the measurements, with one seed.
+writes docs/images/NAME.webp: `results`, UniID with rescaling; `strengths`, one person from the plain model to strength 2; `photos`, IDAdapter with one
+photo and with four. Nothing is chosen by hand: the people are the first of the measurements, with one seed.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from idadapter_core.demo_world.claims.prompts import PROMPTS
 from idadapter_core.demo_world.claims.subjects import Pixels, Subject, make_subjects
 from tests.harness.comfy import PACK_MODULE, REPOSITORY
 from tests.harness.demo_scene import demo_scene
 
-PICTURE = REPOSITORY / "docs" / "images" / "results.webp"
-PEOPLE, PHOTOS, SEED = 5, 2, 7
-SHOWN = (PROMPTS[1], PROMPTS[3], PROMPTS[4], PROMPTS[6], PROMPTS[8])
-TILE, GAP, DIVIDER = 144, 4, 16  # pixels
+FOLDER = REPOSITORY / "docs" / "images"
+SEED = 7
+STRENGTHS = (0.0, 0.5, 0.75, 0.9, 1.0, 2.0)
+TILE, GAP, DIVIDER, CAPTION = 144, 4, 16, 24  # pixels
+
+Row = list[list[Pixels]]  # groups of pictures (H, W, 3), with a divider between two
 
 
-def main() -> int:
+def main(names: Sequence[str]) -> int:
     logging.getLogger(PACK_MODULE).setLevel(logging.ERROR)  # the photos are as small as those of the training
     torch.set_num_threads(1)
-    rows = [row_of(subject) for subject in make_subjects(PEOPLE)]
-    width = len(rows[0]) * (TILE + GAP) - GAP + DIVIDER - GAP
-    sheet = Image.new("RGB", (width, PEOPLE * (TILE + GAP) - GAP), "white")
-    for number, row in enumerate(rows):
-        for place, pixels in enumerate(row):
-            x = place * (TILE + GAP) + (DIVIDER - GAP if place >= PHOTOS else 0)
-            tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (x, number * (TILE + GAP)))
-    sheet.save(PICTURE, quality=85, method=6)
-    print(f"wrote {PICTURE}")
+    for name in names or PICTURES:
+        rows, captions = PICTURES[name]()
+        path = FOLDER / f"{name}.webp"
+        sheet_of(rows, captions).save(path, quality=85, method=6)
+        print(f"wrote {path}")
     return 0
 
 
-def row_of(subject: Subject) -> list[Pixels]:
-    """Photos of a person, then the pictures."""
-    scene = demo_scene()
-    identity = scene.identity("uniid", scene.features(subject.references))
-    model = scene.applied("uniid", identity, rescaled=True)
-    drawn = [
-        scene.draw(model, scene.prompt(prompt.text, identity, subject.person.sex), SEED)[0]
-        for prompt in SHOWN
+def results() -> tuple[list[Row], list[str]]:
+    """Two photos of each person, then the pictures."""
+    shown = (PROMPTS[1], PROMPTS[3], PROMPTS[4], PROMPTS[6], PROMPTS[8])
+    rows: list[Row] = []
+    for subject in make_subjects(5):
+        scene = demo_scene()
+        identity = scene.identity("uniid", scene.features(subject.references))
+        model = scene.applied("uniid", identity, rescaled=True)
+        rows.append([list(subject.references[:2]), [_drawn(model, identity, subject, p.text) for p in shown]])
+    return rows, []
+
+
+def strengths() -> tuple[list[Row], list[str]]:
+    """A photo of each person, then one prompt at each strength."""
+    scene, rows = demo_scene(), []
+    for subject in make_subjects(5)[2:5]:
+        identity = scene.identity("uniid", scene.features(subject.references))
+        drawn = [
+            _drawn(
+                scene.at_strength("uniid", identity, strength) if strength else scene.model,
+                identity if strength else None,
+                subject,
+                PROMPTS[1].text,
+            )
+            for strength in STRENGTHS
+        ]
+        rows.append([[subject.references[0]], drawn])
+    return rows, ["photo", *(f"{strength:g}" for strength in STRENGTHS)]
+
+
+def photos() -> tuple[list[Row], list[str]]:
+    """Four photos of each person, then three prompts with the first photo, and the same with all four."""
+    scene, rows = demo_scene(), []
+    shown = (PROMPTS[1], PROMPTS[2], PROMPTS[4])
+    for subject in make_subjects(5)[2:5]:
+        row: Row = [list(subject.references)]
+        for count in (1, len(subject.references)):
+            identity = scene.identity("idadapter", scene.features(subject.references[:count]))
+            model = scene.applied("idadapter", identity)
+            row.append([_drawn(model, identity, subject, prompt.text) for prompt in shown])
+        rows.append(row)
+    return rows, ["1", "2", "3", "4", "with photo 1", "", "", "with all four", "", ""]
+
+
+def _drawn(model: object, identity: object, subject: Subject, text: str) -> Pixels:
+    scene, sex = demo_scene(), subject.person.sex
+    words = text if identity is not None else text.replace("<class word>", sex)
+    return scene.draw(model, scene.prompt(words, identity, sex), SEED)[0]
+
+
+def sheet_of(rows: list[Row], captions: Sequence[str]) -> Image.Image:
+    """Put the rows below each other, with captions above the first."""
+    groups = [len(group) for group in rows[0]]
+    places = [
+        number * (TILE + GAP) + group * (DIVIDER - GAP)
+        for group, first in enumerate(np.cumsum([0, *groups[:-1]]))
+        for number in range(first, first + groups[group])
     ]
-    return [*subject.references[:PHOTOS], *drawn]
+    top = CAPTION if captions else 0
+    sheet = Image.new("RGB", (places[-1] + TILE, top + len(rows) * (TILE + GAP) - GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+    for x, caption in zip(places, captions, strict=False):
+        draw.text((x + 2, 2), caption, fill="black", font=font)
+    for number, row in enumerate(rows):
+        for x, pixels in zip(places, (picture for group in row for picture in group), strict=True):
+            tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (x, top + number * (TILE + GAP)))
+    return sheet
+
+
+PICTURES: dict[str, Callable[[], tuple[list[Row], list[str]]]] = {
+    "results": results,
+    "strengths": strengths,
+    "photos": photos,
+}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
