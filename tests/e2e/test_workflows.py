@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.harness.browser import Browser, GraphNode, find_chromium
 from tests.harness.comfy import REPOSITORY
@@ -242,6 +244,16 @@ def test_it_explains_itself(name: str) -> None:
         assert inside & notes, f"group {group['title']} has no note"
         members.append(inside)
     assert {node["id"] for node in workflow["nodes"]} - set().union(*members) <= notes
+
+
+@pytest.mark.server
+def test_it_has_a_card(server: ComfyServer, name: str) -> None:
+    if name in LARGE:
+        return
+    data = server.get(f"/api/workflow_templates/{PACK_NAME}/{name}.jpg")
+    with Image.open(io.BytesIO(data)) as card:
+        assert card.size == (384, 384)
+        assert np.asarray(card).std() > 30, "a picture, and no plain colour"
 
 
 def test_its_notes_can_be_read_in_both_renderers(name: str) -> None:

@@ -3,7 +3,8 @@
     COMFYUI_PATH=... python -m tests.harness.results_picture [NAME ...]
 
 writes docs/images/NAME.webp: `results`, UniID with rescaling; `strengths`, one person from the plain model to strength 2; `photos`, IDAdapter with one
-photo and with four. Nothing is chosen by hand: the people are the first of the measurements, with one seed.
+photo and with four. Nothing is chosen by hand: the people are the first of the measurements, with one seed. `thumbnails` draws the cards of the
+templates, workflows/NAME.jpg.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ FOLDER = REPOSITORY / "docs" / "images"
 SEED = 7
 STRENGTHS = (0.0, 0.5, 0.75, 0.9, 1.0, 2.0)
 TILE, GAP, DIVIDER, CAPTION = 144, 4, 16, 24  # pixels
+CARD = 384  # pixels along a side of a template's card
+THUMBNAILS = "thumbnails"
 
 Row = list[list[Pixels]]  # groups of pictures (H, W, 3), with a divider between two
 
@@ -32,7 +35,10 @@ Row = list[list[Pixels]]  # groups of pictures (H, W, 3), with a divider between
 def main(names: Sequence[str]) -> int:
     logging.getLogger(PACK_MODULE).setLevel(logging.ERROR)  # the photos are as small as those of the training
     torch.set_num_threads(1)
-    for name in names or PICTURES:
+    for name in names or (*PICTURES, THUMBNAILS):
+        if name == THUMBNAILS:
+            draw_thumbnails()
+            continue
         rows, captions = PICTURES[name]()
         path = FOLDER / f"{name}.webp"
         sheet_of(rows, captions).save(path, quality=85, method=6)
@@ -108,6 +114,31 @@ def sheet_of(rows: list[Row], captions: Sequence[str]) -> Image.Image:
             tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.LANCZOS)
             sheet.paste(tile, (x, top + number * (TILE + GAP)))
     return sheet
+
+
+def draw_thumbnails() -> None:
+    """Draw the cards of the templates that begin with Face Identity: four tiles, photos first."""
+    scene, subject = demo_scene(), make_subjects(5)[3]
+    identity = scene.identity("uniid", scene.features(subject.references))
+    model = scene.applied("uniid", identity, rescaled=True)
+    drawn = [_drawn(model, identity, subject, PROMPTS[number].text) for number in (1, 3, 4, 6)]
+    photos = list(subject.references)
+    other = make_subjects(5)[0]
+    known = scene.identity("uniid", scene.features(other.references))
+    theirs = [
+        _drawn(scene.applied("uniid", known, rescaled=True), known, other, PROMPTS[number].text)
+        for number in (1, 3, 4)
+    ]
+    cards = {
+        "one_photo": [photos[1], *drawn[:3]],
+        "several_photos": [*photos[1:4], drawn[0]],
+        "saved_identity": drawn,
+        "demo_world_app": [other.references[0], *theirs],
+    }
+    for name, (one, two, three, four) in cards.items():
+        pixels = np.concatenate([np.concatenate([one, two], 1), np.concatenate([three, four], 1)], 0)
+        card = Image.fromarray(pixels).resize((CARD, CARD), Image.Resampling.LANCZOS)
+        card.save(REPOSITORY / "workflows" / f"{name}.jpg", quality=88)
 
 
 PICTURES: dict[str, Callable[[], tuple[list[Row], list[str]]]] = {
