@@ -248,8 +248,6 @@ def test_it_explains_itself(name: str) -> None:
 
 @pytest.mark.server
 def test_it_has_a_card(server: ComfyServer, name: str) -> None:
-    if name in LARGE:
-        return
     data = server.get(f"/api/workflow_templates/{PACK_NAME}/{name}.jpg")
     with Image.open(io.BytesIO(data)) as card:
         assert card.size == (384, 384)

@@ -9,6 +9,7 @@ templates, workflows/NAME.jpg.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -117,23 +118,31 @@ def sheet_of(rows: list[Row], captions: Sequence[str]) -> Image.Image:
 
 
 def draw_thumbnails() -> None:
-    """Draw the cards of the templates that begin with Face Identity: four tiles, photos first."""
-    scene, subject = demo_scene(), make_subjects(5)[3]
-    identity = scene.identity("uniid", scene.features(subject.references))
-    model = scene.applied("uniid", identity, rescaled=True)
-    drawn = [_drawn(model, identity, subject, PROMPTS[number].text) for number in (1, 3, 4, 6)]
-    photos = list(subject.references)
-    other = make_subjects(5)[0]
-    known = scene.identity("uniid", scene.features(other.references))
-    theirs = [
-        _drawn(scene.applied("uniid", known, rescaled=True), known, other, PROMPTS[number].text)
-        for number in (1, 3, 4)
-    ]
+    """Draw the cards of the templates: four tiles, photos first."""
+    people = make_subjects(5)
+
+    @functools.cache
+    def drawn(method: str, person: int) -> list[Pixels]:
+        scene, subject = demo_scene(), people[person]
+        identity = scene.identity(method, scene.features(subject.references))
+        model = scene.applied(method, identity, rescaled=method == "uniid")
+        return [_drawn(model, identity, subject, PROMPTS[number].text) for number in (1, 3, 4, 6)]
+
     cards = {
-        "one_photo": [photos[1], *drawn[:3]],
-        "several_photos": [*photos[1:4], drawn[0]],
-        "saved_identity": drawn,
-        "demo_world_app": [other.references[0], *theirs],
+        "one_photo": [people[3].references[1], *drawn("uniid", 3)[:3]],
+        "several_photos": [*people[3].references[1:], drawn("uniid", 3)[0]],
+        "saved_identity": drawn("uniid", 3),
+        "demo_world_app": [people[0].references[0], *drawn("uniid", 0)[:3]],
+        "demo_world": [
+            people[0].references[0],
+            drawn("uniid", 0)[0],
+            drawn("idadapter", 0)[0],
+            drawn("idadapter", 0)[2],
+        ],
+        "uniid_sdxl": [people[4].references[0], *drawn("uniid", 4)[:3]],
+        "idadapter_sd15": [people[4].references[0], *drawn("idadapter", 4)[:3]],
+        "idadapter_sdxl": [people[2].references[0], *drawn("idadapter", 2)[:3]],
+        "four_photos_one_person": people[4].references,
     }
     for name, (one, two, three, four) in cards.items():
         pixels = np.concatenate([np.concatenate([one, two], 1), np.concatenate([three, four], 1)], 0)
