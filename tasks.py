@@ -493,7 +493,6 @@ def command_serve(arguments: list[str]) -> int:
     options += [] if has_gpu.returncode == 0 else ["--cpu"]
     known = argparse.ArgumentParser(add_help=False)
     known.add_argument("--port", default="8188")
-    known.add_argument("--listen", nargs="?", default="127.0.0.1", const="127.0.0.1")
     port = known.parse_known_args(arguments)[0].port
     say(f"Models go into {base / 'models'}. Stop the server with Ctrl+C.")
     threading.Thread(target=open_when_ready, args=(port,), daemon=True).start()

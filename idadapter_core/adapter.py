@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError, MismatchError
+from .faces.preview import portrait
 from .files import key_problems, read_tensors, some, state_digest, write_safetensors
 from .formats import FORMAT, FORMAT_VERSION, describe_foreign, require_kind
 from .mechanisms import Mechanisms
 from .mechanisms.deltas import nonzero_deltas
 from .methods import METHODS, Config, Method, method_of
-from .mixing import mean_direction, portrait
+from .mixing import mean_direction
 from .schedule import RescaleSchedule
 from .sites import Site, family_name, is_known_family
 from .types import FaceFeatures, Identity, Mix
@@ -92,13 +93,17 @@ class Adapter:
             )
         mix = mix or Mix()
         identity = self.kind.encode(self.encoder, self.config, features, mix)
-        chosen = dataclasses.replace(mix, references=mix.references or self.kind.references(self.config))
+        chosen = self.with_own_number(mix)
         return dataclasses.replace(
             identity,
             adapter=self.digest,
             embedding=mean_direction(features, chosen),
             thumbnail=portrait(features, chosen),
         )
+
+    def with_own_number(self, mix: Mix) -> Mix:
+        """Return a mix that names how many photos it uses at most, by default the adapter's own number."""
+        return dataclasses.replace(mix, references=mix.references or self.kind.references(self.config))
 
     def require_sites(
         self, sites: tuple[Site, ...], widths: Mapping[str, tuple[int, int]], model_name: str

@@ -84,18 +84,6 @@ def mean_direction(features: FaceFeatures, mix: Mix) -> Tensor:
     return normalize(weighted_mean(directions, weights), dim=1).detach().cpu()
 
 
-def portrait(features: FaceFeatures, mix: Mix) -> Tensor | None:
-    """Return the crop (112, 112, 3), RGB uint8, of the face that counts most in a mix, the surest among equals; None without crops."""
-    chosen, weights = select_references(features, mix)
-    if chosen.crops is None:
-        return None
-    order = [(float(weights[i]), chosen.faces[i].score if chosen.faces else 0.0) for i in range(len(weights))]
-    crop = chosen.crops[max(range(len(order)), key=order.__getitem__)]
-    return (
-        ((crop.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(0, -1).contiguous().cpu()
-    )
-
-
 def find_outliers(features: FaceFeatures) -> tuple[Outlier, ...]:
     """Find faces that probably show another person than the rest, in the order of the faces.
 

@@ -51,8 +51,7 @@ def load_files(adapter: str, text_branch: str | None, *, hand_over: bool = False
     """Load an adapter by the names of its files, or return it if something still uses it (see `Live`)."""
     path = paths.path_of(paths.ADAPTERS, adapter)
     second = None if text_branch is None else paths.path_of(paths.ADAPTERS, text_branch)
-    stamp = paths.stamp(path, *(() if second is None else (second,)))
-    return _live.get(stamp, lambda: load(path, second), hand_over=hand_over)
+    return _live.get(paths.stamp(path, second), lambda: load(path, second), hand_over=hand_over)
 
 
 def _reload_encoder(path: Path, text_branch: Path | None, digest: str) -> object:

@@ -115,9 +115,8 @@ class MixFeatures(io.ComfyNode):
     ) -> io.NodeOutput:
         if is_off(cls.hidden):
             return io.NodeOutput(None, "")
-        # Fill in the adapter's own number here, so that the report describes the same choice.
-        own_number = adapter.adapter.kind.references(adapter.adapter.config)
-        mix = Mix(mode, references or own_number, parse_weights(weights), outliers)
+        # With the adapter's own number, so that the report describes the same choice.
+        mix = adapter.adapter.with_own_number(Mix(mode, references, parse_weights(weights), outliers))
         identity = adapter.encode(faces, mix)
         remarks = mix_remarks(faces, mix)
         shown = images.picture_ui(cls, _faces_of(faces, mix))

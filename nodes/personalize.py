@@ -31,7 +31,7 @@ from .host.memory import LoadedAdapter
 from .host.messages import Message, from_remarks, info, keeps_report, report_ui, warning
 from .host.off import is_off
 from .host.titles import FACE_IDENTITY, RESCALE
-from .prompt import CLASS_WORDS, class_word_line, fill_class_word
+from .prompt import CLASS_WORDS, class_word_line, class_word_of, fill_class_word
 from .sockets import CATEGORY, AdapterSocket, FaceAnalyzerSocket, IdentitySocket
 
 PHOTOS = "photos"
@@ -195,7 +195,7 @@ class FaceIdentity(io.ComfyNode):
                 "identity",
                 "uniid",
                 "character reference",
-            ],  # fmt: skip
+            ],
             inputs=[
                 io.Model.Input(
                     "model", raw_link=True, tooltip="Of the checkpoint, for example SDXL for UniID."
@@ -238,8 +238,7 @@ class FaceIdentity(io.ComfyNode):
     ) -> io.NodeOutput:
         parts = _Parts(cls.hidden)
         if is_off(cls.hidden):
-            noun = "person" if class_word == AUTO else class_word
-            prompts = parts.prompts(clip, text, negative, noun, False)
+            prompts = parts.prompts(clip, text, negative, class_word_of(class_word, ""), False)
             off = report_ui([info("Off: the model alone.")])
             return io.NodeOutput(model, *prompts, None, expand=parts.graph(), ui=off)
         loaded = parts.adapter(loaded_adapter, adapter, text_branch)
@@ -250,9 +249,9 @@ class FaceIdentity(io.ComfyNode):
         pictures, found = faces_in(given, analyzer, selection, cls.hidden)
         parts.identity(list(given), selection, outliers)
         weight, rescale = loaded.adapter.at_strength(strength)
-        mix = Mix(AUTO, loaded.adapter.kind.references(loaded.adapter.config), (), outliers)
+        mix = loaded.adapter.with_own_number(Mix(AUTO, outliers=outliers))
         seen = select_references(found.features, mix)[0].class_word
-        noun = (seen or "person") if class_word == AUTO else class_word
+        noun = class_word_of(class_word, seen)
         prompts = parts.prompts(clip, text, negative, noun, bool(strength))
         applied = parts.model(model, weight, rescale, attn_mask)
 

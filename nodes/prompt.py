@@ -84,7 +84,7 @@ class IDPrompt(io.ComfyNode):
                 "ID Prompt got no CLIP: this checkpoint holds no text encoder. Load one with a CLIP loader and wire it to `clip`."
             )
         seen = "" if identity is None else identity.class_word
-        word = (seen or "person") if class_word == AUTO else class_word
+        word = class_word_of(class_word, seen)
         filled = fill_class_word(text, word)
         if identity is None or is_off(cls.hidden):
             plain = clip.encode_from_tokens_scheduled(clip.tokenize(filled))
@@ -95,7 +95,7 @@ class IDPrompt(io.ComfyNode):
         conditioning = encode_prompt(clip, prompt, identity, token_weight, node_id_of(cls))
         messages = [info(f'Encoded: "{prompt}"')]
         if prompt != text:
-            messages.insert(0, info(class_word_line(word, class_word, identity.class_word)))
+            messages.insert(0, info(class_word_line(word, class_word, seen)))
         if prompt != filled:
             messages.insert(
                 1, info(f'The text had no "{IDENTIFIER}", the word of the identity, so it was added.')
@@ -108,6 +108,11 @@ class IDPrompt(io.ComfyNode):
 def fill_class_word(text: str, word: str) -> str:
     """Put the noun of a person where a prompt has its place."""
     return re.sub(re.escape(CLASS_WORD), lambda _: word, text, flags=re.IGNORECASE)
+
+
+def class_word_of(choice: str, seen: str) -> str:
+    """Return the noun of a person: as chosen, or for `auto` what the photos tell (`seen`; empty: nothing)."""
+    return (seen or "person") if choice == AUTO else choice
 
 
 def class_word_line(word: str, choice: str, seen: str) -> str:

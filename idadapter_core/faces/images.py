@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -43,6 +44,12 @@ def check_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> I
             colors = colors * opacity + (1 - opacity)
         result[top : top + _STRIP] = np.rint(colors * 255)
     return result
+
+
+def crops_to_pixels(crops: Tensor) -> Image:
+    """Convert recogniser inputs (F, 3, H, W), RGB in [-1, 1], to pictures (F, H, W, 3), RGB uint8."""
+    levels = ((crops.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.movedim(1, -1).contiguous().numpy()
 
 
 def require_image(image: np.ndarray | Tensor, index: int = 0, count: int = 1) -> np.ndarray:

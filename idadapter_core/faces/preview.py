@@ -10,8 +10,9 @@ import torch
 from PIL import Image as PILImage, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..types import Face
-from .images import Image
+from ..mixing import select_references
+from ..types import Face, FaceFeatures, Mix
+from .images import Image, crops_to_pixels
 
 CHOSEN_COLOR = (40, 220, 80)
 OTHER_COLOR = (255, 180, 40)
@@ -95,13 +96,22 @@ def crop_sheet(crops: Tensor, captions: Sequence[str], left_out: Collection[int]
     columns = math.ceil(math.sqrt(len(crops)))
     rows = math.ceil(len(crops) / columns)
     sheet = PILImage.new("RGB", (_TILE * columns, _TILE * rows), _GROUND)
-    pixels = ((crops.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    for i, (crop, caption) in enumerate(zip(pixels.movedim(1, -1).numpy(), captions, strict=True)):
+    for i, (crop, caption) in enumerate(zip(crops_to_pixels(crops), captions, strict=True)):
         tile = np.array(PILImage.fromarray(crop).resize((_TILE, _TILE)), dtype=np.uint8)
         color = LEFT_OUT_COLOR if i in left_out else CHOSEN_COLOR
         corner = (i % columns * _TILE, i // columns * _TILE)
         sheet.paste(PILImage.fromarray(_framed(tile, caption, color)), corner)
     return np.array(sheet, dtype=np.uint8)
+
+
+def portrait(features: FaceFeatures, mix: Mix) -> Tensor | None:
+    """Return the crop (112, 112, 3), RGB uint8, of the face that counts most in a mix, the surest among equals; None without crops."""
+    chosen, weights = select_references(features, mix)
+    if chosen.crops is None:
+        return None
+    order = [(float(weights[i]), chosen.faces[i].score if chosen.faces else 0.0) for i in range(len(weights))]
+    best = max(range(len(order)), key=order.__getitem__)
+    return torch.from_numpy(crops_to_pixels(chosen.crops[best : best + 1])[0])
 
 
 def worth_showing(count: int, first: Collection[int]) -> list[int]:

@@ -17,7 +17,7 @@ from ...idadapter_core.errors import FaceError
 from ...idadapter_core.faces.align import align_face, square_crop
 from ...idadapter_core.faces.detector import FaceAnalyzer, open_analyzer
 from ...idadapter_core.faces.features import Extraction, crops_to_tensor, extract_features
-from ...idadapter_core.faces.images import Image, check_image
+from ...idadapter_core.faces.images import Image, check_image, crops_to_pixels
 from ...idadapter_core.faces.iresnet import digest, load_iresnet
 from ...idadapter_core.faces.packages import package_files, resolve_package
 from ...idadapter_core.methods import views_read
@@ -71,8 +71,7 @@ class LoadedAnalyzer:
         """Compute the embeddings (F, 512) of crops (F, 3, 112, 112), RGB in [-1, 1]."""
         if self.recognizer is not None:
             return self.recognize(crops)[0].float().cpu()
-        levels = ((crops + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).cpu().numpy()
-        return torch.stack([torch.from_numpy(self.analyzer.embed(crop)) for crop in levels])
+        return torch.stack([torch.from_numpy(self.analyzer.embed(crop)) for crop in crops_to_pixels(crops)])
 
 
 def load_recognizer(
@@ -102,7 +101,7 @@ def open_files(package: str, recognizer: str, provider: str, *, hand_over: bool 
     """Open a face package and a recogniser by the user's choices, or return what still uses them (see `Live`)."""
     folder = resolve_package(choices.package(package), paths.insightface_roots())
     file = None if recognizer == choices.FROM_PACKAGE else paths.path_of(paths.RECOGNIZERS, recognizer)
-    stamp = f"{provider} {paths.stamp(*package_files(folder), *(() if file is None else (file,)))}"
+    stamp = f"{provider} {paths.stamp(*package_files(folder), file)}"
     return _live.get(stamp, lambda: _open(folder, file, provider), hand_over=hand_over)
 
 

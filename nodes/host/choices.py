@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 import folder_paths
@@ -13,7 +13,7 @@ from ...idadapter_core.errors import InputError, RecognizerError
 from ...idadapter_core.faces.iresnet import digest, load_iresnet
 from ...idadapter_core.faces.packages import find_packages
 from ...idadapter_core.methods import METHODS
-from ...idadapter_core.published import ADAPTERS, CLIP_VISION, Role
+from ...idadapter_core.published import CLIP_VISION, Role
 from . import paths
 
 AUTO = "auto"
@@ -38,7 +38,7 @@ def adapter_file(choice: str) -> str:
         raise InputError(
             f"there is no adapter in {paths.folder_of(paths.ADAPTERS)} yet. {where_from('adapter')} Then refresh the node list (R)."
         )
-    return _only(found, "adapter")
+    return _only(found, "adapter", paths.ADAPTERS)
 
 
 def text_branch(choice: str, adapter: str) -> str | None:
@@ -55,7 +55,7 @@ def text_branch(choice: str, adapter: str) -> str | None:
     place = parts.index(ADAPTER_BRANCH)
     beside = (*parts[:place], TEXT_BRANCH)
     found = [name for name in paths.files(paths.ADAPTERS) if PurePath(name).parts[: len(beside)] == beside]
-    return _only(found, "text_branch") if found else None
+    return _only(found, "text_branch", paths.ADAPTERS) if found else None
 
 
 def package(choice: str) -> str:
@@ -76,25 +76,21 @@ def recognizer(choice: str, adapter: Adapter) -> str:
     if choice != AUTO:
         return choice
     found = paths.files(paths.RECOGNIZERS)
-    if trained_with := adapter.config.recognizer:
-        same = [name for name in found if _digest_of(name) == trained_with]
-        return same[0] if same else _without_file(found, adapter)
-    if not adapter.kind.needs(adapter.config).stages:
-        return FROM_PACKAGE
-    usual = [name for name in found if USUAL_RECOGNIZER in name.lower()]
-    return _only(usual or found, "recognizer") if found else _without_file(found, adapter)
-
-
-def _without_file(found: list[str], adapter: Adapter) -> str:
-    """Return the package's own network where the adapter can do with it, and a name that is refused later if it is the wrong one."""
-    if not adapter.kind.needs(adapter.config).stages:
-        return FROM_PACKAGE
-    folder = paths.folder_of(paths.RECOGNIZERS)
     trained_with = adapter.config.recognizer
+    needs_file = adapter.kind.needs(adapter.config).stages  # which no package's own network gives
+    if trained_with:
+        same = next((name for name in found if _digest_of(name) == trained_with), None)
+        if same is not None:
+            return same
+    elif needs_file and found:
+        usual = [name for name in found if USUAL_RECOGNIZER in name.lower()]
+        return _only(usual or found, "recognizer", paths.RECOGNIZERS)
+    if not needs_file:
+        return FROM_PACKAGE
     there = f"none of {', '.join(found)} is it" if found else "there is no file yet"
     which = f"the face network it was trained with ({trained_with})" if trained_with else "its face network"
     raise InputError(
-        f"{adapter.name} needs {which}, and in {folder} {there}. {where_from('recognizer')} Then queue again."
+        f"{adapter.name} needs {which}, and in {paths.folder_of(paths.RECOGNIZERS)} {there}. {where_from('recognizer')} Then queue again."
     )
 
 
@@ -150,11 +146,10 @@ def where_from(role: Role) -> str:
     )
 
 
-def _only(found: Iterable[str], name: str) -> str:
-    names = list(found)
+def _only(names: Sequence[str], field: str, folder: str) -> str:
     if len(names) == 1:
         return names[0]
-    folder = ADAPTERS if name != "recognizer" else f"{ADAPTERS}/recognizers"
     raise InputError(
-        f"`{name}` is auto, and models/{folder} holds several files for it: {', '.join(names)}. Choose one of them as `{name}`."
+        f"`{field}` is auto, and models/{paths.below_models(folder)} holds several files for it: {', '.join(names)}. Choose one of them as "
+        f"`{field}`."
     )

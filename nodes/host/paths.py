@@ -98,8 +98,12 @@ def folder_of(name: str) -> Path:
 
 def folder_hint(name: str) -> str:
     """Return the entry that a list shows while its folder is empty."""
-    folder = f"{ADAPTERS}/{_SUBFOLDERS[name]}" if name in _SUBFOLDERS else name
-    return f"(no files yet: put them into models/{folder})"
+    return f"(no files yet: put them into models/{below_models(name)})"
+
+
+def below_models(name: str) -> str:
+    """Return a folder for messages, as a path below ComfyUI's `models`."""
+    return f"{ADAPTERS}/{_SUBFOLDERS[name]}" if name in _SUBFOLDERS else name
 
 
 def insightface_roots() -> list[Path]:

@@ -49,13 +49,10 @@ def main(names: Sequence[str]) -> int:
 
 def results() -> tuple[list[Row], list[str]]:
     """Two photos of each person, then the pictures."""
-    shown = (PROMPTS[1], PROMPTS[3], PROMPTS[4], PROMPTS[6], PROMPTS[8])
-    rows: list[Row] = []
-    for subject in make_subjects(5):
-        scene = demo_scene()
-        identity = scene.identity("uniid", scene.features(subject.references))
-        model = scene.applied("uniid", identity, rescaled=True)
-        rows.append([list(subject.references[:2]), [_drawn(model, identity, subject, p.text) for p in shown]])
+    rows = [
+        [list(subject.references[:2]), _pictures("uniid", subject, (1, 3, 4, 6, 8))]
+        for subject in make_subjects(5)
+    ]
     return rows, []
 
 
@@ -79,16 +76,24 @@ def strengths() -> tuple[list[Row], list[str]]:
 
 def photos() -> tuple[list[Row], list[str]]:
     """Four photos of each person, then three prompts with the first photo, and the same with all four."""
-    scene, rows = demo_scene(), []
-    shown = (PROMPTS[1], PROMPTS[2], PROMPTS[4])
-    for subject in make_subjects(5)[2:5]:
-        row: Row = [list(subject.references)]
-        for count in (1, len(subject.references)):
-            identity = scene.identity("idadapter", scene.features(subject.references[:count]))
-            model = scene.applied("idadapter", identity)
-            row.append([_drawn(model, identity, subject, prompt.text) for prompt in shown])
-        rows.append(row)
+    rows = [
+        [
+            list(subject.references),
+            *(_pictures("idadapter", subject, (1, 2, 4), count) for count in (1, len(subject.references))),
+        ]
+        for subject in make_subjects(5)[2:5]
+    ]
     return rows, ["1", "2", "3", "4", "with photo 1", "", "", "with all four", "", ""]
+
+
+def _pictures(
+    method: str, subject: Subject, prompts: Sequence[int], count: int | None = None
+) -> list[Pixels]:
+    """Draw a person by the first `count` photos (None: all), with the prompts of those numbers."""
+    scene = demo_scene()
+    identity = scene.identity(method, scene.features(subject.references[:count]))
+    model = scene.applied(method, identity, rescaled=method == "uniid")
+    return [_drawn(model, identity, subject, PROMPTS[number].text) for number in prompts]
 
 
 def _drawn(model: object, identity: object, subject: Subject, text: str) -> Pixels:
@@ -123,10 +128,7 @@ def draw_thumbnails() -> None:
 
     @functools.cache
     def drawn(method: str, person: int) -> list[Pixels]:
-        scene, subject = demo_scene(), people[person]
-        identity = scene.identity(method, scene.features(subject.references))
-        model = scene.applied(method, identity, rescaled=method == "uniid")
-        return [_drawn(model, identity, subject, PROMPTS[number].text) for number in (1, 3, 4, 6)]
+        return _pictures(method, people[person], (1, 3, 4, 6))
 
     cards = {
         "one_photo": [people[3].references[1], *drawn("uniid", 3)[:3]],
