@@ -125,7 +125,7 @@ class Selection:
 
 
 _found: Recent[Extraction] = Recent()
-_described: Recent[FaceFeatures] = Recent()
+_described: Recent[dict[str, Any]] = Recent()
 
 
 def faces_in(
@@ -160,15 +160,15 @@ def faces_in(
 def with_heads(features: FaceFeatures, pictures: Sequence[Tensor], clip_vision: Any) -> FaceFeatures:
     """Add what CLIP vision sees of each head. The last result for the same features is kept."""
 
-    def describe() -> FaceFeatures:
+    def describe() -> dict[str, Any]:
         faces = [(check_image(pictures[face.image_index]), face) for face in features.faces]
         patch_tokens, class_embedding = encode_heads(clip_vision, (square_crop(*pair) for pair in faces))
-        return replace(
-            features,
-            patch_tokens=patch_tokens,
-            class_embedding=class_embedding,
-            vision=digest_of(clip_vision),
-            views=encode_views(clip_vision, views_read(), faces),
-        )
+        return {
+            "patch_tokens": patch_tokens,
+            "class_embedding": class_embedding,
+            "vision": digest_of(clip_vision),
+            "views": encode_views(clip_vision, views_read(), faces),
+        }
 
-    return _described.get(features.embedding, [clip_vision], None, describe)
+    # The features themselves hold the embedding, by which the result is kept: kept with it, they would never be let go.
+    return replace(features, **_described.get(features.embedding, [clip_vision], None, describe))

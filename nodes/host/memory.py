@@ -67,7 +67,10 @@ class Live(Generic[Loaded]):
 
 
 class Recent(Generic[Loaded]):
-    """The last result for each tensor, as long as the tensor is kept: what was found in a photo is not looked for again."""
+    """The last result for each tensor, as long as the tensor is kept: what was found in a photo is not looked for again.
+
+    A result that holds its own tensor would keep it, and itself, for ever.
+    """
 
     def __init__(self) -> None:
         self._results: Any = WeakTensorKeyDictionary()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from idadapter_core.methods.method import Needs
 from tests.harness.comfy import pack_nodes
@@ -32,6 +35,29 @@ def extracted(pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with torch.inference_mode():
         features = node.execute(image, analyzer, "all", 0, "error", clip_vision).result[0]
     return photo, clip_vision, features
+
+
+def test_what_was_seen_is_kept_as_long_as_the_photo(pack: ModuleType, tmp_path: Path) -> None:
+    from ComfyUI_IDAdapter.idadapter_core.faces.detector import open_analyzer
+    from ComfyUI_IDAdapter.nodes.host.analyzer import LoadedAnalyzer
+
+    analyzer = LoadedAnalyzer(open_analyzer(write_package(tmp_path), "cpu", recognition=True))
+    image = torch.from_numpy(synthesize(faces=[MarkedFace(300, 300, 90)]))[None].float() / 255
+    clip_vision = tiny_clip_vision()
+
+    def seen(image: Tensor) -> weakref.ref[Tensor]:
+        with torch.inference_mode():
+            node = pack_nodes()["IDAdapterExtractFaces"]
+            features = node.execute(image, analyzer, "largest", 0, "error", clip_vision).result[0]
+        return weakref.ref(features.patch_tokens)
+
+    first = seen(image)
+    gc.collect()
+    assert first() is not None
+    assert seen(image) is first, "the same, and not encoded again"
+    del image
+    gc.collect()
+    assert first() is None
 
 
 def test_features_are_keyed_by_network_and_view(extracted: tuple[Any, Any, Any]) -> None:
